@@ -1,0 +1,41 @@
+# Each target makes the virtual environment if it is not there: a fresh machine needs no more.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+
+.PHONY: help demo test test-all lint types quick slow figures clean
+
+help:
+	@echo "make demo       train LoRA and full fine-tuning on the embedded data, and compare them"
+	@echo "make test       lint, types, the quick tests"
+	@echo "make test-all   the same and the slow tests"
+
+$(READY): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: $(READY)
+	rm -rf runs/demo
+	$(BIN)/lora compare --config recipes/demo.toml --run-dir runs/demo
+
+test: lint types quick
+
+test-all: test slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+quick: $(READY)
+	$(BIN)/pytest -n 2 -m "not slow" -q
+
+slow: $(READY)
+	$(BIN)/pytest -m slow -q
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,21 @@
+"""Score the newest run of each method under runs/, from the predictions it recorded.
+
+python eval_metrics.py [RUN ...]
+"""
+
+import sys
+from pathlib import Path
+
+from lora.data import read_predictions
+from lora.errors import LoraError
+from lora.metrics import score
+from lora.run import newest_runs, summary_of
+
+if __name__ == "__main__":
+    try:
+        for run in map(Path, sys.argv[1:]) if sys.argv[1:] else newest_runs():
+            found = score(summary_of(run)["task"], *read_predictions(run / "predictions.jsonl"))
+            print(run, *(f"{name} {value:.4f}" for name, value in found.items()))
+    except LoraError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

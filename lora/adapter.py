@@ -1,0 +1,365 @@
+"""A method states one equation; the layer around it does everything else.
+
+    Method          name, paper, Config; every subclass that declares a name is in METHODS
+    ├── Adapter     new parameters on one layer, and the equation `merged(W, b)`
+    └── Selection   no new parameters: it trains some of those that exist
+    AdaptedLayer    a base layer and its named adapters, in the base layer's place
+    SavedModule     a module trained as a whole: a copy beside the frozen original
+
+Without dropout y = apply(view, x, *merged(W, b)). In training with dropout, for the mask m,
+y = apply(view, x, W, b) + apply(view, m ∘ x, W' − W, b' − b). That is the specification; a method
+overrides `compute` for speed only, and the contract (lora.testing) proves values and gradients
+equal to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import EllipsisType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora.errors import ConfigError, MergeError
+from lora.layers import View, apply, views
+
+METHODS: dict[str, type[Method]] = {}
+
+
+def check(field: str, value: object, wanted: str, good: bool) -> None:
+    """Raise ConfigError unless `good`, in the house's words."""
+    if not good:
+        flag = "--" + field.replace("_", "-")
+        raise ConfigError(f"{field} must be {wanted}, found {value!r}. Set {flag}.")
+
+
+def is_number(value: object) -> bool:
+    """True for an int or a finite float; bool is no number here."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
+
+
+def names_tuple(field: str, value: object) -> tuple[str, ...]:
+    """A list or tuple of non-empty strings, as a tuple without repeats."""
+    good = isinstance(value, list | tuple | set | frozenset) and all(
+        isinstance(entry, str) and entry for entry in value
+    )
+    check(field, value, "a list of module names", good)
+    assert isinstance(value, list | tuple | set | frozenset)
+    ordered = sorted(value) if isinstance(value, set | frozenset) else value
+    return tuple(dict.fromkeys(ordered))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The settings of a method. Fields bear the names of PEFT's adapter_config.json."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset()
+    """Fields that do not change what a saved adapter computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(MethodConfig):
+    """The settings of a method that wraps layers."""
+
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Layers to adapt: names or their dotted endings, a regular expression, or all-linear."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Layers to leave alone, in the same forms."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained as a whole and saved with the adapter, such as a new head."""
+
+    def __post_init__(self) -> None:
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(self, field)
+            if value is None and field == "exclude_modules":
+                continue
+            if isinstance(value, str):
+                check(field, value, "a pattern, names, or all-linear", bool(value))
+            else:
+                names = names_tuple(field, value)
+                check(field, value, "at least one name", bool(names))
+                # One name after a flag arrives as a tuple; the word and not the name is meant.
+                object.__setattr__(self, field, "all-linear" if names == ("all-linear",) else names)
+        object.__setattr__(
+            self, "modules_to_save", names_tuple("modules_to_save", self.modules_to_save)
+        )
+
+
+class Method(ABC):
+    """What every method declares. A subclass with a `name` of its own is registered."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]]
+    peft_type: ClassVar[str]
+    learning_rate: ClassVar[float] = 1e-3
+    """The peak rate that `lora train` takes where none is given."""
+    neutral: ClassVar[Mapping[str, object | EllipsisType]] = {}
+    """Keys of PEFT's file that are no field here, with the value under which the mathematics
+    stays as it is here; ... means under any. Empty values (None, False, [], {}) always are."""
+    keeps_base: ClassVar[bool] = True
+    """Whether the base can be had back: disabled(), merge and restore need it."""
+    exempt: ClassVar[Mapping[str, str]] = {}
+    """Clauses of the contract that do not apply, each with the reason."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            known = METHODS.get(cls.name)
+            # The same class defined anew is a notebook's cell run twice.
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise ConfigError(
+                    f"two methods are named {cls.name!r}: {known}, {cls}. Rename one."
+                )
+            METHODS[cls.name] = cls
+
+    @classmethod
+    def matches(cls, adapter_config: Mapping[str, Any]) -> bool:
+        """Whether a file's adapter_config.json states this method's equation."""
+        return adapter_config.get("peft_type") == cls.peft_type
+
+
+class Selection(Method):
+    """A method that wraps nothing: it trains parameters that exist, and saves those.
+
+    The originals are not kept, so disabled(), merge and restore raise MergeError.
+    """
+
+    keeps_base = False
+
+    @classmethod
+    @abstractmethod
+    def selects(cls, name: str, config: MethodConfig) -> bool:
+        """Whether the parameter of this name trains."""
+
+
+class Adapter(Method, nn.Module):
+    """The parameters of one method on one layer, and its equation.
+
+    `module` is the layer's name in the model: with the seed it determines the initial values.
+    """
+
+    additive: ClassVar[bool] = False
+    """W' − W does not depend on W, so that several adapters on a layer sum."""
+    keys: ClassVar[Mapping[str, str]] = {}
+    """Parameter -> its key in PEFT's file, where the two differ."""
+
+    config: AdapterConfig
+    lora_dropout: float = 0.0
+
+    def __init__(self, view: View, config: AdapterConfig, module: str) -> None:
+        super().__init__()
+        self.config = config
+        self.module_name = module
+
+    @abstractmethod
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The equation: W' (out, in) and b' (out,) from W and b."""
+
+    @abstractmethod
+    def fill(self, generator: Callable[[str], torch.Generator]) -> None:
+        """Fill every parameter with its initial values; `generator(parameter)` is its own."""
+
+    @classmethod
+    @abstractmethod
+    def size(cls, in_features: int, out_features: int, bias: bool, config: Any) -> int:
+        """The parameters on one layer, in closed form."""
+
+    def draw_mask(self, x: Tensor) -> Tensor | None:
+        """The dropout mask for x, scaled by 1 / (1 − p); None where nothing is dropped.
+
+        From torch's default generator, so that recomputation in checkpointing draws it again.
+        """
+        if not self.training or self.lora_dropout == 0.0:
+            return None
+        keep = 1.0 - self.lora_dropout
+        return torch.empty_like(x).bernoulli_(keep).div_(keep)
+
+    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        """What the specification adds to the base layer's output when x (..., in) is dropped."""
+        W, b = view.read()
+        W1, b1 = self.merged(W, b)
+        shift = None if b is None or b1 is None or b1 is b else b1 - b
+        return apply(view, x if mask is None else x * mask, W1 - W, shift)
+
+    def reference(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The specification, dtype of the base layer's output."""
+        W, b = view.read()
+        if mask is None:
+            y = apply(view, x, *self.merged(W, b))
+        else:
+            y = apply(view, x, W, b) + self.delta(view, x, mask)
+        # Autocast has chosen the dtype already, as it does for the base layer.
+        return y if torch.is_autocast_enabled(x.device.type) else y.to(W.dtype)
+
+    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The adapted layer's output y (..., out). Override for speed, never for another result."""
+        return self.reference(view, x, mask)
+
+
+class AdaptedLayer(nn.Module):
+    """A base layer and its named adapters: what takes the base layer's place in the model.
+
+    x (..., in) -> y (..., out), dtype of base_layer(x). Several active adapters add their deltas.
+    Nothing merges in train(), eval() or forward().
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.kept: tuple[Tensor, Tensor | None] | None = None  # the base's own, while merged
+
+    @property
+    def view(self) -> View:
+        (view,) = views(self.base_layer)
+        return view
+
+    def adapter(self, name: str) -> Adapter:
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active or not self.enabled or self.kept is not None:
+            output: Tensor = self.base_layer(x)
+            return output
+        view = self.view
+        adapters = [self.adapter(name) for name in self.active]
+        if len(adapters) == 1:
+            return adapters[0].compute(view, x, adapters[0].draw_mask(x))
+        output = self.base_layer(x)
+        deltas = [adapter.delta(view, x, adapter.draw_mask(x)) for adapter in adapters]
+        return torch.stack([output.to(deltas[0].dtype), *deltas]).sum(0).to(output.dtype)
+
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """W' and b' of the active adapters, in the base's dtype, computed in float32 at least."""
+        W, b = self.view.read()
+        wide = torch.promote_types(W.dtype, torch.float32)
+        W0, b0 = W.detach().to(wide), None if b is None else b.detach().to(wide)
+        W1, b1 = W0, b0
+        with torch.no_grad():
+            for name in self.active:
+                # Active together are additive ones only, so the order does not matter.
+                W1, b1 = self.adapter(name).merged(W1, b1)
+        return W1.to(W.dtype), None if b is None or b1 is None else b1.to(b.dtype)
+
+    def merge(self, merged: tuple[Tensor, Tensor | None]) -> None:
+        """Put W', b' where W, b were; the base's own tensors are kept, not copied."""
+        view = self.view
+        weight, bias = view.parameters()
+        self.kept = (weight.data, None if bias is None else bias.data)
+        W1, b1 = merged
+        weight.data = W1.T.contiguous() if view.transposed else W1.contiguous()
+        if bias is not None and b1 is not None:
+            bias.data = b1.contiguous()
+
+    def restore(self) -> None:
+        """Bring the kept tensors back, to the device where the layer is now."""
+        if self.kept is None:
+            return
+        weight, bias = self.view.parameters()
+        kept_weight, kept_bias = self.kept
+        weight.data = kept_weight.to(weight.device)
+        if bias is not None and kept_bias is not None:
+            bias.data = kept_bias.to(bias.device)
+        self.kept = None
+
+    # What models read off their own layers (T5 reads self.wo.weight.dtype).
+    @property
+    def weight(self) -> Tensor:
+        return self.view.parameters()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.view.parameters()[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.view.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.view.out_features
+
+
+class SavedModule(nn.Module):
+    """A module trained as a whole: one copy per adapter, beside the frozen original."""
+
+    def __init__(self, original_module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.copies = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+
+    def add(self, name: str) -> None:
+        self.copies[name] = copy.deepcopy(self.original_module)
+
+    @property
+    def current(self) -> nn.Module:
+        if not self.active or not self.enabled:
+            return self.original_module
+        return self.copies[self.active[-1]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # weight, in_features and whatever else the model reads off the module itself
+            if name in ("original_module", "copies"):
+                raise
+            return getattr(self.current, name)
+
+
+def seeded(seed: int, module: str, parameter: str) -> torch.Generator:
+    """A CPU generator of its own for one tensor: a pure function of (seed, module, parameter)."""
+    digest = hashlib.sha256(f"{seed}\n{module}\n{parameter}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def initialise(adapter: Adapter, seed: int) -> None:
+    """Fill the adapter's parameters; nothing that happened before in the process matters."""
+    with torch.no_grad():
+        adapter.fill(lambda parameter: seeded(seed, adapter.module_name, parameter))
+
+
+def method_of(config: MethodConfig) -> type[Method]:
+    """The method whose Config this is."""
+    for method in METHODS.values():
+        if method.Config is type(config):
+            return method
+    raise ConfigError(
+        f"{type(config).__name__} belongs to no method. Found: {', '.join(sorted(METHODS))}."
+    )
+
+
+def config_fields(config: MethodConfig) -> dict[str, Any]:
+    """The fields by name, JSON's kinds only: tuples as lists."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def check_additive(names: tuple[str, ...], methods: list[type[Method]]) -> None:
+    """Raise MergeError where adapters of several names cannot be active together."""
+    alone = [m.name for m in methods if not getattr(m, "additive", False)]
+    if len(names) > 1 and alone:
+        raise MergeError(
+            f"adapters {', '.join(names)} cannot be active together: the deltas of"
+            f" {', '.join(sorted(set(alone)))} do not add up. Activate one of them."
+        )

@@ -1,0 +1,192 @@
+"""The console command. Each verb's room loads when the verb is called: --help needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lora import __version__
+from lora.errors import LoraError
+
+VERBS = {
+    "train": "train one method on one data set",
+    "eval": "score a run on a split, or a file of predictions",
+    "predict": "label texts with a run's model",
+    "compare": "methods x seeds on one data set, one table",
+    "plot": "draw the curves of runs",
+    "methods": "list the methods",
+}
+
+
+def usage() -> str:
+    lines = [f"  {verb:<9} {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: lora VERB [flags]",
+            "",
+            "LoRA from scratch: fine-tune, compare, and hand the adapter on.",
+            "",
+            *lines,
+            "",
+            "Flags of a verb: lora VERB --help. Start with: lora train",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb. Exit codes: 0 done, 2 asked for what cannot be, 130 interrupted."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verb = given[0] if given else "--help"
+    if verb in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if given else 2
+    if verb == "--version":
+        print(__version__)
+        return 0
+    if verb not in VERBS:
+        print(
+            f"lora: no verb {verb!r}. Found: {', '.join(VERBS)}. Run lora --help.", file=sys.stderr
+        )
+        return 2
+    try:
+        globals()[f"_{verb}"](given[1:])
+    except LoraError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"interrupted. {stop}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    from lora.config import parse_run
+
+    config = parse_run(arguments)
+    from lora.run import run
+
+    summary = run(config)
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
+    print(f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}  {scores}")
+    print(f"recorded in {summary['run_dir']}")
+
+
+def _compare(arguments: list[str]) -> None:
+    from lora.compare import compare, parse_compare, printed, rows
+
+    config, runs = parse_compare(arguments)
+    if config.dry_run:
+        for run in runs:
+            print(f"{run.method}, seed {run.seed} -> {run.run_dir}")
+        return
+    summaries = compare(config, runs)
+    import rich
+
+    from lora.plots import draw
+
+    pictures = draw([run.run_dir for run in runs if run.run_dir], config.run_dir)
+    rich.print(printed(rows(summaries)))
+    drawn = ", ".join(path.name for path in pictures)
+    print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Score a run on a split of its data, or of other data; or score a file of predictions."""
+
+    run: Path | None = None
+    """A run directory."""
+    data: str | None = None
+    """Other data than the run's own."""
+    split: Literal["test", "dev", "train"] | None = None
+    """Default: test, or dev where there is none."""
+    predictions: Path | None = None
+    """JSON lines with `prediction` and `label` or `references`; needs no model."""
+    task: Literal["classification", "regression", "text"] = "classification"
+    """What the predictions are; text is scored by exact match, BLEU and ROUGE."""
+
+
+def _eval(arguments: list[str]) -> None:
+    import tyro
+
+    from lora.errors import ConfigError
+
+    config = tyro.cli(EvalConfig, args=_leading(arguments, "--run"), prog="lora eval")
+    if (config.run is None) == (config.predictions is None):
+        raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
+    if config.predictions is not None:
+        from lora.data import read_predictions
+        from lora.metrics import score
+
+        metrics = score(config.task, *read_predictions(config.predictions))
+    else:
+        from lora.run import rescore
+
+        assert config.run is not None
+        metrics = rescore(config.run, config.data, config.split)
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Label texts with a run's model; JSON lines on standard output, or in --output."""
+
+    run: Path
+    """A run directory."""
+    text: tuple[str, ...] = ()
+    """Texts to label."""
+    pair: tuple[str, ...] = ()
+    """Their second texts, for tasks on sentence pairs."""
+    data: str | None = None
+    """A TSV, CSV or JSONL file of texts, labelled or not."""
+    output: Path | None = None
+    """Where the predictions go."""
+
+
+def _predict(arguments: list[str]) -> None:
+    import tyro
+
+    config = tyro.cli(PredictConfig, args=_leading(arguments, "--run"), prog="lora predict")
+    from lora.run import predict_texts
+
+    predict_texts(config.run, config.text, config.pair, config.data, config.output)
+
+
+def _plot(arguments: list[str]) -> None:
+    import tyro
+
+    config = tyro.cli(PlotConfig, args=_leading(arguments, "--runs"), prog="lora plot")
+    from lora.plots import draw
+
+    for path in draw(config.runs, config.output or config.runs[0]):
+        print(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draw loss and score over the epochs from the metrics that runs recorded."""
+
+    runs: tuple[Path, ...]
+    """Run directories."""
+    output: Path | None = None
+    """Folder of the pictures. Default: the first run's."""
+
+
+def _leading(arguments: list[str], flag: str) -> list[str]:
+    """`lora eval RUN` is `lora eval --run RUN`."""
+    return [flag, *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+def _methods(arguments: list[str]) -> None:
+    import inspect
+
+    import lora.methods  # noqa: F401
+    from lora.adapter import METHODS
+
+    for method in METHODS.values():
+        first = (inspect.getdoc(method) or "").splitlines()[0]
+        print(f"{method.name:<10} rate {method.learning_rate:<8g} {first}")

@@ -1,0 +1,199 @@
+"""A run's configuration: one frozen dataclass, every field a flag and a key of a TOML file.
+
+    lora train --config recipes/sst2.toml --method full --seed 1
+
+A file's keys become flags in front of the command line's own, so that there is one parser (tyro),
+one set of errors, and the later one wins. A file may hold a table per method, `[methods.full]`,
+whose keys win over the file's own where that method is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import tyro
+
+import lora.methods  # noqa: F401  (fills METHODS)
+from lora.adapter import METHODS, MethodConfig, check, is_number
+from lora.errors import ConfigError
+
+Task = Literal["auto", "classification", "regression"]
+C = TypeVar("C", bound=MethodConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Generic[C]):
+    """One training run: a base, a data set, a method, and how long and fast."""
+
+    base: str = "demo"
+    """Base model: demo (embedded), a local folder, or a name on the hub."""
+    data: str = "demo"
+    """Data: demo (embedded), a folder with train/dev/test files, one TSV, CSV or JSONL file, or a
+    data set on the hub such as glue/sst2."""
+    method: str = "lora"
+    """What trains; `lora methods` lists them."""
+    text_column: str | None = None
+    """Column of the text: a name, or a number from 0 in a file without header."""
+    pair_column: str | None = None
+    """Column of the second text, for tasks on sentence pairs."""
+    label_column: str | None = None
+    """Column of the label."""
+    task: Task = "auto"
+    """auto: regression where the labels are fractional numbers."""
+    labels: tuple[str, ...] = ()
+    """The classes in order. Default: those of the training split, sorted."""
+    epochs: int = 3
+    """Passes over the training split."""
+    batch_size: int = 16
+    """Examples per step."""
+    learning_rate: float | None = None
+    """Peak rate of AdamW. Default: the method's own (`lora methods` shows it)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, on matrices only."""
+    warmup: float = 0.06
+    """Share of the steps in which the rate rises to its peak; it falls linearly to 0 after."""
+    max_grad_norm: float = 1.0
+    """Norm that gradients are clipped to."""
+    max_length: int = 128
+    """Tokens per example at most; longer texts are cut. Batches are padded to their longest."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrix products under autocast, parameters in float32 all the same."""
+    seed: int = 0
+    """Covers the new head, the adapter's start, dropout and the order of the data."""
+    limit: int | None = None
+    """Use only the first N rows of every split."""
+    note: str = ""
+    """A remark for the run's summary."""
+    run_dir: Path | None = None
+    """Where the run is recorded. Default: runs/TIME-METHOD."""
+    adapter: C
+    """The method's own settings."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_length", "limit"):
+            value = getattr(self, name)
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            check(name, value, "a whole number of at least 1", good or value is None)
+        rate = self.learning_rate
+        good = rate is None or (is_number(rate) and rate > 0)
+        check("learning_rate", rate, "a positive number", good)
+        decay = self.weight_decay
+        check("weight_decay", decay, "a number of at least 0", is_number(decay) and decay >= 0)
+        norm = self.max_grad_norm
+        check("max_grad_norm", norm, "a positive number", is_number(norm) and norm > 0)
+        share = self.warmup
+        check("warmup", share, "a share with 0 <= share <= 1", is_number(share) and 0 <= share <= 1)
+        good = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        check("seed", self.seed, "a whole number of at least 0", good)
+        check("labels", self.labels, "distinct", len(set(self.labels)) == len(self.labels))
+
+
+def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
+    """The configuration that a command line, with `--config FILE` in it, asks for.
+
+    Leaves by SystemExit 2 on a flag that tyro refuses; raises ConfigError on a broken file.
+    """
+    path, own = split_config(arguments)
+    table = read_toml(path) if path else {}
+    method = _value_of(own, "--method") or str(table.get("method", "lora"))
+    flags = table_flags(table, method)
+    if method not in METHODS:
+        raise ConfigError(
+            f"--method {method} is unknown. Found: {', '.join(sorted(METHODS))}. Run lora methods."
+        )
+    kind: Any = RunConfig[METHODS[method].Config]  # type: ignore[misc]
+    config: RunConfig[Any] = tyro.cli(
+        kind,
+        args=[*flags, *own, "--method", method],
+        prog=prog,
+        description="Train one method on one data set. Flags may stand in --config FILE.toml.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+    )
+    return replace(config, adapter=_plain_name_is_a_name(config.adapter))
+
+
+def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The file after --config, None without one, and the other arguments."""
+    rest = list(arguments)
+    for index, argument in enumerate(rest):
+        if argument == "--config" or argument.startswith("--config="):
+            width = 1 if "=" in argument else 2
+            if len(rest) < index + width:
+                raise ConfigError("--config names no file. Pass --config FILE.toml.")
+            path = argument.partition("=")[2] or rest[index + 1]
+            return Path(path), rest[:index] + rest[index + width :]
+    return None, rest
+
+
+def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+    value = None
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            value = arguments[index + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _plain_name_is_a_name(adapter: MethodConfig) -> MethodConfig:
+    """One plain word after --target-modules is a name; a string in the config is a pattern."""
+    plain = {
+        field: (value,)
+        for field in ("target_modules", "exclude_modules")
+        if isinstance(value := getattr(adapter, field, None), str)
+        and re.fullmatch(r"[\w.]+", value)
+    }
+    return replace(adapter, **plain)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file. Raises ConfigError where it is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--config {path} cannot be read: {reason}.") from None
+
+
+def table_flags(table: dict[str, Any], method: str) -> list[str]:
+    """A TOML table as flags, its `methods` tables after its own keys."""
+    flags: list[str] = []
+    own = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
+    for key, value in {**own, **_method_table(table, method)}.items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, dict):
+            raise ConfigError(f"[{key}] is no table of a run: only [methods.NAME] is.")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags += [flag, str(value)]
+    return flags
+
+
+def _method_table(table: dict[str, Any], method: str) -> dict[str, Any]:
+    tables = table.get("methods", {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise ConfigError("methods must be tables: [methods.lora], [methods.full], ...")
+    found: dict[str, Any] = tables.get(method, {})
+    return found
+
+
+def to_table(config: RunConfig[Any]) -> dict[str, Any]:
+    """The configuration as a TOML table that reads back to the same; None is left out."""
+    table: dict[str, Any] = {}
+    for source in (config, config.adapter):
+        for field in fields(source):
+            value = getattr(source, field.name)
+            if is_dataclass(value) or value is None or value in ((), ""):
+                continue
+            if isinstance(value, tuple):
+                value = list(value)
+            table[field.name] = str(value) if isinstance(value, Path) else value
+    return table

@@ -1,0 +1,55 @@
+"""Every error this package raises on purpose, one tree:
+
+LoraError
+├── ConfigError      a setting that cannot be (also a ValueError)
+├── TargetError      target_modules or modules_to_save do not fit the model
+├── CheckpointError  an adapter's files do not fit, or could not be written
+├── MergeError       merge, restore or disabled() cannot be done on this model as it stands
+├── ContractError    a method breaks a clause of the contract (also an AssertionError)
+├── ModelError       a base model or its tokenizer is not to be had
+├── DataError        a data set cannot be read as asked
+├── RunError         a run directory cannot be written, or is not what it should be
+└── TrainingError    training cannot go on
+
+A message says what was asked, what was found, and the next command.
+"""
+
+
+class LoraError(Exception):
+    """The root: `except LoraError` catches everything below and nothing else."""
+
+
+class ConfigError(LoraError, ValueError):
+    pass
+
+
+class TargetError(LoraError):
+    pass
+
+
+class CheckpointError(LoraError):
+    pass
+
+
+class MergeError(LoraError):
+    pass
+
+
+class ContractError(LoraError, AssertionError):
+    pass
+
+
+class ModelError(LoraError):
+    pass
+
+
+class DataError(LoraError):
+    pass
+
+
+class RunError(LoraError):
+    pass
+
+
+class TrainingError(LoraError):
+    pass

@@ -1,0 +1,81 @@
+"""Predictions of a model over a split, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from lora.data import Corpus, Encoded, Example, collate, sorted_batches
+from lora.losses import task_loss
+from lora.metrics import score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model's answers on a split."""
+
+    logits: Tensor  # (examples, classes) or (examples, 1), float32, on the CPU
+    loss: float
+    metrics: dict[str, float]
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """bfloat16 autocast where dtype says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def predict(
+    model: Any, encoded: Encoded, batch_size: int, dtype: str, progress: Progress | None = None
+) -> Tensor:
+    """Logits (examples, outputs), float32, on the CPU, in the examples' order. Sets eval mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    rows: list[int] = []
+    logits = []
+    order = sorted_batches(encoded.lengths, batch_size)
+    bar = progress.add_task("evaluating", total=len(order)) if progress else None
+    with torch.inference_mode(), autocast(device, dtype):
+        for batch in order:
+            logits.append(model(**collate(encoded, batch, device)).logits.float().cpu())
+            rows += batch
+            if progress and bar is not None:
+                progress.advance(bar)
+    if progress and bar is not None:
+        progress.remove_task(bar)
+    found = torch.cat(logits)
+    ordered = torch.empty_like(found)
+    ordered[torch.tensor(rows)] = found
+    return ordered
+
+
+def evaluate(
+    model: Any,
+    corpus: Corpus,
+    encoded: Encoded,
+    examples: Sequence[Example],
+    batch_size: int = 64,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Loss and metrics of the model on a labelled split."""
+    logits = predict(model, encoded, batch_size, dtype, progress)
+    return Evaluation(
+        logits=logits,
+        loss=float(task_loss(logits, encoded.targets, corpus.task)),
+        metrics=score(
+            corpus.task, answers(corpus, logits), [[str(example.label)] for example in examples]
+        ),
+    )
+
+
+def answers(corpus: Corpus, logits: Tensor) -> list[str]:
+    """What the logits say: class names, or numbers."""
+    if corpus.task == "regression":
+        return [repr(value) for value in logits[:, 0].tolist()]
+    return [corpus.labels[index] for index in logits.argmax(-1).tolist()]

@@ -1,0 +1,514 @@
+"""Adapters into a model and out again: match, wrap, freeze, disable, merge, restore, eject.
+
+Every step that can fail is done before the model is touched: `plan` reads, `wrap` writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+import lora.methods  # noqa: F401  (fills METHODS)
+from lora.adapter import (
+    AdaptedLayer,
+    Adapter,
+    AdapterConfig,
+    Method,
+    MethodConfig,
+    SavedModule,
+    Selection,
+    check,
+    check_additive,
+    initialise,
+    method_of,
+)
+from lora.errors import ConfigError, MergeError, TargetError
+from lora.layers import kind, views
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an injection would do: names by the paths of the model as it was before any."""
+
+    method: type[Method]
+    config: MethodConfig
+    targets: tuple[str, ...]  # layers to wrap
+    saved: tuple[str, ...]  # modules to train as a whole
+    selected: tuple[str, ...]  # parameters to train as they are
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an injection did. `str(report)` is its table."""
+
+    plan: Plan
+    rows: tuple[tuple[str, int, str, int], ...]  # (what, how many, shape, parameters)
+    trainable: int  # parameters
+    total: int  # parameters of the model as it now stands
+    note: str = ""
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trainable parameters less those of modules_to_save."""
+        return sum(count for what, _, _, count in self.rows if not what.startswith("(saved) "))
+
+    def __str__(self) -> str:
+        width = max((len(row[0]) for row in self.rows), default=0)
+        lines = [
+            f"  {what:<{width}}  ×{many:<4} {shape:<14} {count:>13,}"
+            for what, many, shape, count in self.rows
+        ]
+        share = self.trainable / max(self.total, 1)
+        head = f"{self.plan.method.name}: {self.trainable:,} of {self.total:,} parameters"
+        return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, [self.note])])
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) by every path, as if nothing were injected.
+
+    Unlike named_modules it goes to a module reachable by two paths twice, and through a wrapper
+    to what it wraps.
+    """
+    if isinstance(module, AdaptedLayer):
+        module = module.base_layer
+    elif isinstance(module, SavedModule):
+        module = module.original_module
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def fits(name: str, entries: str | tuple[str, ...]) -> bool:
+    """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in entries)
+
+
+def backbone(model: nn.Module) -> str:
+    """The path of what was pretrained, "" where that is the whole: the rest are heads."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and prefix in model._modules else ""
+
+
+def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the layers that config.target_modules means.
+
+    Layers inside a saved module, and excluded ones, are left alone. Raises TargetError where an
+    entry matches nothing, or matches what no view exists for.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    wanted = config.target_modules
+    out = {name for name in modules if any(_inside(name, whole) for whole in saved)}
+    if config.exclude_modules is not None:
+        entries = config.exclude_modules
+        for entry in (entries,) if isinstance(entries, str) else entries:
+            if not any(fits(n, entry if isinstance(entries, str) else (entry,)) for n in modules):
+                raise TargetError(f"no layer matches exclude_modules entry {entry!r}.")
+        out |= {name for name in modules if fits(name, entries)}
+    if wanted == "all-linear":
+        trunk = backbone(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = tuple(
+            name
+            for name, module in modules.items()
+            if kind(module) and module is not head and name not in out and _inside(name, trunk)
+        )
+        if not found:
+            raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
+        return found
+    for entry in (wanted,) if isinstance(wanted, str) else wanted:
+        try:
+            hits = [n for n in modules if fits(n, entry if entry is wanted else (entry,))]
+        except re.error as error:
+            raise ConfigError(
+                f"target_modules={entry!r} is no regular expression: {error}. Set --target-modules."
+            ) from None
+        if not any(kind(modules[name]) for name in hits if name not in out):
+            raise TargetError(f"no layer matches target_modules={wanted!r}"
+                              + ("" if entry is wanted else f" (entry {entry!r})")
+                              + f".\n{_offer(model)}")  # fmt: skip
+        for name in hits:
+            if not kind(modules[name]) and name not in out:
+                raise TargetError(
+                    f"target_modules={wanted!r} matches {name}, a"
+                    f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
+                )
+    return tuple(name for name in modules if fits(name, wanted) and name not in out)
+
+
+def _inside(name: str, whole: str) -> bool:
+    return not whole or name == whole or name.startswith(whole + ".")
+
+
+def _offer(model: nn.Module) -> str:
+    """What the model has to adapt, and what to try."""
+    trunk = backbone(model)
+    layers = [(n, m) for n, m in walk(model) if kind(m)]
+    inside = Counter(n.rpartition(".")[2] for n, _ in layers if _inside(n, trunk))
+    outside = Counter(n for n, _ in layers if not _inside(n, trunk))
+    listed = [f"{name} ×{many}" for name, many in (inside + outside).most_common(12)]
+    if not listed:
+        return f"  {type(model).__name__} has no nn.Linear and no Conv1D."
+    best = [name for name, _ in (inside or outside).most_common(2)]
+    return (
+        f"  {type(model).__name__} has {', '.join(listed)}."
+        f" Try --target-modules {' '.join(best)}, or all-linear."
+    )
+
+
+def saved_of(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+    """Names of the modules that config.modules_to_save means: exact, or dotted endings."""
+    names = [name for name, _ in walk(model) if name]
+    found: list[str] = []
+    for entry in config.modules_to_save:
+        hits = [name for name in names if fits(name, (entry,))]
+        if not hits:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise TargetError(
+                f"no module matches modules_to_save entry {entry!r}."
+                f" {type(model).__name__} has {children}. Set --modules-to-save."
+            )
+        found += hits
+    return tuple(n for n in dict.fromkeys(found)
+                 if not any(n != o and _inside(n, o) for o in found))  # fmt: skip
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the model as it was before any injection, each parameter once."""
+    seen: set[int] = set()
+    for prefix, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{prefix}.{name}" if prefix else name), parameter
+
+
+def plan(model: nn.Module, config: MethodConfig) -> Plan:
+    """What injecting config would do. Touches nothing; raises TargetError or ConfigError."""
+    method = method_of(config)
+    if issubclass(method, Selection):
+        names = [name for name, _ in base_parameters(model)]
+        return Plan(method, config, (), (), tuple(n for n in names if method.selects(n, config)))
+    assert isinstance(config, AdapterConfig)
+    saved = saved_of(model, config)
+    return Plan(method, config, targets_of(model, config, saved), saved, ())
+
+
+def build(model: nn.Module, plan: Plan) -> dict[str, Adapter]:
+    """The plan's adapters by the first name of their layer, uninitialised, not yet in the model."""
+    if not issubclass(plan.method, Adapter):
+        return {}
+    modules = dict(walk(model))
+    built: dict[int, tuple[str, Adapter]] = {}
+    for name in plan.targets:
+        module = modules[name]
+        if id(module) not in built:  # one layer reached by two paths has one adapter
+            (view,) = views(module)
+            built[id(module)] = (name, plan.method(view, plan.config, name))  # type: ignore[arg-type]
+    return dict(built.values())
+
+
+def injected(model: nn.Module) -> dict[str, Plan]:
+    """The model's adapters by name, and what injected each."""
+    found: dict[str, Plan] | None = model.__dict__.get("lora_adapters")
+    return {} if found is None else found
+
+
+def check_name(name: str) -> None:
+    """An adapter's name is a folder's and a module's: letters, digits, _ and - only."""
+    good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
+    # nn.ModuleDict has methods of these names
+    check("name", name, "letters, digits, _ and -", good and not hasattr(nn.ModuleDict, name))
+
+
+def wrap(
+    model: nn.Module, plan: Plan, adapters: dict[str, Adapter], name: str, trainable: bool
+) -> None:
+    """Put built adapters into the model under `name`, activate them, freeze all else."""
+    modules = dict(walk(model))
+    by_layer = {id(modules[layer]): adapter for layer, adapter in adapters.items()}
+    plans = {**injected(model), name: plan}
+    if not injected(model):
+        # What eject gives back.
+        model.__dict__["lora_required"] = [n for n, p in base_parameters(model) if p.requires_grad]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    wrappers: dict[int, AdaptedLayer] = {}
+    for path in plan.targets:
+        parent, _, leaf = path.rpartition(".")
+        held = modules[parent]._modules[leaf]
+        if isinstance(held, AdaptedLayer):
+            wrapper = held
+        else:
+            assert held is not None
+            wrapper = wrappers.setdefault(id(held), AdaptedLayer(held))
+            wrapper.train(held.training)
+            modules[parent]._modules[leaf] = wrapper
+        wrapper.adapters[name] = by_layer[id(wrapper.base_layer)].train(wrapper.training)
+    for path in plan.saved:
+        parent, _, leaf = path.rpartition(".")
+        held = modules[parent]._modules[leaf]
+        assert held is not None
+        keeper = held if isinstance(held, SavedModule) else SavedModule(held)
+        keeper.add(name)
+        keeper.train(held.training)
+        modules[parent]._modules[leaf] = keeper
+    model.__dict__["lora_adapters"] = plans
+    activate(model, name)
+    if trainable:
+        for parameter in trained_parameters(model, name).values():
+            parameter.requires_grad_(True)
+
+
+def owned(model: nn.Module, name: str) -> tuple[dict[str, Adapter], dict[str, nn.Module]]:
+    """The adapters and the saved copies of adapter `name`, by the first path of each."""
+    plan = injected(model)[name]
+    adapters = {path: wrapper_at(model, path).adapter(name) for path in plan.targets}
+    first = {id(adapter): path for path, adapter in reversed(adapters.items())}
+    copies = {}
+    for path in plan.saved:
+        keeper = held_at(model, path)
+        assert isinstance(keeper, SavedModule)
+        copies[path] = keeper.copies[name]
+    return {path: a for path, a in adapters.items() if first[id(a)] == path}, copies
+
+
+def tensors(
+    model: nn.Module, plan: Plan, adapters: dict[str, Adapter], copies: dict[str, nn.Module]
+) -> dict[str, Tensor]:
+    """What an adapter consists of, by the keys of its file less the prefix."""
+    base = dict(base_parameters(model)) if plan.selected else {}
+    found: dict[str, Tensor] = {name: base[name] for name in plan.selected}
+    for path, adapter in adapters.items():
+        for name, parameter in adapter.named_parameters():
+            found[f"{path}.{adapter.keys.get(name, name)}"] = parameter
+    for path, module in copies.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            found[f"{path}.{name}"] = tensor
+    return found
+
+
+def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters that train under adapter `name`, by their keys in its file."""
+    found = tensors(model, injected(model)[name], *owned(model, name))
+    return {key: tensor for key, tensor in found.items() if isinstance(tensor, nn.Parameter)}
+
+
+def held_at(model: nn.Module, path: str) -> nn.Module:
+    """The module that stands at a path of the original model, wrappers seen."""
+    module = model
+    for leaf in path.split("."):
+        if isinstance(module, AdaptedLayer):
+            module = module.base_layer
+        elif isinstance(module, SavedModule):
+            module = module.original_module
+        held = module._modules[leaf]
+        assert held is not None
+        module = held
+    return module
+
+
+def wrapper_at(model: nn.Module, path: str) -> AdaptedLayer:
+    wrapper = held_at(model, path)
+    assert isinstance(wrapper, AdaptedLayer)
+    return wrapper
+
+
+def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, SavedModule]]:
+    """Every adapted layer and every saved module, by one path of each."""
+    named = dict(model.named_modules())
+    return (
+        {name: m for name, m in named.items() if isinstance(m, AdaptedLayer)},
+        {name: m for name, m in named.items() if isinstance(m, SavedModule)},
+    )
+
+
+def report_of(model: nn.Module, name: str, note: str = "") -> Report:
+    """The table of what adapter `name` is on this model."""
+    plan = injected(model)[name]
+    adapters, copies = owned(model, name)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for path, adapter in adapters.items():
+        wrapper = wrapper_at(model, path)
+        shape = f"{wrapper.in_features} -> {wrapper.out_features}"
+        groups.setdefault((path.rpartition(".")[2], shape), []).append(_size(adapter))
+    if plan.selected:
+        sizes = [p.numel() for p in trained_parameters(model, name).values()]
+        groups["parameters of the base", ""] = sizes
+    for path, module in copies.items():
+        groups[f"(saved) {path}", "whole"] = [_size(module)]
+    return Report(
+        plan=plan,
+        rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in groups.items()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=_size(model),
+        note=note,
+    )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def inject(model: nn.Module, config: MethodConfig, name: str = "default", seed: int = 0) -> Report:
+    """Put a method's adapters on the layers that config names, in place, and freeze all else.
+
+    The initial values are a function of (seed, layer's name) alone. A head never trains by
+    itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
+    """
+    check_name(name)
+    if name in injected(model):
+        raise ConfigError(
+            f"the model has an adapter named {name!r} already. Inject under another name."
+        )
+    planned = plan(model, config)
+    check_mix(model, name, planned)
+    adapters = build(model, planned)
+    for adapter in adapters.values():
+        initialise(adapter, seed)
+    wrap(model, planned, adapters, name, trainable=True)
+    return report_of(model, name)
+
+
+def check_mix(model: nn.Module, name: str, planned: Plan) -> None:
+    """A merged model, or one whose own parameters train, takes no second adapter."""
+    check_restored(model, f"inject {name!r}")
+    selecting = [n for n, p in injected(model).items() if issubclass(p.method, Selection)]
+    if selecting or (injected(model) and issubclass(planned.method, Selection)):
+        raise ConfigError(
+            f"{name!r} cannot join {', '.join(injected(model))}: a method that trains the base"
+            " stands alone. Load the base anew."
+        )
+
+
+def init(model: nn.Module, seed: int, name: str = "default") -> None:
+    """Fill adapter `name` anew, as after a start on the meta device and `to_empty`."""
+    _known(model, name)
+    layers, _ = wrappers_of(model)
+    for layer in layers.values():
+        if name in layer.adapters:
+            initialise(layer.adapter(name), seed)
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Let these adapters, and no others, act. Several must be additive: their deltas sum."""
+    for name in names:
+        _known(model, name)
+    check_restored(model, "activate")
+    check_additive(names, [injected(model)[name].method for name in names])
+    layers, saved = wrappers_of(model)
+    for layer in layers.values():
+        layer.active = tuple(name for name in names if name in layer.adapters)
+    for keeper in saved.values():
+        keeper.active = tuple(name for name in names if name in keeper.copies)
+
+
+def _known(model: nn.Module, name: str) -> None:
+    if name not in injected(model):
+        found = ", ".join(injected(model)) or "none"
+        raise ConfigError(f"no adapter is named {name!r}. Found: {found}. Call lora.inject first.")
+
+
+def _keeps_base(model: nn.Module, verb: str) -> None:
+    for name, planned in injected(model).items():
+        if not planned.method.keeps_base:
+            raise MergeError(
+                f"{verb}: {planned.method.name} ({name!r}) trains the base itself and keeps no"
+                " originals. Load the base anew."
+            )
+
+
+def check_restored(model: nn.Module, verb: str) -> None:
+    """Raise MergeError where the model is merged."""
+    layers, _ = wrappers_of(model)
+    if any(layer.kept is not None for layer in layers.values()):
+        raise MergeError(f"{verb}: the model is merged. Call lora.restore(model) first.")
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the base, bit for bit: adapters and saved modules do not act."""
+    _keeps_base(model, "disabled")
+    check_restored(model, "disabled")
+    layers, saved = wrappers_of(model)
+    wrappers: list[AdaptedLayer | SavedModule] = [*layers.values(), *saved.values()]
+    before = [wrapper.enabled for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper.enabled = False
+        yield
+    finally:
+        for wrapper, enabled in zip(wrappers, before, strict=True):
+            wrapper.enabled = enabled
+
+
+def merge(model: nn.Module) -> None:
+    """Put W' in W's place in every adapted layer, in the base's dtype, from float32.
+
+    The originals are kept by reference for restore(). Raises MergeError, the model untouched,
+    where a weight is tied to another layer or W' is not finite.
+    """
+    _keeps_base(model, "merge")
+    check_restored(model, "merge")
+    layers, _ = wrappers_of(model)
+    users = Counter(
+        id(p) for _, m in {id(m): (n, m) for n, m in walk(model)}.values()
+        for p in m._parameters.values() if p is not None
+    )  # fmt: skip
+    merged: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, layer in layers.items():
+        if not layer.active:
+            continue
+        if users[id(layer.view.parameters()[0])] > 1:
+            raise MergeError(
+                f"merge: the weight of {name} is tied to another module's, which would change"
+                " with it. Leave it out of target_modules, or untie the two first."
+            )
+        merged[name] = layer.merged()
+        if not all(bool(t.isfinite().all()) for t in merged[name] if t is not None):
+            raise MergeError(f"merge: W' of {name} is not finite in {layer.weight.dtype}.")
+    for name, tensors in merged.items():
+        layers[name].merge(tensors)
+
+
+def restore(model: nn.Module) -> None:
+    """Undo merge, bit for bit, from the kept originals."""
+    _keeps_base(model, "restore")
+    layers, _ = wrappers_of(model)
+    for layer in layers.values():
+        layer.restore()
+
+
+def eject(model: nn.Module) -> None:
+    """Leave a plain model: merged it computes what the adapted one did, unmerged it is the base.
+
+    Every parameter requires a gradient again that did before the first injection.
+    """
+    layers, saved = wrappers_of(model)
+    is_merged = any(layer.kept is not None for layer in layers.values())
+    required = set(model.__dict__.get("lora_required", ()))
+    wrappers = {id(w) for w in (*layers.values(), *saved.values())}
+    places = [
+        (parent, leaf, child)
+        for parent in {id(m): m for _, m in walk(model)}.values()
+        for leaf, child in parent._modules.items()
+        if id(child) in wrappers
+    ]
+    for parent, leaf, child in places:
+        if isinstance(child, AdaptedLayer):
+            plain = child.base_layer
+        else:
+            assert isinstance(child, SavedModule)
+            plain = child.current if is_merged else child.original_module
+        parent._modules[leaf] = plain
+    for attribute in ("lora_adapters", "lora_required"):
+        model.__dict__.pop(attribute, None)
+    for name, parameter in base_parameters(model):
+        parameter.requires_grad_(name in required)

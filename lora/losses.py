@@ -1,0 +1,15 @@
+"""The loss of a task, from logits and targets."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def task_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
+    """Mean over the examples, float32: cross-entropy in nats, or the squared error.
+
+    logits (examples, classes) and targets (examples,) long; for regression (examples, 1) and
+    float32.
+    """
+    if task == "regression":
+        return F.mse_loss(logits.float().squeeze(-1), targets)
+    return F.cross_entropy(logits.float(), targets)

@@ -1,0 +1,8 @@
+"""One file per method, found by being there: importing this package fills adapter.METHODS."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")

@@ -1,0 +1,36 @@
+"""Full fine-tuning: the yardstick that every other method is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lora.adapter import MethodConfig, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(MethodConfig):
+    """Full fine-tuning has no settings."""
+
+
+class Full(Selection):
+    """W' is W, trained: every parameter of the model.
+
+    The originals are not kept (keeps_base): they would double the memory of the largest
+    contender. The saved file therefore holds the whole model, and is loaded into its
+    architecture, whatever the base.
+    """
+
+    name = "full"
+    paper = "Devlin et al. 2018, arXiv:1810.04805, section 3.2"
+    Config = FullConfig
+    peft_type = "FULL"  # no type of PEFT's: PEFT refuses the file by this name
+    learning_rate = 5e-5
+    exempt: ClassVar = {
+        "disabled_is_base": "the originals are not kept",
+        "restore_is_bit_exact": "the originals are not kept",
+    }
+
+    @classmethod
+    def selects(cls, name: str, config: MethodConfig) -> bool:
+        return True

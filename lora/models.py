@@ -1,0 +1,142 @@
+"""Base model and tokenizer, from the embedded default, a local folder, or the hub."""
+
+from __future__ import annotations
+
+import functools
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora import demo
+from lora.errors import ModelError
+from lora.injection import backbone
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model ready for one task, and what belongs to it."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    new: tuple[str, ...]  # modules with fresh weights: the head
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub answers one request within 5 seconds; asked once per process.
+
+    Sets HF_HUB_OFFLINE where it does not, so that no library retries after it.
+    """
+    answers = False
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "TRUE", "YES", "ON"):
+        request = urllib.request.Request(
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                answers = True
+        except urllib.error.HTTPError:
+            answers = True  # it answered, if only to complain
+        except (OSError, ValueError):
+            answers = False
+    if not answers:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        # Read once at import, long before this: the library's own switch.
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return answers
+
+
+def load_base(base: str, labels: int, task: str, seed: int) -> Base:
+    """The base with a head of `labels` outputs for `task`; fresh weights are a function of seed.
+
+    Parameters are float32. Raises ModelError where the base is not to be had, or its weights do
+    not fill the backbone.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if base == "demo":
+            return _demo_base(labels, task)
+        return _transformers_base(base, labels, task)
+
+
+def _head(labels: int, task: str) -> dict[str, Any]:
+    problem = "regression" if task == "regression" else "single_label_classification"
+    return {"num_labels": labels, "problem_type": problem}
+
+
+def _demo_base(labels: int, task: str) -> Base:
+    config = transformers.DistilBertConfig(**demo.ARCHITECTURE, **_head(labels, task))
+    model = transformers.DistilBertForSequenceClassification(config)
+    model.distilbert.load_state_dict(demo.state_dict())
+    model.config._name_or_path = "sentence-transformers/all-MiniLM-L6-v2 as DistilBERT"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(demo.file("tokenizer.json")),
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    return Base(model.eval(), tokenizer, ("pre_classifier", "classifier"))
+
+
+def _transformers_base(base: str, labels: int, task: str) -> Base:
+    local = Path(base).is_dir()
+    if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
+    if not local and not hub_answers():
+        hint = f"--base {base} is a name on the hub, which does not answer"
+        cached = _cached(base)
+        if not cached:
+            raise ModelError(
+                f"{hint}, and it is not in the local cache. Run lora train --base demo, or pass"
+                " the folder of a downloaded model."
+            )
+    try:
+        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+            base, output_loading_info=True, dtype=torch.float32, **_head(labels, task)
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"--base {base} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            " Pass --base demo, a folder with config.json and weights, or a name on the hub."
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
+            " tokenizer_config.json."
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trunk = backbone(model)
+    missing = sorted(loading["missing_keys"])
+    lost = [key for key in missing if key.startswith(trunk + ".")] if trunk else []
+    # A pooler is part of the backbone in BERT, yet absent from masked-language checkpoints.
+    lost = [key for key in lost if ".pooler." not in key]
+    if lost:
+        raise ModelError(
+            f"--base {base}: {len(lost)} tensors of the backbone are not in its files"
+            f" ({lost[0]}, ...). The weights are of another model, or incomplete."
+        )
+    new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
+    return Base(model.eval(), tokenizer, new)
+
+
+def _cached(name: str) -> bool:
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    return isinstance(found, str)

@@ -1,0 +1,99 @@
+"""Curves, drawn from what runs recorded and from nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from lora.errors import RunError
+
+# Distinct for readers who tell few colours apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The recorded steps and epochs of a run."""
+    path = directory / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        raise RunError(
+            f"{directory} is no run directory: no metrics.jsonl. Run lora train."
+        ) from None
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Run lora train again.") from None
+    steps = [line for line in lines if line["kind"] == "step"]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    if not epochs:
+        raise RunError(f"{path} has no finished epoch: nothing to draw.")
+    return steps, epochs
+
+
+def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
+    """loss.png and the first metric's PNG over the epochs, runs of a method in one colour."""
+    runs = [(directory, *read_metrics(directory)) for directory in directories]
+    metric = next(iter(runs[0][2][0]["dev"]))
+    methods = [_method(directory) for directory in directories]
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(methods))}
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name in ("loss", metric):
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        shown: set[str] = set()
+        for (_, steps, epochs), method in zip(runs, methods, strict=True):
+            label = method if method not in shown else None
+            shown.add(method)
+            if name == "loss":
+                _loss(axes, steps, epochs, colour[method], label)
+            else:
+                _points(axes, epochs, [e["dev"][metric] for e in epochs], colour[method], label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss" if name == "loss" else f"dev {metric}")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        pictures.append(path)
+    return pictures
+
+
+def _method(directory: Path) -> str:
+    try:
+        return str(json.loads((directory / "summary.json").read_text())["method"])
+    except (OSError, ValueError, KeyError):
+        return directory.name
+
+
+def _loss(
+    axes: Axes, steps: list[dict[str, Any]], epochs: list[dict[str, Any]], colour: str,
+    label: str | None,
+) -> None:  # fmt: skip
+    """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
+    per_epoch = max(s["step"] for s in steps if s["epoch"] == 1)
+    width = max(1, per_epoch // 10)
+    losses = [step["loss"] for step in steps]
+    smooth = [
+        sum(losses[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1)
+        for i in range(len(losses))
+    ]
+    axes.plot([s["step"] / per_epoch for s in steps], smooth, color=colour, lw=1, alpha=0.75,
+              label=label and f"{label}, train")  # fmt: skip
+    _points(axes, epochs, [e["dev_loss"] for e in epochs], colour, label and f"{label}, dev")
+
+
+def _points(
+    axes: Axes, epochs: list[dict[str, Any]], values: list[float], colour: str, label: str | None
+) -> None:
+    axes.plot([e["epoch"] for e in epochs], values, "o--", color=colour, lw=1.2, label=label)
+    axes.set_xticks(range(len(epochs) + 1))

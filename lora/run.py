@@ -1,0 +1,463 @@
+"""One training run, from its configuration to its directory, and back from there to a model.
+
+config.toml        the configuration as resolved: reads back with `lora train --config`
+environment.json   versions, machine, command
+metrics.jsonl      one line per step and per epoch, as they happen
+adapter/           the adapter after the last whole epoch, in PEFT's format
+predictions.jsonl  the answers on the held-out split
+summary.json       the result; there only when the run is complete
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import rich
+import tomli_w
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from lora import __version__
+from lora.adapter import METHODS, AdapterConfig
+from lora.checkpoint import load, save, write_whole
+from lora.config import RunConfig, parse_run, to_table
+from lora.data import Columns, Corpus, Encoded, Example, encode, read, take, unlabelled
+from lora.errors import DataError, ModelError, RunError, TrainingError
+from lora.evaluate import answers, evaluate, predict
+from lora.injection import inject
+from lora.models import Base, load_base
+from lora.train import fit
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and all that its answers need."""
+
+    config: RunConfig[Any]
+    model: Any
+    tokenizer: Any
+    device: torch.device
+
+
+def run(config: RunConfig[Any]) -> dict[str, Any]:
+    """Train, evaluate, record. Returns the summary. Raises LoraError, no directory left behind
+    unless training had begun."""
+    started = time.perf_counter()
+    directory = config.run_dir or default_directory(config)
+    check_free(directory)
+    with progress_bar() as progress, PeakMemory() as memory:
+        work = progress.add_task("reading data and base", total=None)
+        corpus = read_corpus(config)
+        base = load_base(config.base, len(corpus.labels) or 1, corpus.task, config.seed)
+        config, said = resolve(config, corpus, base)
+        device = pick_device()
+        base.model.to(device)
+        splits = encode_splits(config, corpus, base.tokenizer)
+        report = inject(base.model, config.adapter, seed=config.seed)
+        progress.remove_task(work)
+        for line in filter(None, (config.note, corpus.note, said)):
+            progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
+        progress.console.print(str(report), markup=False, highlight=False)
+
+        create(directory, config)
+        with recorder(directory) as metrics:
+            epochs = _train(config, base, corpus, splits, directory, metrics, progress)
+        name, held_out = corpus.held_out
+        final = evaluate(base.model, corpus, splits[name], held_out, 64, config.dtype, progress)
+        memory.sample()
+    write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
+    summary = {
+        "method": config.method,
+        "task": corpus.task,
+        "base": config.base,
+        "data": config.data,
+        "seed": config.seed,
+        "note": " ".join(filter(None, (config.note, corpus.note))),
+        "trainable": report.trainable,
+        "adapter_parameters": report.adapter_parameters,
+        "parameters": report.total,
+        "learning_rate": config.learning_rate,
+        "epochs": epochs,
+        "split": name,
+        "rows": len(held_out),
+        "loss": final.loss,
+        "metrics": final.metrics,
+        "train_seconds": sum(epoch["seconds"] for epoch in epochs),
+        "seconds": time.perf_counter() - started,
+        "peak_bytes": memory.peak(device),
+    }
+    _write(directory / "summary.json", json.dumps(summary, indent=2).encode())
+    return summary | {"run_dir": str(directory)}
+
+
+def _train(
+    config: RunConfig[Any],
+    base: Base,
+    corpus: Corpus,
+    splits: dict[str, Encoded],
+    directory: Path,
+    metrics: TextIO,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The epochs: train, evaluate on dev, save. Returns a record of each."""
+    epochs: list[dict[str, Any]] = []
+    steps: list[Any] = []
+    good = "none: no epoch was finished"
+    bar = progress.add_task("training", total=None)
+    try:
+        assert config.learning_rate is not None
+        for step in fit(
+            base.model,
+            splits["train"],
+            corpus.task,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            warmup=config.warmup,
+            max_grad_norm=config.max_grad_norm,
+            dtype=config.dtype,
+            seed=config.seed,
+        ):
+            steps.append(step)
+            said = f"epoch {step.epoch}/{config.epochs} loss {step.loss:.3f}"
+            progress.update(bar, total=step.steps, completed=step.step, description=said)
+            record(metrics, {"kind": "step", **asdict(step)})
+            if not step.epoch_ends:
+                continue
+            dev = evaluate(
+                base.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
+            )
+            seen = sum(s.examples for s in steps)
+            tokens = sum(s.tokens for s in steps)
+            padded = sum(s.tokens / (1 - s.padding) for s in steps)
+            epochs.append(
+                {
+                    "epoch": step.epoch,
+                    "loss": sum(s.loss * s.examples for s in steps) / seen,
+                    "seconds": sum(s.seconds for s in steps),
+                    "padding": 1 - tokens / padded,
+                    "dev_loss": dev.loss,
+                    "dev": dev.metrics,
+                }
+            )
+            record(metrics, {"kind": "epoch", **epochs[-1]})
+            save(base.model, directory / "adapter")
+            good = f"epoch {step.epoch}, in {directory / 'adapter'}"
+            scores = "  ".join(f"{k} {v:.4f}" for k, v in dev.metrics.items())
+            progress.console.print(
+                f"epoch {step.epoch}/{config.epochs}  loss {epochs[-1]['loss']:.4f}"
+                f"  dev loss {dev.loss:.4f}  {scores}  {epochs[-1]['seconds']:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+            steps.clear()
+    except TrainingError as error:
+        raise TrainingError(
+            f"{error} Last good state: {good}."
+            f" Run again with a lower --learning-rate than {config.learning_rate:g}."
+        ) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"Last good state: {good}.") from None
+    progress.remove_task(bar)
+    return epochs
+
+
+def default_directory(config: RunConfig[Any]) -> Path:
+    """runs/TIME-METHOD, a name that no earlier run has."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
+
+
+def check_free(directory: Path) -> None:
+    """Raise RunError where a run directory exists or could not be made; makes nothing."""
+    if directory.exists() or directory.is_symlink():
+        raise RunError(
+            f"--run-dir {directory} exists: no run is written over. Pass another, or remove it."
+        )
+    parent = next(p for p in directory.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(f"--run-dir {directory} cannot be made: {parent} is not writable.")
+
+
+def create(directory: Path, config: RunConfig[Any]) -> None:
+    """Make the directory with config.toml and environment.json in it."""
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(f"--run-dir {directory} cannot be made: {error.strerror}.") from None
+    _write(
+        directory / "config.toml", tomli_w.dumps(to_table(replace(config, run_dir=None))).encode()
+    )
+    _write(directory / "environment.json", json.dumps(environment(), indent=2).encode())
+
+
+def environment() -> dict[str, Any]:
+    """What the result may depend on besides the configuration."""
+    import transformers
+
+    return {
+        "command": shlex.join(sys.argv),
+        "lora-from-scratch": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
+
+
+def read_corpus(config: RunConfig[Any]) -> Corpus:
+    """The data set that a configuration asks for."""
+    columns = Columns(config.text_column, config.pair_column, config.label_column)
+    return read(config.data, columns, config.task, config.labels, config.limit)
+
+
+def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConfig[Any], str]:
+    """The configuration with everything decided, and what to tell the user of it."""
+    rate = config.learning_rate or METHODS[config.method].learning_rate
+    adapter, said = config.adapter, ""
+    if isinstance(adapter, AdapterConfig):
+        named = tuple(dict.fromkeys((*adapter.modules_to_save, *base.new)))
+        adapter = replace(adapter, modules_to_save=named)
+        said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
+    length = config.max_length
+    most = getattr(base.model.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise ModelError(f"--max-length {length}: {config.base} has {most} positions. Lower it.")
+    resolved = replace(
+        config, learning_rate=rate, task=corpus.task, labels=corpus.labels, adapter=adapter
+    )
+    return resolved, said if base.new else ""
+
+
+def encode_splits(config: RunConfig[Any], corpus: Corpus, tokenizer: Any) -> dict[str, Encoded]:
+    """Every split's token ids."""
+    splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
+    return {
+        name: encode(tokenizer, split, corpus.targets(split), corpus.task, config.max_length)
+        for name, split in splits.items()
+        if split
+    }
+
+
+def pick_device() -> torch.device:
+    """The accelerator torch finds, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def reopen(directory: Path) -> Trained:
+    """The model of a run directory: its base with its adapter on."""
+    path = directory / "config.toml"
+    if not path.is_file():
+        raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
+    config = parse_run(["--config", str(path)])
+    base = load_base(config.base, len(config.labels) or 1, config.task, config.seed)
+    load(base.model, directory / "adapter")
+    device = pick_device()
+    return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
+
+
+def summary_of(directory: Path) -> dict[str, Any]:
+    """The result of a complete run."""
+    try:
+        found: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    except (OSError, ValueError):
+        raise RunError(
+            f"{directory} holds no complete run: no summary.json. Run lora train."
+        ) from None
+    return found
+
+
+def newest_runs(folder: Path = Path("runs")) -> list[Path]:
+    """The newest complete run of each method under a folder."""
+    found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    newest = {str(summary_of(path.parent)["method"]): path.parent for path in found}
+    if not newest:
+        raise RunError(
+            f"no complete run under {folder}/. Run python scripts/train_lora_distilbert.py."
+        )
+    return list(newest.values())
+
+
+def rows_of(
+    corpus: Corpus, examples: Sequence[Example], logits: Tensor
+) -> Iterator[dict[str, Any]]:
+    """One record per example: its text, its label where known, the prediction and its scores."""
+    scores = logits.tolist() if corpus.task == "regression" else logits.softmax(-1).tolist()
+    for example, answer, row in zip(examples, answers(corpus, logits), scores, strict=True):
+        known = {"pair": example.pair, "label": example.label}
+        yield {
+            "text": example.text,
+            **{key: value for key, value in known.items() if value is not None},
+            "prediction": answer,
+            **({} if corpus.task == "regression" else {"scores": [round(p, 6) for p in row]}),
+        }
+
+
+def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """JSON lines, whole or not at all."""
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _write(path: Path, payload: bytes) -> None:
+    try:
+        write_whole(path, payload)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
+def recorder(directory: Path) -> Iterator[TextIO]:
+    """metrics.jsonl, open for record()."""
+    path = directory / "metrics.jsonl"
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def record(metrics: TextIO, row: dict[str, Any]) -> None:
+    """One line, on disk at once, so that a reader sees the run as it goes."""
+    metrics.write(json.dumps(row) + "\n")
+    metrics.flush()
+
+
+def progress_bar() -> Progress:
+    """A bar on a terminal; elsewhere only what is printed, on stderr."""
+    console = rich.get_console() if sys.stderr.isatty() else rich.console.Console(file=sys.stderr)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+
+
+class PeakMemory:
+    """The largest anonymous memory of the process above its value at the start, in bytes.
+
+    Sampled from /proc every 20 ms (RssAnon: neither mapped files nor shared libraries); on CUDA
+    the device's own peak is reported instead. Where there is no /proc: 0.
+    """
+
+    def __enter__(self) -> PeakMemory:
+        self.start = self.most = self.now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.02):
+            self.sample()
+
+    def sample(self) -> None:
+        self.most = max(self.most, self.now())
+
+    def now(self) -> int:
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return 0
+        line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+    def peak(self, device: torch.device) -> int:
+        """Bytes above the start, or of the device."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return self.most - self.start
+
+
+def rescore(directory: Path, data: str | None, split: str | None) -> dict[str, float]:
+    """A run's scores on a split of its own data or of other data."""
+    trained = reopen(directory)
+    config = trained.config if data is None else replace(trained.config, data=data, limit=None)
+    corpus = read_corpus(config)
+    name = split or corpus.held_out[0]
+    examples = take(corpus, name)
+    with progress_bar() as progress:
+        encoded = encode(
+            trained.tokenizer, examples, corpus.targets(examples), corpus.task, config.max_length
+        )
+        found = evaluate(trained.model, corpus, encoded, examples, 64, config.dtype, progress)
+    return {"loss": found.loss, **found.metrics}
+
+
+def predict_texts(
+    directory: Path,
+    texts: Sequence[str],
+    pairs: Sequence[str],
+    data: str | None,
+    output: Path | None,
+) -> None:
+    """Label texts, or the rows of a file, with a run's model."""
+    if (data is None) == (not texts):
+        raise DataError("one of --text and --data FILE is needed.")
+    if pairs and len(pairs) != len(texts):
+        raise DataError(f"{len(texts)} texts and {len(pairs)} pairs. Pass one --pair per --text.")
+    if output is not None and output.exists():
+        raise RunError(f"--output {output} exists. Pass another, or remove it.")
+    trained = reopen(directory)
+    config = trained.config
+    if data is not None:
+        columns = Columns(config.text_column, config.pair_column, config.label_column)
+        examples = unlabelled(data, columns)
+    else:
+        examples = [
+            Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
+        ]
+    corpus = Corpus(str(data), config.task, config.labels, (), (), ())
+    encoded = encode(
+        trained.tokenizer, examples, [0.0] * len(examples), config.task, config.max_length
+    )
+    with progress_bar() as progress:
+        logits = predict(trained.model, encoded, 64, config.dtype, progress)
+    rows = rows_of(corpus, examples, logits)
+    if output is not None:
+        write_lines(output, rows)
+    else:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))

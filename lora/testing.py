@@ -1,0 +1,596 @@
+"""The contract of a method, public: `check_method(MyMethod)` runs every clause on every case.
+
+A case is a kind of layer, with or without bias, in a dtype. A clause raises ContractError, or
+returns; a clause that a method is exempt from is listed with the reason the method gives.
+
+    >>> print(lora.testing.check_method(lora.METHODS["lora"]))
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import AdaptedLayer, Adapter, AdapterConfig, Method, MethodConfig
+from lora.checkpoint import CONFIG, WEIGHTS, find_folder, load, read_config, read_json, save
+from lora.errors import CheckpointError, ConfigError, ContractError, MergeError, TargetError
+from lora.injection import (
+    base_parameters,
+    disabled,
+    eject,
+    inject,
+    merge,
+    restore,
+    trained_parameters,
+    wrappers_of,
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer to put a method on."""
+
+    kind: str  # Linear or Conv1D
+    bias: bool
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.kind}{'' if self.bias else ', no bias'}, {dtype}"
+
+
+Check = Callable[[type[Method], MethodConfig, Case], None]
+CLAUSES: dict[str, Check] = {}
+WRAPPING: set[str] = set()  # clauses about layers that a method wraps
+
+
+def clause(wrapping: bool = False) -> Callable[[Check], Check]:
+    """Register a clause; `wrapping` ones do not concern methods that wrap nothing."""
+
+    def register(check: Check) -> Check:
+        CLAUSES[check.__name__] = check
+        if wrapping:
+            WRAPPING.add(check.__name__)
+        return check
+
+    return register
+
+
+@dataclass(frozen=True)
+class Result:
+    clause: str
+    case: Case
+    outcome: str  # "held", "exempt: REASON" or "failed: WHY"
+
+
+@dataclass(frozen=True)
+class ContractReport:
+    """What check_method found; `str(report)` is its table, a line per clause."""
+
+    method: str
+    results: tuple[Result, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.method}: the contract on {len({r.case for r in self.results})} cases"]
+        for name in dict.fromkeys(result.clause for result in self.results):
+            outcomes = dict.fromkeys(r.outcome for r in self.results if r.clause == name)
+            lines.append(f"  {name:<32} {'; '.join(outcomes)}")
+        return "\n".join(lines)
+
+
+def cases() -> list[Case]:
+    """Every case that can be built here; Conv1D needs transformers and always has a bias."""
+    dtypes = (torch.float32, torch.bfloat16)
+    found = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
+    try:
+        import transformers.pytorch_utils  # noqa: F401
+    except ImportError:
+        return found
+    return found + [Case("Conv1D", True, dtype) for dtype in dtypes]
+
+
+def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case) -> Result:
+    """One clause on one case."""
+    if name in method.exempt:
+        return Result(name, case, f"exempt: {method.exempt[name]}")
+    if name in WRAPPING and not issubclass(method, Adapter):
+        return Result(name, case, "exempt: wraps no layer")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            CLAUSES[name](method, config, case)
+    except ContractError as error:
+        return Result(name, case, f"failed: {error}")
+    except Exception as error:  # the method's own code: any error of its is a finding
+        return Result(name, case, f"failed: {type(error).__name__}: {error}")
+    return Result(name, case, "held")
+
+
+def check_method(method: type[Method], config: MethodConfig | None = None) -> ContractReport:
+    """Every clause on every case, with `config` or the method's defaults.
+
+    Raises ContractError that names each clause and case that failed; returns the report.
+    """
+    config = config or method.Config()
+    report = ContractReport(
+        method.name,
+        tuple(run_clause(name, method, config, case) for name in CLAUSES for case in cases()),
+    )
+    failed = [r for r in report.results if r.outcome.startswith("failed")]
+    if failed:
+        lines = [f"{r.clause} ({r.case}): {r.outcome.removeprefix('failed: ')}" for r in failed]
+        raise ContractError(f"{method.name} breaks its contract:\n  " + "\n  ".join(lines))
+    return report
+
+
+class Toy(nn.Module):
+    """Two layers of the case's kind and a norm that nothing targets.
+
+    Nearly linear: a saturating toy would make gradients vanish that are there.
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.first = _layer(case, 12, 16)
+        self.norm = nn.LayerNorm(16)
+        self.second = _layer(case, 16, 10)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                width = parameter.shape[0] ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / width)
+        self.to(case.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + 0.1 * torch.sin(self.norm(h))
+        output: Tensor = self.second(h)
+        return output
+
+
+def _layer(case: Case, inside: int, outside: int) -> nn.Module:
+    if case.kind == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        module: nn.Module = Conv1D(outside, inside)
+        return module
+    return nn.Linear(inside, outside, bias=case.bias)
+
+
+def _input(case: Case, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, 5, 12, generator=generator).to(case.dtype)
+
+
+def perturb(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
+    """Move every trained parameter off its start, by a fixed amount of its own."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained_parameters(model, name).values():
+            shift = size * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(shift.to(parameter.dtype))
+
+
+def _injected(config: MethodConfig, case: Case, moved: bool = False) -> Toy:
+    model = Toy(case)
+    inject(model, config)
+    if moved:
+        perturb(model)
+    return model.eval()
+
+
+def _same(found: Tensor, wanted: Tensor, what: str) -> None:
+    if found.dtype != wanted.dtype or not torch.equal(found, wanted):
+        raise ContractError(f"{what}: not bit-equal")
+
+
+def _near(found: Tensor, wanted: Tensor, what: str, k: float = 16) -> None:
+    """Within k · eps(dtype) · max|wanted|."""
+    found, wanted = found.detach(), wanted.detach()
+    bound = k * torch.finfo(found.dtype).eps * max(float(wanted.abs().max()), 1e-30)
+    off = float((found - wanted).abs().max())
+    if not off <= bound:
+        raise ContractError(f"{what}: off by {off:.3g}, tolerance {bound:.3g}")
+
+
+def _require(good: bool, what: str) -> None:
+    if not good:
+        raise ContractError(what)
+
+
+@contextmanager
+def _raises(kind: type[Exception], what: str) -> Iterator[None]:
+    try:
+        yield
+    except kind:
+        return
+    raise ContractError(f"{what}: no {kind.__name__}")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a failed operation must leave as it was: modules, bits, requires_grad, modes."""
+    return {
+        "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
+        "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "trains": [(name, p.requires_grad) for name, p in model.named_parameters()],
+        "state": sorted(set(model.__dict__) - set(nn.Module().__dict__)),
+    }
+
+
+def unchanged(before: dict[str, Any], model: nn.Module) -> bool:
+    """Whether a snapshot still holds."""
+    now = snapshot(model)
+    bits, then = now.pop("bits"), before["bits"]
+    if bits.keys() != then.keys() or any(now[key] != before[key] for key in now):
+        return False
+    return all(torch.equal(bits[key], then[key]) for key in bits)
+
+
+@clause()
+def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case) -> None:
+    x = _input(case)
+    _near(_injected(config, case)(x), Toy(case).eval()(x), "output after injection")
+
+
+@clause(wrapping=True)
+def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, x = _injected(config, case, moved=True), _input(case)
+    before = model(x)
+    _require(not torch.equal(before, Toy(case).eval()(x)), "moved parameters change nothing")
+    merge(model)
+    _near(model(x), before, "merged output")
+
+
+@clause(wrapping=True)
+def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """In float64, values and gradients, with the same mask and without one."""
+    model = _injected(config, Case(case.kind, case.bias, torch.float64), moved=True)
+    layers, _ = wrappers_of(model)
+    for name, layer in layers.items():
+        adapter, view = layer.adapter("default"), layer.view
+        x = torch.randn(7, view.in_features, dtype=torch.float64, requires_grad=True)
+        pull = torch.randn(7, view.out_features, dtype=torch.float64)
+        for mask in (None, torch.empty_like(x).bernoulli_(0.5).mul_(2.0).detach()):
+            inputs = [x, *adapter.parameters()]
+            found = adapter.compute(view, x, mask)
+            wanted = adapter.reference(view, x, mask)
+            where = f"{name}, {'no mask' if mask is None else 'mask'}"
+            _near(found, wanted, f"{where}: y", k=1024)
+            for label, got, should in zip(
+                ["x", *dict(adapter.named_parameters())],
+                torch.autograd.grad(found, inputs, pull),
+                torch.autograd.grad(wanted, inputs, pull),
+                strict=True,
+            ):
+                _near(got, should, f"{where}: gradient of {label}", k=1024)
+
+
+@clause(wrapping=True)
+def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """A layer in training drops as the specification does with the mask it draws, eval nothing."""
+    model = _injected(config, case, moved=True)
+    layers, _ = wrappers_of(model)
+    layer = layers["first"]
+    x = _input(case)
+    adapter = layer.adapter("default")
+    _near(layer(x), adapter.reference(layer.view, x, None), "eval", k=32)
+    adapter.lora_dropout = 0.5
+    layer.train()
+    torch.manual_seed(5)
+    found = layer(x)
+    torch.manual_seed(5)
+    mask = adapter.draw_mask(x)
+    assert mask is not None
+    _near(found, adapter.reference(layer.view, x, mask), "training", k=32)
+    _require(set(mask.flatten().tolist()) == {0.0, 2.0}, "a mask of p = 0.5 has values 0 and 2")
+
+
+@clause(wrapping=True)
+def base_bits_stay(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = _injected(config, case)
+    base = {name: p.detach().clone() for name, p in base_parameters(model)}
+    _steps(model, case)
+    for name, parameter in base_parameters(model):
+        _same(parameter.detach(), base[name], f"base parameter {name} after steps")
+
+
+def _steps(model: nn.Module, case: Case) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    model.train()
+    for number in range(3):
+        model(_input(case, seed=number)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@clause()
+def only_the_adapter_trains(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = _injected(config, case, moved=True)
+    own = {id(p) for p in trained_parameters(model, "default").values()}
+    model(_input(case)).float().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        mine = id(parameter) in own
+        _require(parameter.requires_grad == mine, f"{name}: requires_grad is not {mine}")
+        got = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        _require(got == mine, f"{name}: {'no gradient' if mine else 'a gradient'}")
+
+
+@clause()
+def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, x = _injected(config, case, moved=True), _input(case)
+    with disabled(model):
+        _same(model(x), Toy(case).eval()(x), "disabled output")
+    _require(not torch.equal(model(x), Toy(case).eval()(x)), "enabled again: nothing acts")
+
+
+@clause()
+def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """disabled, merge and restore work, or are a MergeError with the model untouched."""
+    if method.keeps_base:
+        return
+    model = _injected(config, case, moved=True)
+    before = snapshot(model)
+    with _raises(MergeError, "disabled"), disabled(model):
+        pass
+    for verb in (merge, restore):
+        with _raises(MergeError, verb.__name__):
+            verb(model)
+    _require(unchanged(before, model), "the refused call changed the model")
+
+
+@clause()
+def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, x = _injected(config, case, moved=True), _input(case)
+    own = trained_parameters(model, "default")
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        stored = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+        _require(len(stored) == len(own), "the file holds other tensors than the adapter's")
+        for key, parameter in own.items():
+            _same(stored[f"base_model.model.{key}"], parameter.detach(), f"stored {key}")
+        other = Toy(case)
+        load(other, folder)
+    other.eval()
+    for key, parameter in trained_parameters(other, "default").items():
+        _same(parameter.detach(), own[key].detach(), f"loaded {key}")
+    _same(other(x), model(x), "output of the loaded adapter")
+
+
+@clause()
+def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = _injected(config, case)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        settings = read_json(find_folder(folder) / CONFIG)
+        found = read_config(method, settings, Path(folder))
+        other = Toy(case)
+        inject(other, found)
+        with tempfile.TemporaryDirectory() as again:
+            save(other, again)
+            _require(
+                read_json(Path(again) / CONFIG) == settings, "config -> file -> config differs"
+            )
+
+
+@clause()
+def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = _injected(config, case, moved=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        path = Path(folder) / WEIGHTS
+        # From bytes: load_file maps the file, which is rewritten below.
+        whole = safetensors.torch.load(path.read_bytes())
+        last = list(whole)[-1]
+        broken: dict[str, dict[str, Tensor] | bytes] = {
+            "truncated": path.read_bytes()[:-8],
+            "empty": b"",
+            "a tensor missing": {k: t for k, t in whole.items() if k != last},
+            "a tensor too many": whole | {"base_model.model.third.weight": torch.zeros(2)},
+            "a tensor misshapen": whole | {last: torch.zeros(3, 5)},
+            "not a number": whole | {last: torch.full_like(whole[last], torch.nan)},
+            "integers": whole | {last: torch.zeros(whole[last].shape, dtype=torch.int64)},
+        }
+        for what, content in broken.items():
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                safetensors.torch.save_file(content, path)
+            other = Toy(case)
+            before = snapshot(other)
+            with _raises(CheckpointError, what):
+                load(other, folder)
+            _require(unchanged(before, other), f"{what}: the failed load changed the model")
+
+
+@clause(wrapping=True)
+def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """The digest covers what changes the mathematics: here, the layers adapted."""
+    model = _injected(config, case, moved=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        path = Path(folder) / CONFIG
+        settings = json.loads(path.read_text())
+        path.write_text(json.dumps(settings | {"target_modules": ["first"]}))
+        other = Toy(case)
+        before = snapshot(other)
+        with _raises(CheckpointError, "an edited target_modules"):
+            load(other, folder)
+        _require(unchanged(before, other), "the failed load changed the model")
+
+
+@clause(wrapping=True)
+def another_base_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = _injected(config, case, moved=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        other = Toy(case)
+        with torch.no_grad():
+            other.first.weight.mul_(1.1)  # type: ignore[operator]
+        with _raises(CheckpointError, "another base"):
+            load(other, folder)
+
+
+@clause()
+def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, base, x = _injected(config, case, moved=True), Toy(case).eval(), _input(case)
+    _require(model(x).dtype == base(x).dtype, "dtype differs from the base's")
+    with torch.autocast("cpu", torch.bfloat16):
+        _require(model(x).dtype == base(x).dtype, "dtype under autocast differs from the base's")
+
+
+@clause()
+def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, x = _injected(config, case, moved=True), _input(case)
+    wanted = model(x)
+    twin = copy.deepcopy(model)
+    _same(twin(x), wanted, "output of a deepcopy")
+    perturb(twin)
+    _same(model(x), wanted, "the original after its deepcopy moved")
+    away = copy.deepcopy(model).to("meta")
+    _require(all(p.is_meta for p in away.parameters()), "a parameter stayed behind")
+    if torch.cuda.is_available():
+        _near(copy.deepcopy(model).cuda()(x.cuda()).cpu(), wanted, "on CUDA", k=256)
+
+
+@clause()
+def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, x = _injected(config, case, moved=True), _input(case)
+    wanted, before = model(x), snapshot(model)
+    for _ in range(5):
+        merge(model)
+        restore(model)
+    _require(unchanged(before, model), "merge and restore changed the model")
+    _same(model(x), wanted, "output after restore")
+    merge(model)
+    with _raises(MergeError, "merge of a merged model"):
+        merge(model)
+
+
+@clause()
+def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model, x = _injected(config, case, moved=True), _input(case)
+    if method.keeps_base:
+        merge(model)
+    wanted = model(x)
+    eject(model)
+    _require([n for n, _ in model.named_modules()] == [n for n, _ in Toy(case).named_modules()],
+             "a wrapper is left")  # fmt: skip
+    _same(model(x), wanted, "ejected output")
+    _require(all(p.requires_grad for p in model.parameters()), "a parameter is left frozen")
+
+
+@clause(wrapping=True)
+def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = Toy(case)
+    model.again = model.first
+    inject(model, config)
+    _require(model.again is model.first and isinstance(model.again, AdaptedLayer),
+             "a module reached by two paths was wrapped on one")  # fmt: skip
+    perturb(model.eval())
+    wanted = model(_input(case))
+    merge(model)
+    _near(model(_input(case)), wanted, "merged output")
+    eject(model)
+    _require(model.again is model.first and not isinstance(model.again, AdaptedLayer),
+             "ejected on one path only")  # fmt: skip
+
+
+@clause(wrapping=True)
+def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case: Case) -> None:
+    model = Toy(case)
+    model.tied = nn.Module()
+    model.tied.weight = model.first.weight
+    inject(model, config)
+    before = snapshot(model)
+    with _raises(MergeError, "merging into a tied weight"):
+        merge(model)
+    _require(unchanged(before, model), "the refused merge changed the model")
+
+
+@clause()
+def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Recomputation draws the same mask, so that the gradients are the same bits."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = _injected(config, case, moved=True).train()
+    for layer in wrappers_of(model)[0].values():
+        layer.adapter("default").lora_dropout = 0.3
+    own = trained_parameters(model, "default")
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(7)
+        x = _input(case)
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        y.float().square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
+        model.zero_grad()
+    for name in own:
+        _same(found[1][name], found[0][name], f"gradient of {name}")
+
+
+@clause()
+def torch_compile(method: type[Method], config: MethodConfig, case: Case) -> None:
+    if case != Case("Linear", True, torch.float32):
+        return  # one compilation is seconds, and no case has code of its own here
+    model, x = _injected(config, case, moved=True), _input(case)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    _near(compiled(x), model(x), "compiled output")
+
+
+@clause(wrapping=True)
+def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> None:
+    assert issubclass(method, Adapter)
+    assert isinstance(config, AdapterConfig)
+    for name, layer in wrappers_of(_injected(config, case))[0].items():
+        found = sum(p.numel() for p in layer.adapter("default").parameters())
+        wanted = method.size(layer.in_features, layer.out_features, case.bias, config)
+        _require(found == wanted, f"{name}: {found} parameters, {wanted} in closed form")
+
+
+@clause()
+def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Whatever was drawn before; and another seed fills at least one tensor otherwise."""
+
+    def start(seed: int, noise: int) -> dict[str, Tensor]:
+        torch.manual_seed(noise)
+        model = Toy(case)
+        torch.randn(noise)
+        inject(model, config, seed=seed)
+        return {k: p.detach() for k, p in trained_parameters(model, "default").items()}
+
+    one, two, other = start(0, 1), start(0, 99), start(1, 1)
+    for name in one:
+        _same(two[name], one[name], f"start of {name}")
+    if issubclass(method, Adapter):
+        _require(any(not torch.equal(one[n], other[n]) for n in one)
+                 or all(bool((t == t.flatten()[0]).all()) for t in one.values()),
+                 "the seed changes nothing")  # fmt: skip
+
+
+@clause(wrapping=True)
+def what_does_not_fit_is_named(method: type[Method], config: MethodConfig, case: Case) -> None:
+    from dataclasses import replace
+
+    assert isinstance(config, AdapterConfig)
+    for targets in (("norm",), ("frist",), r"second.+", ("first", "frist")):
+        model = Toy(case)
+        before = snapshot(model)
+        with _raises(TargetError, f"target_modules={targets!r}"):
+            inject(model, replace(config, target_modules=targets))
+        _require(unchanged(before, model), "the refused injection changed the model")
+    model = _injected(config, case)
+    with _raises(ConfigError, "a name given twice"):
+        inject(model, config)

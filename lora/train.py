@@ -1,0 +1,116 @@
+"""The loop: fit() on one screen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora.data import Encoded, batches, collate
+from lora.errors import TrainingError
+from lora.evaluate import autocast
+from lora.losses import task_loss
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step did; `epoch_ends` marks the last of an epoch."""
+
+    step: int  # from 1
+    steps: int
+    epoch: int  # from 1
+    loss: float  # mean over the batch's examples
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    examples: int
+    tokens: int  # without padding
+    padding: float  # share of the batch's positions that are padding
+    seconds: float
+    epoch_ends: bool
+
+
+def fit(
+    model: Any,
+    encoded: Encoded,
+    task: str,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    warmup: float = 0.06,
+    max_grad_norm: float = 1.0,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Iterator[Step]:
+    """Train what requires a gradient, one optimiser step at each `next`.
+
+    AdamW with a rate that rises linearly over `warmup` of the steps and falls linearly to 0.
+    Raises TrainingError at a loss or gradient that is not finite, before the step is taken.
+    """
+    device = next(model.parameters()).device
+    torch.manual_seed(seed)
+    lengths = encoded.lengths
+    plan = [(e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e)]
+    last = {epoch: number for number, (epoch, _) in enumerate(plan)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(groups(trained, weight_decay), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda number: slope(number, len(plan), warmup)
+    )
+    for number, (epoch, rows) in enumerate(plan):
+        started = time.perf_counter()
+        model.train()
+        batch = collate(encoded, rows, device)
+        with autocast(device, dtype):
+            logits = model(**batch).logits
+        loss = task_loss(logits, encoded.targets[rows].to(device), task)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
+        rate = float(schedule.get_last_lr()[0])
+        value = loss.item()
+        if not math.isfinite(value) or not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"step {number + 1} of {len(plan)} (epoch {epoch + 1}, learning rate {rate:.2e}):"
+                f" loss {value}, gradient norm {float(norm)}."
+            )
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(encoded.fields[row]["input_ids"]) for row in rows)
+        yield Step(
+            step=number + 1,
+            steps=len(plan),
+            epoch=epoch + 1,
+            loss=value,
+            learning_rate=rate,
+            gradient_norm=float(norm),
+            examples=len(rows),
+            tokens=tokens,
+            padding=1 - tokens / batch["input_ids"].numel(),
+            seconds=time.perf_counter() - started,
+            epoch_ends=last[epoch] == number,
+        )
+
+
+def slope(number: int, steps: int, warmup: float) -> float:
+    """The share of the peak rate at step `number` from 0: up over the warm-up, then down to 0."""
+    rise = math.ceil(warmup * steps)
+    if number < rise:
+        return (number + 1) / rise
+    return (steps - number) / max(1, steps - rise)
+
+
+def groups(trained: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms do not."""
+    matrices = [parameter for parameter in trained if parameter.dim() > 1]
+    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+    return [
+        {"params": found, "weight_decay": decay}
+        for found, decay in ((matrices, weight_decay), (vectors, 0.0))
+        if found
+    ]

@@ -1,0 +1,20 @@
+"""Draw the curves of the newest run of each method under runs/, from the metrics it recorded.
+
+python plot_metrics.py [RUN ...]     the pictures go to plots/
+"""
+
+import sys
+from pathlib import Path
+
+from lora.errors import LoraError
+from lora.plots import draw
+from lora.run import newest_runs
+
+if __name__ == "__main__":
+    try:
+        runs = [Path(run) for run in sys.argv[1:]] or newest_runs()
+        for picture in draw(runs, Path("plots")):
+            print(picture)
+    except LoraError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,53 @@
+"""Small models built from configurations, on one thread, offline."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a hub library
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
+
+
+def needs_shared(folder: str) -> Path:
+    """A folder of the outside data, or a skip that says why."""
+    path = SHARED / folder
+    if not path.is_dir():
+        pytest.skip(f"{path} is not here: outside data, never part of the tree")
+    return path
+
+
+def distilbert(seed: int = 0, **kwargs: object) -> nn.Module:
+    """DistilBERT for two classes, 2 layers of 32."""
+    torch.manual_seed(seed)
+    config = transformers.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=99, num_labels=2, **kwargs
+    )
+    return transformers.DistilBertForSequenceClassification(config).eval()
+
+
+def gpt2(seed: int = 0) -> nn.Module:
+    """GPT-2, 2 layers of 32: its layers are Conv1D."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=99, n_positions=64)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def tokens(rows: int = 3, length: int = 11) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(1, 99, (rows, length), generator=generator)

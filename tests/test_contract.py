@@ -1,0 +1,204 @@
+"""Every method keeps every clause, and the clauses catch what they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora
+import lora.methods
+from lora.adapter import METHODS, Adapter
+from lora.layers import View
+from lora.methods.lora import LoRA, LoRAConfig
+from lora.testing import CLAUSES, Case, cases, check_method, run_clause
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("clause", list(CLAUSES))
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_keeps_every_clause(method: str, clause: str, case: Case) -> None:
+    cls = METHODS[method]
+    outcome = run_clause(clause, cls, cls.Config(), case).outcome
+    if outcome.startswith("exempt"):
+        pytest.skip(outcome)
+    assert outcome == "held"
+
+
+def test_conv1d_is_among_the_cases() -> None:
+    assert {case.kind for case in CASES} == {"Linear", "Conv1D"}
+
+
+def test_the_report_is_a_table_of_clauses() -> None:
+    text = str(check_method(METHODS["full"]))
+    assert all(clause in text for clause in CLAUSES)
+    assert "exempt: the originals are not kept" in text
+
+
+def broken(change: Callable[[type[LoRA]], None]) -> type[LoRA]:
+    """LoRA with one thing wrong; it declares no name in its body, so that nothing registers it."""
+
+    class Broken(LoRA):
+        pass
+
+    Broken.name = "broken"
+    Broken.Config = BrokenConfig
+    change(Broken)
+    return Broken
+
+
+class BrokenConfig(LoRAConfig):
+    pass
+
+
+def wrong_scaling(cls: type[LoRA]) -> None:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        dropped = x if mask is None else x * mask
+        y: Tensor = (
+            view.module(x) + (dropped.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * 2
+        )
+        return y.to(x.dtype)
+
+    cls.compute = compute
+
+
+def noisy_start(cls: type[LoRA]) -> None:
+    def fill(self: LoRA, generator: Callable[[str], torch.Generator]) -> None:
+        self.lora_A.normal_(generator=generator("lora_A"))
+        self.lora_B.normal_(generator=generator("lora_B"))
+
+    cls.fill = fill
+
+
+def global_random_start(cls: type[LoRA]) -> None:
+    def fill(self: LoRA, generator: Callable[[str], torch.Generator]) -> None:
+        self.lora_A.normal_()
+        self.lora_B.zero_()
+
+    cls.fill = fill
+
+
+def dropped_bias(cls: type[LoRA]) -> None:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        W, _ = view.read()
+        dropped = x if mask is None else x * mask
+        h = dropped.to(self.lora_A.dtype) @ self.lora_A.T
+        y: Tensor = x @ W.T + (self.scaling * h @ self.lora_B.T).to(x.dtype)
+        return y
+
+    cls.compute = compute
+
+
+def ignored_mask(cls: type[LoRA]) -> None:
+    good = cls.compute
+    cls.compute = lambda self, view, x, mask: good(self, view, x, None)
+
+
+def detached_factor(cls: type[LoRA]) -> None:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        dropped = (x if mask is None else x * mask).to(self.lora_A.dtype)
+        h = dropped @ self.lora_A.detach().T
+        return (view.module(x) + self.scaling * h @ self.lora_B.T).to(x.dtype)
+
+    cls.compute = compute
+
+
+def float32_output(cls: type[LoRA]) -> None:
+    good = cls.compute
+    cls.compute = lambda self, view, x, mask: good(self, view, x, mask).float()
+
+
+def miscounted(cls: type[LoRA]) -> None:
+    cls.size = classmethod(lambda cls, i, o, bias, config: config.r * i)
+
+
+def merges_into_the_base(cls: type[LoRA]) -> None:
+    good = cls.compute
+
+    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = good(self, view, x, mask)
+        with torch.no_grad():
+            view.parameters()[0].mul_(1.0009765625)
+        return y
+
+    cls.compute = compute
+
+
+@pytest.mark.parametrize(
+    ("mutation", "clause"),
+    [
+        (wrong_scaling, "fast_is_specification"),
+        (wrong_scaling, "merged_is_forward"),
+        (noisy_start, "identity_at_the_start"),
+        (global_random_start, "same_seed_same_bits"),
+        (dropped_bias, "fast_is_specification"),
+        (dropped_bias, "identity_at_the_start"),
+        (ignored_mask, "dropout_is_the_mask_alone"),
+        (detached_factor, "fast_is_specification"),
+        (detached_factor, "only_the_adapter_trains"),
+        (float32_output, "output_dtype"),
+        (miscounted, "parameter_count"),
+        (merges_into_the_base, "base_bits_stay"),
+    ],
+)
+def test_a_clause_catches_the_fault_it_is_for(
+    mutation: Callable[[type[LoRA]], None], clause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = broken(mutation)
+    monkeypatch.setitem(METHODS, "broken", cls)
+    outcomes = [run_clause(clause, cls, BrokenConfig(), case).outcome for case in CASES]
+    assert any(outcome.startswith("failed") for outcome in outcomes)
+
+
+def test_check_method_names_the_clause_and_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = broken(noisy_start)
+    monkeypatch.setitem(METHODS, "broken", cls)
+    with pytest.raises(
+        lora.errors.ContractError, match=r"identity_at_the_start \(Linear, float32\)"
+    ):
+        check_method(cls)
+
+
+def test_a_file_dropped_in_is_a_method(tmp_path: object) -> None:
+    """What methods/ promises: a subclass with a name and a Config is all there is to register."""
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True, kw_only=True)
+    class ScaleConfig(lora.AdapterConfig):
+        pass
+
+    class Scale(Adapter):
+        """W' = (1 + g) W with one trained g per output."""
+
+        name, paper, Config, peft_type = "scale_test", "none", ScaleConfig, "SCALE_TEST"
+
+        def __init__(self, view: View, config: ScaleConfig, module: str) -> None:
+            super().__init__(view, config, module)
+            weight, _ = view.parameters()
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            gain = torch.empty(view.out_features, 1, dtype=dtype, device=weight.device)
+            self.gain = torch.nn.Parameter(gain)
+
+        @classmethod
+        def size(cls, in_features: int, out_features: int, bias: bool, config: ScaleConfig) -> int:
+            return out_features
+
+        def fill(self, generator: Callable[[str], torch.Generator]) -> None:
+            self.gain.zero_()
+
+        def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return (1 + self.gain) * W, b
+
+    try:
+        check_method(Scale)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+        lora.inject(model, ScaleConfig())
+        lora.inject(model, LoRAConfig(r=1), name="other")
+        with pytest.raises(lora.MergeError, match="deltas of scale_test do not add up"):
+            lora.activate(model, "default", "other")
+    finally:
+        del METHODS["scale_test"]
