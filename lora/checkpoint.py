@@ -13,7 +13,6 @@ PEFT's own neither can be checked, and the report says so.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -176,8 +175,7 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> str:
             kind = str(sample.dtype).removeprefix("torch.")
         if kind not in common.split("+"):
             common = "+".join(filter(None, [common, kind]))
-        sample = sample.cpu().contiguous()
-        digest.update(ctypes.string_at(sample.data_ptr(), sample.nbytes))  # numpy is no dependency
+        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return f"{common}:{digest.hexdigest()}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 import lora.methods  # noqa: F401  (fills METHODS)
@@ -130,17 +131,32 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             raise ConfigError(
                 f"target_modules={entry!r} is no regular expression: {error}. Set --target-modules."
             ) from None
-        if not any(kind(modules[name]) for name in hits if name not in out):
-            raise TargetError(f"no layer matches target_modules={wanted!r}"
-                              + ("" if entry is wanted else f" (entry {entry!r})")
-                              + f".\n{_offer(model)}")  # fmt: skip
+        hits = [name for name in hits if name not in out]
+        if not hits:
+            one = "" if entry is wanted else f" (entry {entry!r})"
+            raise TargetError(f"no layer matches target_modules={wanted!r}{one}.\n{_offer(model)}")
         for name in hits:
-            if not kind(modules[name]) and name not in out:
+            if not kind(modules[name]):
                 raise TargetError(
                     f"target_modules={wanted!r} matches {name}, a"
                     f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
                 )
     return tuple(name for name in modules if fits(name, wanted) and name not in out)
+
+
+def check_reached(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise TargetError where torch would read a target's weight past its wrapper."""
+    modules = dict(walk(model))
+    for name in targets:
+        parent = modules[name.rpartition(".")[0]]
+        if (
+            isinstance(parent, nn.TransformerEncoderLayer)
+            and torch.backends.mha.get_fastpath_enabled()
+        ):
+            raise TargetError(
+                f"{name}: nn.TransformerEncoderLayer reads its layers' weights itself in eval mode,"
+                " past any adapter. Call torch.backends.mha.set_fastpath_enabled(False) first."
+            )
 
 
 def _inside(name: str, whole: str) -> bool:
@@ -198,7 +214,9 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
         return Plan(method, config, (), (), tuple(n for n in names if method.selects(n, config)))
     assert isinstance(config, AdapterConfig)
     saved = saved_of(model, config)
-    return Plan(method, config, targets_of(model, config, saved), saved, ())
+    targets = targets_of(model, config, saved)
+    check_reached(model, targets)
+    return Plan(method, config, targets, saved, ())
 
 
 def build(model: nn.Module, plan: Plan) -> dict[str, Adapter]:
