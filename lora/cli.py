@@ -56,6 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name == "lora":
+            raise
+        extras = "lora-from-scratch[train,hub,demo]"
+        print(f"lora {verb} needs {name}. Run pip install '{extras}'.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"interrupted. {stop}", file=sys.stderr)
         return 130

@@ -113,7 +113,7 @@ assert "transformers" not in sys.modules
 
 
 def test_the_core_needs_torch_and_safetensors_only(tmp_path: Path) -> None:
-    """inject, train, save, load, merge where nothing else can be imported (safetensors brings numpy)."""
+    """Inject, train, save, load and merge; numpy is there, which safetensors brings."""
     code = f"""
 import sys
 for name in ("transformers", "peft", "rich", "tyro", "sklearn", "scipy"):

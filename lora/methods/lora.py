@@ -23,7 +23,7 @@ class LoRAConfig(AdapterConfig):
 
     r: int = 8
     """Rank of the update, at least 1."""
-    lora_alpha: float = 8
+    lora_alpha: float = 8.0
     """Numerator of the scaling lora_alpha / r."""
     lora_dropout: float = 0.0
     """Probability of dropping an element of the adapter's input in training, 0 <= p < 1."""
@@ -34,6 +34,7 @@ class LoRAConfig(AdapterConfig):
         check("r", self.r, "a whole number of at least 1", whole and self.r >= 1)
         alpha = self.lora_alpha
         check("lora_alpha", alpha, "a positive number", is_number(alpha) and alpha > 0)
+        object.__setattr__(self, "lora_alpha", float(alpha))
         p = self.lora_dropout
         check("lora_dropout", p, "a number with 0 <= p < 1", is_number(p) and 0 <= p < 1)
 

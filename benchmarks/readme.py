@@ -1,0 +1,54 @@
+"""Put the measured tables into README.md, between their markers, from benchmarks/results/.
+
+python -m benchmarks.readme [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.machine import RESULTS
+from lora.compare import markdown, rows
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def tables() -> dict[str, str]:
+    """Marker -> the text that belongs there."""
+    found = {}
+    for name in ("demo", "sst2"):
+        summaries = json.loads((RESULTS / name / "comparison.json").read_text())
+        found[name] = markdown(rows(summaries))
+    seconds = json.loads((RESULTS / "startup.json").read_text())["seconds"]
+    shown = {
+        "`lora --help` answers in": seconds["lora --help"],
+        "`lora train --help` answers in": seconds["lora train --help"],
+        "`import lora`, all of its core, adds to `import torch`":
+            seconds["import lora and all its core, added"],
+    }  # fmt: skip
+    table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
+    return found | {"startup": markdown(table)}
+
+
+def filled(text: str) -> str:
+    """README with every table as measured."""
+    for name, table in tables().items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda m: m[1] + table + m[2], text, flags=re.DOTALL)  # noqa: B023
+        if count != 1:
+            raise SystemExit(f"README.md has {count} places for the table {name!r}, not 1.")
+    return text
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        sys.exit("README.md: run python -m benchmarks.readme" if filled(text) != text else 0)
+    README.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

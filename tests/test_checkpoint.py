@@ -1,0 +1,312 @@
+"""Adapter files: every way to be wrong has its error, and a failed load changes nothing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, distilbert, gpt2, tokens
+from torch import nn
+
+import lora
+from lora.checkpoint import fingerprint
+from lora.testing import perturb, snapshot, unchanged
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SETTINGS = {
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ("q_lin", "v_lin"),
+    "modules_to_save": ("pre_classifier", "classifier"),
+}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(**SETTINGS))
+    perturb(model)
+    return lora.save(model, tmp_path / "adapter")
+
+
+def refused(folder: Path, match: str, model: nn.Module | None = None) -> str:
+    """Load must fail with these words and leave model and folder as they were."""
+    model = model or distilbert()
+    before = snapshot(model)
+    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(lora.LoraError, match=match) as caught:
+        lora.load(model, folder)
+    assert unchanged(before, model)
+    assert files == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return str(caught.value)
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change the tensors and keep the metadata."""
+    path = folder / WEIGHTS
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = safetensors.torch.load(path.read_bytes())
+    safetensors.torch.save_file(change(tensors) or tensors, path, metadata)
+
+
+def first(tensors: dict) -> str:
+    return min(key for key in tensors if "lora_A" in key)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "no whole safetensors file"),
+        (b"\x01", "no whole safetensors file"),
+        (b"hello, this is no adapter at all", "no whole safetensors file"),
+        (struct.pack("<Q", 2**62) + b"{}", "no whole safetensors file"),
+        (struct.pack("<Q", 99_999_999) + b"{" * 64, "no whole safetensors file"),
+        (struct.pack("<Q", 2) + b"{}", "not in the file"),
+        (pickle.dumps({"a": 1}), "pickle under a safetensors name"),
+        (b"PK\x03\x04rest of a zip", "pickle under a safetensors name"),
+    ],
+)
+def test_a_file_that_is_none(saved: Path, content: bytes, match: str) -> None:
+    (saved / WEIGHTS).write_bytes(content)
+    refused(saved, match)
+
+
+def test_every_truncation_is_refused(saved: Path) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    for length in (1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
+        (saved / WEIGHTS).write_bytes(whole[:length])
+        refused(saved, "no whole safetensors file")
+    (saved / WEIGHTS).write_bytes(whole + b"more")
+    refused(saved, "no whole safetensors file")
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(saved: Path) -> None:
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    text = refused(saved, "is a pickle, which can run code")
+    assert "weights_only=True" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "cannot be read as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[1, 2]", "holds a list"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
+        ("\udcff", "cannot be read as JSON"),
+        ("{}", "no peft_type"),
+        ('{"peft_type": "XLORA"}', "peft_type 'XLORA' is no method of ours. Known: FULL, LORA"),
+        ('{"peft_type": 3}', "is no method of ours"),
+        ('{"peft_type": "LORA"}', "no target_modules"),
+        ('{"peft_type": "LORA", "target_modules": ["q_lin"], "r": "four"}', "r must be"),
+        ('{"peft_type": "LORA", "target_modules": ["q_lin"], "r": 1e99}', "r must be"),
+        ('{"peft_type": "LORA", "target_modules": [3]}', "target_modules must be"),
+        ('{"peft_type": "LORA", "target_modules": ["q_lin"], "wibble": 3}', "wibble=3 changes"),
+        ('{"peft_type": "LORA", "target_modules": ["q_lin"], "lora_alpha": NaN}', "lora_alpha"),
+    ],
+    ids=range(15),
+)
+def test_a_config_that_is_none(saved: Path, content: str, match: str) -> None:
+    (saved / CONFIG).write_bytes(content.encode("utf-8", "surrogateescape"))
+    refused(saved, match)
+
+
+def test_missing_folders_and_files(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(lora.CheckpointError, match="the folder does not exist"):
+        lora.load(distilbert(), tmp_path / "nowhere")
+    (saved / WEIGHTS).unlink()
+    refused(saved, "no adapter_model.safetensors")
+    (saved / CONFIG).unlink()
+    refused(saved, "found .*README.md")
+
+
+def test_missing_unexpected_and_misshapen_tensors(saved: Path) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    rewrite(saved, lambda t: {k: v for k, v in t.items() if k != first(t)})
+    text = refused(saved, "1 differences over 12 tensors")
+    assert "q_lin.lora_A.weight is not in the file" in text
+    (saved / WEIGHTS).write_bytes(whole)
+    rewrite(saved, lambda t: t | {"base_model.model.extra.lora_A.weight": torch.zeros(4, 2)})
+    refused(saved, "extra.lora_A.weight has no place in the model")
+    (saved / WEIGHTS).write_bytes(whole)
+    rewrite(saved, lambda t: t | {first(t): torch.zeros(16, 32)})
+    text = refused(saved, r"is \(16, 32\) in the file, \(4, 32\) in the model")
+    assert "Set r to 16" in text
+    (saved / WEIGHTS).write_bytes(whole)
+    rewrite(saved, lambda t: {k.replace("base_model.model.", "module."): v for k, v in t.items()})
+    refused(saved, "module.* does not begin with 'base_model.model.'")
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (lambda t: torch.full_like(t, float("nan")), "128 values that are not finite"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), float("inf")), "32 values"),
+        (lambda t: t.to(torch.int64), "torch.int64, no dtype of weights"),
+        (lambda t: t > 0, "torch.bool, no dtype of weights"),
+        (lambda t: t.to(torch.float8_e4m3fn), "float8_e4m3fn, no dtype of weights"),
+        (lambda t: t.to(torch.complex64), "complex64, no dtype of weights"),
+    ],
+)
+def test_values_that_are_no_weights(saved: Path, value, match: str) -> None:
+    rewrite(saved, lambda t: t | {first(t): value(t[first(t)])})
+    refused(saved, match)
+
+
+def test_sixteen_bit_adapters_are_held_in_float32(saved: Path) -> None:
+    rewrite(saved, lambda t: {k: v.to(torch.bfloat16) for k, v in t.items()})
+    model = distilbert()
+    lora.load(model, saved)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_edited_alpha_and_another_base_are_found_out(saved: Path) -> None:
+    refused(saved, "trained on another base", distilbert(seed=1))
+    text = (saved / CONFIG).read_text()
+    (saved / CONFIG).write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 16'))
+    refused(saved, "is not the config that adapter_model.safetensors was saved with")
+    # what does not change the result may be edited
+    (saved / CONFIG).write_text(text.replace('"lora_dropout": 0.0', '"lora_dropout": 0.3'))
+    lora.load(distilbert(), saved)
+
+
+def test_another_architecture_is_a_target_error(saved: Path) -> None:
+    refused(saved, "no module matches|no layer matches", gpt2())
+
+
+def test_a_head_that_is_not_saved_must_be_the_same(tmp_path: Path) -> None:
+    """PEFT loads this in silence, onto a random head."""
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(target_modules=("q_lin",)))
+    lora.save(model, tmp_path)
+    other = distilbert()
+    with torch.no_grad():
+        other.classifier.weight.add_(1)
+    refused(tmp_path, "name it in modules_to_save", other)
+
+
+def test_the_fingerprint_of_a_base() -> None:
+    model = distilbert()
+    mark = fingerprint(model)
+    lora.inject(model, lora.LoRAConfig(**SETTINGS))
+    perturb(model)
+    assert fingerprint(model) == mark
+    assert fingerprint(distilbert().to(torch.bfloat16)) == mark
+    assert fingerprint(distilbert(seed=1)) != mark
+    assert fingerprint(distilbert().to(torch.float16)).startswith("float16:")
+    assert fingerprint(distilbert().to("meta")) == "meta:"
+    with torch.no_grad():
+        model.distilbert.transformer.layer[1].ffn.lin2.bias[3] += 0.5
+    assert fingerprint(model) != mark
+
+
+def test_a_base_held_otherwise_is_said_not_to_be_verifiable(saved: Path) -> None:
+    report = lora.load(distilbert().half(), saved)
+    assert "base not verifiable: saved on bfloat16" in str(report)
+    assert "not verifiable" not in str(lora.load(distilbert(), saved))
+    assert "not verifiable" not in str(lora.load(distilbert().to(torch.bfloat16), saved))
+
+
+def test_save_refuses_what_is_not_finite(tmp_path: Path) -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig())
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad)[0, 0] = float("nan")
+    with pytest.raises(lora.CheckpointError, match="not finite"):
+        lora.save(model, tmp_path / "adapter")
+    with pytest.raises(lora.CheckpointError, match="no adapter 'other'. Found: default"):
+        lora.save(model, tmp_path / "adapter", name="other")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_named_adapter_has_its_subfolder(tmp_path: Path) -> None:
+    model = distilbert()
+    for name in ("one", "two"):
+        lora.inject(model, lora.LoRAConfig(target_modules=("q_lin",)), name=name)
+        perturb(model, name)
+        assert lora.save(model, tmp_path, name=name) == tmp_path / name
+    other = distilbert()
+    lora.load(other, tmp_path, name="two")
+    lora.activate(model, "two")
+    assert torch.equal(other(tokens()).logits, model.eval()(tokens()).logits)
+    with pytest.raises(lora.CheckpointError, match="It has adapters one, two"):
+        lora.load(distilbert(), tmp_path)
+    with pytest.raises(lora.ConfigError, match="has an adapter named 'two' already"):
+        lora.load(other, tmp_path, name="two")
+
+
+def test_a_loaded_adapter_trains_only_if_asked(saved: Path) -> None:
+    model = distilbert()
+    lora.load(model, saved)
+    assert not any(p.requires_grad for p in model.parameters())
+    model = distilbert()
+    report = lora.load(model, saved, trainable=True)
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+
+
+def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
+    """The limit on a file's size stands in for the full disk."""
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, "tests")
+import torch, lora
+from conftest import distilbert
+model = distilbert()
+lora.inject(model, lora.LoRAConfig())
+lora.save(model, {str(tmp_path / "adapter")!r})
+with torch.no_grad():
+    for p in model.parameters():
+        p.add_(1) if p.requires_grad else None
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    lora.save(model, {str(tmp_path / "adapter")!r})
+except lora.CheckpointError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "cannot be written: File too large. What stood there before is whole." in done.stdout
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert names == {CONFIG, WEIGHTS, "README.md"}
+    lora.load(distilbert(), tmp_path / "adapter")
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig())
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(lora.CheckpointError, match="cannot be written"):
+        lora.save(model, tmp_path / "file")
+
+
+def test_the_files_are_pefts_and_carry_the_mark(saved: Path) -> None:
+    assert {path.name for path in saved.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+    text = (saved / CONFIG).read_text()
+    settings = json.loads(text)
+    assert text == json.dumps(settings, indent=2, sort_keys=True)
+    assert settings["inference_mode"] is True
+    assert settings["lora_alpha"] == 8
+    with safetensors.safe_open(saved / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert set(json.loads(metadata["lora_from_scratch"])) == {"base", "config"}
+
+
+def test_all_linear_is_saved_as_full_names(tmp_path: Path) -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig())
+    lora.save(model, tmp_path)
+    names = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
+    assert len(names) == 12
+    assert "distilbert.transformer.layer.0.attention.q_lin" in names

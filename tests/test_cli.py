@@ -1,0 +1,435 @@
+"""The commands as a user types them: exit codes, messages, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT
+
+from lora.cli import VERBS, main
+
+REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
+
+
+def data(folder: Path, rows: int = 24) -> str:
+    """A folder of train, dev and test files that six words decide."""
+    folder.mkdir()
+    for split in ("train", "dev", "test"):
+        lines = [f"a {REVIEWS[i % 6]} film, number {i}\t{int(i % 6 < 3)}" for i in range(rows)]
+        (folder / f"{split}.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny DistilBERT on disk with the demo's tokenizer."""
+    import transformers
+
+    from lora.models import load_base
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=30522
+    )
+    transformers.DistilBertModel(config).save_pretrained(folder)
+    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def lora(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # tyro leaves so
+        return int(stop.code or 0)
+
+
+@pytest.fixture(scope="module")
+def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that later tests read."""
+    folder = tmp_path_factory.mktemp("trained")
+    run = folder / "run"
+    arguments = ("--base", base, "--data", data(folder / "data"), "--run-dir", run, "--r", 2)
+    assert lora("train", *arguments, "--epochs", 2, "--learning-rate", 0.01) == 0
+    return run
+
+
+def test_a_run_leaves_all_its_files(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {
+        "adapter", "config.toml", "environment.json", "metrics.jsonl", "predictions.jsonl",
+        "summary.json",
+    }  # fmt: skip
+    assert {path.name for path in (trained / "adapter").iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    epochs = [line for line in lines if line["kind"] == "epoch"]
+    assert [s["step"] for s in steps] == [1, 2, 3, 4]
+    assert [e["epoch"] for e in epochs] == [1, 2]
+    assert all(0 <= s["padding"] < 1 and s["tokens"] > 0 for s in steps)
+    first = [s for s in steps if s["epoch"] == 1]
+    mean = sum(s["loss"] * s["examples"] for s in first) / sum(s["examples"] for s in first)
+    assert epochs[0]["loss"] == pytest.approx(mean)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert summary["epochs"] == [
+        {k: v for k, v in epoch.items() if k != "kind"} for epoch in epochs
+    ]
+    assert summary["split"] == "test"
+    assert summary["rows"] == 24
+    assert summary["peak_bytes"] > 0
+    answers = [
+        json.loads(line) for line in (trained / "predictions.jsonl").read_text().splitlines()
+    ]
+    right = sum(a["label"] == a["prediction"] for a in answers)
+    assert summary["metrics"]["accuracy"] == pytest.approx(right / 24)
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+
+
+def test_the_config_reads_back_to_the_same_run(trained: Path, tmp_path: Path) -> None:
+    table = tomllib.loads((trained / "config.toml").read_text())
+    assert table["labels"] == ["0", "1"]
+    assert table["task"] == "classification"
+    assert sorted(table["modules_to_save"]) == ["classifier", "pre_classifier"]
+    assert "run_dir" not in table
+    again = tmp_path / "again"
+    assert lora("train", "--config", trained / "config.toml", "--run-dir", again) == 0
+    assert (again / "config.toml").read_text() == (trained / "config.toml").read_text()
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (trained / name).read_bytes()
+    assert (again / "predictions.jsonl").read_text() == (trained / "predictions.jsonl").read_text()
+
+
+def test_the_same_seed_is_the_same_bits_in_another_process(trained: Path, tmp_path: Path) -> None:
+    run = tmp_path / "other"
+    command = [sys.executable, "-m", "lora", "train", "--config", str(trained / "config.toml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--run-dir", str(run)], check=True, capture_output=True, text=True, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+    assert f"recorded in {run}" in done.stdout
+    first = safetensors.torch.load_file(trained / "adapter/adapter_model.safetensors")
+    second = safetensors.torch.load_file(run / "adapter/adapter_model.safetensors")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_eval_repeats_the_summary_and_scores_the_predictions(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    wanted = f"accuracy {summary['metrics']['accuracy']:.4f}"
+    assert lora("eval", trained) == 0
+    assert wanted in capsys.readouterr().out
+    assert lora("eval", "--predictions", trained / "predictions.jsonl") == 0
+    assert wanted in capsys.readouterr().out
+    assert lora("eval", trained, "--split", "dev") == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert lora("eval", trained, "--predictions", "x.jsonl") == 2
+    assert lora("eval") == 2
+
+
+def test_eval_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prediction": "The cat sat.", "references": ["a cat sat", "dogs"]}\n')
+    assert lora("eval", "--predictions", path, "--task", "text") == 0
+    out = capsys.readouterr().out
+    assert "exact_match 1.0000" in out
+    assert "bleu " in out
+    assert "rougeL " in out
+
+
+def test_predict_texts_and_files(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("predict", trained, "--text", "a good film", "a bad film") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["a good film", "a bad film"]
+    assert all(row["prediction"] in "01" and sum(row["scores"]) > 0.99 for row in rows)
+    (tmp_path / "x.tsv").write_text("text\na good film\na bad film\n")
+    out = tmp_path / "out.jsonl"
+    assert lora("predict", trained, "--data", tmp_path / "x.tsv", "--output", out) == 0
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+    assert lora("predict", trained, "--data", tmp_path / "x.tsv", "--output", out) == 2
+    assert "exists" in capsys.readouterr().err
+    assert lora("predict", trained) == 2
+    assert lora("predict", trained, "--text", "a", "b", "--pair", "c") == 2
+
+
+def test_other_tasks(base: str, tmp_path: Path) -> None:
+    """Three classes on pairs; a regression with its correlations."""
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    rows = [
+        {"premise": f"it is {i}", "hypothesis": f"it was {i}", "label": "abc"[i % 3]}
+        for i in range(12)
+    ]
+    for split in ("train", "dev"):
+        (pairs / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = tmp_path / "pairs-run"
+    arguments = ("--base", base, "--data", pairs, "--epochs", 1, "--run-dir", run)
+    assert lora("train", *arguments) == 0
+    first = json.loads((run / "predictions.jsonl").read_text().splitlines()[0])
+    assert first["pair"] == "it was 0"
+    assert len(first["scores"]) == 3
+    assert lora("predict", run, "--text", "it is", "--pair", "it was") == 0
+    quantity = tmp_path / "quantity"
+    quantity.mkdir()
+    lines = ["text\tlabel", *(f"{'very ' * (i % 5)}good\t{i % 5}.5" for i in range(20))]
+    for split in ("train", "dev"):
+        (quantity / f"{split}.tsv").write_text("\n".join(lines))
+    run = tmp_path / "quantity-run"
+    arguments = ("--base", base, "--data", quantity, "--epochs", 1, "--run-dir", run)
+    assert lora("train", *arguments) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["metrics"]) == {"pearson", "spearman", "mse"}
+    assert lora("eval", run) == 0
+
+
+def test_bfloat16_trains(base: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--dtype", "bfloat16")
+    assert lora("train", *arguments, "--epochs", 1, "--run-dir", run) == 0
+    stored = safetensors.torch.load_file(run / "adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text(
+        f"base = {json.dumps(base)}\ndata = {json.dumps(data(tmp_path / 'data'))}\nepochs = 1\n"
+        "seeds = [0, 1]\n[methods.lora]\nr = 2\nlearning_rate = 0.01\n"
+        "[methods.full]\nlearning_rate = 0.001\n"
+    )
+    runs = tmp_path / "runs"
+    arguments = ("compare", "--config", config, "--run-dir", runs)
+    assert lora(*arguments, "--dry-run") == 0
+    assert capsys.readouterr().out.count("seed") == 4
+    assert not runs.exists()
+    assert lora(*arguments, "--lora-alpha", 4) == 0
+    out = capsys.readouterr().out
+    assert "lora" in out
+    assert "full" in out
+    assert {path.name for path in runs.iterdir()} == {
+        "lora-0", "lora-1", "full-0", "full-1", "comparison.json", "comparison.md", "loss.png",
+        "accuracy.png",
+    }  # fmt: skip
+    table = (runs / "comparison.md").read_text()
+    assert "| lora |" in table
+    assert "±" in table
+    rates = {
+        s["method"]: s["learning_rate"] for s in json.loads((runs / "comparison.json").read_text())
+    }
+    assert rates == {"lora": 0.01, "full": 0.001}
+    table = tomllib.loads((runs / "lora-0" / "config.toml").read_text())
+    assert table["lora_alpha"] == 4
+    before = (runs / "full-1" / "summary.json").read_bytes()
+    assert lora(*arguments, "--lora-alpha", 4) == 0
+    assert capsys.readouterr().err.count("taken as it is") == 4
+    assert (runs / "full-1" / "summary.json").read_bytes() == before
+    assert lora(*arguments, "--lora-alpha", 5) == 2
+    assert "lora-0 holds a run of other settings" in capsys.readouterr().err
+    assert lora("plot", runs / "lora-0", runs / "full-0", "--output", tmp_path / "pictures") == 0
+    for name in ("loss.png", "accuracy.png"):
+        picture = (tmp_path / "pictures" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) > 5000
+
+
+def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lora("--help") == 0
+    out = capsys.readouterr().out
+    assert all(verb in out for verb in VERBS)
+    for verb in VERBS:
+        if verb != "methods":
+            assert lora(verb, "--help") == 0
+    assert lora("methods") == 0
+    assert "BA" in capsys.readouterr().out.replace(" ", "")
+    assert lora("trian") == 2
+    assert "no verb 'trian'" in capsys.readouterr().err
+    assert lora() == 2
+
+
+BROKEN = {
+    "a pattern that matches nothing": (("--target-modules", "q_proj"), "q_lin ×2"),
+    "r below 1": (("--r", "0"), "r must be a whole number of at least 1, found 0"),
+    "r that is a word": (("--r", "four"), "four"),
+    "an unknown flag": (("--rank", "4"), "--rank"),
+    "an unknown method": (("--method", "dropconnect"), "--method dropconnect is unknown. Found"),
+    "an unknown task": (("--task", "chess"), "chess"),
+    "a flag of another method": (("--method", "full", "--r", "4"), "--r"),
+    "no epoch": (("--epochs", "0"), "epochs must be"),
+    "a rate that is no number": (("--learning-rate", "nan"), "learning_rate must be"),
+    "a missing column": (("--label-column", "stars"), "--label-column stars: no such column"),
+    "a missing file": (("--data", "nowhere.tsv"), "no such file or folder"),
+    "a hub that is away": (("--base", "gpt2"), "does not answer"),
+    "a data hub that is away": (("--data", "glue/sst2"), "Run lora train --data demo"),
+    "a base that is none": (("--base", "/no/such/folder"), "no such folder"),
+    "a missing config": (("--config", "nowhere.toml"), "--config nowhere.toml cannot be read"),
+    "a length past the positions": (("--max-length", "5000"), "has 512 positions"),
+    "a label set that is another": (("--labels", "no", "yes"), "is outside the set no, yes"),
+    "a label given twice": (("--labels", "0", "0"), "labels must be distinct"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_input_is_named_and_leaves_nothing(
+    name: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra, words = BROKEN[name]
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    assert lora("train", *arguments, *extra) == 2
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert words in err
+    assert "Traceback" not in err
+    assert not run.exists()
+
+
+def test_a_broken_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.toml"
+    for content, words in {
+        "r = ": "cannot be read",
+        "learning_rat = 1": "--learning-rat",
+        "[optimizer]\nlr = 1": "[optimizer] is no table of a run",
+        "methods = 3": "methods must be tables",
+        "x = " + "[" * 100_000: "cannot be read",
+    }.items():
+        path.write_text(content)
+        assert lora("train", "--config", path, "--run-dir", tmp_path / "run") == 2
+        assert words in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    path.write_bytes(b"\xff\xfe")
+    assert lora("train", "--config", path) == 2
+    assert lora("train", "--config") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_directories_that_cannot_be(
+    trained: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("train", "--base", base, "--data", data(tmp_path / "data"))
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert lora(*arguments, "--run-dir", trained) == 2
+    assert "exists: no run is written over" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    (tmp_path / "file").write_text("in the way")
+    assert lora(*arguments, "--run-dir", tmp_path / "file" / "run") == 2
+    assert "cannot be made" in capsys.readouterr().err
+    for verb in ("eval", "predict", "plot"):
+        extra = ("--text", "x") if verb == "predict" else ()
+        assert lora(verb, tmp_path / "nowhere", *extra) == 2
+        assert "is no run directory" in capsys.readouterr().err
+
+
+def test_a_damaged_adapter_in_a_run_is_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    path = run / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert lora("eval", run) == 2
+    assert "CheckpointError" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says the step, the rate and the last good state, whose adapter loads."""
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    arguments = (*arguments, "--method", "full", "--max-grad-norm", "1e30")
+    assert lora("train", *arguments, "--learning-rate", "1e12", "--epochs", 9) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "TrainingError: step" in err
+    assert "learning rate" in err
+    assert "Last good state: " in err
+    assert "lower --learning-rate than 1e+12" in err
+    assert not (run / "summary.json").exists()
+
+
+def test_an_interrupted_run_says_what_is_good(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lora.run
+
+    real = lora.run.fit
+
+    def interrupted(*args: object, **kwargs: object):
+        for step in real(*args, **kwargs):
+            yield step
+            if step.step == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora.run, "fit", interrupted)
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    assert main(list(map(str, ("train", *arguments)))) == 130
+    assert "Last good state: epoch 1, in" in capsys.readouterr().err
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (run / "summary.json").exists()
+
+
+def test_no_traceback_where_the_disk_is_full(base: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "lora",
+        "train",
+        "--base",
+        base,
+        "--data",
+        data(tmp_path / "d"),
+    ]
+    code = (
+        "import resource, signal, sys, os;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--run-dir", str(run)],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_first_versions_commands(tmp_path: Path) -> None:
+    """From the repository's root, without a hub: loud, on the embedded default, recorded."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=True,
+            cwd=ROOT, env=environment,
+        )  # fmt: skip
+
+    lora_run, full_run = tmp_path / "lora", tmp_path / "full"
+    flags = ("--epochs", 1, "--batch_size", 16, "--limit", 64)
+    done = command("scripts/train_lora_distilbert.py", "--r", 4, *flags, "--run_dir", lora_run)
+    assert done.stderr.count("!!! the hub does not answer") == 1
+    summary = json.loads((lora_run / "summary.json").read_text())
+    assert "became the embedded base and data" in summary["note"]
+    assert summary["adapter_parameters"] == 6 * 2 * 4 * (384 + 384)
+    command("scripts/train_baseline_distilbert.py", *flags, "--run_dir", full_run)
+    scores = command("eval_metrics.py", lora_run, full_run).stdout
+    assert scores.count("accuracy") == 2
+    drawn = command("plot_metrics.py", lora_run, full_run).stdout.split()
+    assert all((ROOT / path).is_file() for path in drawn)

@@ -1,0 +1,290 @@
+"""Files in every form people have, and every way they are broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_shared
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora import demo
+from lora.data import (
+    Columns,
+    Corpus,
+    Encoded,
+    batches,
+    collate,
+    read,
+    read_file,
+    read_predictions,
+    sorted_batches,
+    unlabelled,
+)
+from lora.errors import DataError
+
+TSV = "sentence\tlabel\ngood film \t1\nbad film\t0\nfine\t1\npoor\t0\n"
+
+
+def write(path: Path, text: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def folder(tmp_path: Path, train: str = TSV, end: str = "tsv", **others: str) -> str:
+    write(tmp_path / "data" / f"train.{end}", train)
+    for split, text in others.items():
+        write(tmp_path / "data" / f"{split}.{end}", text)
+    return str(tmp_path / "data")
+
+
+def texts(corpus: Corpus) -> list[tuple[str, str | None, str | None]]:
+    return [(e.text, e.pair, e.label) for e in corpus.train]
+
+
+def test_a_folder_of_tsv_files(tmp_path: Path) -> None:
+    corpus = read(folder(tmp_path, dev=TSV, test=TSV))
+    assert texts(corpus)[0] == ("good film", None, "1")
+    assert corpus.labels == ("0", "1")
+    assert corpus.held_out[0] == "test"
+    assert corpus.targets(corpus.train) == [1.0, 0.0, 1.0, 0.0]
+    assert corpus.note == ""
+
+
+def test_without_dev_every_tenth_row_is_held_out_and_said(tmp_path: Path) -> None:
+    rows = "sentence\tlabel\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(40))
+    corpus = read(folder(tmp_path, train=rows))
+    assert [e.text for e in corpus.dev] == ["text 9", "text 19", "text 29", "text 39"]
+    assert len(corpus.train) == 36
+    assert "no dev split" in corpus.note
+    assert corpus.held_out[0] == "dev"
+
+
+def test_one_file_is_cut_and_said(tmp_path: Path) -> None:
+    rows = "text,label\n" + "".join(f'"text, {i}",{"ab"[i % 2]}\n' for i in range(50))
+    path = write(tmp_path / "all.csv", rows)
+    corpus = read(str(path))
+    assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (40, 5, 5)
+    assert len({e.text for e in (*corpus.train, *corpus.dev, *corpus.test)}) == 50
+    assert "cut 80/10/10" in corpus.note
+    assert read(str(path)) == corpus
+    assert corpus.labels == ("a", "b")
+
+
+def test_a_split_column_is_followed(tmp_path: Path) -> None:
+    rows = "text\tlabel\tsplit\na\t1\ttrain\nb\t0\ttrain\nc\t1\tvalidation\nd\t0\ttest\n"
+    corpus = read(str(write(tmp_path / "x.tsv", rows)))
+    assert [e.text for e in corpus.dev] == ["c"]
+    rows = rows.replace("validation", "hold")
+    with pytest.raises(DataError, match="line 4: split 'hold' is none of"):
+        read(str(write(tmp_path / "x.tsv", rows)))
+
+
+def test_no_header(tmp_path: Path) -> None:
+    corpus = read(folder(tmp_path, train="nice\t1\ndull\t0\n", dev="so so\t1\n"))
+    assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
+    three = "7\tnice\t1\n8\tdull\t0\n"
+    with pytest.raises(DataError, match="3 columns and no header"):
+        read(folder(tmp_path, train=three))
+    corpus = read(folder(tmp_path, train=three, dev=three), Columns(text="1", label="2"))
+    assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
+
+
+def test_columns_by_name_pairs_and_jsonl(tmp_path: Path) -> None:
+    rows = (
+        '{"premise": "it rains", "hypothesis": "wet", "label": "yes", "id": 1}\n\n'
+        '{"premise": "it snows", "hypothesis": "hot", "label": "no", "id": null}\n'
+    )
+    corpus = read(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
+    assert texts(corpus) == [("it rains", "wet", "yes"), ("it snows", "hot", "no")]
+    columns = Columns(text="hypothesis", label="id")
+    with pytest.raises(DataError, match="train row 2 has no label"):
+        read(folder(tmp_path, train=rows, dev=rows, end="jsonl"), columns)
+    rows = "body,other,stars\nhello,there,1\nbye,now,2\n"
+    columns = Columns(text="body", pair="other", label="stars")
+    corpus = read(folder(tmp_path / "c", train=rows, dev=rows, end="csv"), columns)
+    assert texts(corpus) == [("hello", "there", "1"), ("bye", "now", "2")]
+
+
+def test_labels_sort_as_numbers_where_they_are(tmp_path: Path) -> None:
+    rows = "text\tlabel\n" + "".join(f"t{i}\t{i}\n" for i in range(12))
+    assert read(folder(tmp_path, train=rows, dev=rows)).labels == tuple(map(str, range(12)))
+
+
+def test_fractional_labels_are_a_regression(tmp_path: Path) -> None:
+    rows = "text\tlabel\na\t1.5\nb\t2\nc\t4e-1\n"
+    corpus = read(folder(tmp_path, train=rows, dev=rows))
+    assert corpus.task == "regression"
+    assert corpus.targets(corpus.train) == [1.5, 2.0, 0.4]
+    assert read(folder(tmp_path, train=TSV, dev=TSV), task="regression").labels == ()
+    rows = rows.replace("4e-1", "much")
+    with pytest.raises(DataError, match="train row 3: label 'much' is no number"):
+        read(folder(tmp_path, train=rows, dev=rows), task="regression")
+
+
+def test_a_hidden_test_split_is_not_reported_on(tmp_path: Path) -> None:
+    hidden = "sentence\tlabel\nsome\t-1\nother\t-1\n"
+    assert read(folder(tmp_path, dev=TSV, test=hidden)).held_out[0] == "dev"
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("", "is empty. Pass a file"),
+        ("\n\n", "is empty"),
+        ("sentence\tlabel\n", "has no training rows"),
+        ("sentence\tlabel\ngood\t1\nfine\t1\n", "two classes at least, found 1"),
+        ("sentence\tlabel\ngood\t1\nfine\n", "line 3: 1 columns, where the first row has 2"),
+        ("sentence\tlabel\na\tb\tc\n", "line 2: 3 columns"),
+        (b"sentence\tlabel\ngood\t1\nbl\xe9\t0\n", "line 3: byte 0xe9 is not UTF-8"),
+        ("words\tlabel\ngood\t1\n", "no text column among words, label. Set --text-column"),
+    ],
+)
+def test_training_files_that_cannot_be(tmp_path: Path, content: str | bytes, match: str) -> None:
+    write(tmp_path / "data" / "train.tsv", content)
+    with pytest.raises(DataError, match=match):
+        read(str(tmp_path / "data"))
+
+
+def test_a_label_outside_the_set_is_named_by_its_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="dev row 2: label '2' is outside the set 0, 1"):
+        read(folder(tmp_path, dev="sentence\tlabel\nok\t1\nmeh\t2\n"))
+    with pytest.raises(DataError, match="train row 1: label '1' is outside the set no, yes"):
+        read(folder(tmp_path, dev=TSV), labels=("no", "yes"))
+
+
+def test_missing_columns_files_and_folders(tmp_path: Path) -> None:
+    data = folder(tmp_path, dev=TSV)
+    with pytest.raises(DataError, match="--label-column stars: no such column. Found: sentence"):
+        read(data, Columns(label="stars"))
+    with pytest.raises(DataError, match="--pair-column p: no such column"):
+        read(data, Columns(pair="p"))
+    for name in ("./nowhere", "/nowhere", "nowhere.csv"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            read(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no train.tsv, .csv or .jsonl, found nothing"):
+        read(str(tmp_path / "empty"))
+    write(tmp_path / "data" / "train.csv", "text,label\na,1\n")
+    with pytest.raises(DataError, match="train.tsv, train.csv: keep one"):
+        read(data)
+    with pytest.raises(DataError, match="found .xlsx. Known"):
+        read(str(write(tmp_path / "x.xlsx", "a")))
+
+
+def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
+    with pytest.raises(DataError, match="the hub does not answer. Run lora train --data demo"):
+        read("glue/sst2")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [("{", "line 1: no JSON"), ("[1]", "line 1: list"), ("[" * 99_999, "line 1: no JSON")],
+)
+def test_broken_json_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        read_file(write(tmp_path / "x.jsonl", line))
+
+
+def test_rows_to_label_need_no_label(tmp_path: Path) -> None:
+    rows = unlabelled(str(write(tmp_path / "x.tsv", "text\nfirst\nsecond\n")), Columns())
+    assert [(e.text, e.label) for e in rows] == [("first", None), ("second", None)]
+    rows = unlabelled(str(write(tmp_path / "y.tsv", "first line\nsecond\n")), Columns())
+    assert [e.text for e in rows] == ["first line", "second"]
+
+
+def test_predictions_with_one_or_several_references(tmp_path: Path) -> None:
+    text = (
+        '{"prediction": "a", "label": "b"}\n{"prediction": "c", "references": ["c", "d"]}\n'
+        '{"prediction": "[x]", "references": "[x]"}\n'
+    )
+    path = write(tmp_path / "p.jsonl", text.replace('"references": "[x]"', '"label": "[x]"'))
+    assert read_predictions(path) == (["a", "c", "[x]"], [["b"], ["c", "d"], ["[x]"]])
+    with pytest.raises(DataError, match="line 1: needs prediction and label"):
+        read_predictions(write(tmp_path / "q.jsonl", '{"prediction": "a"}\n'))
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=300),
+    st.integers(1, 20),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone(
+    lengths: list[int], size: int, seed: int, epoch: int
+) -> None:
+    found = batches(lengths, size, seed, epoch)
+    assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
+    assert all(0 < len(batch) <= size for batch in found)
+    torch.manual_seed(epoch)
+    assert batches(lengths, size, seed, epoch) == found
+
+
+def test_batches_differ_by_seed_and_epoch_and_pad_little() -> None:
+    lengths = [4 + (i * 37) % 57 for i in range(1000)]
+    orders = {str(batches(lengths, 16, s, e)) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+
+    def padding(found: list[list[int]]) -> float:
+        area = sum(len(b) * max(lengths[r] for r in b) for b in found)
+        return 1 - sum(lengths) / area
+
+    assert padding(batches(lengths, 16, 0, 0)) < 0.1
+    assert padding(sorted_batches(lengths, 16)) < 0.05
+    assert padding([list(range(i, min(i + 16, 1000))) for i in range(0, 1000, 16)]) > 0.3
+
+
+def test_collate_pads_to_the_longest_of_the_batch() -> None:
+    rows = [torch.arange(1, n + 1) for n in (3, 5, 2, 9)]
+    fields = tuple({"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows)
+    encoded = Encoded(fields, torch.zeros(4), pad=7)
+    batch = collate(encoded, [0, 2, 1], torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 7, 7], [1, 2, 7, 7, 7], [1, 2, 3, 4, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1] * 5]
+
+
+def test_sst2_reads_as_it_lies() -> None:
+    corpus = read(str(needs_shared("sst2-sentences")))
+    assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (6920, 872, 1821)
+    assert corpus.labels == ("0", "1")
+    glue = read(str(needs_shared("sst2")))
+    assert len(glue.train) == 67_349
+    assert len(glue.dev) == 872
+    assert not any(e.text.endswith(" ") for e in glue.train)
+
+
+def test_the_reviews_are_what_the_readme_says() -> None:
+    corpus = read("demo")
+    splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": 700, "dev": 100, "test": 200
+    }  # fmt: skip
+    for rows in splits.values():
+        assert sum(e.label == "1" for e in rows) * 2 == len(rows)
+    lengths = [len(e.text.split()) for rows in splits.values() for e in rows]
+    assert min(lengths) == 4
+    assert 35 <= max(lengths) <= 40
+    assert len({e.text.lower() for rows in splits.values() for e in rows}) == 1000
+
+
+def test_no_frame_of_a_review_stands_in_two_splits() -> None:
+    """Neither four words in a row, nor a short sentence with one or two words exchanged."""
+    import re
+
+    seen: dict[str, str] = {}
+    for line in demo.REVIEWS.read_text(encoding="utf-8").splitlines()[1:]:
+        text, _, split = line.split("\t")
+        words = re.findall(r"[a-z0-9']+", text.lower())
+        frames = {" ".join(words[i : i + 4]) for i in range(len(words) - 3)}
+        if len(words) <= 12:
+            for i in range(len(words)):
+                frames.add("1 " + " ".join("_" if k == i else w for k, w in enumerate(words)))
+                for j in range(i + 1, len(words) if len(words) >= 5 else 0):
+                    frames.add(
+                        "2 " + " ".join("_" if k in (i, j) else w for k, w in enumerate(words))
+                    )
+        for frame in frames:
+            assert seen.setdefault(frame, split) == split, (frame, text)
