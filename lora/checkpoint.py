@@ -45,6 +45,7 @@ from lora.injection import (
     walk,
     wrap,
 )
+from lora.layers import views
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -130,6 +131,10 @@ def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
         if planned.config.target_modules == "all-linear":
             settings["target_modules"] = list(planned.targets)
         settings["modules_to_save"] = list(planned.saved) or None
+        if "fan_in_fan_out" in planned.method.neutral:
+            modules = dict(walk(model))
+            transposed = [views(modules[name])[0].transposed for name in planned.targets]
+            settings["fan_in_fan_out"] = bool(transposed) and all(transposed)
     settings |= {key: v for key, v in planned.method.neutral.items() if isinstance(v, str)}
     # PEFT types alpha as an int.
     settings |= {k: int(v) for k, v in settings.items() if isinstance(v, float) and v.is_integer()

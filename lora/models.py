@@ -38,10 +38,9 @@ def hub_answers() -> bool:
     """
     answers = False
     if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "TRUE", "YES", "ON"):
-        request = urllib.request.Request(
-            os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD"
-        )
+        address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         try:
+            request = urllib.request.Request(address, method="HEAD")
             with urllib.request.urlopen(request, timeout=5):
                 answers = True
         except urllib.error.HTTPError:

@@ -40,10 +40,9 @@ def peft_model(base: nn.Module, **settings: object) -> peft.PeftModel:
 
 
 def read_by_peft(base: nn.Module, folder: Path) -> peft.PeftModel:
-    """Any warning (a missing key, an unknown setting) is an error here, but for Conv1D's."""
+    """Any warning (a missing key, an unknown setting) is an error here."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         warnings.filterwarnings("ignore", category=FutureWarning)
         return peft.PeftModel.from_pretrained(base, folder).eval()
 

@@ -1,0 +1,99 @@
+"""The README says what was measured, its code runs, and its tree is the tree."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from benchmarks.readme import filled
+from lora.adapter import METHODS
+from lora.compare import rows
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_tables_are_the_measured_ones() -> None:
+    assert filled(README) == README, "run python -m benchmarks.readme"
+
+
+def test_every_file_that_it_links_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(links) >= 7
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_tree_is_the_tree() -> None:
+    block = README.split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"^  (\w+)(?:\.py|/) ", block, flags=re.MULTILINE))
+    there = {path.stem for path in (ROOT / "lora").iterdir() if path.suffix == ".py"}
+    there |= {path.name for path in (ROOT / "lora").iterdir() if (path / "__init__.py").is_file()}
+    assert named == there - {"__init__", "__main__"}
+
+
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 2
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    finally:
+        METHODS.pop("gain", None)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_public_interface_is_ten_lines() -> None:
+    block = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    assert sum(bool(line.strip()) for line in block.splitlines()) <= 12
+
+
+def test_lora_reaches_what_was_asked_on_sst2() -> None:
+    """Within a point of full fine-tuning, and at least 88.0 %, means over three seeds."""
+    summaries = json.loads((RESULTS / "sst2" / "comparison.json").read_text())
+    scores: dict[str, list[float]] = {}
+    for summary in summaries:
+        assert summary["split"] == "test"
+        assert summary["rows"] == 1821
+        assert len(summary["epochs"]) == 3
+        scores.setdefault(summary["method"], []).append(summary["metrics"]["accuracy"])
+    assert {method: len(found) for method, found in scores.items()} == {"lora": 3, "full": 3}
+    means = {method: 100 * sum(found) / 3 for method, found in scores.items()}
+    assert means["lora"] >= 88.0
+    assert means["lora"] >= means["full"] - 1.0
+
+
+def test_the_recipes_rates_are_the_best_on_dev() -> None:
+    import tomllib
+
+    grid = json.loads((RESULTS / "sst2" / "tuning.json").read_text())["grid"]
+    recipe = tomllib.loads((ROOT / "recipes" / "sst2.toml").read_text())["methods"]
+    for method in ("lora", "full"):
+        own = {n: run for n, run in grid.items() if n.startswith(method)}
+        # ties in accuracy go to the lower dev loss
+        best = max(own.values(), key=lambda run: (run["dev_accuracy"][-1], -run["dev_loss"][-1]))
+        flags = best["flags"].split()
+        rate = float(flags[flags.index("--learning-rate") + 1])
+        assert recipe[method]["learning_rate"] == rate
+        assert ("--lora-dropout" in flags) == ("lora_dropout" in recipe[method])
+
+
+def test_start_up_is_within_bounds() -> None:
+    """As measured when the file was made; no time is taken here."""
+    seconds = json.loads((RESULTS / "startup.json").read_text())["seconds"]
+    assert seconds["lora --help"] <= 0.6
+    assert seconds["lora train --help"] <= 3.0
+    assert seconds["import lora and all its core, added"] < 0.15
+
+
+def test_the_table_has_the_columns_that_were_asked_for() -> None:
+    summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
+    head = rows(summaries)[0]
+    for column in ("method", "trainable", "share", "loss per epoch", "train s", "peak MiB"):
+        assert column in head
+    assert "test accuracy" in head
