@@ -26,6 +26,7 @@ GRID = {
     "full-3e5": ["--method", "full", "--learning-rate", "3e-5"],
     "full-5e5": ["--method", "full", "--learning-rate", "5e-5"],
     "full-1e4": ["--method", "full", "--learning-rate", "1e-4"],
+    "full-2e4": ["--method", "full", "--learning-rate", "2e-4"],
 }
 
 

@@ -14,8 +14,8 @@ equal to it.
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -40,12 +40,12 @@ def check(field: str, value: object, wanted: str, good: bool) -> None:
 
 def is_number(value: object) -> bool:
     """True for an int or a finite float; bool is no number here."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) != float("inf")
-    )
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int past the range of a float
+        return False
 
 
 def names_tuple(field: str, value: object) -> tuple[str, ...]:
@@ -109,6 +109,9 @@ class Method(ABC):
     stays as it is here; ... means under any. Empty values (None, False, [], {}) always are."""
     keeps_base: ClassVar[bool] = True
     """Whether the base can be had back: disabled(), merge and restore need it."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which the contract is checked, where the defaults would hide a fault: a
+    factor that is 1, a term that is 0."""
     exempt: ClassVar[Mapping[str, str]] = {}
     """Clauses of the contract that do not apply, each with the reason."""
 
@@ -121,6 +124,9 @@ class Method(ABC):
                 raise ConfigError(
                     f"two methods are named {cls.name!r}: {known}, {cls}. Rename one."
                 )
+            for other in METHODS.values():
+                if other is not known and other.Config is cls.Config:
+                    raise ConfigError(f"{cls} and {other} share one Config. Give each its own.")
             METHODS[cls.name] = cls
 
     @classmethod
@@ -183,10 +189,12 @@ class Adapter(Method, nn.Module):
         if not self.training or self.lora_dropout == 0.0:
             return None
         keep = 1.0 - self.lora_dropout
-        return torch.empty_like(x).bernoulli_(keep).div_(keep)
+        # In float32 at least: 1 / (1 − p) rounded to bfloat16 would bias every update.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return torch.empty_like(x, dtype=wide).bernoulli_(keep).div_(keep)
 
     def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        """What the specification adds to the base layer's output when x (..., in) is dropped."""
+        """(W' − W)(m ∘ x) + b' − b: what an additive method adds to the base layer's output."""
         W, b = view.read()
         W1, b1 = self.merged(W, b)
         shift = None if b is None or b1 is None or b1 is b else b1 - b
@@ -198,9 +206,9 @@ class Adapter(Method, nn.Module):
         if mask is None:
             y = apply(view, x, *self.merged(W, b))
         else:
-            y = apply(view, x, W, b) + self.delta(view, x, mask)
+            y = apply(view, x, W, b) + Adapter.delta(self, view, x, mask)
         # Autocast has chosen the dtype already, as it does for the base layer.
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(W.dtype)
+        return y if autocast_on(x) else y.to(W.dtype)
 
     def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         """The adapted layer's output y (..., out). Override for speed, never for another result."""
@@ -232,7 +240,8 @@ class AdaptedLayer(nn.Module):
         assert isinstance(adapter, Adapter)
         return adapter
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # nn.Linear names it input, Conv1D x
         if not self.active or not self.enabled or self.kept is not None:
             output: Tensor = self.base_layer(x)
             return output
@@ -241,8 +250,10 @@ class AdaptedLayer(nn.Module):
         if len(adapters) == 1:
             return adapters[0].compute(view, x, adapters[0].draw_mask(x))
         output = self.base_layer(x)
-        deltas = [adapter.delta(view, x, adapter.draw_mask(x)) for adapter in adapters]
-        return torch.stack([output.to(deltas[0].dtype), *deltas]).sum(0).to(output.dtype)
+        y = output
+        for adapter in adapters:
+            y = y + adapter.delta(view, x, adapter.draw_mask(x))
+        return y.to(output.dtype)
 
     def merged(self) -> tuple[Tensor, Tensor | None]:
         """W' and b' of the active adapters, in the base's dtype, computed in float32 at least."""
@@ -267,24 +278,15 @@ class AdaptedLayer(nn.Module):
             bias.data = b1.contiguous()
 
     def restore(self) -> None:
-        """Bring the kept tensors back, to the device where the layer is now."""
+        """Bring the kept tensors back, to the device and dtype that the layer has now."""
         if self.kept is None:
             return
         weight, bias = self.view.parameters()
         kept_weight, kept_bias = self.kept
-        weight.data = kept_weight.to(weight.device)
+        weight.data = kept_weight.to(weight.device, weight.dtype)
         if bias is not None and kept_bias is not None:
-            bias.data = kept_bias.to(bias.device)
+            bias.data = kept_bias.to(bias.device, bias.dtype)
         self.kept = None
-
-    # What models read off their own layers (T5 reads self.wo.weight.dtype).
-    @property
-    def weight(self) -> Tensor:
-        return self.view.parameters()[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.view.parameters()[1]
 
     @property
     def in_features(self) -> int:
@@ -293,6 +295,15 @@ class AdaptedLayer(nn.Module):
     @property
     def out_features(self) -> int:
         return self.view.out_features
+
+    def __getattr__(self, name: str) -> Any:
+        # What models read off their own layers: weight, bias, nf (T5: self.wo.weight.dtype).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
 
 class SavedModule(nn.Module):
@@ -304,9 +315,6 @@ class SavedModule(nn.Module):
         self.copies = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.enabled = True
-
-    def add(self, name: str) -> None:
-        self.copies[name] = copy.deepcopy(self.original_module)
 
     @property
     def current(self) -> nn.Module:
@@ -325,6 +333,11 @@ class SavedModule(nn.Module):
             if name in ("original_module", "copies"):
                 raise
             return getattr(self.current, name)
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast chooses dtypes for x; on the meta device there is none to ask."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def seeded(seed: int, module: str, parameter: str) -> torch.Generator:

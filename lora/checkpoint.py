@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,16 +28,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import METHODS, AdapterConfig, Method, MethodConfig, config_fields, initialise
+from lora.adapter import METHODS, AdapterConfig, Method, MethodConfig, config_fields
 from lora.errors import CheckpointError, ConfigError
 from lora.injection import (
     Plan,
     Report,
+    base_buffers,
     base_parameters,
     build,
     check_mix,
     check_name,
     check_restored,
+    check_statistics,
+    fits,
     injected,
     owned,
     plan,
@@ -63,17 +67,17 @@ INERT = {
 def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> Path:
     """Write adapter `name` as PEFT does: into `directory`, or into its subfolder `name`.
 
-    Each file is written whole and then put in place, the tensors first: a crash in between leaves
-    a pair that load() tells apart. Returns the folder. Raises CheckpointError.
+    Every file is whole on disk before the first takes its place; a crash between two of the
+    renames leaves a pair that load() tells apart. Returns the folder. Raises CheckpointError.
     """
     check_name(name)
     if name not in injected(model):
-        found = ", ".join(injected(model)) or "none"
-        raise CheckpointError(f"the model has no adapter {name!r}. Found: {found}.")
+        others = ", ".join(injected(model)) or "none"
+        raise CheckpointError(f"the model has no adapter {name!r}. Found: {others}.")
     check_restored(model, "save")
     planned = injected(model)[name]
-    found_tensors = tensors(model, planned, *owned(model, name))
-    for key, tensor in found_tensors.items():
+    found = tensors(model, planned, owned(model, name))
+    for key, tensor in found.items():
         if tensor.is_meta:
             raise CheckpointError(f"{key} has no values (meta device). Call lora.init first.")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -82,39 +86,64 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
                 " Lower the learning rate."
             )
     settings = file_config(model, planned)
-    mark = {"config": config_digest(planned, settings)}
+    mark = {"config": config_digest(planned.method, settings)}
     if planned.method.keeps_base:
-        mark["base"] = fingerprint(model, planned.saved)
+        mark |= fingerprint(model, planned.saved)
+    stored = {PREFIX + key: t.detach().cpu().contiguous() for key, t in found.items()}
+    # Of tensors that share memory (a tied weight inside a saved module) each is written.
+    shared = Counter(t.untyped_storage().data_ptr() for t in stored.values())
+    for key, tensor in stored.items():
+        if shared[tensor.untyped_storage().data_ptr()] > 1:
+            stored[key] = tensor.clone()
+    metadata = {"format": "pt", MARK: json.dumps(mark, sort_keys=True)}
+    files = {
+        WEIGHTS: in_one_order(safetensors.torch.save(stored, metadata)),
+        CONFIG: json.dumps(settings, indent=2, sort_keys=True).encode(),
+        "README.md": _card(planned, settings).encode(),
+    }
     folder = Path(directory) if name == "default" else Path(directory) / name
-    payload = safetensors.torch.save(
-        {PREFIX + key: t.detach().cpu().contiguous() for key, t in found_tensors.items()},
-        {"format": "pt", MARK: json.dumps(mark, sort_keys=True)},
-    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS, payload)
-        write_whole(folder / CONFIG, json.dumps(settings, indent=2, sort_keys=True).encode())
-        write_whole(folder / "README.md", _card(planned, settings).encode())
-    except OSError as error:
+        write_together(folder, files)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror or error}."
+            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}."
             " What stood there before is whole. Free space, or save elsewhere."
         ) from error
     return folder
 
 
+def in_one_order(payload: bytes) -> bytes:
+    """A safetensors file with its header's keys sorted: the library orders metadata at random,
+    and the same adapter shall be the same bytes."""
+    length = int.from_bytes(payload[:8], "little")
+    header = json.dumps(json.loads(payload[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + payload[8 + length :]
+
+
 def write_whole(path: Path, payload: bytes) -> None:
     """Write a file so that a reader sees the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    write_together(path.parent, {path.name: payload})
+
+
+def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files all or none: every one is whole on disk before the first takes its place."""
+    written: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        for name, payload in files.items():
+            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+            written[folder / name] = temporary
+            with os.fdopen(handle, "wb") as file:
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+        for path, temporary in written.items():
+            os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for temporary in written.values():
+            Path(temporary).unlink(missing_ok=True)
         raise
 
 
@@ -148,40 +177,46 @@ def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
     }
 
 
-def config_digest(planned: Plan, settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings that change what the saved adapter computes."""
-    names = {field.name for field in fields(planned.config)} - planned.config.training_only
-    counted = {name: settings[name] for name in names} | {"peft_type": settings["peft_type"]}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()
+def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings that change what the saved adapter computes, as read back."""
+    config = read_config(method, settings, Path())
+    values = config_fields(config)
+    counted = {k: v for k, v in values.items() if k not in config.training_only}
+    text = json.dumps(counted | {"peft_type": settings["peft_type"]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> str:
-    """What tells one base from another: "dtype:SHA-256" of names, shapes and sampled values.
+def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]:
+    """What tells one base from another: SHA-256 of names, shapes and sampled values.
 
-    Up to 4,096 values of each parameter, evenly spaced. A base held in bfloat16 has the
-    fingerprint of the same base in float32, for both are rounded to bfloat16 first; the dtype is
-    the name of what the rest is comparable with. Modules trained as a whole do not count: their
-    originals never act. On the meta device there are no values: "meta:".
+    Up to 4,096 values of each parameter and persistent floating buffer, scattered over it. One
+    digest of the values rounded to bfloat16 and one of those rounded to float16, so that a base
+    held in float32 is known again where it is held in either; a tensor held in one of them has no
+    digest in the other. Modules trained as a whole do not count: their originals never act. On
+    the meta device there are no values, and no digest.
     """
-    digest = hashlib.sha256()
-    common = ""
-    for name, parameter in sorted(base_parameters(model)):
+    digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
+    base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
+    for name, tensor in sorted(base.items()):
         if any(name.startswith(module + ".") for module in saved):
             continue
-        if parameter.is_meta:
-            return "meta:"
-        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, -(-flat.numel() // 4096))]
-        if sample.dtype in (torch.float32, torch.bfloat16):
-            sample = sample.to(torch.bfloat16)
-            kind = "bfloat16"
-        else:
-            kind = str(sample.dtype).removeprefix("torch.")
-        if kind not in common.split("+"):
-            common = "+".join(filter(None, [common, kind]))
-        digest.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{common}:{digest.hexdigest()}"
+        if tensor.is_meta:
+            return {}
+        values = tensor.detach().reshape(-1)
+        if not values.is_floating_point():
+            continue
+        if values.numel() > 4096:
+            # Knuth's multiplier: a stride that divides the width would sample one column only.
+            scattered = torch.arange(4096, dtype=torch.int64) * 2654435761 % values.numel()
+            values = values[scattered.to(values.device)]
+        for dtype, digest in list(digests.items()):
+            if values.dtype in (torch.float32, torch.float64, dtype):
+                digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+                sample = values.to(dtype).cpu().contiguous()
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
+            else:
+                del digests[dtype]
+    return {str(dtype).replace("torch.", "base_"): d.hexdigest() for dtype, d in digests.items()}
 
 
 def _card(planned: Plan, settings: Mapping[str, Any]) -> str:
@@ -208,44 +243,40 @@ def load(
     TargetError or ConfigError, and then the model is untouched: bits, modules, requires_grad.
     """
     check_name(name)
-    if name in injected(model):
-        raise ConfigError(f"the model has an adapter named {name!r} already. Load under another.")
     folder = find_folder(directory, name)
     settings = read_json(folder / CONFIG)
     method = method_for(settings, folder)
     stored, mark = read_tensors(folder)
     config = read_config(method, settings, folder)
     if not mark and isinstance(config, AdapterConfig):
-        config = replace(config, modules_to_save=_peft_saved(model, config, stored))
-    planned = plan(model, config)
+        config = _as_peft_means(model, config, stored)
+    planned = replace(plan(model, config), trainable=trainable)
     check_mix(model, name, planned)
-    adapters = build(model, planned)
-    modules = dict(walk(model))
-    wanted = tensors(model, planned, adapters, {path: modules[path] for path in planned.saved})
+    if trainable:
+        check_statistics(model, planned)
+    parts = build(model, planned)
+    wanted = tensors(model, planned, parts)
     check_fit(folder, stored, wanted)
+    ready = check_values(folder, stored, wanted)
     note = verify(model, planned, settings, mark, folder)
 
-    for adapter in adapters.values():
-        if any(p.is_meta for p in adapter.parameters()):
-            raise CheckpointError(
-                f"{folder}: the model has no values (meta device). Load it first."
-            )
-        initialise(adapter, seed=0)  # every value is overwritten below
-        adapter.requires_grad_(False)
-    wrap(model, planned, adapters, name, trainable)
+    wrap(model, planned, parts, name)
     with torch.no_grad():
-        for key, tensor in tensors(model, planned, *owned(model, name)).items():
-            tensor.copy_(stored[key])
+        for key, tensor in wanted.items():
+            tensor.copy_(ready[key])
     return report_of(model, name, note)
 
 
 def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Path:
     """The folder that holds the adapter's files: `directory`, or its subfolder `name`."""
     folder = Path(directory)
-    if (folder / name / CONFIG).is_file():
-        folder = folder / name
-    if not (folder / CONFIG).is_file():
+    try:
+        places = [folder, folder / name] if name == "default" else [folder / name, folder]
+        there = [place for place in places if (place / CONFIG).is_file()]
         found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(folder)[:200]!r} cannot be read: {error}."[:400]) from None
+    if not there:
         below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
         raise CheckpointError(
             f"no {CONFIG} in {folder}: "
@@ -256,6 +287,7 @@ def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Pat
             )
             + (f" It has adapters {', '.join(below)}: load one of those folders." if below else "")
         )
+    folder = there[0]
     if not (folder / WEIGHTS).is_file():
         pickles = [f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth")]
         if pickles:
@@ -287,19 +319,19 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The file's tensors by key less the prefix, and our mark in its metadata ({} if foreign)."""
     path = folder / WEIGHTS
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-        if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-            raise CheckpointError(
-                f"{path} is a pickle under a safetensors name, refused. Convert it where you trust"
-                " it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
-            )
         stored: dict[str, Tensor] = {}
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             for key in file.keys():  # noqa: SIM118  (no iteration over the file itself)
                 stored[key] = file.get_tensor(key)
     except (safetensors.SafetensorError, OSError) as error:
+        with path.open("rb") as raw:
+            start = raw.read(4)
+        if start == b"PK\x03\x04" or start[:1] == b"\x80":
+            raise CheckpointError(
+                f"{path} is a pickle under a safetensors name, refused. Convert it where you trust"
+                " it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
+            ) from None
         raise CheckpointError(
             f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}."
             " Copy it again from where it was saved."
@@ -313,17 +345,12 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             good = False
         if not good or "config" not in mark:
             raise CheckpointError(f"{path}: the metadata {MARK!r} is broken.")
-    for key, tensor in stored.items():
+    for key in stored:
         if not key.startswith(PREFIX):
             raise CheckpointError(
                 f"{path}: {key} does not begin with {PREFIX!r}: not as PEFT writes it. Rename the"
                 " keys, or save the adapter from the unwrapped model."
             )
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise CheckpointError(f"{path}: {key} is {tensor.dtype}, no dtype of weights.")
-        if not bool(tensor.isfinite().all()):
-            count = int((~tensor.isfinite()).sum())
-            raise CheckpointError(f"{path}: {key} has {count} values that are not finite.")
     return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, mark
 
 
@@ -377,22 +404,33 @@ def _neutral(method: type[Method], key: str, value: object) -> bool:
     )
 
 
-def _peft_saved(
+def _as_peft_means(
     model: nn.Module, config: AdapterConfig, stored: Mapping[str, Tensor]
-) -> tuple[str, ...]:
-    """The modules that a file of PEFT's trained as a whole, by their exact names.
+) -> AdapterConfig:
+    """The config of a file of PEFT's with the names that PEFT makes of it.
 
     PEFT matches modules_to_save by a bare `endswith`, so that its automatic "classifier" means
-    DistilBERT's pre_classifier as well, and ignores entries that match nothing ("score").
+    DistilBERT's pre_classifier as well. It ignores entries that match nothing, or only layers
+    inside saved modules; here check_fit proves that none of the file's tensors is left over.
     """
-    hits = [
-        name
-        for name, _ in walk(model)
-        if name and any(name.endswith(entry) for entry in config.modules_to_save)
-    ]
+    names = [name for name, _ in walk(model) if name]
+    hits = [name for name in names if any(name.endswith(end) for end in config.modules_to_save)]
+    saved = tuple(name for name in hits if any(key.startswith(name + ".") for key in stored))
     if config.modules_to_save and not hits:
-        return config.modules_to_save  # for saved_of to name the first that is missing
-    return tuple(name for name in hits if any(key.startswith(name + ".") for key in stored))
+        saved = config.modules_to_save  # for saved_of to name the first that is missing
+
+    def met(entries: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if entries is None or isinstance(entries, str):
+            return entries
+        free = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
+        return tuple(entry for entry in entries if any(fits(n, (entry,)) for n in free))
+
+    return replace(
+        config,
+        modules_to_save=saved,
+        target_modules=met(config.target_modules) or config.target_modules,
+        exclude_modules=met(config.exclude_modules) or None,
+    )
 
 
 def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -418,6 +456,32 @@ def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, T
         )  # fmt: skip
 
 
+def check_values(
+    folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The stored tensors in the dtypes of their places. Raises CheckpointError where a type is
+    no weight's, or a value is not finite, here or there."""
+    ready = {}
+    for key, place in wanted.items():
+        tensor = stored[key]
+        if place.is_meta:
+            raise CheckpointError(
+                f"{folder}: {key} has no place (meta device). Load the base first."
+            )
+        floating = tensor.is_floating_point() and tensor.element_size() >= 2
+        if not (floating if place.is_floating_point() else tensor.dtype == place.dtype):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {key} is {tensor.dtype}, no dtype of weights."
+            )
+        ready[key] = tensor.to(place.dtype)
+        off = int((~ready[key].isfinite()).sum()) if floating else 0
+        if off:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {key} has {off} values that are not finite in {place.dtype}."
+            )
+    return ready
+
+
 def verify(
     model: nn.Module,
     planned: Plan,
@@ -428,25 +492,23 @@ def verify(
     """Hold a file of ours to its mark. Returns what could not be verified, for the report."""
     if not mark:
         return "base and scaling not verifiable: the file is not of lora-from-scratch"
-    filled = {**config_fields(planned.config), **settings}
-    if mark["config"] != config_digest(planned, filled):
+    if mark["config"] != config_digest(planned.method, settings):
         raise CheckpointError(
             f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: a setting that"
             " changes the result (r, lora_alpha, target_modules, ...) was edited, or a save was"
             " cut off. Restore the file, or save the adapter again."
         )
-    if "base" not in mark:
+    if not planned.method.keeps_base:
         return ""
     here = fingerprint(model, planned.saved)
-    if here.partition(":")[0] != mark["base"].partition(":")[0]:
-        return (
-            f"base not verifiable: saved on {mark['base'].partition(':')[0]}, held otherwise here"
-        )
-    if here != mark["base"]:
+    common = [key for key in here if key in mark]
+    if not common:
+        return "base not verifiable: it was held in another dtype when the adapter was saved"
+    if here[common[0]] != mark[common[0]]:
         base = settings.get("base_model_name_or_path") or "its base"
         raise CheckpointError(
-            f"{folder}: the adapter was trained on another base: fingerprint {mark['base'][:24]}…,"
-            f" found {here[:24]}…. Load it onto {base}"
+            f"{folder}: the adapter was trained on another base: fingerprint"
+            f" {mark[common[0]][:16]}…, found {here[common[0]][:16]}…. Load it onto {base}"
             " (a head that it does not save must be the same too: name it in modules_to_save)."
         )
     return ""

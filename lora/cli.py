@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,10 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"lora: no verb {verb!r}. Found: {', '.join(VERBS)}. Run lora --help.", file=sys.stderr
         )
         return 2
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         globals()[f"_{verb}"](given[1:])
+        sys.stdout.flush()
     except LoraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough: `lora predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        print(f"lora {verb}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
@@ -112,8 +124,9 @@ class EvalConfig:
     """Default: test, or dev where there is none."""
     predictions: Path | None = None
     """JSON lines with `prediction` and `label` or `references`; needs no model."""
-    task: Literal["classification", "regression", "text"] = "classification"
-    """What the predictions are; text is scored by exact match, BLEU and ROUGE."""
+    task: Literal["classification", "regression", "text"] | None = None
+    """What --predictions are; text is scored by exact match, BLEU and ROUGE. Default: the task of
+    the run beside the file, or classification."""
 
 
 def _eval(arguments: list[str]) -> None:
@@ -124,11 +137,19 @@ def _eval(arguments: list[str]) -> None:
     config = tyro.cli(EvalConfig, args=_leading(arguments, "--run"), prog="lora eval")
     if (config.run is None) == (config.predictions is None):
         raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
+    idle = ("data", "split") if config.run is None else ("task",)
+    for name in idle:
+        if getattr(config, name) is not None:
+            raise ConfigError(f"--{name} says nothing beside the other flags. Leave it out.")
     if config.predictions is not None:
         from lora.data import read_predictions
         from lora.metrics import score
+        from lora.run import summary_of
 
-        metrics = score(config.task, *read_predictions(config.predictions))
+        task = config.task or "classification"
+        if config.task is None and (config.predictions.parent / "summary.json").is_file():
+            task = summary_of(config.predictions.parent)["task"]
+        metrics = score(task, *read_predictions(config.predictions))
     else:
         from lora.run import rescore
 
@@ -169,7 +190,7 @@ def _plot(arguments: list[str]) -> None:
     config = tyro.cli(PlotConfig, args=_leading(arguments, "--runs"), prog="lora plot")
     from lora.plots import draw
 
-    for path in draw(config.runs, config.output or config.runs[0]):
+    for path in draw(config.runs, config.output or (*config.runs, Path())[0]):
         print(path)
 
 

@@ -7,11 +7,15 @@ comparison goes on where it stopped.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -50,20 +54,25 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
         CompareConfig, args=own, prog="lora compare", return_unknown_args=True,
         description=CompareConfig.__doc__,
     )  # fmt: skip
-    methods = config.methods or tuple(table.get("methods", ())) or ("lora", "full")
-    seeds = config.seeds or tuple(table.get("seeds", ())) or (0,)
-    unknown = [method for method in methods if method not in METHODS]
+    seeds = config.seeds or table.get("seeds", [0])
+    if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
+        raise ConfigError(f"seeds must be a list of whole numbers, found {seeds!r}.")
+    methods = config.methods or tuple(table.get("methods", {})) or ("lora", "full")
+    config = replace(
+        config, methods=tuple(dict.fromkeys(methods)), seeds=tuple(dict.fromkeys(seeds))
+    )
+    unknown = [method for method in config.methods if method not in METHODS]
     if unknown:
         raise ConfigError(f"--methods {unknown[0]} is unknown. Found: {', '.join(METHODS)}.")
     runs = []
-    for method in methods:
-        for seed in seeds:
-            where = config.run_dir / f"{method}-{seed}"
+    for method in config.methods:
+        for seed in config.seeds:
             flags = ["--config", str(path)] if path else []
-            flags += _for_method(rest, method, methods)
-            flags += ["--method", method, "--seed", str(seed), "--run-dir", str(where)]
-            runs.append(parse_run(flags, "lora compare"))
-    return replace(config, methods=methods, seeds=seeds), runs
+            flags += _for_method(rest, method, config.methods)
+            flags += ["--method", method, "--seed", str(seed)]
+            run = parse_run(flags, "lora compare")
+            runs.append(replace(run, run_dir=config.run_dir / f"{method}-{seed}"))
+    return config, runs
 
 
 def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
@@ -84,46 +93,86 @@ def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> lis
 def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[str, Any]]:
     """Run what is not complete; returns the summaries in the order of the runs."""
     summaries = []
-    for number, run in enumerate(runs, 1):
-        assert run.run_dir is not None
-        done = complete(run)
-        head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}"
-        print(f"{head}{': complete, taken as it is' if done else ''}", file=sys.stderr, flush=True)
-        if not done:
-            _spawn(run)
-        summaries.append(summary_of(run.run_dir))
-    write_whole(config.run_dir / "comparison.json", json.dumps(summaries, indent=2).encode())
-    write_whole(config.run_dir / "comparison.md", markdown(rows(summaries)).encode())
+    with _alone(config.run_dir):
+        for number, run in enumerate(runs, 1):
+            assert run.run_dir is not None
+            done = complete(run)
+            said = ": complete, taken as it is" if done else ""
+            head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}{said}"
+            print(head, file=sys.stderr, flush=True)
+            if not done:
+                _spawn(run)
+            summaries.append(summary_of(run.run_dir))
+        write_whole(config.run_dir / "comparison.json", json.dumps(summaries, indent=2).encode())
+        write_whole(config.run_dir / "comparison.md", markdown(rows(summaries)).encode())
     return summaries
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the comparison's folder: one that is at work there already is left in peace."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError:
+        raise RunError(
+            f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
+        ) from None
+    except OSError as error:
+        raise RunError(f"--run-dir {folder} cannot be written: {error.strerror}.") from None
+
+
 def complete(run: RunConfig[Any]) -> bool:
-    """Whether the run's directory holds its result. Raises RunError where it holds another's."""
+    """Whether the run's directory holds its result; what is left of a run cut off is removed.
+
+    Raises RunError where the directory holds anything else.
+    """
     assert run.run_dir is not None
     if not run.run_dir.exists():
         return False
-    asked = tomli_w.dumps(to_table(replace(run, run_dir=None)))
-    path = run.run_dir / "asked.toml"
-    same = path.is_file() and path.read_text() == asked
-    if same and (run.run_dir / "summary.json").is_file():
+    path = run.run_dir / "config.toml"
+    found = read_toml(path) if path.is_file() else {}
+    if not _same(to_table(replace(run, run_dir=None)), found):
+        raise RunError(
+            f"{run.run_dir} holds a run of other settings. Remove it, or pass another --run-dir."
+        )
+    if (run.run_dir / "summary.json").is_file():
         return True
-    raise RunError(
-        f"{run.run_dir} holds {'an unfinished run' if same else 'a run of other settings'}."
-        " Remove it, or pass another --run-dir."
-    )
+    print(f"{run.run_dir}: a run that was cut off, done anew", file=sys.stderr, flush=True)
+    shutil.rmtree(run.run_dir)
+    return False
+
+
+def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether a recorded configuration is the asked one with its open questions answered."""
+    for key in asked.keys() | found.keys():
+        wanted, value = asked.get(key), found.get(key)
+        if key == "modules_to_save":  # the new head joins what was asked
+            if not set(wanted or ()) <= set(value or ()):
+                return False
+        elif key in ("base", "data") and value is not None:
+            if wanted != value and str(Path(str(wanted)).resolve()) != value:
+                return False
+        elif key in ("task", "labels", "learning_rate", "pair_column"):
+            if wanted not in (None, "auto", value):
+                return False
+        elif wanted != value:
+            return False
+    return bool(found)
 
 
 def _spawn(run: RunConfig[Any]) -> None:
     """`lora train` in a process of its own, its messages passed on."""
-    assert run.run_dir is not None
-    run.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    asked = run.run_dir.parent / f".{run.run_dir.name}.toml"
-    write_whole(asked, tomli_w.dumps(to_table(replace(run, run_dir=None))).encode())
-    command = [sys.executable, "-m", "lora", "train", "--config", str(asked)]
-    code = subprocess.run([*command, "--run-dir", str(run.run_dir)], check=False).returncode
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "run.toml"
+        asked.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
+        command = [sys.executable, "-m", "lora", "train", "--config", str(asked)]
+        command += ["--run-dir", str(run.run_dir)]
+        code = subprocess.run(command, check=False).returncode
     if code:
         raise RunError(f"{run.method}, seed {run.seed} failed with exit code {code}: see above.")
-    asked.replace(run.run_dir / "asked.toml")
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -2,19 +2,19 @@
 
     lora train --config recipes/sst2.toml --method full --seed 1
 
-A file's keys become flags in front of the command line's own, so that there is one parser (tyro),
-one set of errors, and the later one wins. A file may hold a table per method, `[methods.full]`,
-whose keys win over the file's own where that method is asked for.
+A file gives the values that the command line starts from. It may hold a table per method,
+`[methods.full]`, whose keys win over the file's own where that method is asked for.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import tyro
 
@@ -75,10 +75,25 @@ class RunConfig(Generic[C]):
     """The method's own settings."""
 
     def __post_init__(self) -> None:
+        for name in ("base", "data", "method", "note"):
+            value = getattr(self, name)
+            good = isinstance(value, str) and _encodes(value)
+            check(name, value, "a text", good and (bool(value) or name == "note"))
+        for name in ("text_column", "pair_column", "label_column"):
+            value = getattr(self, name)
+            check(name, value, "a column's name", value is None or isinstance(value, str))
+        check("task", self.task, "one of " + ", ".join(get_args(Task)), self.task in get_args(Task))
+        good = self.dtype in ("float32", "bfloat16")
+        check("dtype", self.dtype, "float32 or bfloat16", good)
+        good = all(isinstance(label, str) and _encodes(label) for label in self.labels)
+        check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
+        distinct = len(set(self.labels)) == len(self.labels) != 1
+        check("labels", self.labels, "distinct, and two at least", distinct)
         for name in ("epochs", "batch_size", "max_length", "limit"):
             value = getattr(self, name)
             good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            check(name, value, "a whole number of at least 1", good or value is None)
+            good = good or (value is None and name == "limit")
+            check(name, value, "a whole number of at least 1", good)
         rate = self.learning_rate
         good = rate is None or (is_number(rate) and rate > 0)
         check("learning_rate", rate, "a positive number", good)
@@ -88,9 +103,18 @@ class RunConfig(Generic[C]):
         check("max_grad_norm", norm, "a positive number", is_number(norm) and norm > 0)
         share = self.warmup
         check("warmup", share, "a share with 0 <= share <= 1", is_number(share) and 0 <= share <= 1)
-        good = isinstance(self.seed, int) and 0 <= self.seed < 2**63
+        good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        good = good and 0 <= self.seed < 2**63
         check("seed", self.seed, "a whole number of at least 0", good)
-        check("labels", self.labels, "distinct", len(set(self.labels)) == len(self.labels))
+
+
+def _encodes(text: str) -> bool:
+    """Whether a text can be written as UTF-8: arguments that are not arrive as surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
@@ -100,21 +124,48 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     """
     path, own = split_config(arguments)
     table = read_toml(path) if path else {}
-    method = _value_of(own, "--method") or str(table.get("method", "lora"))
-    flags = table_flags(table, method)
-    if method not in METHODS:
-        raise ConfigError(
-            f"--method {method} is unknown. Found: {', '.join(sorted(METHODS))}. Run lora methods."
-        )
+    method = _value_of(own, "--method") or table.get("method", "lora")
+    start = from_table(table, method)
     kind: Any = RunConfig[METHODS[method].Config]  # type: ignore[misc]
     config: RunConfig[Any] = tyro.cli(
         kind,
-        args=[*flags, *own, "--method", method],
+        args=own,
+        default=start,
         prog=prog,
         description="Train one method on one data set. Flags may stand in --config FILE.toml.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
     return replace(config, adapter=_plain_name_is_a_name(config.adapter))
+
+
+def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
+    """The configuration that a TOML table states for a method. Raises ConfigError."""
+    if method not in METHODS:
+        raise ConfigError(
+            f"--method {method} is unknown. Found: {', '.join(sorted(METHODS))}. Run lora methods."
+        )
+    tables = table.get("methods", {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise ConfigError("methods must be tables: [methods.lora], [methods.full], ...")
+    values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
+    values |= tables.get(method, {}) | {"method": method}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    kind = METHODS[method].Config
+    own = {field.name for field in fields(kind)}
+    shared = {field.name for field in fields(RunConfig)} - {"adapter"}
+    unknown = [key for key in values if key not in own | shared]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], own | shared, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(own | shared))}."
+        raise ConfigError(f"{unknown[0]} is no key of a {method} run. {hint}")
+    for name in ("text_column", "pair_column", "label_column"):
+        if isinstance(values.get(name), int):
+            values[name] = str(values[name])
+    if "run_dir" in values:
+        values["run_dir"] = Path(str(values["run_dir"]))
+    adapter = kind(**{k: v for k, v in values.items() if k in own})
+    shared_values = {k: v for k, v in values.items() if k in shared}
+    return RunConfig(adapter=_plain_name_is_a_name(adapter), **shared_values)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -158,31 +209,6 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--config {path} cannot be read: {reason}.") from None
-
-
-def table_flags(table: dict[str, Any], method: str) -> list[str]:
-    """A TOML table as flags, its `methods` tables after its own keys."""
-    flags: list[str] = []
-    own = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
-    for key, value in {**own, **_method_table(table, method)}.items():
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, dict):
-            raise ConfigError(f"[{key}] is no table of a run: only [methods.NAME] is.")
-        if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
-        else:
-            flags += [flag, str(value)]
-    return flags
-
-
-def _method_table(table: dict[str, Any], method: str) -> dict[str, Any]:
-    tables = table.get("methods", {})
-    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
-        raise ConfigError("methods must be tables: [methods.lora], [methods.full], ...")
-    found: dict[str, Any] = tables.get(method, {})
-    return found
 
 
 def to_table(config: RunConfig[Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Corpus:
     train: tuple[Example, ...]
     dev: tuple[Example, ...]
     test: tuple[Example, ...]
+    pair: str | None = None  # the column of the second text, where there is one
     note: str = ""  # what was decided on the user's behalf
 
     @property
@@ -92,36 +93,47 @@ def read(
 ) -> Corpus:
     """A data set in three splits. Raises DataError with the file, the row and the remedy."""
     note = ""
-    if data == "demo":
-        splits = _by_split_column(read_file(demo.REVIEWS, columns))
-    elif Path(data).is_dir():
-        splits = _read_folder(Path(data), columns)
-    elif Path(data).is_file():
-        rows = read_file(Path(data), columns)
-        if rows and "split" in rows[0][1]:
-            splits = _by_split_column(rows)
-        else:
-            splits = _cut(rows)
-            note = f"{data} has no column 'split': cut 80/10/10 into train, dev and test"
-    else:
-        splits = _read_hub(data)
+    splits, note = _read_splits(data, columns)
+    if not splits.get("train"):
+        raise DataError(
+            f"--data {data} has no training rows, found {', '.join(splits) or 'nothing'}."
+            " Pass a folder with train.tsv, .csv or .jsonl."
+        )
+    chosen = {name: choose_columns(_names(rows), columns) for name, rows in splits.items() if rows}
+    text, pair, label = chosen["train"]
+    if label is None:
+        raise DataError(
+            f"--data {data}: no label column among {', '.join(_names(splits['train']))}."
+            " Set --label-column."
+        )
+    for name, other in chosen.items():
+        if other[:2] != (text, pair):
+            raise DataError(
+                f"--data {data}: train has its text in {text}, {pair or 'no pair'}; {name} in"
+                f" {other[0]}, {other[1] or 'no pair'}. Give every split the same columns."
+            )
     examples = {name: _examples(rows, columns) for name, rows in splits.items()}
-    # A benchmark's hidden labels are all -1: that split cannot be reported on.
-    examples = {
-        name: found
-        for name, found in examples.items()
-        if not all(example.label in (None, "-1") for example in found)
-    }
-    if not examples.get("train"):
-        raise DataError(f"--data {data} has no training rows. Pass a folder with train.tsv.")
+    known = {_number(example.label) for example in examples["train"]}
+    for name in [name for name in examples if name != "train"]:
+        # A benchmark's hidden labels are all -1: that split cannot be reported on.
+        hidden = {_number(e.label) for e in examples[name]} == {-1.0} and -1.0 not in known
+        if hidden or all(example.label is None for example in examples[name]):
+            del examples[name]
+            note = f"the labels of {name} are hidden: the split is left out"
     train, dev, test = (tuple(examples.get(name, ())) for name in ("train", "dev", "test"))
     if not dev:
         train, dev = _hold_out(train, 0.1)
         note = f"{data} has no dev split: every tenth training row is held out as dev"
+        if len(train) < 1:
+            raise DataError(
+                f"--data {data}: too few rows to hold one out as dev. Pass a dev split."
+            )
     if limit is not None:
         train, dev, test = train[:limit], dev[:limit], test[:limit]
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
+        if task == "regression":
+            note = f"{note}; " * bool(note) + "the labels are fractional numbers: a regression"
     if task == "classification":
         labels = labels or _sorted_labels({str(example.label) for example in train})
         if len(labels) < 2:
@@ -129,16 +141,99 @@ def read(
                 f"--data {data}: training needs two classes at least, found"
                 f" {', '.join(labels) or 'none'} in {len(train)} rows. Check --label-column."
             )
-    corpus = Corpus(data, task, labels if task == "classification" else (), train, dev, test, note)
+    labels = labels if task == "classification" else ()
+    corpus = Corpus(data, task, labels, train, dev, test, pair, note)
     for name, split in (("train", train), ("dev", dev), ("test", test)):
         _check_labels(corpus, name, split)
     return corpus
+
+
+def _read_splits(data: str, columns: Columns) -> tuple[dict[str, list[tuple[int, Row]]], str]:
+    """The rows of each split, and what was decided on the user's behalf."""
+    if data == "demo":
+        return _by_split_column(read_file(demo.REVIEWS, columns)), ""
+    if Path(data).is_dir():
+        return _read_folder(Path(data), columns), ""
+    if not Path(data).is_file():
+        return _read_hub(data), ""
+    rows = read_file(Path(data), columns)
+    if any(name.lower() == "split" for name in _names(rows)):
+        return _by_split_column(rows), ""
+    return _cut(data, rows), f"{data} has no column 'split': cut 80/10/10 into train, dev and test"
+
+
+def read_split(
+    data: str, columns: Columns, task: Task, labels: tuple[str, ...], split: str | None
+) -> tuple[Corpus, str]:
+    """Labelled examples to score a trained model on, as the corpus's split of the name returned.
+
+    A file without a split column is scored whole, as test. A folder needs no train file.
+    """
+    if Path(data).is_file():
+        rows = read_file(Path(data), columns)
+        whole = not any(name.lower() == "split" for name in _names(rows))
+        splits = {split or "test": rows} if whole else _by_split_column(rows)
+    else:
+        splits, _ = _read_splits(data, columns)
+    there = [name for name in ([split] if split else ["test", "dev", "train"]) if splits.get(name)]
+    if not there:
+        raise DataError(
+            f"--data {data} has no {split or 'labelled'} split, found {', '.join(splits)}."
+        )
+    examples = tuple(_examples(splits[there[0]], columns))
+    held = {name: examples if name == there[0] else () for name in SPLITS}
+    corpus = Corpus(data, task, labels, held["train"], held["dev"], held["test"])
+    _check_labels(corpus, there[0], examples)
+    return corpus, there[0]
+
+
+def _names(rows: Sequence[tuple[int, Row]]) -> list[str]:
+    """The columns that any row has, in order."""
+    return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
 def read_file(path: Path, columns: Columns = Columns()) -> list[tuple[int, Row]]:
     """(line number, row) of a TSV, CSV or JSONL file; without header the columns are 0, 1, ..."""
     if path.suffix not in ENDINGS:
         raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
+    text = _text_of(path)
+    if path.suffix == ".jsonl":
+        return [
+            (number, {str(k): _cell(v) for k, v in row.items() if v is not None})
+            for number, row in _json_lines(path, text)
+        ]
+    if path.suffix == ".tsv":  # quotes mean nothing there, as in GLUE
+        lines = [line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
+        alone = max(map(len, lines)) == 1  # an empty line is an empty text
+        cells = [(number, cell) for number, cell in enumerate(lines, 1) if alone or cell != [""]]
+    else:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            cells = [(reader.line_num, cell) for cell in reader if cell]
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
+    header = cells[0][1]
+    named, numbered = _is_header(header, columns)
+    if named:
+        cells = cells[1:]
+    if numbered:
+        header = [str(number) for number in range(len(header))]
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise DataError(f"{path}: two columns are named {twice!r}. Rename one.")
+    rows = []
+    for number, line in cells:
+        if len(line) != len(header):
+            raise DataError(
+                f"{path}, line {number}: {len(line)} columns, where the first row has"
+                f" {len(header)}. Mend the line, or quote the separator."
+            )
+        rows.append((number, dict(zip(header, line, strict=True))))
+    return rows
+
+
+def _text_of(path: Path) -> str:
+    """The file's text. Raises DataError where it is not UTF-8, empty, or not to be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,41 +246,18 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[tuple[int, Row]]
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     if not text.strip():
         raise DataError(f"{path} is empty. Pass a file with rows.")
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path, text)
-    if path.suffix == ".tsv":  # quotes mean nothing there, as in GLUE
-        lines = [line.rstrip("\r").split("\t") for line in text.split("\n")]
-        cells = [(number, cell) for number, cell in enumerate(lines, 1) if cell != [""]]
-    else:
-        reader = csv.reader(io.StringIO(text, newline=""))
-        try:
-            cells = [(reader.line_num, cell) for cell in reader if cell]
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
-    header = cells[0][1]
-    if _is_header(header, columns):
-        cells = cells[1:]
-    else:
-        header = [str(number) for number in range(len(header))]
-    rows = []
-    for number, line in cells:
-        if len(line) != len(header):
-            raise DataError(
-                f"{path}, line {number}: {len(line)} columns, where the first row has"
-                f" {len(header)}. Mend the line, or quote the separator."
-            )
-        rows.append((number, dict(zip(header, line, strict=True))))
-    return rows
+    return text
 
 
-def _is_header(cells: list[str], columns: Columns) -> bool:
+def _is_header(cells: list[str], columns: Columns) -> tuple[bool, bool]:
+    """Whether the first row is a header, and whether columns go by their numbers."""
     asked = [c for c in (columns.text, columns.pair, columns.label) if c is not None]
-    if asked:
-        return not all(name.isdigit() for name in asked)
-    return any(cell in (*TEXT, *LABEL) for cell in cells)
+    known = any(cell.strip().lower() in (*TEXT, *LABEL, "split") for cell in cells)
+    numbered = all(name.isdigit() for name in asked) if asked else not known
+    return known or not numbered, numbered
 
 
-def _read_jsonl(path: Path, text: str) -> list[tuple[int, Row]]:
+def _json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -196,7 +268,7 @@ def _read_jsonl(path: Path, text: str) -> list[tuple[int, Row]]:
             raise DataError(f"{path}, line {number}: no JSON: {error}.") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: {type(row).__name__}, not an object.")
-        rows.append((number, {str(k): _cell(v) for k, v in row.items() if v is not None}))
+        rows.append((number, row))
     return rows
 
 
@@ -213,36 +285,37 @@ def _read_folder(folder: Path, columns: Columns) -> dict[str, list[tuple[int, Ro
             raise DataError(f"{folder} has {', '.join(p.name for p in there)}: keep one.")
         if there:
             found[split] = read_file(there[0], columns)
-    if "train" not in found:
-        files = sorted(path.name for path in folder.iterdir())[:8]
-        raise DataError(f"{folder} has no train.tsv, .csv or .jsonl, found {files or 'nothing'}.")
     return found
 
 
 def _by_split_column(rows: list[tuple[int, Row]]) -> dict[str, list[tuple[int, Row]]]:
     found: dict[str, list[tuple[int, Row]]] = {}
     known = {name: split for split, names in SPLITS.items() for name in names}
+    column = next(name for name in _names(rows) if name.lower() == "split")
     for number, row in rows:
-        if row["split"] not in known:
+        split = row.get(column, "")
+        if split not in known:
             raise DataError(
-                f"line {number}: split {row['split']!r} is none of {', '.join(sorted(known))}."
+                f"line {number}: split {split!r} is none of {', '.join(sorted(known))}."
             )
-        found.setdefault(known[row["split"]], []).append((number, row))
+        found.setdefault(known[split], []).append((number, row))
     return found
 
 
-def _cut(rows: list[tuple[int, Row]]) -> dict[str, list[tuple[int, Row]]]:
+def _cut(data: str, rows: list[tuple[int, Row]]) -> dict[str, list[tuple[int, Row]]]:
     """80/10/10, by one shuffle that never changes."""
+    if len(rows) < 3:
+        raise DataError(f"--data {data}: {len(rows)} rows cannot be cut in three. Add rows.")
     rows = rows.copy()
     random.Random(0).shuffle(rows)
-    tenth = len(rows) // 10
+    tenth = max(1, len(rows) // 10)
     return {"test": rows[:tenth], "dev": rows[tenth : 2 * tenth], "train": rows[2 * tenth :]}
 
 
 def _hold_out(
     train: tuple[Example, ...], share: float
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    step = round(1 / share)
+    step = min(round(1 / share), max(len(train), 1))
     dev = train[step - 1 :: step]
     return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
 
@@ -284,47 +357,54 @@ def _read_hub(data: str) -> dict[str, list[tuple[int, Row]]]:
 def _examples(rows: list[tuple[int, Row]], columns: Columns) -> list[Example]:
     if not rows:
         return []
-    first = rows[0][1]
-    text, pair, label = choose_columns(list(first), columns)
+    text, pair, label = choose_columns(_names(rows), columns)
     examples = []
     for number, row in rows:
         lacking = [name for name in (text, pair) if name is not None and name not in row]
         if lacking:
             raise DataError(f"line {number}: no column {lacking[0]!r}, found {', '.join(row)}.")
-        examples.append(
-            Example(
-                text=row[text].strip(),
-                pair=None if pair is None else row[pair].strip(),
-                label=row[label].strip() if label is not None and label in row else None,
-            )
+        example = Example(
+            text=row[text].strip(),
+            pair=None if pair is None else row[pair].strip(),
+            label=(row.get(label, "").strip() or None) if label is not None else None,
         )
+        try:
+            f"{example.text}{example.pair}{example.label}".encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"line {number}: {error.reason}: half of a character pair.") from None
+        examples.append(example)
     return examples
 
 
 def choose_columns(found: list[str], columns: Columns) -> tuple[str, str | None, str | None]:
     """The names of the text, pair and label columns: as asked, or by their usual names."""
-    for asked, flag in (
-        (columns.text, "--text-column"),
-        (columns.pair, "--pair-column"),
-        (columns.label, "--label-column"),
-    ):
-        if asked is not None and asked not in found:
-            raise DataError(f"{flag} {asked}: no such column. Found: {', '.join(found)}.")
-    if all(name.isdigit() for name in found):  # no header
+    asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
+    for role, name in asked.items():
+        if name is not None and name not in found:
+            raise DataError(f"--{role}-column {name}: no such column. Found: {', '.join(found)}.")
+    given = [name for name in asked.values() if name is not None]
+    if len(set(given)) < len(given):
+        raise DataError(f"one column cannot be two of text, pair and label: {', '.join(given)}.")
+    free = [name for name in found if name not in given]
+    if all(name.isdigit() for name in found):  # no header: text first, label last
         if len(found) > 2 and columns.text is None:
             raise DataError(
                 f"the file has {len(found)} columns and no header: which is what?"
                 " Set --text-column 0 --label-column 1, and --pair-column for pairs."
             )
-        last = found[-1] if len(found) == 2 else None
-        return columns.text or found[0], columns.pair, columns.label or last
-    texts = [name for name in TEXT if name in found]
+        text = columns.text or free.pop(0)
+        last = free[-1] if len(found) == 2 and columns.pair is None and free else None
+        return text, columns.pair, columns.label or last
+    usual = {name.strip().lower(): name for name in free}
+    texts = [usual[name] for name in TEXT if name in usual]
+    # A question with a sentence beside it is the first of a pair, a sentence alone is the text.
+    paired = [usual[a] for a, b in PAIR.items() if a in usual and b in usual]
     if columns.text is None and not texts:
         raise DataError(f"no text column among {', '.join(found)}. Set --text-column.")
-    text = columns.text or texts[0]
-    pair = columns.pair or PAIR.get(text)
-    labels = [name for name in LABEL if name in found]
-    return text, pair if pair in found else None, columns.label or (labels[0] if labels else None)
+    text = columns.text or (paired or texts)[0]
+    partner = usual.get(PAIR.get(text.strip().lower(), ""))
+    labels = [usual[name] for name in LABEL if name in usual and usual[name] != text]
+    return text, columns.pair or partner, columns.label or (labels[0] if labels else None)
 
 
 def _number(label: str | None) -> float:
@@ -335,10 +415,9 @@ def _number(label: str | None) -> float:
 
 
 def _fractional(examples: Iterable[Example]) -> bool:
-    """Whether the labels are numbers with a decimal point, so a quantity and no class."""
-    values = [str(example.label) for example in examples]
-    numbers = all(math.isfinite(_number(value)) for value in values)
-    return numbers and any("." in value or "e" in value.lower() for value in values)
+    """Whether the labels are numbers and some not whole, so a quantity and no class."""
+    values = [_number(example.label) for example in examples]
+    return all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
@@ -444,23 +523,28 @@ def take(corpus: Corpus, split: str) -> tuple[Example, ...]:
 
 def unlabelled(data: str, columns: Columns) -> list[Example]:
     """The rows of one file, labelled or not, in the file's order."""
-    return _examples(read_file(Path(data), columns), columns)
+    rows = read_file(Path(data), columns)
+    if not rows:
+        raise DataError(f"{data} has no rows.")
+    if columns.label is not None and columns.label not in _names(rows):
+        columns = replace(columns, label=None)
+    return _examples(rows, columns)
 
 
 def read_predictions(path: Path) -> tuple[list[str], list[list[str]]]:
     """Predictions and, for each, its references, from JSON lines with `prediction` and `label` or
     `references` (a text or a list of them)."""
-    predictions, references = [], []
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: predictions are JSON lines, in a file that ends in .jsonl.")
-    for number, row in read_file(path):
+    predictions, references = [], []
+    for number, row in _json_lines(path, _text_of(path)):
         wanted = row.get("references", row.get("label"))
-        if "prediction" not in row or wanted is None:
+        several = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
+        if row.get("prediction") is None or not several:
             raise DataError(
                 f"{path}, line {number}: needs prediction and label (or references),"
-                f" found {', '.join(row)}."
+                f" found {', '.join(row) or 'nothing'}."
             )
-        several = json.loads(wanted) if wanted.startswith("[") and "references" in row else [wanted]
-        predictions.append(row["prediction"])
+        predictions.append(_cell(row["prediction"]))
         references.append([_cell(reference) for reference in several])
     return predictions, references

@@ -5,6 +5,7 @@ Every step that can fail is done before the model is touched: `plan` reads, `wra
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ class Plan:
     targets: tuple[str, ...]  # layers to wrap
     saved: tuple[str, ...]  # modules to train as a whole
     selected: tuple[str, ...]  # parameters to train as they are
+    trainable: bool = True  # False where it was loaded to act only
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,18 @@ def fits(name: str, entries: str | tuple[str, ...]) -> bool:
     return any(name == entry or name.endswith("." + entry) for entry in entries)
 
 
+def check_pattern(field: str, entries: str | tuple[str, ...] | None) -> None:
+    """Raise ConfigError where a string is no regular expression."""
+    if isinstance(entries, str):
+        try:
+            re.compile(entries)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"{field}={entries[:80]!r} is no regular expression: {error}."
+                f" Set --{field.replace('_', '-')}."
+            ) from None
+
+
 def backbone(model: nn.Module) -> str:
     """The path of what was pretrained, "" where that is the whole: the rest are heads."""
     prefix = getattr(model, "base_model_prefix", "")
@@ -105,14 +119,16 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     entry matches nothing, or matches what no view exists for.
     """
     modules = {name: module for name, module in walk(model) if name}
-    wanted = config.target_modules
+    wanted, excluded = config.target_modules, config.exclude_modules
+    check_pattern("target_modules", wanted)
+    check_pattern("exclude_modules", excluded)
     out = {name for name in modules if any(_inside(name, whole) for whole in saved)}
-    if config.exclude_modules is not None:
-        entries = config.exclude_modules
-        for entry in (entries,) if isinstance(entries, str) else entries:
-            if not any(fits(n, entry if isinstance(entries, str) else (entry,)) for n in modules):
-                raise TargetError(f"no layer matches exclude_modules entry {entry!r}.")
-        out |= {name for name in modules if fits(name, entries)}
+    for one in _entries(excluded):
+        left = {name for name in modules if fits(name, one)}
+        if not left:
+            named = one if isinstance(one, str) else one[0]
+            raise TargetError(f"no layer matches exclude_modules entry {named!r}.")
+        out |= left
     if wanted == "all-linear":
         trunk = backbone(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -124,16 +140,10 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
         if not found:
             raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
         return found
-    for entry in (wanted,) if isinstance(wanted, str) else wanted:
-        try:
-            hits = [n for n in modules if fits(n, entry if entry is wanted else (entry,))]
-        except re.error as error:
-            raise ConfigError(
-                f"target_modules={entry!r} is no regular expression: {error}. Set --target-modules."
-            ) from None
-        hits = [name for name in hits if name not in out]
+    for entry in _entries(wanted):
+        hits = [name for name in modules if fits(name, entry) and name not in out]
         if not hits:
-            one = "" if entry is wanted else f" (entry {entry!r})"
+            one = "" if entry is wanted else f" (entry {entry[0]!r})"
             raise TargetError(f"no layer matches target_modules={wanted!r}{one}.\n{_offer(model)}")
         for name in hits:
             if not kind(modules[name]):
@@ -159,6 +169,13 @@ def check_reached(model: nn.Module, targets: tuple[str, ...]) -> None:
             )
 
 
+def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...]]:
+    """The patterns of a field one by one, each in the form that fits() takes."""
+    if entries is None or isinstance(entries, str):
+        return [] if entries is None else [entries]
+    return [(entry,) for entry in entries]
+
+
 def _inside(name: str, whole: str) -> bool:
     return not whole or name == whole or name.startswith(whole + ".")
 
@@ -180,20 +197,29 @@ def _offer(model: nn.Module) -> str:
 
 
 def saved_of(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
-    """Names of the modules that config.modules_to_save means: exact, or dotted endings."""
-    names = [name for name, _ in walk(model) if name]
-    found: list[str] = []
+    """Paths of the modules that config.modules_to_save means: exact, or dotted endings.
+
+    A module reached by two paths is meant by both.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    found: dict[int, None] = {}
     for entry in config.modules_to_save:
-        hits = [name for name in names if fits(name, (entry,))]
+        hits = [name for name in modules if fits(name, (entry,))]
         if not hits:
             children = ", ".join(name for name, _ in model.named_children())
             raise TargetError(
                 f"no module matches modules_to_save entry {entry!r}."
                 f" {type(model).__name__} has {children}. Set --modules-to-save."
             )
-        found += hits
-    return tuple(n for n in dict.fromkeys(found)
-                 if not any(n != o and _inside(n, o) for o in found))  # fmt: skip
+        for name in hits:
+            if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+                raise TargetError(
+                    f"modules_to_save={entry!r} is {name}, a {type(modules[name]).__name__}, which"
+                    " is never called. Name what it holds."
+                )
+            found[id(modules[name])] = None
+    paths = [name for name, module in modules.items() if id(module) in found]
+    return tuple(n for n in paths if not any(n != o and _inside(n, o) for o in paths))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -206,31 +232,82 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield (f"{prefix}.{name}" if prefix else name), parameter
 
 
+def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of the model as it was before any injection: those its files hold."""
+    seen: set[int] = set()
+    for prefix, module in walk(model):
+        for name, buffer in module._buffers.items():
+            stays = name not in module._non_persistent_buffers_set
+            if buffer is not None and stays and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
 def plan(model: nn.Module, config: MethodConfig) -> Plan:
     """What injecting config would do. Touches nothing; raises TargetError or ConfigError."""
     method = method_of(config)
+    for inner in ("_orig_mod", "module"):
+        if inner in model._modules and type(model).__name__ in _OUTER:
+            raise ConfigError(
+                f"the model is wrapped in {type(model).__name__}: names would not be the model's"
+                f" own. Inject into model.{inner}, before it is wrapped."
+            )
     if issubclass(method, Selection):
-        names = [name for name, _ in base_parameters(model)]
-        return Plan(method, config, (), (), tuple(n for n in names if method.selects(n, config)))
+        base = dict(base_parameters(model))
+        selected = tuple(name for name in base if method.selects(name, config))
+        _check_floating({name: base[name] for name in selected})
+        return Plan(method, config, (), (), selected)
     assert isinstance(config, AdapterConfig)
     saved = saved_of(model, config)
+    modules = dict(walk(model))
+    for path in saved:
+        _check_floating({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
     targets = targets_of(model, config, saved)
     check_reached(model, targets)
     return Plan(method, config, targets, saved, ())
 
 
-def build(model: nn.Module, plan: Plan) -> dict[str, Adapter]:
-    """The plan's adapters by the first name of their layer, uninitialised, not yet in the model."""
-    if not issubclass(plan.method, Adapter):
-        return {}
+_OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+
+
+def _check_floating(parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise TargetError(f"{name} is {parameter.dtype}, which cannot train.")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an adapter consists of in the model, by the first path of each."""
+
+    adapters: dict[str, Adapter]
+    copies: dict[str, nn.Module]
+
+
+def build(model: nn.Module, plan: Plan) -> Parts:
+    """The plan's adapters, uninitialised, and its copies of saved modules: not yet in the model.
+
+    Raises ConfigError where they cannot be made.
+    """
     modules = dict(walk(model))
-    built: dict[int, tuple[str, Adapter]] = {}
-    for name in plan.targets:
-        module = modules[name]
-        if id(module) not in built:  # one layer reached by two paths has one adapter
-            (view,) = views(module)
-            built[id(module)] = (name, plan.method(view, plan.config, name))  # type: ignore[arg-type]
-    return dict(built.values())
+    adapters: dict[int, tuple[str, Adapter]] = {}
+    copies: dict[int, tuple[str, nn.Module]] = {}
+    path = ""
+    try:
+        for path in plan.targets:
+            module = modules[path]
+            if id(module) not in adapters:  # one layer reached by two paths has one adapter
+                (view,) = views(module)
+                adapter: Adapter = plan.method(view, plan.config, path)  # type: ignore[call-arg, assignment]
+                adapters[id(module)] = path, adapter.train(module.training)
+        for path in plan.saved:
+            module = modules[path]
+            if id(module) not in copies:
+                copies[id(module)] = path, copy.deepcopy(module)
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(f"no adapter can be made for {path}: {reason}. Lower --r.") from error
+    return Parts(dict(adapters.values()), dict(copies.values()))
 
 
 def injected(model: nn.Module) -> dict[str, Plan]:
@@ -242,80 +319,71 @@ def injected(model: nn.Module) -> dict[str, Plan]:
 def check_name(name: str) -> None:
     """An adapter's name is a folder's and a module's: letters, digits, _ and - only."""
     good = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None
-    # nn.ModuleDict has methods of these names
-    check("name", name, "letters, digits, _ and -", good and not hasattr(nn.ModuleDict, name))
+    # nn.ModuleDict has attributes of these names
+    check("name", name, "letters, digits, _ and -", good and not hasattr(nn.ModuleDict(), name))
 
 
-def wrap(
-    model: nn.Module, plan: Plan, adapters: dict[str, Adapter], name: str, trainable: bool
-) -> None:
-    """Put built adapters into the model under `name`, activate them, freeze all else."""
+def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
+    """Put built parts into the model under `name`, activate them, freeze the base."""
     modules = dict(walk(model))
-    by_layer = {id(modules[layer]): adapter for layer, adapter in adapters.items()}
-    plans = {**injected(model), name: plan}
+    adapters = {id(modules[path]): adapter for path, adapter in parts.adapters.items()}
+    copies = {id(modules[path]): module for path, module in parts.copies.items()}
     if not injected(model):
         # What eject gives back.
-        model.__dict__["lora_required"] = [n for n, p in base_parameters(model) if p.requires_grad]
-    for parameter in model.parameters():
+        model.__dict__["lora_required"] = {n: p.requires_grad for n, p in base_parameters(model)}
+    for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
-    wrappers: dict[int, AdaptedLayer] = {}
-    for path in plan.targets:
-        parent, _, leaf = path.rpartition(".")
-        held = modules[parent]._modules[leaf]
-        if isinstance(held, AdaptedLayer):
-            wrapper = held
-        else:
-            assert held is not None
-            wrapper = wrappers.setdefault(id(held), AdaptedLayer(held))
-            wrapper.train(held.training)
-            modules[parent]._modules[leaf] = wrapper
-        wrapper.adapters[name] = by_layer[id(wrapper.base_layer)].train(wrapper.training)
-    for path in plan.saved:
+    fresh: dict[int, AdaptedLayer | SavedModule] = {}
+    for path in (*plan.targets, *plan.saved):
         parent, _, leaf = path.rpartition(".")
         held = modules[parent]._modules[leaf]
         assert held is not None
-        keeper = held if isinstance(held, SavedModule) else SavedModule(held)
-        keeper.add(name)
-        keeper.train(held.training)
-        modules[parent]._modules[leaf] = keeper
-    model.__dict__["lora_adapters"] = plans
+        if not isinstance(held, AdaptedLayer | SavedModule):
+            kind = AdaptedLayer if path in plan.targets else SavedModule
+            held = fresh.setdefault(id(held), kind(held))
+            modules[parent]._modules[leaf] = held
+        if isinstance(held, AdaptedLayer):
+            held.adapters[name] = adapters[id(held.base_layer)]
+        else:
+            held.copies[name] = copies[id(held.original_module)]
+    model.__dict__["lora_adapters"] = {**injected(model), name: plan}
     activate(model, name)
-    if trainable:
-        for parameter in trained_parameters(model, name).values():
-            parameter.requires_grad_(True)
 
 
-def owned(model: nn.Module, name: str) -> tuple[dict[str, Adapter], dict[str, nn.Module]]:
-    """The adapters and the saved copies of adapter `name`, by the first path of each."""
+def owned(model: nn.Module, name: str) -> Parts:
+    """The parts of adapter `name` in the model."""
     plan = injected(model)[name]
-    adapters = {path: wrapper_at(model, path).adapter(name) for path in plan.targets}
-    first = {id(adapter): path for path, adapter in reversed(adapters.items())}
-    copies = {}
+    modules = dict(walk(model))
+    adapters: dict[int, tuple[str, Adapter]] = {}
+    copies: dict[int, tuple[str, nn.Module]] = {}
+    for path in plan.targets:
+        adapters.setdefault(id(modules[path]), (path, wrapper_at(model, path).adapter(name)))
     for path in plan.saved:
         keeper = held_at(model, path)
         assert isinstance(keeper, SavedModule)
-        copies[path] = keeper.copies[name]
-    return {path: a for path, a in adapters.items() if first[id(a)] == path}, copies
+        copies.setdefault(id(modules[path]), (path, keeper.copies[name]))
+    return Parts(dict(adapters.values()), dict(copies.values()))
 
 
-def tensors(
-    model: nn.Module, plan: Plan, adapters: dict[str, Adapter], copies: dict[str, nn.Module]
-) -> dict[str, Tensor]:
-    """What an adapter consists of, by the keys of its file less the prefix."""
-    base = dict(base_parameters(model)) if plan.selected else {}
-    found: dict[str, Tensor] = {name: base[name] for name in plan.selected}
-    for path, adapter in adapters.items():
+def tensors(model: nn.Module, plan: Plan, parts: Parts) -> dict[str, Tensor]:
+    """What an adapter's file holds, by its keys less the prefix."""
+    found: dict[str, Tensor] = {}
+    if plan.selected:
+        base = dict(base_parameters(model))
+        found |= {name: base[name] for name in plan.selected}
+        found |= dict(base_buffers(model))  # running statistics move with the weights
+    for path, adapter in parts.adapters.items():
         for name, parameter in adapter.named_parameters():
             found[f"{path}.{adapter.keys.get(name, name)}"] = parameter
-    for path, module in copies.items():
+    for path, module in parts.copies.items():
         for name, tensor in module.state_dict(keep_vars=True).items():
             found[f"{path}.{name}"] = tensor
     return found
 
 
 def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters that train under adapter `name`, by their keys in its file."""
-    found = tensors(model, injected(model)[name], *owned(model, name))
+    """The parameters of adapter `name`, by their keys in its file."""
+    found = tensors(model, injected(model)[name], owned(model, name))
     return {key: tensor for key, tensor in found.items() if isinstance(tensor, nn.Parameter)}
 
 
@@ -351,16 +419,16 @@ def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, Sa
 def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     """The table of what adapter `name` is on this model."""
     plan = injected(model)[name]
-    adapters, copies = owned(model, name)
+    parts = owned(model, name)
     groups: dict[tuple[str, str], list[int]] = {}
-    for path, adapter in adapters.items():
+    for path, adapter in parts.adapters.items():
         wrapper = wrapper_at(model, path)
         shape = f"{wrapper.in_features} -> {wrapper.out_features}"
         groups.setdefault((path.rpartition(".")[2], shape), []).append(_size(adapter))
     if plan.selected:
         sizes = [p.numel() for p in trained_parameters(model, name).values()]
         groups["parameters of the base", ""] = sizes
-    for path, module in copies.items():
+    for path, module in parts.copies.items():
         groups[f"(saved) {path}", "whole"] = [_size(module)]
     return Report(
         plan=plan,
@@ -382,50 +450,105 @@ def inject(model: nn.Module, config: MethodConfig, name: str = "default", seed: 
     itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
     """
     check_name(name)
-    if name in injected(model):
-        raise ConfigError(
-            f"the model has an adapter named {name!r} already. Inject under another name."
-        )
     planned = plan(model, config)
     check_mix(model, name, planned)
-    adapters = build(model, planned)
-    for adapter in adapters.values():
+    check_statistics(model, planned)
+    parts = build(model, planned)
+    for adapter in parts.adapters.values():
         initialise(adapter, seed)
-    wrap(model, planned, adapters, name, trainable=True)
-    return report_of(model, name)
+    wrap(model, planned, parts, name)
+    return report_of(model, name, _note(model, planned))
 
 
 def check_mix(model: nn.Module, name: str, planned: Plan) -> None:
-    """A merged model, or one whose own parameters train, takes no second adapter."""
-    check_restored(model, f"inject {name!r}")
-    selecting = [n for n, p in injected(model).items() if issubclass(p.method, Selection)]
-    if selecting or (injected(model) and issubclass(planned.method, Selection)):
+    """Raise ConfigError where the model cannot take this adapter beside those it has."""
+    present = injected(model)
+    if name in present:
         raise ConfigError(
-            f"{name!r} cannot join {', '.join(injected(model))}: a method that trains the base"
-            " stands alone. Load the base anew."
+            f"the model has an adapter named {name!r} already. Take another name for this one."
         )
+    check_restored(model, f"inject {name!r}")
+    layers, saved = wrappers_of(model)
+    if not present and (layers or saved):
+        raise ConfigError(
+            f"{next(iter((*layers, *saved)))} has an adapter that was injected into a part of the"
+            " model. Inject into that part, or call lora.eject(part) first."
+        )
+    if any(issubclass(p.method, Selection) for p in (planned, *present.values())) and present:
+        raise ConfigError(
+            f"{name!r} cannot join {', '.join(present)}: a method that trains the base stands"
+            " alone. Load the base anew."
+        )
+    for other, plan in present.items():
+        for whole, parts in ((planned, plan), (plan, planned)):
+            for path in whole.saved:
+                for part in (*parts.targets, *parts.saved):
+                    if _inside(part, path) and not (part == path and part in parts.saved):
+                        raise ConfigError(
+                            f"{name!r} cannot join {other!r}: one trains {path} whole, the other"
+                            f" changes {part}. Load the base anew, or target other layers."
+                        )
+
+
+def check_statistics(model: nn.Module, planned: Plan) -> None:
+    """Raise TargetError where training would move running statistics of the frozen base."""
+    if planned.selected:
+        return
+    for name, module in walk(model):
+        tracked = getattr(module, "running_mean", None) is not None
+        if tracked and not any(_inside(name, whole) for whole in planned.saved):
+            raise TargetError(
+                f"{name} ({type(module).__name__}) keeps running statistics, which training would"
+                f" move in the frozen base. Name it: modules_to_save=({name!r},)."
+            )
+
+
+def _note(model: nn.Module, planned: Plan) -> str:
+    """What PEFT would make of the saved modules' names, where it is not what we do."""
+    names = [name for name, _ in walk(model)]
+    more = [
+        name
+        for name in names
+        if any(name.endswith(path) and not name.endswith("." + path) for path in planned.saved)
+        and name not in planned.saved
+    ]
+    if not more:
+        return ""
+    return (
+        f"PEFT takes modules_to_save={planned.saved[-1]!r} to mean {', '.join(more)} too, and"
+        " cannot read the saved file. Name both where PEFT shall read it."
+    )
 
 
 def init(model: nn.Module, seed: int, name: str = "default") -> None:
     """Fill adapter `name` anew, as after a start on the meta device and `to_empty`."""
     _known(model, name)
-    layers, _ = wrappers_of(model)
-    for layer in layers.values():
-        if name in layer.adapters:
-            initialise(layer.adapter(name), seed)
+    for adapter in owned(model, name).adapters.values():
+        initialise(adapter, seed)
 
 
 def activate(model: nn.Module, *names: str) -> None:
-    """Let these adapters, and no others, act. Several must be additive: their deltas sum."""
+    """Let these adapters, and no others, act and train. Several must be additive: deltas sum."""
+    names = tuple(dict.fromkeys(names))
     for name in names:
         _known(model, name)
     check_restored(model, "activate")
     check_additive(names, [injected(model)[name].method for name in names])
     layers, saved = wrappers_of(model)
+    for path, keeper in saved.items():
+        both = [name for name in names if name in keeper.copies]
+        if len(both) > 1:
+            raise MergeError(
+                f"adapters {', '.join(both)} cannot be active together: each has its own {path}."
+                " Activate one of them."
+            )
     for layer in layers.values():
         layer.active = tuple(name for name in names if name in layer.adapters)
     for keeper in saved.values():
         keeper.active = tuple(name for name in names if name in keeper.copies)
+    for name, planned in injected(model).items():
+        for parameter in trained_parameters(model, name).values():
+            parameter.requires_grad_(name in names and planned.trainable)
 
 
 def _known(model: nn.Module, name: str) -> None:
@@ -509,9 +632,10 @@ def eject(model: nn.Module) -> None:
 
     Every parameter requires a gradient again that did before the first injection.
     """
+    if not injected(model):
+        return
     layers, saved = wrappers_of(model)
     is_merged = any(layer.kept is not None for layer in layers.values())
-    required = set(model.__dict__.get("lora_required", ()))
     wrappers = {id(w) for w in (*layers.values(), *saved.values())}
     places = [
         (parent, leaf, child)
@@ -526,7 +650,7 @@ def eject(model: nn.Module) -> None:
             assert isinstance(child, SavedModule)
             plain = child.current if is_merged else child.original_module
         parent._modules[leaf] = plain
-    for attribute in ("lora_adapters", "lora_required"):
-        model.__dict__.pop(attribute, None)
+    required = model.__dict__.pop("lora_required")
+    del model.__dict__["lora_adapters"]
     for name, parameter in base_parameters(model):
-        parameter.requires_grad_(name in required)
+        parameter.requires_grad_(required.get(name, parameter.requires_grad))

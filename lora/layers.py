@@ -48,6 +48,9 @@ def kind(module: nn.Module) -> str | None:
     NonDynamicallyQuantizableLinear is never called at all: nn.MultiheadAttention reads its
     weight, so that an adapter around it would be dead.
     """
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, nn.UninitializedParameter):
+        return None  # parametrized, weight-normed or lazy: W is computed elsewhere, or not yet
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None
@@ -60,17 +63,15 @@ def kind(module: nn.Module) -> str | None:
 
 def views(module: nn.Module) -> list[View]:
     """The module's views. Raises TargetError where it has none."""
-    match kind(module):
-        case "Linear":
-            assert isinstance(module, nn.Linear)
-            return [View(module, module.out_features, module.in_features, transposed=False)]
-        case "Conv1D":
-            rows, columns = module.weight.shape  # type: ignore[misc]
-            return [View(module, int(columns), int(rows), transposed=True)]
-        case _:
-            raise TargetError(
-                f"no view for {type(module).__name__}: adapters sit on nn.Linear and HF Conv1D."
-            )
+    found = kind(module)
+    if found is None:
+        raise TargetError(
+            f"no view for {type(module).__name__}: adapters sit on nn.Linear and HF Conv1D."
+        )
+    rows, columns = module.weight.shape  # type: ignore[misc]
+    if found == "Conv1D":
+        return [View(module, int(columns), int(rows), transposed=True)]
+    return [View(module, int(rows), int(columns), transposed=False)]
 
 
 def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

@@ -6,6 +6,8 @@ sacrebleu gives it.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -36,7 +38,11 @@ def score(
             numbers = [[float(value) for value in values] for values in (predictions, first)]
         except ValueError as error:
             raise DataError(f"regression scores need numbers: {error}.") from None
+        if not all(map(math.isfinite, itertools.chain(*numbers))):
+            raise DataError("regression scores need finite numbers.")
         return regression(*numbers)
+    if task != "classification":
+        raise DataError(f"no task {task!r}. Known: {', '.join(TASKS)}.")
     return classification(predictions, first)
 
 
@@ -44,10 +50,11 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     """Accuracy, macro-F1 over the classes that occur, Matthews correlation."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+    one = len({*predictions, *references}) == 1  # no correlation, and sklearn warns
     return {
         "accuracy": float(accuracy_score(references, predictions)),
         "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0)),
-        "matthews": float(matthews_corrcoef(references, predictions)),
+        "matthews": 0.0 if one else float(matthews_corrcoef(references, predictions)),
     }
 
 
@@ -58,7 +65,7 @@ def regression(predictions: Sequence[float], references: Sequence[float]) -> dic
     """
     from scipy.stats import pearsonr, spearmanr
 
-    squared = [(p - r) ** 2 for p, r in zip(predictions, references, strict=True)]
+    squared = [(p - r) * (p - r) for p, r in zip(predictions, references, strict=True)]
     flat = min(len(set(predictions)), len(set(references))) < 2
     return {
         "pearson": 0.0 if flat else float(pearsonr(predictions, references).statistic),
@@ -80,7 +87,10 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L, F-measure with stemming, the best reference of each, mean over all."""
+    """ROUGE-1, -2 and -L, F-measure with stemming, the best reference of each, mean over all.
+
+    rouge-score knows ASCII letters and digits only: text in other scripts scores 0.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")

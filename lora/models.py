@@ -96,22 +96,20 @@ def _transformers_base(base: str, labels: int, task: str) -> Base:
     local = Path(base).is_dir()
     if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
-    if not local and not hub_answers():
-        hint = f"--base {base} is a name on the hub, which does not answer"
-        cached = _cached(base)
-        if not cached:
-            raise ModelError(
-                f"{hint}, and it is not in the local cache. Run lora train --base demo, or pass"
-                " the folder of a downloaded model."
-            )
+    if not local and not hub_answers() and not _cached(base):
+        raise ModelError(
+            f"--base {base} is a name on the hub, which does not answer, and it is not in the"
+            " local cache. Run lora train --base demo, or pass the folder of a downloaded model."
+        )
     try:
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, output_loading_info=True, dtype=torch.float32, **_head(labels, task)
-        )
+            base, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True,
+            **_head(labels, task),
+        )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
         raise ModelError(
-            f"--base {base} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
             " Pass --base demo, a folder with config.json and weights, or a name on the hub."
         ) from error
     if tokenizer.pad_token_id is None:
@@ -121,7 +119,8 @@ def _transformers_base(base: str, labels: int, task: str) -> Base:
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     trunk = backbone(model)
-    missing = sorted(loading["missing_keys"])
+    # A head of another size is a new head.
+    missing = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     lost = [key for key in missing if key.startswith(trunk + ".")] if trunk else []
     # A pooler is part of the backbone in BERT, yet absent from masked-language checkpoints.
     lost = [key for key in lost if ".pooler." not in key]
@@ -137,5 +136,8 @@ def _transformers_base(base: str, labels: int, task: str) -> Base:
 def _cached(name: str) -> bool:
     import huggingface_hub
 
-    found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that a hub could have
+        return False
     return isinstance(found, str)

@@ -23,16 +23,23 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     """The recorded steps and epochs of a run."""
     path = directory / "metrics.jsonl"
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except OSError:
         raise RunError(
             f"{directory} is no run directory: no metrics.jsonl. Run lora train."
         ) from None
-    except ValueError as error:
+    steps, epochs = [], []
+    try:
+        # What follows the last line break was cut off in the writing.
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            row = json.loads(line)
+            if row["kind"] == "step":
+                steps.append({key: row[key] for key in ("step", "epoch", "loss")})
+            else:
+                epochs.append({key: row[key] for key in ("epoch", "loss", "dev_loss", "dev")})
+    except (ValueError, TypeError, KeyError) as error:
         raise RunError(f"{path} is damaged: {error}. Run lora train again.") from None
-    steps = [line for line in lines if line["kind"] == "step"]
-    epochs = [line for line in lines if line["kind"] == "epoch"]
-    if not epochs:
+    if not epochs or not steps:
         raise RunError(f"{path} has no finished epoch: nothing to draw.")
     return steps, epochs
 
@@ -40,10 +47,18 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
 def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
     """loss.png and the first metric's PNG over the epochs, runs of a method in one colour."""
     runs = [(directory, *read_metrics(directory)) for directory in directories]
+    if not runs:
+        raise RunError("no run to draw. Pass run directories.")
     metric = next(iter(runs[0][2][0]["dev"]))
+    for directory, _, epochs in runs:
+        if metric not in epochs[0]["dev"]:
+            raise RunError(f"{directory} has no {metric}: runs of two tasks share no curve.")
     methods = [_method(directory) for directory in directories]
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(methods))}
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--output {folder} cannot be made: {error.strerror}.") from None
     pictures = []
     for name in ("loss", metric):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
@@ -70,8 +85,8 @@ def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
 
 def _method(directory: Path) -> str:
     try:
-        return str(json.loads((directory / "summary.json").read_text())["method"])
-    except (OSError, ValueError, KeyError):
+        return str(json.loads((directory / "summary.json").read_text("utf-8"))["method"])
+    except (OSError, ValueError, TypeError, KeyError):
         return directory.name
 
 

@@ -11,6 +11,7 @@ summary.json       the result; there only when the run is complete
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -39,9 +40,9 @@ from torch import Tensor
 from lora import __version__
 from lora.adapter import METHODS, AdapterConfig
 from lora.checkpoint import load, save, write_whole
-from lora.config import RunConfig, parse_run, to_table
-from lora.data import Columns, Corpus, Encoded, Example, encode, read, take, unlabelled
-from lora.errors import DataError, ModelError, RunError, TrainingError
+from lora.config import RunConfig, from_table, read_toml, to_table
+from lora.data import Columns, Corpus, Encoded, Example, encode, read, read_split, take, unlabelled
+from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
 from lora.evaluate import answers, evaluate, predict
 from lora.injection import inject
 from lora.models import Base, load_base
@@ -62,6 +63,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
     """Train, evaluate, record. Returns the summary. Raises LoraError, no directory left behind
     unless training had begun."""
     started = time.perf_counter()
+    asked = config
     directory = config.run_dir or default_directory(config)
     check_free(directory)
     with progress_bar() as progress, PeakMemory() as memory:
@@ -83,13 +85,14 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             epochs = _train(config, base, corpus, splits, directory, metrics, progress)
         name, held_out = corpus.held_out
         final = evaluate(base.model, corpus, splits[name], held_out, 64, config.dtype, progress)
+        check_finite(final.loss, f"evaluating on {name}")
         memory.sample()
     write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
     summary = {
         "method": config.method,
         "task": corpus.task,
-        "base": config.base,
-        "data": config.data,
+        "base": asked.base,
+        "data": asked.data,
         "seed": config.seed,
         "note": " ".join(filter(None, (config.note, corpus.note))),
         "trainable": report.trainable,
@@ -105,7 +108,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "peak_bytes": memory.peak(device),
     }
-    _write(directory / "summary.json", json.dumps(summary, indent=2).encode())
+    _write(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
     return summary | {"run_dir": str(directory)}
 
 
@@ -147,6 +150,7 @@ def _train(
             dev = evaluate(
                 base.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
             )
+            check_finite(dev.loss, f"evaluating after epoch {step.epoch}")
             seen = sum(s.examples for s in steps)
             tokens = sum(s.tokens for s in steps)
             padded = sum(s.tokens / (1 - s.padding) for s in steps)
@@ -182,6 +186,12 @@ def _train(
     return epochs
 
 
+def check_finite(loss: float, when: str) -> None:
+    """Raise TrainingError where an evaluation's loss is no number."""
+    if not math.isfinite(loss):
+        raise TrainingError(f"{when}: loss {loss}.")
+
+
 def default_directory(config: RunConfig[Any]) -> Path:
     """runs/TIME-METHOD, a name that no earlier run has."""
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
@@ -189,13 +199,18 @@ def default_directory(config: RunConfig[Any]) -> Path:
 
 def check_free(directory: Path) -> None:
     """Raise RunError where a run directory exists or could not be made; makes nothing."""
-    if directory.exists() or directory.is_symlink():
+    try:
+        there = directory.exists() or directory.is_symlink()
+        parent = next(p for p in directory.absolute().parents if p.exists())
+    except OSError as error:
+        raise RunError(f"--run-dir cannot be made: {error.strerror}.") from None
+    if there:
         raise RunError(
             f"--run-dir {directory} exists: no run is written over. Pass another, or remove it."
         )
-    parent = next(p for p in directory.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RunError(f"--run-dir {directory} cannot be made: {parent} is not writable.")
+        why = "not writable" if parent.is_dir() else "no folder"
+        raise RunError(f"--run-dir {directory} cannot be made: {parent} is {why}.")
 
 
 def create(directory: Path, config: RunConfig[Any]) -> None:
@@ -251,12 +266,29 @@ def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConf
         named = tuple(dict.fromkeys((*adapter.modules_to_save, *base.new)))
         adapter = replace(adapter, modules_to_save=named)
         said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
-    length = config.max_length
+    length, special = config.max_length, base.tokenizer.num_special_tokens_to_add(True)
+    if length <= special:
+        raise ConfigError(
+            f"max_length must leave room beside {special} special tokens, found {length}."
+            " Set --max-length."
+        )
     most = getattr(base.model.config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise ModelError(f"--max-length {length}: {config.base} has {most} positions. Lower it.")
+    # Folders by their whole path, so that the run can be reopened from anywhere.
+    base_place, data_place = (
+        value if value == "demo" or not Path(value).exists() else str(Path(value).resolve())
+        for value in (config.base, config.data)
+    )
     resolved = replace(
-        config, learning_rate=rate, task=corpus.task, labels=corpus.labels, adapter=adapter
+        config,
+        learning_rate=rate,
+        task=corpus.task,
+        labels=corpus.labels,
+        pair_column=corpus.pair,
+        adapter=adapter,
+        base=base_place,
+        data=data_place,
     )
     return resolved, said if base.new else ""
 
@@ -281,7 +313,10 @@ def reopen(directory: Path) -> Trained:
     path = directory / "config.toml"
     if not path.is_file():
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
-    config = parse_run(["--config", str(path)])
+    table = read_toml(path)
+    config = from_table(table, table.get("method"))
+    if config.task == "auto" or (config.task == "classification" and not config.labels):
+        raise RunError(f"{path} names no task and labels: not of a run. Run lora train.")
     base = load_base(config.base, len(config.labels) or 1, config.task, config.seed)
     load(base.model, directory / "adapter")
     device = pick_device()
@@ -291,8 +326,9 @@ def reopen(directory: Path) -> Trained:
 def summary_of(directory: Path) -> dict[str, Any]:
     """The result of a complete run."""
     try:
-        found: dict[str, Any] = json.loads((directory / "summary.json").read_text())
-    except (OSError, ValueError):
+        found: dict[str, Any] = json.loads((directory / "summary.json").read_text("utf-8"))
+        found["method"], found["task"], found["metrics"], found["epochs"]
+    except (OSError, ValueError, TypeError, KeyError):
         raise RunError(
             f"{directory} holds no complete run: no summary.json. Run lora train."
         ) from None
@@ -302,7 +338,10 @@ def summary_of(directory: Path) -> dict[str, Any]:
 def newest_runs(folder: Path = Path("runs")) -> list[Path]:
     """The newest complete run of each method under a folder."""
     found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    newest = {str(summary_of(path.parent)["method"]): path.parent for path in found}
+    newest: dict[str, Path] = {}
+    for path in found:
+        with suppress(RunError):  # a damaged run is no reason to hide the others
+            newest[str(summary_of(path.parent)["method"])] = path.parent
     if not newest:
         raise RunError(
             f"no complete run under {folder}/. Run python scripts/train_lora_distilbert.py."
@@ -350,7 +389,7 @@ def recorder(directory: Path) -> Iterator[TextIO]:
 
 def record(metrics: TextIO, row: dict[str, Any]) -> None:
     """One line, on disk at once, so that a reader sees the run as it goes."""
-    metrics.write(json.dumps(row) + "\n")
+    metrics.write(json.dumps(row, allow_nan=False) + "\n")
     metrics.flush()
 
 
@@ -414,9 +453,13 @@ class PeakMemory:
 def rescore(directory: Path, data: str | None, split: str | None) -> dict[str, float]:
     """A run's scores on a split of its own data or of other data."""
     trained = reopen(directory)
-    config = trained.config if data is None else replace(trained.config, data=data, limit=None)
-    corpus = read_corpus(config)
-    name = split or corpus.held_out[0]
+    config = trained.config
+    if data is None:
+        corpus = read_corpus(config)
+        name = split or corpus.held_out[0]
+    else:
+        columns = Columns(config.text_column, config.pair_column, config.label_column)
+        corpus, name = read_split(data, columns, config.task, config.labels, split)
     examples = take(corpus, name)
     with progress_bar() as progress:
         encoded = encode(
@@ -442,6 +485,9 @@ def predict_texts(
         raise RunError(f"--output {output} exists. Pass another, or remove it.")
     trained = reopen(directory)
     config = trained.config
+    if texts and bool(pairs) != (config.pair_column is not None):
+        found = "pairs" if config.pair_column else "single texts"
+        raise DataError(f"{directory} was trained on {found}. Pass --pair for pairs only.")
     if data is not None:
         columns = Columns(config.text_column, config.pair_column, config.label_column)
         examples = unlabelled(data, columns)

@@ -13,7 +13,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import AdaptedLayer, Adapter, AdapterConfig, Method, MethodConfig
+from lora.adapter import AdaptedLayer, Adapter, AdapterConfig, Method, MethodConfig, method_of
 from lora.checkpoint import CONFIG, WEIGHTS, find_folder, load, read_config, read_json, save
-from lora.errors import CheckpointError, ConfigError, ContractError, MergeError, TargetError
+from lora.errors import (
+    CheckpointError,
+    ConfigError,
+    ContractError,
+    LoraError,
+    MergeError,
+    TargetError,
+)
 from lora.injection import (
+    activate,
     base_parameters,
     disabled,
     eject,
@@ -92,6 +100,7 @@ def cases() -> list[Case]:
     """Every case that can be built here; Conv1D needs transformers and always has a bias."""
     dtypes = (torch.float32, torch.bfloat16)
     found = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
+    found.append(Case("Linear", True, torch.float16))
     try:
         import transformers.pytorch_utils  # noqa: F401
     except ImportError:
@@ -117,11 +126,12 @@ def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case
 
 
 def check_method(method: type[Method], config: MethodConfig | None = None) -> ContractReport:
-    """Every clause on every case, with `config` or the method's defaults.
+    """Every clause on every case, with `config` or the method's `example`.
 
     Raises ContractError that names each clause and case that failed; returns the report.
     """
-    config = config or method.Config()
+    config = config or method.Config(**method.example)
+    _require(method_of(config) is method, f"{method.name}: its Config belongs to another method")
     report = ContractReport(
         method.name,
         tuple(run_clause(name, method, config, case) for name in CLAUSES for case in cases()),
@@ -197,6 +207,10 @@ def _same(found: Tensor, wanted: Tensor, what: str) -> None:
 def _near(found: Tensor, wanted: Tensor, what: str, k: float = 16) -> None:
     """Within k · eps(dtype) · max|wanted|."""
     found, wanted = found.detach(), wanted.detach()
+    if found.shape != wanted.shape:
+        raise ContractError(f"{what}: {tuple(found.shape)}, not {tuple(wanted.shape)}")
+    if found.numel() == 0:
+        return
     bound = k * torch.finfo(found.dtype).eps * max(float(wanted.abs().max()), 1e-30)
     off = float((found - wanted).abs().max())
     if not off <= bound:
@@ -223,7 +237,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
         "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "trains": [(name, p.requires_grad) for name, p in model.named_parameters()],
-        "state": sorted(set(model.__dict__) - set(nn.Module().__dict__)),
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "state": {k: str(v) for k, v in model.__dict__.items() if k not in nn.Module().__dict__},
     }
 
 
@@ -252,27 +267,75 @@ def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) ->
 
 
 @clause(wrapping=True)
+def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Of the same 16-bit weights computed in float32; forward and merged alike."""
+    if case.dtype.itemsize != 2:
+        return
+    model, x = _injected(config, case, moved=True), _input(case)
+    truth = copy.deepcopy(model).float()(x.float())
+    eps = torch.finfo(case.dtype).eps
+    for how in ("forward", "merged"):
+        if how == "merged":
+            merge(model)
+        off = float((model(x).float() - truth).detach().abs().max() / truth.detach().abs().max())
+        _require(off <= 4 * eps, f"{how}: off by {off / eps:.1f} eps of the largest output")
+
+
+@clause(wrapping=True)
+def adapters_are_held_in_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
+    for name, layer in wrappers_of(_injected(config, case))[0].items():
+        for key, parameter in layer.adapter("default").named_parameters():
+            _require(parameter.dtype == torch.float32, f"{name}.{key} is {parameter.dtype}")
+
+
+@clause(wrapping=True)
+def active_together(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Two additive adapters sum, forward and merged; two others are refused."""
+    assert issubclass(method, Adapter)
+    model, x = _injected(config, case, moved=True), _input(case)
+    inject(model, config, name="two", seed=1)
+    perturb(model, "two", size=0.2)
+    model.eval()
+    if not method.additive:
+        with _raises(MergeError, "two adapters that do not add up"):
+            activate(model, "default", "two")
+        return
+    layer = model.first
+    shifts = []
+    for name in ("default", "two"):
+        activate(model, name)
+        shifts.append(layer(x).float() - layer.base_layer(x).float())  # type: ignore[operator]
+    activate(model, "default", "two")
+    wanted = layer.base_layer(x).float() + shifts[0] + shifts[1]  # type: ignore[operator]
+    _near(layer(x), wanted.to(case.dtype), "two active adapters", k=32)
+    before = model(x)
+    merge(model)
+    _near(model(x), before, "two merged adapters", k=32)
+
+
+@clause(wrapping=True)
 def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
     """In float64, values and gradients, with the same mask and without one."""
     model = _injected(config, Case(case.kind, case.bias, torch.float64), moved=True)
     layers, _ = wrappers_of(model)
     for name, layer in layers.items():
         adapter, view = layer.adapter("default"), layer.view
-        x = torch.randn(7, view.in_features, dtype=torch.float64, requires_grad=True)
-        pull = torch.randn(7, view.out_features, dtype=torch.float64)
-        for mask in (None, torch.empty_like(x).bernoulli_(0.5).mul_(2.0).detach()):
-            inputs = [x, *adapter.parameters()]
-            found = adapter.compute(view, x, mask)
-            wanted = adapter.reference(view, x, mask)
-            where = f"{name}, {'no mask' if mask is None else 'mask'}"
-            _near(found, wanted, f"{where}: y", k=1024)
-            for label, got, should in zip(
-                ["x", *dict(adapter.named_parameters())],
-                torch.autograd.grad(found, inputs, pull),
-                torch.autograd.grad(wanted, inputs, pull),
-                strict=True,
-            ):
-                _near(got, should, f"{where}: gradient of {label}", k=1024)
+        for shape in ((7,), (1,), (0,), (2, 9), (1, 1, 3)):
+            x = torch.randn(*shape, view.in_features, dtype=torch.float64, requires_grad=True)
+            pull = torch.randn(*shape, view.out_features, dtype=torch.float64)
+            for mask in (None, torch.empty_like(x).bernoulli_(0.5).mul_(2.0).detach()):
+                inputs = [x, *adapter.parameters()]
+                found = adapter.compute(view, x, mask)
+                wanted = adapter.reference(view, x, mask)
+                where = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}"
+                _near(found, wanted, f"{where}: y", k=1024)
+                for label, got, should in zip(
+                    ["x", *dict(adapter.named_parameters())],
+                    torch.autograd.grad(found, inputs, pull),
+                    torch.autograd.grad(wanted, inputs, pull),
+                    strict=True,
+                ):
+                    _near(got, should, f"{where}: gradient of {label}", k=1024)
 
 
 @clause(wrapping=True)
@@ -284,6 +347,9 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
     x = _input(case)
     adapter = layer.adapter("default")
     _near(layer(x), adapter.reference(layer.view, x, None), "eval", k=32)
+    adapter.lora_dropout = 0.0
+    layer.train()
+    _near(layer(x), adapter.reference(layer.view, x, None), "training without dropout", k=32)
     adapter.lora_dropout = 0.5
     layer.train()
     torch.manual_seed(5)
@@ -407,27 +473,37 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
                 path.write_bytes(content)
             else:
                 safetensors.torch.save_file(content, path)
-            other = Toy(case)
-            before = snapshot(other)
-            with _raises(CheckpointError, what):
-                load(other, folder)
-            _require(unchanged(before, other), f"{what}: the failed load changed the model")
+            for other in (Toy(case), _injected(config, case)):
+                before = snapshot(other)
+                with _raises(LoraError, what):
+                    load(other, folder, name="other")
+                _require(unchanged(before, other), f"{what}: the failed load changed the model")
 
 
 @clause(wrapping=True)
 def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The digest covers what changes the mathematics: here, the layers adapted."""
-    model = _injected(config, case, moved=True)
+    """The digest covers every setting but those of training, which leave the output alone."""
+    model, x = _injected(config, case, moved=True), _input(case)
+    edits: dict[str, Any] = {"target_modules": ["first"]}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            edits[field.name] = 0.25 if value == 0 else 2 * value
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
         path = Path(folder) / CONFIG
         settings = json.loads(path.read_text())
-        path.write_text(json.dumps(settings | {"target_modules": ["first"]}))
-        other = Toy(case)
-        before = snapshot(other)
-        with _raises(CheckpointError, "an edited target_modules"):
-            load(other, folder)
-        _require(unchanged(before, other), "the failed load changed the model")
+        for name, value in edits.items():
+            path.write_text(json.dumps(settings | {name: value}))
+            other = Toy(case)
+            if name in config.training_only:
+                load(other, folder)
+                _same(other.eval()(x), model(x), f"output after an edited {name}")
+                continue
+            before = snapshot(other)
+            with _raises(CheckpointError, f"an edited {name}"):
+                load(other, folder)
+            _require(unchanged(before, other), "the failed load changed the model")
 
 
 @clause(wrapping=True)
@@ -446,8 +522,14 @@ def another_base_is_found_out(method: type[Method], config: MethodConfig, case: 
 def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
     model, base, x = _injected(config, case, moved=True), Toy(case).eval(), _input(case)
     _require(model(x).dtype == base(x).dtype, "dtype differs from the base's")
+    if case.dtype == torch.float16:
+        return  # autocast to bfloat16 over float16 norms is refused by torch itself
+    wanted = copy.deepcopy(model).float()(x.float()).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        _require(model(x).dtype == base(x).dtype, "dtype under autocast differs from the base's")
+        found = model(x).detach()
+        _require(found.dtype == base(x).dtype, "dtype under autocast differs from the base's")
+    off = float((found.float() - wanted).abs().max() / wanted.abs().max())
+    _require(off <= 8 * torch.finfo(torch.bfloat16).eps, f"off by {off:.3f} under autocast")
 
 
 @clause()
@@ -575,6 +657,11 @@ def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) 
     for name in one:
         _same(two[name], one[name], f"start of {name}")
     if issubclass(method, Adapter):
+        assert isinstance(config, AdapterConfig)
+        part = Toy(case)
+        inject(part, replace(config, target_modules=("second",)))
+        for name, parameter in trained_parameters(part, "default").items():
+            _same(parameter.detach(), one[name], f"start of {name} without the other layer")
         _require(any(not torch.equal(one[n], other[n]) for n in one)
                  or all(bool((t == t.flatten()[0]).all()) for t in one.values()),
                  "the seed changes nothing")  # fmt: skip
@@ -582,8 +669,6 @@ def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) 
 
 @clause(wrapping=True)
 def what_does_not_fit_is_named(method: type[Method], config: MethodConfig, case: Case) -> None:
-    from dataclasses import replace
-
     assert isinstance(config, AdapterConfig)
     for targets in (("norm",), ("frist",), r"second.+", ("first", "frist")):
         model = Toy(case)

@@ -28,9 +28,11 @@ def parser(description: str) -> argparse.ArgumentParser:
 def train(flags: argparse.Namespace, *extra: str) -> int:
     """`lora train` with the flags; the embedded default, said loudly, where the hub is away."""
     base, data, note = flags.base, flags.data, []
-    if (base, data) == (BASE, DATA) and not hub_answers():
-        base = data = "demo"
-        said = f"the hub does not answer: {BASE} on {DATA} became the embedded base and data"
+    away = [name for name, value in ((BASE, base), (DATA, data)) if name == value]
+    if away and not hub_answers():
+        base = "demo" if base == BASE else base
+        data = "demo" if data == DATA else data
+        said = f"the hub does not answer: the embedded default stands in for {' and '.join(away)}"
         print(f"!!! {said} !!!", file=sys.stderr)
         note = ["--note", said]
     arguments = ["--base", base, "--data", data, *extra, *note]

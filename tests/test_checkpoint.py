@@ -200,20 +200,43 @@ def test_the_fingerprint_of_a_base() -> None:
     lora.inject(model, lora.LoRAConfig(**SETTINGS))
     perturb(model)
     assert fingerprint(model) == mark
-    assert fingerprint(distilbert().to(torch.bfloat16)) == mark
+    assert set(mark) == {"base_bfloat16", "base_float16"}
+    for dtype, key in ((torch.bfloat16, "base_bfloat16"), (torch.float16, "base_float16")):
+        assert fingerprint(distilbert().to(dtype)) == {key: mark[key]}
     assert fingerprint(distilbert(seed=1)) != mark
-    assert fingerprint(distilbert().to(torch.float16)).startswith("float16:")
-    assert fingerprint(distilbert().to("meta")) == "meta:"
+    assert fingerprint(distilbert().to("meta")) == {}
     with torch.no_grad():
         model.distilbert.transformer.layer[1].ffn.lin2.bias[3] += 0.5
     assert fingerprint(model) != mark
 
 
-def test_a_base_held_otherwise_is_said_not_to_be_verifiable(saved: Path) -> None:
-    report = lora.load(distilbert().half(), saved)
-    assert "base not verifiable: saved on bfloat16" in str(report)
-    assert "not verifiable" not in str(lora.load(distilbert(), saved))
-    assert "not verifiable" not in str(lora.load(distilbert().to(torch.bfloat16), saved))
+def test_the_fingerprint_samples_every_column() -> None:
+    """A stride that divides the width would look at one column of each row only."""
+    model = nn.Sequential(nn.Linear(64, 4096), nn.Linear(4096, 512), nn.BatchNorm1d(4))
+    mark = fingerprint(model)
+    for column in (1, 17, 63):
+        with torch.no_grad():
+            kept = model[0].weight[:, column].clone()
+            model[0].weight[:, column] += 1
+        assert fingerprint(model) != mark
+        with torch.no_grad():
+            model[0].weight[:, column] = kept
+    assert fingerprint(model) == mark
+    model[2].running_mean += 1
+    assert fingerprint(model) != mark
+
+
+def test_a_base_is_known_in_sixteen_bits_and_said_where_it_cannot_be(
+    saved: Path, tmp_path: Path
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert "not verifiable" not in str(lora.load(distilbert().to(dtype), saved))
+        refused(saved, "trained on another base", distilbert(seed=1).to(dtype))
+    half = distilbert().half()
+    lora.inject(half, lora.LoRAConfig())
+    lora.save(half, tmp_path / "half")
+    report = lora.load(distilbert().half().to(torch.bfloat16), tmp_path / "half")
+    assert "base not verifiable: it was held in another dtype" in str(report)
 
 
 def test_save_refuses_what_is_not_finite(tmp_path: Path) -> None:
@@ -300,7 +323,8 @@ def test_the_files_are_pefts_and_carry_the_mark(saved: Path) -> None:
     with safetensors.safe_open(saved / WEIGHTS, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
-    assert set(json.loads(metadata["lora_from_scratch"])) == {"base", "config"}
+    mark = json.loads(metadata["lora_from_scratch"])
+    assert set(mark) == {"base_bfloat16", "base_float16", "config"}
 
 
 def test_all_linear_is_saved_as_full_names(tmp_path: Path) -> None:
@@ -310,3 +334,115 @@ def test_all_linear_is_saved_as_full_names(tmp_path: Path) -> None:
     names = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
     assert len(names) == 12
     assert "distilbert.transformer.layer.0.attention.q_lin" in names
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path: Path) -> None:
+    """The first two bytes of a safetensors file are the low end of its header's length."""
+    for length in range(100, 230):
+        model = nn.Module()
+        model.add_module("a" * length, nn.Linear(4, 4))
+        lora.inject(model, lora.LoRAConfig(r=1))
+        folder = lora.save(model, tmp_path / str(length))
+        other = nn.Module()
+        other.add_module("a" * length, nn.Linear(4, 4))
+        other.load_state_dict(
+            {
+                key.replace("base_layer.", ""): tensor
+                for key, tensor in model.state_dict().items()
+                if "adapters" not in key
+            }
+        )
+        lora.load(other, folder)
+    starts = {(tmp_path / str(n) / WEIGHTS).read_bytes()[:2] for n in range(100, 230)}
+    assert any(start[:1] == b"\x80" for start in starts)
+
+
+def test_files_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig())
+    folder = lora.save(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    perturb(model)
+    real, calls = os.fsync, []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(lora.CheckpointError, match="No space left on device. What stood there"):
+        lora.save(model, folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_full_saves_running_statistics_and_integer_buffers(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+    x = torch.randn(16, 4)
+    for config in (lora.FullConfig(), lora.LoRAConfig(r=2, modules_to_save=("1",))):
+        model = build()
+        lora.inject(model, config)
+        for _ in range(20):
+            model.train()(x * 3 + 1)
+        folder = tmp_path / type(config).__name__
+        lora.save(model, folder)
+        other = build()
+        lora.load(other, folder)
+        assert torch.equal(other.eval()(x), model.eval()(x))
+        assert not torch.allclose(other(x), build().eval()(x), atol=0.1)
+
+
+def test_values_past_the_range_of_their_place(tmp_path: Path) -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(r=2, modules_to_save=("classifier",)))
+    with torch.no_grad():
+        model.classifier.copies["default"].bias.fill_(1e6)
+    lora.save(model, tmp_path)
+    refused(tmp_path, "2 values that are not finite in torch.float16", distilbert().half())
+
+
+def test_a_model_without_values_is_refused(saved: Path) -> None:
+    with torch.device("meta"):
+        model = distilbert()
+    with pytest.raises(lora.CheckpointError, match="has no place"):
+        lora.load(model, saved)
+
+
+def test_a_tied_weight_inside_a_saved_module_is_written_twice(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+        model[1][1].weight = model[1][0].weight
+        return model
+
+    model = build()
+    lora.inject(model, lora.LoRAConfig(target_modules=("0",), modules_to_save=("1",)))
+    perturb(model)
+    lora.save(model, tmp_path)
+    other = build()
+    lora.load(other, tmp_path)
+    assert torch.equal(other(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
+def test_the_folder_itself_comes_before_a_folder_of_the_name(tmp_path: Path) -> None:
+    for number, place in enumerate((tmp_path / "default", tmp_path)):
+        model = distilbert()
+        lora.inject(model, lora.LoRAConfig(r=number + 1))
+        lora.save(model, place)
+    assert lora.load(distilbert(), tmp_path).plan.config.r == 2
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_paths_that_no_system_takes(name: str) -> None:
+    with pytest.raises(lora.CheckpointError):
+        lora.load(distilbert(), name)
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig())
+    with pytest.raises(lora.CheckpointError, match="cannot be written"):
+        lora.save(model, name)

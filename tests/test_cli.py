@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -223,7 +224,7 @@ def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
     assert "full" in out
     assert {path.name for path in runs.iterdir()} == {
         "lora-0", "lora-1", "full-0", "full-1", "comparison.json", "comparison.md", "loss.png",
-        "accuracy.png",
+        "accuracy.png", ".lock",
     }  # fmt: skip
     table = (runs / "comparison.md").read_text()
     assert "| lora |" in table
@@ -240,6 +241,16 @@ def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
     assert (runs / "full-1" / "summary.json").read_bytes() == before
     assert lora(*arguments, "--lora-alpha", 5) == 2
     assert "lora-0 holds a run of other settings" in capsys.readouterr().err
+    # a run that was cut off is done anew, to the same result
+    (runs / "lora-0" / "summary.json").unlink()
+    adapter = (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert lora(*arguments, "--lora-alpha", 4) == 0
+    assert "a run that was cut off, done anew" in capsys.readouterr().err
+    assert (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    with (runs / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert lora(*arguments, "--lora-alpha", 4) == 2
+        assert "another comparison is at work there" in capsys.readouterr().err
     assert lora("plot", runs / "lora-0", runs / "full-0", "--output", tmp_path / "pictures") == 0
     for name in ("loss.png", "accuracy.png"):
         picture = (tmp_path / "pictures" / name).read_bytes()
@@ -301,8 +312,11 @@ def test_a_broken_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = tmp_path / "c.toml"
     for content, words in {
         "r = ": "cannot be read",
-        "learning_rat = 1": "--learning-rat",
-        "[optimizer]\nlr = 1": "[optimizer] is no table of a run",
+        "learning_rat = 1": "learning_rat is no key of a lora run. Did you mean learning_rate?",
+        "[optimizer]\nlr = 1": "optimizer is no key of a lora run",
+        'r = "four"': "r must be a whole number",
+        "epochs = 1.5": "epochs must be",
+        "note = true": "note must be a text",
         "methods = 3": "methods must be tables",
         "x = " + "[" * 100_000: "cannot be read",
     }.items():
@@ -426,10 +440,113 @@ def test_the_first_versions_commands(tmp_path: Path) -> None:
     done = command("scripts/train_lora_distilbert.py", "--r", 4, *flags, "--run_dir", lora_run)
     assert done.stderr.count("!!! the hub does not answer") == 1
     summary = json.loads((lora_run / "summary.json").read_text())
-    assert "became the embedded base and data" in summary["note"]
+    assert (
+        "the embedded default stands in for distilbert-base-uncased and glue/sst2"
+        in summary["note"]
+    )
     assert summary["adapter_parameters"] == 6 * 2 * 4 * (384 + 384)
     command("scripts/train_baseline_distilbert.py", *flags, "--run_dir", full_run)
     scores = command("eval_metrics.py", lora_run, full_run).stdout
     assert scores.count("accuracy") == 2
     drawn = command("plot_metrics.py", lora_run, full_run).stdout.split()
     assert all((ROOT / path).is_file() for path in drawn)
+
+
+def test_a_run_is_scored_on_other_data_whole(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"a {REVIEWS[i % 6]} film\t{int(i % 6 < 3)}" for i in range(7)]
+    path = tmp_path / "x.tsv"
+    path.write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    assert lora("eval", trained, "--data", path) == 0
+    accuracy = float(capsys.readouterr().out.split("accuracy ")[1].split()[0])
+    assert accuracy * 7 == pytest.approx(round(accuracy * 7), abs=1e-3)
+    (tmp_path / "only").mkdir()
+    path.rename(tmp_path / "only" / "test.tsv")
+    assert lora("eval", trained, "--data", tmp_path / "only") == 0
+    assert f"accuracy {accuracy:.4f}" in capsys.readouterr().out
+    assert lora("eval", trained, "--data", tmp_path / "only", "--split", "dev") == 2
+    assert "has no dev split, found test" in capsys.readouterr().err
+    (tmp_path / "only" / "test.tsv").write_text("text\tlabel\nfine\t7\n")
+    assert lora("eval", trained, "--data", tmp_path / "only") == 2
+    assert "label '7' is outside the set 0, 1" in capsys.readouterr().err
+
+
+def test_labels_that_look_like_flags_reopen(base: str, tmp_path: Path) -> None:
+    rows = "text\tlabel\n" + "".join(
+        f"a film {i}\t{('-neg', '--seed')[i % 2]}\n" for i in range(12)
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text(rows)
+    run = tmp_path / "run"
+    assert lora("train", "--base", base, "--data", folder, "--epochs", 1, "--run-dir", run) == 0
+    assert lora("eval", run) == 0
+    assert lora("predict", run, "--text", "a film") == 0
+
+
+def test_a_relative_folder_reopens_from_anywhere(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data(tmp_path / "here")
+    monkeypatch.chdir(tmp_path)
+    assert lora("train", "--base", base, "--data", "here", "--epochs", 1, "--run-dir", "run") == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"] == "here"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert lora("eval", "../run") == 0
+
+
+def test_an_evaluation_that_is_not_finite_is_no_result(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    arguments = (*arguments, "--learning-rate", "1e30", "--batch-size", 99, "--epochs", 1)
+    assert lora("train", *arguments) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "TrainingError: evaluating after epoch 1: loss" in err
+    assert "Last good state: none" in err
+    assert not (run / "adapter").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text("text\n" + "a good film\n" * 3000)
+    command = f"'{sys.executable}' -m lora predict '{trained}' --data '{tmp_path}/x.tsv' | head -1"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert json.loads(done.stdout)["text"] == "a good film"
+    assert "Traceback" not in done.stderr
+
+
+def test_other_places_that_cannot_be_written(
+    base: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    arguments = ("--base", base, "--data", data(tmp_path / "data"))
+    assert lora("compare", *arguments, "--run-dir", tmp_path / "file" / "x") == 2
+    assert lora("compare", *arguments, "--run-dir", tmp_path / "file") == 2
+    assert lora("plot", trained, "--output", tmp_path / "file") == 2
+    assert lora("train", *arguments, "--run-dir", tmp_path / ("x" * 300)) == 2
+    assert lora("train", *arguments, "--note", "\udcff", "--run-dir", tmp_path / "run") == 2
+    assert lora("train", *arguments, "--max-length", 2, "--run-dir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert "cannot be" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_curves_of_a_run_that_was_cut_off(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    text = (trained / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text + '{"kind": "st')
+    assert lora("plot", run) == 0
+    assert (run / "loss.png").is_file()
+    (run / "metrics.jsonl").write_text('{"kind": "epoch"}\n42\n')
+    assert lora("plot", run) == 2
+    assert "is damaged" in capsys.readouterr().err

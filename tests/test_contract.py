@@ -23,7 +23,7 @@ CASES = cases()
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_keeps_every_clause(method: str, clause: str, case: Case) -> None:
     cls = METHODS[method]
-    outcome = run_clause(clause, cls, cls.Config(), case).outcome
+    outcome = run_clause(clause, cls, cls.Config(**cls.example), case).outcome
     if outcome.startswith("exempt"):
         pytest.skip(outcome)
     assert outcome == "held"
@@ -112,6 +112,46 @@ def float32_output(cls: type[LoRA]) -> None:
     cls.compute = lambda self, view, x, mask: good(self, view, x, mask).float()
 
 
+def unscaled(cls: type[LoRA]) -> None:
+    good = cls.delta
+    cls.delta = lambda self, view, x, mask: good(self, view, x, mask) / self.scaling
+
+
+def skewed_in_sixteen_bits(cls: type[LoRA]) -> None:
+    good = cls.compute
+    cls.compute = lambda self, view, x, mask: (
+        good(self, view, x, mask) * (1.05 if x.dtype.itemsize == 2 else 1)
+    )
+
+
+def base_alone_under_autocast(cls: type[LoRA]) -> None:
+    good = cls.compute
+    cls.compute = lambda self, view, x, mask: (
+        view.module(x) if torch.is_autocast_enabled("cpu") else good(self, view, x, mask)
+    )
+
+
+def doubled_in_training(cls: type[LoRA]) -> None:
+    good = cls.compute
+    cls.compute = lambda self, view, x, mask: (
+        good(self, view, x, mask) * (2 if self.training and mask is None else 1)
+    )
+
+
+def cut_to_five(cls: type[LoRA]) -> None:
+    good = cls.compute
+
+    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = good(self, view, x, mask)
+        return torch.cat([y[..., :5, :], y[..., 5:, :] * 0], dim=-2) if y.dim() > 1 else y
+
+    cls.compute = compute
+
+
+def false_to_the_sum(cls: type[LoRA]) -> None:
+    cls.merged = lambda self, W, b: (W * 1.5 + self.scaling * self.lora_B @ self.lora_A, b)
+
+
 def miscounted(cls: type[LoRA]) -> None:
     cls.size = classmethod(lambda cls, i, o, bias, config: config.r * i)
 
@@ -142,6 +182,12 @@ def merges_into_the_base(cls: type[LoRA]) -> None:
         (detached_factor, "only_the_adapter_trains"),
         (float32_output, "output_dtype"),
         (miscounted, "parameter_count"),
+        (unscaled, "fast_is_specification"),
+        (skewed_in_sixteen_bits, "sixteen_bits_stay_near_float32"),
+        (base_alone_under_autocast, "output_dtype"),
+        (doubled_in_training, "dropout_is_the_mask_alone"),
+        (cut_to_five, "fast_is_specification"),
+        (false_to_the_sum, "active_together"),
         (merges_into_the_base, "base_bits_stay"),
     ],
 )
@@ -150,7 +196,9 @@ def test_a_clause_catches_the_fault_it_is_for(
 ) -> None:
     cls = broken(mutation)
     monkeypatch.setitem(METHODS, "broken", cls)
-    outcomes = [run_clause(clause, cls, BrokenConfig(), case).outcome for case in CASES]
+    outcomes = [
+        run_clause(clause, cls, BrokenConfig(r=3, lora_alpha=7.0), case).outcome for case in CASES
+    ]
     assert any(outcome.startswith("failed") for outcome in outcomes)
 
 

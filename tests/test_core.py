@@ -125,7 +125,7 @@ def test_an_absurd_rank_fits_no_memory_and_leaves_the_model_alone() -> None:
     assert unchanged(before, model)
 
 
-@pytest.mark.parametrize("name", ["../up", "a.b", "", "a/b", "keys", "a b", None])
+@pytest.mark.parametrize("name", ["../up", "a.b", "", "a/b", "keys", "training", "a b", None])
 def test_names_that_no_folder_and_no_module_should_have(name, tmp_path) -> None:
     with pytest.raises(lora.ConfigError, match="name must be letters"):
         lora.inject(plain(), lora.LoRAConfig(), name=name)
@@ -316,3 +316,154 @@ def test_full_stands_alone() -> None:
     lora.inject(other, lora.LoRAConfig())
     with pytest.raises(lora.ConfigError, match="stands alone"):
         lora.inject(other, lora.FullConfig(), name="two")
+
+
+def test_eject_gives_back_what_inject_froze_and_no_more() -> None:
+    model = plain()
+    before = snapshot(model)
+    lora.eject(model)
+    assert unchanged(before, model)
+    lora.inject(model, lora.LoRAConfig(r=2))
+    model.append(nn.Linear(4, 2))
+    lora.eject(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"modules_to_save": ("0",), "target_modules": ("2",)}, {"target_modules": ("0",)}),
+        ({"target_modules": ("0",)}, {"modules_to_save": ("0",), "target_modules": ("2",)}),
+    ],
+)
+def test_adapters_that_would_change_each_others_modules_are_refused(first, second) -> None:
+    model = plain()
+    lora.inject(model, lora.LoRAConfig(r=2, **first), name="one")
+    before = snapshot(model)
+    with pytest.raises(lora.ConfigError, match="'two' cannot join 'one': one trains 0 whole"):
+        lora.inject(model, lora.LoRAConfig(r=2, **second), name="two")
+    assert unchanged(before, model)
+
+
+def test_two_heads_do_not_act_together_and_a_name_counts_once() -> None:
+    model = plain()
+    config = lora.LoRAConfig(r=2, target_modules=("0",), modules_to_save=("2",))
+    for name in ("one", "two"):
+        lora.inject(model, config, name=name)
+        perturb(model, name)
+    with pytest.raises(lora.MergeError, match="each has its own 2"):
+        lora.activate(model, "one", "two")
+    lora.activate(model, "one")
+    x = torch.randn(3, 6)
+    wanted = model(x)
+    lora.activate(model, "one", "one")
+    assert torch.equal(model(x), wanted)
+
+
+def test_what_acts_trains() -> None:
+    model = plain()
+    for name in ("one", "two"):
+        lora.inject(model, lora.LoRAConfig(r=2), name=name)
+    lora.activate(model, "one")
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == {f"{i}.adapters.one.lora_{f}" for i in (0, 2) for f in "AB"}
+
+
+def test_a_part_with_an_adapter_of_its_own_is_not_injected_over() -> None:
+    model = nn.Sequential(plain(), nn.Linear(4, 4))
+    lora.inject(model[0], lora.LoRAConfig(r=2))
+    before = snapshot(model)
+    with pytest.raises(lora.ConfigError, match="injected into a part of the model"):
+        lora.inject(model, lora.LoRAConfig(r=2))
+    assert unchanged(before, model)
+
+
+def test_a_saved_module_reached_by_two_paths_has_one_copy() -> None:
+    model = plain()
+    model.add_module("again", model[2])
+    model.forward = lambda x: model[2](model[0](x))  # type: ignore[method-assign]
+    report = lora.inject(model, lora.LoRAConfig(r=2, target_modules=("0",), modules_to_save=("2",)))
+    assert model[2] is model.again
+    assert report.trainable == 2 * (6 + 8) + 8 * 4 + 4
+    lora.eject(model)
+    assert model[2] is model.again
+
+
+@pytest.mark.parametrize(
+    ("build", "config", "match"),
+    [
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+            {},
+            r"1 \(BatchNorm1d\) keeps running statistics.*modules_to_save=\('1',\)",
+        ),
+        (lambda: nn.Sequential(nn.ModuleList([nn.Linear(2, 2)])), {"modules_to_save": ("0",),
+         "target_modules": ("0.0",)}, "ModuleList, which is never called"),
+        (lambda: torch.compile(plain()), {}, "Inject into model._orig_mod"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), {}, "no layer matches"),
+        (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))), {},
+         "no layer matches"),
+        (plain, {"exclude_modules": "("}, "exclude_modules='\\(' is no regular expression"),
+        (plain, {"target_modules": "a{99999999999}"}, "is no regular expression"),
+        (plain, {"r": 10**12}, "no adapter can be made for 0"),
+        (plain, {"r": 10**30}, "no adapter can be made for 0"),
+    ],
+    ids=range(9),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_models_and_settings_that_cannot_be_joined(build, config: dict, match: str) -> None:
+    model = build()
+    before = snapshot(model) if not match.startswith("no layer") else None
+    with pytest.raises(lora.LoraError, match=match):
+        lora.inject(model, lora.LoRAConfig(**config))
+    assert before is None or unchanged(before, model)
+
+
+def test_what_cannot_be_copied_or_trained_is_named_before_anything_changes() -> None:
+    import threading
+
+    model = plain()
+    model[2].lock = threading.Lock()
+    before = snapshot(model)
+    with pytest.raises(lora.ConfigError, match="no adapter can be made for 2: cannot pickle"):
+        lora.inject(model, lora.LoRAConfig(target_modules=("0",), modules_to_save=("2",)))
+    assert unchanged(before, model)
+    model = plain()
+    model[1].codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(lora.TargetError, match="1.codes is torch.int8, which cannot train"):
+        lora.inject(model, lora.FullConfig())
+
+
+def test_a_wrapped_layer_looks_like_what_it_wraps() -> None:
+    model = gpt2()
+    lora.inject(model, lora.LoRAConfig())
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.nf == 96
+    assert (layer.in_features, layer.out_features) == (32, 96)
+    x = torch.randn(2, 32)
+    assert torch.equal(layer(x=x), layer(x))
+    with pytest.raises(AttributeError):
+        _ = layer.no_such_thing
+
+
+def test_peft_would_read_more_into_a_name_and_the_report_says_so() -> None:
+    config = lora.LoRAConfig(modules_to_save=("classifier",))
+    assert "pre_classifier too" in str(lora.inject(distilbert(), config))
+    config = lora.LoRAConfig(modules_to_save=("pre_classifier", "classifier"))
+    assert "too" not in str(lora.inject(distilbert(), config))
+
+
+def test_restore_follows_the_model_to_its_dtype() -> None:
+    model = plain()
+    lora.inject(model, lora.LoRAConfig(r=2))
+    lora.merge(model)
+    model.half()
+    lora.restore(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_an_adapted_model_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = plain()
+        lora.inject(model, lora.LoRAConfig(r=2))
+        assert model(torch.ones(3, 6)).shape == (3, 4)

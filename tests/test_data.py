@@ -166,7 +166,9 @@ def test_missing_columns_files_and_folders(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no such file or folder"):
             read(name)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no train.tsv, .csv or .jsonl, found nothing"):
+    with pytest.raises(
+        DataError, match="has no training rows, found nothing. Pass a folder with train.tsv"
+    ):
         read(str(tmp_path / "empty"))
     write(tmp_path / "data" / "train.csv", "text,label\na,1\n")
     with pytest.raises(DataError, match="train.tsv, train.csv: keep one"):
@@ -288,3 +290,106 @@ def test_no_frame_of_a_review_stands_in_two_splits() -> None:
                     )
         for frame in frames:
             assert seen.setdefault(frame, split) == split, (frame, text)
+
+
+def test_a_header_is_known_in_any_case_and_beside_numbers(tmp_path: Path) -> None:
+    rows = "Text\tLabel\tSplit\na\t1\ttrain\nb\t0\ttrain\nc\t1\tdev\n"
+    corpus = read(str(write(tmp_path / "x.tsv", rows)))
+    assert corpus.labels == ("0", "1")
+    assert len(corpus.dev) == 1
+    numbered = Columns(text="0", label="1")
+    corpus = read(folder(tmp_path, train=TSV, dev=TSV), numbered)
+    assert corpus.labels == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        (Columns(text="label"), "no label column among sentence, label"),
+        (Columns(text="label", label="label"), "one column cannot be two of text, pair and label"),
+        (Columns(text="sentence", pair="sentence"), "one column cannot be two"),
+    ],
+)
+def test_one_column_has_one_part(tmp_path: Path, columns: Columns, match: str) -> None:
+    with pytest.raises(DataError, match=match):
+        read(folder(tmp_path, dev=TSV), columns)
+
+
+def test_the_label_may_come_first(tmp_path: Path) -> None:
+    rows = "0\ta bad film\n1\ta good film\n"
+    corpus = read(folder(tmp_path, train=rows, dev=rows), Columns(label="0"))
+    assert texts(corpus)[0] == ("a bad film", None, "0")
+
+
+def test_a_question_beside_a_sentence_is_a_pair(tmp_path: Path) -> None:
+    rows = "question\tsentence\tlabel\nwho?\tme\tyes\nwhat?\tthat\tno\n"
+    assert texts(read(folder(tmp_path, train=rows, dev=rows)))[0] == ("who?", "me", "yes")
+
+
+def test_nulls_do_not_move_columns(tmp_path: Path) -> None:
+    whole = (
+        '{"premise": "a", "hypothesis": "b", "label": 1}\n'
+        '{"premise": "c", "hypothesis": "d", "label": 0}\n'
+    )
+    first_null = whole.replace('"hypothesis": "b"', '"hypothesis": null')
+    with pytest.raises(DataError, match="line 1: no column 'hypothesis'"):
+        read(folder(tmp_path, train=first_null, dev=whole, end="jsonl"))
+    no_label = whole.replace('"label": 1', '"label": null')
+    with pytest.raises(DataError, match="test row 1 has no label"):
+        read(folder(tmp_path, train=whole, dev=whole, test=no_label, end="jsonl"))
+    with pytest.raises(DataError, match="train has its text in premise"):
+        read(folder(tmp_path, train=whole, dev=whole.replace("hypothesis", "other"), end="jsonl"))
+
+
+def test_minus_one_is_a_label_where_train_has_it(tmp_path: Path) -> None:
+    rows = "sentence\tlabel\ngood\t1\nbad\t-1\n"
+    hidden = "sentence\tlabel\nworse\t-1\n"
+    corpus = read(folder(tmp_path, train=rows, dev=rows, test=hidden))
+    assert corpus.held_out[0] == "test"
+    hidden = hidden.replace("-1", "-1.0")
+    corpus = read(folder(tmp_path, train=TSV, dev=TSV, test=hidden))
+    assert corpus.held_out[0] == "dev"
+    assert "the labels of test are hidden" in corpus.note
+
+
+def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
+    quote = "text,label\na,1\nb,0\n" + '"c,1\n' + "d,0\n" * 5
+    with pytest.raises(DataError, match="line 9: unexpected end of data"):
+        read(folder(tmp_path / "1", train=quote, end="csv"))
+    with pytest.raises(DataError, match="train row 3 has no label"):
+        read(
+            folder(
+                tmp_path / "2",
+                train="text\tlabel\na\t1\nb\t0\nc\t\n",
+                dev=TSV.replace("sentence", "text"),
+            )
+        )
+    with pytest.raises(DataError, match="two columns are named 'label'"):
+        read(folder(tmp_path / "3", train="text\tlabel\tlabel\na\t1\t0\n"))
+    with pytest.raises(DataError, match="line 1: surrogates not allowed"):
+        read(folder(tmp_path / "4", train='{"text": "\\ud800 x", "label": 1}\n', end="jsonl"))
+
+
+def test_few_rows(tmp_path: Path) -> None:
+    corpus = read(folder(tmp_path, train="text\tlabel\na\t1\nb\t0\nc\t1\n"))
+    assert (len(corpus.train), len(corpus.dev)) == (2, 1)
+    with pytest.raises(DataError, match="2 rows cannot be cut in three"):
+        read(str(write(tmp_path / "x.tsv", "text\tlabel\na\t1\nb\t0\n")))
+    with pytest.raises(DataError, match="too few rows to hold one out|two classes"):
+        read(folder(tmp_path / "one", train="text\tlabel\na\t1\n"))
+
+
+def test_whole_numbers_are_classes_and_an_empty_line_is_an_empty_text(tmp_path: Path) -> None:
+    rows = TSV.replace("\t1\n", "\t1.0\n").replace("\t0\n", "\t0.0\n")
+    assert read(folder(tmp_path, train=rows, dev=rows)).labels == ("0.0", "1.0")
+    path = write(tmp_path / "y.tsv", "text\none\n\nthree\n")
+    assert [e.text for e in unlabelled(str(path), Columns(label="stars"))] == ["one", "", "three"]
+    with pytest.raises(DataError, match="has no rows"):
+        unlabelled(str(write(tmp_path / "z.tsv", "text\n")), Columns())
+
+
+def test_references_are_read_as_they_are_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", '{"prediction": "a", "references": "[laughs] hello"}\n')
+    assert read_predictions(path) == (["a"], [["[laughs] hello"]])
+    with pytest.raises(DataError, match="line 1: needs prediction and label"):
+        read_predictions(write(path, '{"prediction": "a", "references": []}\n'))

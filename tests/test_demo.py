@@ -93,3 +93,20 @@ def test_a_backbone_that_is_not_filled_is_refused(tmp_path: Path) -> None:
     base.model.distilbert.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"1 tensors of the backbone.*layer.3.ffn.lin1.weight"):
         load_base(str(tmp_path), 2, "classification", seed=0)
+
+
+def test_a_damaged_base_and_one_with_another_head(tmp_path: Path) -> None:
+    base = load_base("demo", 3, "classification", seed=0)
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    again = load_base(str(tmp_path), 2, "classification", seed=0)
+    assert again.new == ("classifier",)
+    assert load_base(str(tmp_path), 3, "classification", seed=0).new == ()
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:1000], b"", b"PK\x03\x04"):
+        weights.write_bytes(content)
+        with pytest.raises(ModelError, match="cannot be loaded"):
+            load_base(str(tmp_path), 3, "classification", seed=0)
+    with pytest.raises(ModelError, match="does not answer"):
+        load_base("a b", 2, "classification", seed=0)

@@ -23,7 +23,8 @@ import json, os
 from lora.models import hub_answers
 answers = [hub_answers(), hub_answers()]
 import huggingface_hub.constants
-print(json.dumps([answers, os.environ.get("HF_HUB_OFFLINE"), huggingface_hub.constants.HF_HUB_OFFLINE]))
+offline = huggingface_hub.constants.HF_HUB_OFFLINE
+print(json.dumps([answers, os.environ.get("HF_HUB_OFFLINE"), offline]))
 """
 
 

@@ -77,6 +77,10 @@ def test_score_refuses_what_it_cannot_score() -> None:
         score("classification", [], [])
     with pytest.raises(DataError, match="2 predictions for 1"):
         score("text", ["a", "b"], [["a"]])
+    with pytest.raises(DataError, match="finite"):
+        score("regression", ["nan"], [["1"]])
+    with pytest.raises(DataError, match="no task 'chess'"):
+        score("chess", ["a"], [["a"]])
     with pytest.raises(DataError, match="numbers"):
         score("regression", ["one"], [["1"]])
     assert score("text", ["a b c d"], [["a b c d"]])["bleu"] == pytest.approx(100)

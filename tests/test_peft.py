@@ -210,3 +210,24 @@ def test_merged_logits_are_pefts(tmp_path: Path) -> None:
     with torch.no_grad():
         off = model(tokens()).logits - theirs.merge_and_unload()(tokens()).logits
     assert float(off.abs().max()) < 1e-5
+
+
+def test_entries_of_pefts_that_meet_nothing_or_saved_modules_only(tmp_path: Path) -> None:
+    """PEFT ignores them; every tensor of the file has its place all the same."""
+    theirs = peft_model(
+        distilbert(), r=2, target_modules=["q_lin", "nope", "classifier"],
+        modules_to_save=["classifier"], exclude_modules=["nothing"],
+    )  # fmt: skip
+    with torch.no_grad():
+        fill({n: p for n, p in theirs.named_parameters() if p.requires_grad})
+    theirs.save_pretrained(tmp_path)
+    model = distilbert()
+    lora.load(model, tmp_path)
+    with torch.no_grad():
+        off = (model.eval()(tokens()).logits - theirs(tokens()).logits).abs().max()
+    assert float(off) < 1e-5
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["target_modules"] = ["q_linn"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(lora.TargetError, match="no layer matches"):
+        lora.load(distilbert(), tmp_path)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, AdapterConfig, check, is_number
+from lora.adapter import Adapter, AdapterConfig, autocast_on, check, is_number
 from lora.layers import View
 
 
@@ -54,6 +54,7 @@ class LoRA(Adapter):
     Config = LoRAConfig
     peft_type = "LORA"
     additive = True
+    example: ClassVar = {"r": 3, "lora_alpha": 7.0}
     keys: ClassVar = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     neutral: ClassVar = {
         "bias": "none",
@@ -81,7 +82,7 @@ class LoRA(Adapter):
         self.lora_dropout = config.lora_dropout
 
     def fill(self, generator: Callable[[str], torch.Generator]) -> None:
-        start = torch.empty(self.lora_A.shape, dtype=torch.float32)
+        start = torch.empty(self.lora_A.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator("lora_A"))
         self.lora_A.copy_(start)
         self.lora_B.zero_()
@@ -93,10 +94,13 @@ class LoRA(Adapter):
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.scaling * (self.lora_B @ self.lora_A), b
 
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        y: Tensor = view.module(x)
+    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         dropped = x if mask is None else x * mask
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_on(x):
             dropped = dropped.to(self.lora_A.dtype)
         h = F.linear(dropped, self.lora_A)  # (..., r)
-        return (y + self.scaling * F.linear(h, self.lora_B)).to(y.dtype)
+        return self.scaling * F.linear(h, self.lora_B)
+
+    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        y: Tensor = view.module(x)
+        return (y + self.delta(view, x, mask)).to(y.dtype)
