@@ -51,14 +51,10 @@ class Report:
 
     plan: Plan
     rows: tuple[tuple[str, int, str, int], ...]  # (what, how many, shape, parameters)
-    trainable: int  # parameters
-    total: int  # parameters of the model as it now stands
+    adapter_parameters: int  # of the method itself, without modules_to_save
+    trainable: int  # all parameters that require a gradient
+    total: int  # all parameters of the model as it now stands
     note: str = ""
-
-    @property
-    def adapter_parameters(self) -> int:
-        """Trainable parameters less those of modules_to_save."""
-        return sum(count for what, _, _, count in self.rows if not what.startswith("(saved) "))
 
     def __str__(self) -> str:
         width = max((len(row[0]) for row in self.rows), default=0)
@@ -428,11 +424,13 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     if plan.selected:
         sizes = [p.numel() for p in trained_parameters(model, name).values()]
         groups["parameters of the base", ""] = sizes
+    own = sum(map(sum, groups.values()))
     for path, module in parts.copies.items():
         groups[f"(saved) {path}", "whole"] = [_size(module)]
     return Report(
         plan=plan,
         rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in groups.items()),
+        adapter_parameters=own,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=_size(model),
         note=note,
