@@ -92,7 +92,6 @@ def read(
     limit: int | None = None,
 ) -> Corpus:
     """A data set in three splits. Raises DataError with the file, the row and the remedy."""
-    note = ""
     splits, note = _read_splits(data, columns)
     if not splits.get("train"):
         raise DataError(
@@ -113,13 +112,9 @@ def read(
                 f" {other[0]}, {other[1] or 'no pair'}. Give every split the same columns."
             )
     examples = {name: _examples(rows, columns) for name, rows in splits.items()}
-    known = {_number(example.label) for example in examples["train"]}
-    for name in [name for name in examples if name != "train"]:
-        # A benchmark's hidden labels are all -1: that split cannot be reported on.
-        hidden = {_number(e.label) for e in examples[name]} == {-1.0} and -1.0 not in known
-        if hidden or all(example.label is None for example in examples[name]):
-            del examples[name]
-            note = f"the labels of {name} are hidden: the split is left out"
+    for name in _hidden(examples):
+        del examples[name]
+        note = f"the labels of {name} are hidden: the split is left out"
     train, dev, test = (tuple(examples.get(name, ())) for name in ("train", "dev", "test"))
     if not dev:
         train, dev = _hold_out(train, 0.1)
@@ -146,6 +141,18 @@ def read(
     for name, split in (("train", train), ("dev", dev), ("test", test)):
         _check_labels(corpus, name, split)
     return corpus
+
+
+def _hidden(examples: dict[str, list[Example]]) -> list[str]:
+    """Splits whose labels a benchmark keeps to itself: none, or all -1 where train has no -1."""
+    known = {_number(example.label) for example in examples["train"]}
+    found = []
+    for name in set(examples) - {"train"}:
+        labels = {example.label for example in examples[name]}
+        minus_one = {_number(label) for label in labels} == {-1.0} and -1.0 not in known
+        if labels and (labels == {None} or minus_one):
+            found.append(name)
+    return found
 
 
 def _read_splits(data: str, columns: Columns) -> tuple[dict[str, list[tuple[int, Row]]], str]:
