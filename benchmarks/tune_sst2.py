@@ -22,6 +22,7 @@ GRID = {
     "lora-r8a16-5e4": [*LORA, "--learning-rate", "5e-4"],
     "lora-r8a16-1e3": [*LORA, "--learning-rate", "1e-3"],
     "lora-r8a16-2e3": [*LORA, "--learning-rate", "2e-3"],
+    "lora-r4a8-1e3": ["--r", "4", "--lora-alpha", "8", "--learning-rate", "1e-3"],
     "lora-r8a16-1e3-d1": [*LORA, "--learning-rate", "1e-3", "--lora-dropout", "0.1"],
     "full-3e5": ["--method", "full", "--learning-rate", "3e-5"],
     "full-5e5": ["--method", "full", "--learning-rate", "5e-5"],
