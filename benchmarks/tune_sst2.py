@@ -1,8 +1,10 @@
-"""The grid behind recipes/sst2.toml: learning rates on sst2-sentences, chosen by dev alone.
+"""The grid behind recipes/sst2.toml: settings on sst2-sentences, chosen by dev alone.
 
-python -m benchmarks.tune_sst2 [--data DIR] [--runs DIR] [--json FILE]
+python -m benchmarks.tune_sst2 [--data DIR] [--runs DIR] [--jobs N] [--only NAME ...] [--json FILE]
 
-The test split is not in what the runs see. A run that is complete is taken as it is.
+Every setting is run with three seeds; the best mean accuracy on dev after the last epoch is the
+recipe's. The test split is not in what the runs see. A run that is complete is taken as it is,
+one that was cut off starts again.
 """
 
 from __future__ import annotations
@@ -12,53 +14,84 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 from benchmarks.machine import write
 from lora.run import summary_of
 
-LORA = ["--r", "8", "--lora-alpha", "16"]
+SEEDS = (0, 1, 2)
+NORMS = "--modules-to-save sa_layer_norm output_layer_norm"
 GRID = {
-    "lora-r8a16-5e4": [*LORA, "--learning-rate", "5e-4"],
-    "lora-r8a16-1e3": [*LORA, "--learning-rate", "1e-3"],
-    "lora-r8a16-2e3": [*LORA, "--learning-rate", "2e-3"],
-    "lora-r4a8-1e3": ["--r", "4", "--lora-alpha", "8", "--learning-rate", "1e-3"],
-    "lora-r8a16-1e3-d1": [*LORA, "--learning-rate", "1e-3", "--lora-dropout", "0.1"],
-    "full-3e5": ["--method", "full", "--learning-rate", "3e-5"],
-    "full-5e5": ["--method", "full", "--learning-rate", "5e-5"],
-    "full-1e4": ["--method", "full", "--learning-rate", "1e-4"],
-    "full-2e4": ["--method", "full", "--learning-rate", "2e-4"],
+    "lora-r8a16-5e4": "--r 8 --lora-alpha 16 --learning-rate 5e-4",
+    "lora-r8a16-5e4-norms": f"--r 8 --lora-alpha 16 --learning-rate 5e-4 {NORMS}",
+    "lora-r16a32-5e4": "--r 16 --lora-alpha 32 --learning-rate 5e-4",
+    "lora-r16a16-1e3": "--r 16 --lora-alpha 16 --learning-rate 1e-3",
+    "lora-r32a64-3e4": "--r 32 --lora-alpha 64 --learning-rate 3e-4",
+    "lora-r8a16-1e3": "--r 8 --lora-alpha 16 --learning-rate 1e-3",
+    "lora-r4a8-1e3": "--r 4 --lora-alpha 8 --learning-rate 1e-3",
+    "full-5e5": "--method full --learning-rate 5e-5",
+    "full-1e4": "--method full --learning-rate 1e-4",
+    "full-2e4": "--method full --learning-rate 2e-4",
 }
+
+
+def train(run: Path, data: Path, flags: list[str], threads: int) -> dict[str, Any]:
+    """The summary of one run, trained unless it is complete."""
+    if not (run / "summary.json").is_file():
+        shutil.rmtree(run, ignore_errors=True)
+        command = [sys.executable, "-m", "lora", "train", "--data", str(data)]
+        command += ["--run-dir", str(run), "--epochs", "3", *flags]
+        with run.with_suffix(".log").open("w") as log:
+            env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            subprocess.run(command, check=True, env=env, stdout=log, stderr=log)
+    summary = summary_of(run)
+    assert summary["split"] == "dev"
+    print(f"{run.name:<24} dev accuracy {summary['metrics']['accuracy']:.4f}", flush=True)
+    return summary
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--data", type=Path, default=Path("../shared/data/sst2-sentences"))
     flags.add_argument("--runs", type=Path, default=Path("runs/tune-sst2"))
+    flags.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
+    flags.add_argument("--only", nargs="+", choices=GRID, default=list(GRID))
     flags.add_argument("--json", type=Path)
     given = flags.parse_args()
     seen = given.runs / "data"
     seen.mkdir(parents=True, exist_ok=True)
     for split in ("train", "dev"):
-        if not (seen / f"{split}.tsv").exists():
-            shutil.copy(given.data / f"{split}.tsv", seen)
-    found = {}
-    for name, extra in GRID.items():
-        run = given.runs / name
-        if not (run / "summary.json").is_file():
-            command = [sys.executable, "-m", "lora", "train", "--data", str(seen)]
-            command += ["--run-dir", str(run), "--epochs", "3", *extra]
-            subprocess.run(command, check=True, env=os.environ)
-        summary = summary_of(run)
-        assert summary["split"] == "dev"
-        found[name] = {
-            "flags": " ".join(extra),
-            "dev_accuracy": [epoch["dev"]["accuracy"] for epoch in summary["epochs"]],
-            "dev_loss": [epoch["dev_loss"] for epoch in summary["epochs"]],
+        shutil.copy(given.data / f"{split}.tsv", seen)
+    threads = max(1, (os.cpu_count() or 1) // given.jobs)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = {
+            (name, seed): pool.submit(
+                train,
+                given.runs / f"{name}-{seed}",
+                seen,
+                [*GRID[name].split(), "--seed", str(seed)],
+                threads,
+            )
+            for name in given.only
+            for seed in SEEDS
         }
-        print(f"{name:<20} dev accuracy {found[name]['dev_accuracy'][-1]:.4f}")
+        found = {}
+        for name in given.only:
+            ends = [runs[name, seed].result() for seed in SEEDS]
+            accuracy = [[epoch["dev"]["accuracy"] for epoch in end["epochs"]] for end in ends]
+            found[name] = {
+                "flags": GRID[name],
+                "dev_accuracy": accuracy,
+                "dev_loss": [[epoch["dev_loss"] for epoch in end["epochs"]] for end in ends],
+                "train_loss": [[epoch["loss"] for epoch in end["epochs"]] for end in ends],
+                "mean_dev_accuracy": mean(run[-1] for run in accuracy),
+            }
+            print(f"{name:<24} mean         {found[name]['mean_dev_accuracy']:.4f}", flush=True)
     if given.json:
-        write(given.json, {"grid": found})
+        write(given.json, {"seeds": SEEDS, "grid": found})
 
 
 if __name__ == "__main__":
