@@ -13,10 +13,12 @@ PEFT's own neither can be checked, and the report says so.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -38,6 +40,7 @@ from lora.injection import (
     build,
     check_mix,
     check_name,
+    check_pattern,
     check_restored,
     check_statistics,
     fits,
@@ -68,7 +71,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
     """Write adapter `name` as PEFT does: into `directory`, or into its subfolder `name`.
 
     Every file is whole on disk before the first takes its place; a crash between two of the
-    renames leaves a pair that load() tells apart. Returns the folder. Raises CheckpointError.
+    renames leaves files that load() tells apart, where they are of two settings. Returns the
+    folder. Raises CheckpointError.
     """
     check_name(name)
     if name not in injected(model):
@@ -128,29 +132,24 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 
 def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files all or none: every one is whole on disk before the first takes its place."""
-    written: dict[Path, str] = {}
+    """Write files: every one is whole on disk, and has a free place, before the first takes it."""
+    written: dict[Path, Path] = {}
     try:
         for name, payload in files.items():
-            handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-            written[folder / name] = temporary
-            with os.fdopen(handle, "wb") as file:
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
+            temporary = folder / f".{name}.{secrets.token_hex(4)}"
+            with temporary.open("xb") as file:
+                written[folder / name] = temporary
                 file.write(payload)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
         for path, temporary in written.items():
             os.replace(temporary, path)
     except BaseException:
         for temporary in written.values():
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
     settings = config_fields(planned.config)
     if isinstance(planned.config, AdapterConfig):
         if planned.config.target_modules == "all-linear":
-            settings["target_modules"] = list(planned.targets)
+            settings["target_modules"] = _exactly(model, planned)
         settings["modules_to_save"] = list(planned.saved) or None
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
@@ -175,6 +174,14 @@ def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
         "inference_mode": True,
         "task_type": None,
     }
+
+
+def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
+    """What all-linear meant: the layers' names, or where one is another's ending, a pattern."""
+    fitting = {name for name, _ in walk(model) if fits(name, planned.targets)}
+    if fitting == set(planned.targets):
+        return list(planned.targets)
+    return "|".join(map(re.escape, planned.targets))
 
 
 def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
@@ -207,7 +214,8 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
             continue
         if values.numel() > 4096:
             # Knuth's multiplier: a stride that divides the width would sample one column only.
-            scattered = torch.arange(4096, dtype=torch.int64) * 2654435761 % values.numel()
+            scattered = torch.arange(4096, dtype=torch.int64, device="cpu")
+            scattered = scattered * 2654435761 % values.numel()
             values = values[scattered.to(values.device)]
         for dtype, digest in list(digests.items()):
             if values.dtype in (torch.float32, torch.float64, dtype):
@@ -249,7 +257,7 @@ def load(
     stored, mark = read_tensors(folder)
     config = read_config(method, settings, folder)
     if not mark and isinstance(config, AdapterConfig):
-        config = _as_peft_means(model, config, stored)
+        config = _as_peft_means(model, config)
     planned = replace(plan(model, config), trainable=trainable)
     check_mix(model, name, planned)
     if trainable:
@@ -260,10 +268,10 @@ def load(
     ready = check_values(folder, stored, wanted)
     note = verify(model, planned, settings, mark, folder)
 
-    wrap(model, planned, parts, name)
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(ready[key])
+    wrap(model, planned, parts, name)
     return report_of(model, name, note)
 
 
@@ -386,8 +394,8 @@ def read_config(method: type[Method], settings: Mapping[str, Any], folder: Path)
     if "target_modules" in known and not settings.get("target_modules"):
         raise CheckpointError(f"{folder / CONFIG} has no target_modules.")
     values = {k: v for k, v in settings.items() if k in known}
-    if values.get("modules_to_save", ()) is None:
-        values["modules_to_save"] = ()
+    unset: dict[str, Any] = {"modules_to_save": (), "exclude_modules": None}
+    values |= {k: v for k, v in unset.items() if k in values and values[k] in (None, [], "")}
     try:
         return method.Config(**values)
     except ConfigError as error:
@@ -404,32 +412,34 @@ def _neutral(method: type[Method], key: str, value: object) -> bool:
     )
 
 
-def _as_peft_means(
-    model: nn.Module, config: AdapterConfig, stored: Mapping[str, Tensor]
-) -> AdapterConfig:
+def _as_peft_means(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """The config of a file of PEFT's with the names that PEFT makes of it.
 
     PEFT matches modules_to_save by a bare `endswith`, so that its automatic "classifier" means
     DistilBERT's pre_classifier as well. It ignores entries that match nothing, or only layers
-    inside saved modules; here check_fit proves that none of the file's tensors is left over.
+    that are excluded or inside saved modules; here check_fit proves that none of the file's
+    tensors is left over.
     """
-    names = [name for name, _ in walk(model) if name]
-    hits = [name for name in names if any(name.endswith(end) for end in config.modules_to_save)]
-    saved = tuple(name for name in hits if any(key.startswith(name + ".") for key in stored))
+    modules = {name: module for name, module in walk(model) if name}
+    hits = [name for name in modules if any(name.endswith(end) for end in config.modules_to_save)]
+    saved = tuple(name for name in hits if modules[name].state_dict())
     if config.modules_to_save and not hits:
         saved = config.modules_to_save  # for saved_of to name the first that is missing
+    free = [n for n in modules if not any(n == s or n.startswith(s + ".") for s in saved)]
 
     def met(entries: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         if entries is None or isinstance(entries, str):
             return entries
-        free = [n for n in names if not any(n == s or n.startswith(s + ".") for s in saved)]
-        return tuple(entry for entry in entries if any(fits(n, (entry,)) for n in free))
+        return tuple(entry for entry in entries if any(fits(name, (entry,)) for name in free))
 
+    check_pattern("exclude_modules", config.exclude_modules)
+    excluded = met(config.exclude_modules) or None
+    free = [name for name in free if excluded is None or not fits(name, excluded)]
     return replace(
         config,
         modules_to_save=saved,
         target_modules=met(config.target_modules) or config.target_modules,
-        exclude_modules=met(config.exclude_modules) or None,
+        exclude_modules=excluded,
     )
 
 
@@ -504,11 +514,13 @@ def verify(
     common = [key for key in here if key in mark]
     if not common:
         return "base not verifiable: it was held in another dtype when the adapter was saved"
-    if here[common[0]] != mark[common[0]]:
+    # One is enough: a base that was rounded to 16 bits and held in float32 again is the same.
+    if not any(here[key] == mark[key] for key in common):
+        key = common[0]
         base = settings.get("base_model_name_or_path") or "its base"
         raise CheckpointError(
             f"{folder}: the adapter was trained on another base: fingerprint"
-            f" {mark[common[0]][:16]}…, found {here[common[0]][:16]}…. Load it onto {base}"
+            f" {mark[key][:16]}…, found {here[key][:16]}…. Load it onto {base}"
             " (a head that it does not save must be the same too: name it in modules_to_save)."
         )
     return ""

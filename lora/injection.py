@@ -67,16 +67,20 @@ class Report:
         return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, [self.note])])
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What stood in the module's place before any injection."""
+    if isinstance(module, AdaptedLayer):
+        return module.base_layer
+    return module.original_module if isinstance(module, SavedModule) else module
+
+
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(name, module) by every path, as if nothing were injected.
 
     Unlike named_modules it goes to a module reachable by two paths twice, and through a wrapper
     to what it wraps.
     """
-    if isinstance(module, AdaptedLayer):
-        module = module.base_layer
-    elif isinstance(module, SavedModule):
-        module = module.original_module
+    module = unwrapped(module)
     yield prefix, module
     for name, child in module._modules.items():
         if child is not None:
@@ -111,33 +115,36 @@ def backbone(model: nn.Module) -> str:
 def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the layers that config.target_modules means.
 
-    Layers inside a saved module, and excluded ones, are left alone. Raises TargetError where an
-    entry matches nothing, or matches what no view exists for.
+    Layers inside a saved module, and excluded ones, are left alone. A layer reached by two paths
+    is meant, and left alone, by both. Raises TargetError where an entry matches nothing, or
+    matches what no view exists for.
     """
     modules = {name: module for name, module in walk(model) if name}
     wanted, excluded = config.target_modules, config.exclude_modules
     check_pattern("target_modules", wanted)
     check_pattern("exclude_modules", excluded)
-    out = {name for name in modules if any(_inside(name, whole) for whole in saved)}
+    out = {id(m) for name, m in modules.items() if any(_inside(name, whole) for whole in saved)}
     for one in _entries(excluded):
-        left = {name for name in modules if fits(name, one)}
+        left = {id(module) for name, module in modules.items() if fits(name, one)}
         if not left:
             named = one if isinstance(one, str) else one[0]
             raise TargetError(f"no layer matches exclude_modules entry {named!r}.")
         out |= left
+    free = {name: module for name, module in modules.items() if id(module) not in out}
     if wanted == "all-linear":
         trunk = backbone(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = None if head is None else unwrapped(head)
         found = tuple(
             name
-            for name, module in modules.items()
-            if kind(module) and module is not head and name not in out and _inside(name, trunk)
+            for name, module in free.items()
+            if kind(module) and module is not head and _inside(name, trunk)
         )
         if not found:
             raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
         return found
     for entry in _entries(wanted):
-        hits = [name for name in modules if fits(name, entry) and name not in out]
+        hits = [name for name in free if fits(name, entry)]
         if not hits:
             one = "" if entry is wanted else f" (entry {entry[0]!r})"
             raise TargetError(f"no layer matches target_modules={wanted!r}{one}.\n{_offer(model)}")
@@ -147,7 +154,8 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
                     f"target_modules={wanted!r} matches {name}, a"
                     f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
                 )
-    return tuple(name for name in modules if fits(name, wanted) and name not in out)
+    meant = {id(module) for name, module in free.items() if fits(name, wanted)}
+    return tuple(name for name, module in free.items() if id(module) in meant)
 
 
 def check_reached(model: nn.Module, targets: tuple[str, ...]) -> None:
@@ -251,13 +259,24 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
     if issubclass(method, Selection):
         base = dict(base_parameters(model))
         selected = tuple(name for name in base if method.selects(name, config))
-        _check_floating({name: base[name] for name in selected})
+        _check_trainable({name: base[name] for name in selected})
+        for name in selected:
+            # A load could stop halfway through tensors that cannot be written to.
+            shares = any(s == 0 and n > 1 for s, n in zip(base[name].stride(), base[name].shape))
+            if base[name].is_inference() or shares:
+                raise TargetError(
+                    f"{name} cannot be trained in place: it was made in inference mode, or its"
+                    " elements share memory. Clone it first."
+                )
         return Plan(method, config, (), (), selected)
     assert isinstance(config, AdapterConfig)
     saved = saved_of(model, config)
     modules = dict(walk(model))
     for path in saved:
-        _check_floating({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
+        _check_trainable({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
+        extra = [k for k, t in modules[path].state_dict().items() if not isinstance(t, Tensor)]
+        if extra:
+            raise TargetError(f"modules_to_save: {path}.{extra[0]} is no tensor: cannot be saved.")
     targets = targets_of(model, config, saved)
     check_reached(model, targets)
     return Plan(method, config, targets, saved, ())
@@ -266,7 +285,7 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
 _OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 
 
-def _check_floating(parameters: dict[str, nn.Parameter]) -> None:
+def _check_trainable(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             raise TargetError(f"{name} is {parameter.dtype}, which cannot train.")
@@ -319,6 +338,11 @@ def check_name(name: str) -> None:
     check("name", name, "letters, digits, _ and -", good and not hasattr(nn.ModuleDict(), name))
 
 
+def check_seed(seed: int) -> None:
+    """A seed is a whole number: the hash behind the initial values is of its digits."""
+    check("seed", seed, "a whole number", isinstance(seed, int) and not isinstance(seed, bool))
+
+
 def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     """Put built parts into the model under `name`, activate them, freeze the base."""
     modules = dict(walk(model))
@@ -335,8 +359,8 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
         held = modules[parent]._modules[leaf]
         assert held is not None
         if not isinstance(held, AdaptedLayer | SavedModule):
-            kind = AdaptedLayer if path in plan.targets else SavedModule
-            held = fresh.setdefault(id(held), kind(held))
+            wrapper = AdaptedLayer if path in plan.targets else SavedModule
+            held = fresh.setdefault(id(held), wrapper(held))
             modules[parent]._modules[leaf] = held
         if isinstance(held, AdaptedLayer):
             held.adapters[name] = adapters[id(held.base_layer)]
@@ -387,11 +411,7 @@ def held_at(model: nn.Module, path: str) -> nn.Module:
     """The module that stands at a path of the original model, wrappers seen."""
     module = model
     for leaf in path.split("."):
-        if isinstance(module, AdaptedLayer):
-            module = module.base_layer
-        elif isinstance(module, SavedModule):
-            module = module.original_module
-        held = module._modules[leaf]
+        held = unwrapped(module)._modules[leaf]
         assert held is not None
         module = held
     return module
@@ -410,6 +430,27 @@ def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, Sa
         {name: m for name, m in named.items() if isinstance(m, AdaptedLayer)},
         {name: m for name, m in named.items() if isinstance(m, SavedModule)},
     )
+
+
+def check_alive(model: nn.Module) -> None:
+    """Raise TargetError where, after a backward, an adapter that trains has no gradient.
+
+    Its layer's forward was not called: some modules read their layers' weights themselves (WavLM's
+    attention), past any adapter.
+    """
+    layers, _ = wrappers_of(model)
+    dead = [
+        name
+        for name, layer in layers.items()
+        for adapter in layer.active
+        if all(p.requires_grad and p.grad is None for p in layer.adapter(adapter).parameters())
+    ]
+    if dead:
+        raise TargetError(
+            f"{len(dead)} of {len(layers)} adapters have no gradient, {dead[0]} among them: the"
+            " model reads their layers' weights past the adapters. Leave them out: set"
+            " --exclude-modules."
+        )
 
 
 def report_of(model: nn.Module, name: str, note: str = "") -> Report:
@@ -445,9 +486,10 @@ def inject(model: nn.Module, config: MethodConfig, name: str = "default", seed: 
     """Put a method's adapters on the layers that config names, in place, and freeze all else.
 
     The initial values are a function of (seed, layer's name) alone. A head never trains by
-    itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
+    by itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
     """
     check_name(name)
+    check_seed(seed)
     planned = plan(model, config)
     check_mix(model, name, planned)
     check_statistics(model, planned)
@@ -466,6 +508,7 @@ def check_mix(model: nn.Module, name: str, planned: Plan) -> None:
             f"the model has an adapter named {name!r} already. Take another name for this one."
         )
     check_restored(model, f"inject {name!r}")
+    _check_enabled(model, f"inject {name!r}")
     layers, saved = wrappers_of(model)
     if not present and (layers or saved):
         raise ConfigError(
@@ -503,26 +546,30 @@ def check_statistics(model: nn.Module, planned: Plan) -> None:
 
 def _note(model: nn.Module, planned: Plan) -> str:
     """What PEFT would make of the saved modules' names, where it is not what we do."""
-    names = [name for name, _ in walk(model)]
-    more = [
-        name
-        for name in names
-        if any(name.endswith(path) and not name.endswith("." + path) for path in planned.saved)
-        and name not in planned.saved
-    ]
-    if not more:
-        return ""
-    return (
-        f"PEFT takes modules_to_save={planned.saved[-1]!r} to mean {', '.join(more)} too, and"
-        " cannot read the saved file. Name both where PEFT shall read it."
-    )
+    names = [name for name, _ in walk(model) if name not in planned.saved]
+    for path in planned.saved:
+        more = [name for name in names if name.endswith(path) and not name.endswith("." + path)]
+        if more:
+            return (
+                f"PEFT takes modules_to_save={path!r} to mean {', '.join(more)} too, and"
+                " cannot read the saved file. Name both where PEFT shall read it."
+            )
+    return ""
 
 
 def init(model: nn.Module, seed: int, name: str = "default") -> None:
-    """Fill adapter `name` anew, as after a start on the meta device and `to_empty`."""
+    """Fill adapter `name` anew, as after a start on the meta device and `to_empty`.
+
+    Its modules_to_save begin again as copies of the base's.
+    """
+    check_seed(seed)
     _known(model, name)
-    for adapter in owned(model, name).adapters.values():
+    check_restored(model, "init")
+    parts, modules = owned(model, name), dict(walk(model))
+    for adapter in parts.adapters.values():
         initialise(adapter, seed)
+    for path, module in parts.copies.items():
+        module.load_state_dict(modules[path].state_dict())
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -571,6 +618,13 @@ def check_restored(model: nn.Module, verb: str) -> None:
         raise MergeError(f"{verb}: the model is merged. Call lora.restore(model) first.")
 
 
+def _check_enabled(model: nn.Module, verb: str) -> None:
+    """Raise MergeError inside `with disabled(model)`, whose promise the verb would break."""
+    layers, saved = wrappers_of(model)
+    if not all(wrapper.enabled for wrapper in (*layers.values(), *saved.values())):
+        raise MergeError(f"{verb}: the adapters are disabled. Leave lora.disabled(model) first.")
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model is the base, bit for bit: adapters and saved modules do not act."""
@@ -596,11 +650,10 @@ def merge(model: nn.Module) -> None:
     """
     _keeps_base(model, "merge")
     check_restored(model, "merge")
+    _check_enabled(model, "merge")
     layers, _ = wrappers_of(model)
-    users = Counter(
-        id(p) for _, m in {id(m): (n, m) for n, m in walk(model)}.values()
-        for p in m._parameters.values() if p is not None
-    )  # fmt: skip
+    modules = {id(module): module for _, module in walk(model)}.values()
+    users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, layer in layers.items():
         if not layer.active:
@@ -613,8 +666,8 @@ def merge(model: nn.Module) -> None:
         merged[name] = layer.merged()
         if not all(bool(t.isfinite().all()) for t in merged[name] if t is not None):
             raise MergeError(f"merge: W' of {name} is not finite in {layer.weight.dtype}.")
-    for name, tensors in merged.items():
-        layers[name].merge(tensors)
+    for name, pair in merged.items():
+        layers[name].merge(pair)
 
 
 def restore(model: nn.Module) -> None:

@@ -51,6 +51,8 @@ def kind(module: nn.Module) -> str | None:
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         return None  # parametrized, weight-normed or lazy: W is computed elsewhere, or not yet
+    if "bias" not in module._parameters:
+        return None  # and so is b
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None

@@ -21,13 +21,20 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import AdaptedLayer, Adapter, AdapterConfig, Method, MethodConfig, method_of
+from lora.adapter import (
+    AdaptedLayer,
+    Adapter,
+    AdapterConfig,
+    Method,
+    MethodConfig,
+    SavedModule,
+    method_of,
+)
 from lora.checkpoint import CONFIG, WEIGHTS, find_folder, load, read_config, read_json, save
 from lora.errors import (
     CheckpointError,
     ConfigError,
     ContractError,
-    LoraError,
     MergeError,
     TargetError,
 )
@@ -235,6 +242,12 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that a failed operation must leave as it was: modules, bits, requires_grad, modes."""
     return {
         "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
+        "acting": [
+            (module.active, module.enabled, getattr(module, "kept", None) is None)
+            for module in model.modules()
+            if isinstance(module, AdaptedLayer | SavedModule)
+        ],
+        "places": [(name, id(parameter)) for name, parameter in model.named_parameters()],
         "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "trains": [(name, p.requires_grad) for name, p in model.named_parameters()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
@@ -458,6 +471,9 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
         path = Path(folder) / WEIGHTS
         # From bytes: load_file maps the file, which is rewritten below.
         whole = safetensors.torch.load(path.read_bytes())
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        load(Toy(case), folder, name="other")  # so that what fails below fails for what is broken
         last = list(whole)[-1]
         broken: dict[str, dict[str, Tensor] | bytes] = {
             "truncated": path.read_bytes()[:-8],
@@ -469,15 +485,19 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
             "integers": whole | {last: torch.zeros(whole[last].shape, dtype=torch.int64)},
         }
         for what, content in broken.items():
-            if isinstance(content, bytes):
-                path.write_bytes(content)
-            else:
-                safetensors.torch.save_file(content, path)
-            for other in (Toy(case), _injected(config, case)):
-                before = snapshot(other)
-                with _raises(LoraError, what):
-                    load(other, folder, name="other")
-                _require(unchanged(before, other), f"{what}: the failed load changed the model")
+            for mark in (metadata, None):  # a file of ours, and one of PEFT's
+                if isinstance(content, bytes):
+                    path.write_bytes(content)
+                else:
+                    path.write_bytes(safetensors.torch.save(content, mark))
+                models = [Toy(case)]
+                if issubclass(method, Adapter):  # others stand alone
+                    models.append(_injected(config, case))
+                for model in models:
+                    before = snapshot(model)
+                    with _raises(CheckpointError, what):
+                        load(model, folder, name="other")
+                    _require(unchanged(before, model), f"{what}: the failed load changed the model")
 
 
 @clause(wrapping=True)
@@ -575,11 +595,13 @@ def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> 
 
 @clause(wrapping=True)
 def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, case: Case) -> None:
-    model = Toy(case)
-    model.again = model.first
-    inject(model, config)
-    _require(model.again is model.first and isinstance(model.again, AdaptedLayer),
-             "a module reached by two paths was wrapped on one")  # fmt: skip
+    assert isinstance(config, AdapterConfig)
+    for targets in ("all-linear", ("first", "second"), ("again", "second")):
+        model = Toy(case)
+        model.again = model.first
+        inject(model, replace(config, target_modules=targets))
+        _require(model.again is model.first and isinstance(model.again, AdaptedLayer),
+                 "a module reached by two paths was wrapped on one")  # fmt: skip
     perturb(model.eval())
     wanted = model(_input(case))
     merge(model)

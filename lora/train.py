@@ -14,6 +14,7 @@ from torch import nn
 from lora.data import Encoded, batches, collate
 from lora.errors import TrainingError
 from lora.evaluate import autocast
+from lora.injection import check_alive
 from lora.losses import task_loss
 
 
@@ -50,7 +51,8 @@ def fit(
     """Train what requires a gradient, one optimiser step at each `next`.
 
     AdamW with a rate that rises linearly over `warmup` of the steps and falls linearly to 0.
-    Raises TrainingError at a loss or gradient that is not finite, before the step is taken.
+    Raises TrainingError at a loss or gradient that is not finite, before the step is taken, and
+    TargetError at an adapter that the first backward does not reach.
     """
     device = next(model.parameters()).device
     torch.manual_seed(seed)
@@ -69,7 +71,10 @@ def fit(
         with autocast(device, dtype):
             logits = model(**batch).logits
         loss = task_loss(logits, encoded.targets[rows].to(device), task)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if loss.requires_grad:  # not where every adapter is dead, which check_alive names
+            loss.backward()  # type: ignore[no-untyped-call]
+        if number == 0:
+            check_alive(model)
         norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
         rate = float(schedule.get_last_lr()[0])
         value = loss.item()

@@ -446,3 +446,113 @@ def test_paths_that_no_system_takes(name: str) -> None:
     lora.inject(model, lora.LoRAConfig())
     with pytest.raises(lora.CheckpointError, match="cannot be written"):
         lora.save(model, name)
+
+
+def test_another_head_is_no_other_base_where_the_head_is_saved(saved: Path) -> None:
+    """The main use: a new base with a new random head, which the file replaces."""
+    other = distilbert()
+    with torch.no_grad():
+        other.classifier.weight.add_(1)
+    assert "not verifiable" not in str(lora.load(other, saved))
+
+
+def test_the_same_adapter_is_the_same_bytes_and_readable_by_all(tmp_path: Path) -> None:
+    import os
+
+    mask = os.umask(0o022)
+    try:
+        found = []
+        for run in range(4):
+            model = distilbert()
+            lora.inject(model, lora.LoRAConfig(**SETTINGS))
+            folder = lora.save(model, tmp_path / str(run))
+            found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+            assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+    finally:
+        os.umask(mask)
+    assert all(files == found[0] for files in found)
+
+
+def test_a_folder_in_a_files_place_is_found_before_anything_is_replaced(saved: Path) -> None:
+    (saved / "README.md").unlink()
+    (saved / "README.md").mkdir()
+    before = (saved / WEIGHTS).read_bytes()
+    model = distilbert()
+    lora.load(model, saved)
+    perturb(model)
+    with pytest.raises(lora.CheckpointError, match="Is a directory|is a folder"):
+        lora.save(model, saved)
+    assert (saved / WEIGHTS).read_bytes() == before
+    assert {path.name for path in saved.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+
+
+def test_all_linear_names_that_are_others_endings_load_again(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 2)))
+
+    model, x = build(), torch.randn(5, 3)
+    lora.inject(model, lora.LoRAConfig(r=2))
+    perturb(model)
+    lora.save(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == r"0|1\.1"
+    other = build()
+    lora.load(other, tmp_path)
+    assert torch.equal(other(x), model(x))
+
+
+def test_the_fingerprint_counts_what_files_hold_in_every_floating_dtype() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    mark = fingerprint(model)
+    model[0].register_buffer("scratch", torch.ones(3), persistent=False)
+    assert fingerprint(model) == mark
+    assert set(fingerprint(nn.Linear(3, 3).double())) == set(mark)
+    torch.set_default_device("meta")
+    try:
+        big = nn.Linear(100, 100, device="cpu")
+        assert len(fingerprint(big)) == 2
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_rounded_and_held_in_float32_again_is_the_same(dtype, saved: Path) -> None:
+    lora.load(distilbert().to(dtype).float(), saved)
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = distilbert()
+    lora.inject(model, lora.LoRAConfig())
+    with pytest.raises(lora.CheckpointError, match=r"meta device\). Call lora.init first"):
+        lora.save(model, tmp_path)
+
+
+def test_a_load_that_would_move_running_statistics_is_refused(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 3))
+
+    model = build()
+    lora.inject(model, lora.LoRAConfig())
+    folder = lora.save(model, tmp_path)
+    other = nn.Sequential(*build(), nn.BatchNorm1d(3))
+    rewrite_mark(folder)
+    before = snapshot(other)
+    with pytest.raises(lora.TargetError, match="keeps running statistics"):
+        lora.load(other, folder, trainable=True)
+    assert unchanged(before, other)
+    lora.load(other, folder)
+
+
+def rewrite_mark(folder: Path) -> None:
+    """Make the file a foreign one."""
+    tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
+
+
+def test_a_foreign_file_must_name_modules_that_are_there(saved: Path) -> None:
+    rewrite_mark(saved)
+    settings = json.loads((saved / CONFIG).read_text())
+    (saved / CONFIG).write_text(json.dumps(settings | {"modules_to_save": ["klassifier"]}))
+    refused(saved, "no module matches modules_to_save entry 'klassifier'")

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from conftest import distilbert, gpt2, tokens
 from torch import nn
 
 import lora
+from lora.injection import base_parameters, check_alive
 from lora.testing import perturb, snapshot, unchanged
 
 
@@ -467,3 +469,176 @@ def test_an_adapted_model_runs_on_the_meta_device() -> None:
         model = plain()
         lora.inject(model, lora.LoRAConfig(r=2))
         assert model(torch.ones(3, 6)).shape == (3, 4)
+
+
+class Twice(nn.Module):
+    """A plain model with a layer that two paths lead to, and a norm that nothing targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.second = nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+        self.mid = nn.Module()
+        self.mid.again = self.first
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x)) + self.mid.again(x))
+
+
+def test_a_layer_reached_by_two_paths_is_one_layer_whichever_is_named() -> None:
+    model, x = Twice(), torch.randn(3, 6)
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert lora.inject(model, lora.LoRAConfig(target_modules=("again",))).plan.targets == (
+        "first",
+        "mid.again",
+    )
+    lora.inject(model, lora.LoRAConfig(target_modules=("first",)), name="two")
+    assert model.first is model.mid.again
+    perturb(model)
+    perturb(model, "two")
+    lora.activate(model, "default", "two")
+    before = model(x)
+    lora.merge(model)
+    torch.testing.assert_close(model(x), before)
+    lora.restore(model)
+    lora.eject(model)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+    report = lora.inject(model, lora.LoRAConfig(exclude_modules=("again",)))
+    assert report.plan.targets == ("second",)
+
+
+def test_all_linear_leaves_the_head_alone_whatever_was_injected_before() -> None:
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=50,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    alone = lora.inject(model, lora.LoRAConfig()).plan.targets
+    assert "lm_head" not in alone
+    lora.eject(model)
+    lora.inject(model, lora.LoRAConfig(target_modules=("lm_head",)), name="head")
+    assert lora.inject(model, lora.LoRAConfig()).plan.targets == alone
+
+
+def test_init_begins_saved_modules_again_from_the_base() -> None:
+    model = distilbert().to("meta")
+    lora.inject(model, lora.LoRAConfig(modules_to_save=("classifier",)))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        whole = distilbert().state_dict()
+        for name, parameter in base_parameters(model):
+            parameter.copy_(whole[name])
+    lora.init(model, seed=0)
+    for name, parameter in distilbert().classifier.named_parameters():
+        assert torch.equal(model.classifier.copies["default"].get_parameter(name), parameter)
+    lora.merge(model)
+    with pytest.raises(lora.MergeError, match=r"init: the model is merged"):
+        lora.init(model, seed=0)
+
+
+def test_an_adapter_that_the_model_reads_past_is_found_after_the_first_backward() -> None:
+    """WavLM's attention hands its layers' weights to torch, and never calls the layers."""
+    config = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2, vocab_size=20, layerdrop=0.0,
+    )  # fmt: skip
+    model = transformers.WavLMModel(config)
+    lora.inject(model, lora.LoRAConfig(target_modules=("q_proj", "output_dense")))
+    model(torch.randn(1, 800)).last_hidden_state.sum().backward()
+    with pytest.raises(lora.TargetError, match=r"2 of 4 adapters have no gradient.*q_proj"):
+        check_alive(model)
+    lora.eject(model)
+    lora.inject(model, lora.LoRAConfig(target_modules=("output_dense",)))
+    model(torch.randn(1, 800)).last_hidden_state.sum().backward()
+    check_alive(model)
+
+
+def test_a_disabled_model_is_neither_merged_nor_given_adapters(tmp_path) -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(target_modules=("q_lin",)))
+    lora.save(model, tmp_path)
+    config = lora.LoRAConfig(target_modules=("v_lin",))
+    with lora.disabled(model):
+        for call in (
+            lambda: lora.merge(model),
+            lambda: lora.load(model, tmp_path, name="two"),
+            lambda: lora.inject(model, config, name="two"),
+        ):
+            with pytest.raises(lora.MergeError, match=r"Leave lora.disabled\(model\) first"):
+                call()
+
+
+@pytest.mark.parametrize("make", ["inference", "expanded"])
+def test_a_base_that_cannot_be_written_to_is_refused_untouched(make: str, tmp_path) -> None:
+    model = plain()
+    lora.inject(model, lora.FullConfig())
+    lora.save(model, tmp_path)
+    if make == "inference":
+        with torch.inference_mode():
+            model = plain()
+    else:
+        model = plain()
+        model[2].weight = nn.Parameter(torch.zeros(1, 8).expand(4, 8))
+    before = snapshot(model)
+    for call in (lambda: lora.load(model, tmp_path), lambda: lora.inject(model, lora.FullConfig())):
+        with pytest.raises(lora.TargetError, match="cannot be trained in place"):
+            call()
+        assert unchanged(before, model)
+
+
+@pytest.mark.parametrize("seed", [1.5, None, "x", True])
+def test_a_seed_is_a_whole_number(seed) -> None:
+    with pytest.raises(lora.ConfigError, match="seed must be a whole number"):
+        lora.inject(plain(), lora.LoRAConfig(), seed=seed)
+
+
+def test_an_adapter_takes_the_mode_of_its_layer() -> None:
+    model, x = plain().eval(), torch.randn(5, 6)
+    lora.inject(model, lora.LoRAConfig(lora_dropout=0.9))
+    perturb(model)
+    assert torch.equal(model(x), model(x))
+
+
+def test_a_linear_with_a_forward_or_a_bias_of_its_own_has_no_view() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    pruned = nn.Linear(3, 3)
+    del pruned.bias
+    pruned.bias = torch.zeros(3)
+    for layer in (Scaled(3, 3), pruned):
+        with pytest.raises(lora.TargetError, match="no view for it"):
+            lora.inject(nn.Sequential(layer), lora.LoRAConfig(target_modules=("0",)))
+
+
+def test_saved_modules_that_cannot_train_or_be_saved_are_refused() -> None:
+    model = plain()
+    model[2].codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    config = lora.LoRAConfig(target_modules=("0",), modules_to_save=("2",))
+    with pytest.raises(lora.TargetError, match=r"2\.codes is torch.int8"):
+        lora.inject(model, config)
+
+    class Counting(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"count": 3}
+
+    with pytest.raises(lora.TargetError, match="_extra_state is no tensor"):
+        lora.inject(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Counting(3, 3)), config)
+
+
+def test_of_nested_saved_modules_the_outer_one_is_saved() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "head": nn.Sequential(nn.Linear(2, 2))})
+    report = lora.inject(model, lora.LoRAConfig(modules_to_save=("head", "head.0")))
+    assert report.plan.saved == ("head",)
+
+
+def test_the_mask_is_drawn_in_float32() -> None:
+    """1 / (1 − p) rounded to bfloat16 would bias every update."""
+    model = plain().to(torch.bfloat16).train()
+    lora.inject(model, lora.LoRAConfig(lora_dropout=0.1))
+    mask = model[0].adapter("default").draw_mask(torch.ones(50, 6, dtype=torch.bfloat16))
+    assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1.0).div(0.9))}

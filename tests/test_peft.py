@@ -231,3 +231,39 @@ def test_entries_of_pefts_that_meet_nothing_or_saved_modules_only(tmp_path: Path
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(lora.TargetError, match="no layer matches"):
         lora.load(distilbert(), tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["pre_classifier", "classifier"])
+def test_a_file_of_pefts_without_its_head_is_refused(lost: str, tmp_path: Path) -> None:
+    """PEFT loads it in silence, onto a random head."""
+    peft_model(distilbert(), r=2, target_modules=["q_lin"], task_type="SEQ_CLS").save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    kept = {key: tensor for key, tensor in tensors.items() if f".{lost}." not in key}
+    assert len(kept) == len(tensors) - 2
+    path.write_bytes(safetensors.torch.save(kept))
+    with pytest.raises(lora.CheckpointError, match=f"{lost}.* is not in the file"):
+        lora.load(distilbert(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": "all-linear", "exclude_modules": r".*\.ffn\..*"},
+        {"target_modules": "all-linear", "exclude_modules": ["lin1", "lin2"]},
+        {"target_modules": ["q_lin", "lin1"], "exclude_modules": ["lin1"]},
+        {"target_modules": ["q_lin"], "exclude_modules": []},
+    ],
+)
+def test_we_read_what_peft_excluded(settings: dict, tmp_path: Path) -> None:
+    theirs = peft_model(distilbert(), r=2, **settings)
+    with torch.no_grad():
+        fill({n: p for n, p in theirs.named_parameters() if p.requires_grad})
+    theirs.save_pretrained(tmp_path)
+    model = distilbert()
+    lora.load(model, tmp_path)
+    with torch.no_grad():
+        off = (model.eval()(tokens()).logits - theirs(tokens()).logits).abs().max()
+    assert float(off) < 1e-5
