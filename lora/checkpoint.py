@@ -21,6 +21,7 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -313,13 +314,19 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes: no adapter's config.")
-        value = json.loads(path.read_bytes())
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply: no adapter's config.") from None
+        return json_object(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """One JSON object. Raises ValueError for anything else, however deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not an object of settings.")
+        raise ValueError(f"found a {type(value).__name__}, not an object")  # noqa: TRY004
     return value
 
 
@@ -346,12 +353,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from None
     mark: dict[str, str] = {}
     if MARK in metadata:
-        try:
-            mark = json.loads(metadata[MARK])
-            good = isinstance(mark, dict) and all(isinstance(v, str) for v in mark.values())
-        except (ValueError, RecursionError):
-            good = False
-        if not good or "config" not in mark:
+        with suppress(ValueError):
+            mark = json_object(metadata[MARK])
+        if "config" not in mark or not all(isinstance(value, str) for value in mark.values()):
             raise CheckpointError(f"{path}: the metadata {MARK!r} is broken.")
     for key in stored:
         if not key.startswith(PREFIX):

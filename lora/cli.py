@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         globals()[f"_{verb}"](given[1:])
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None where it was closed: `lora ... >&-`
+            sys.stdout.flush()
     except LoraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -94,7 +95,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from lora.compare import compare, parse_compare, printed, rows
+    from lora.compare import compare, markdown, parse_compare, rows
 
     config, runs = parse_compare(arguments)
     if config.dry_run:
@@ -102,12 +103,10 @@ def _compare(arguments: list[str]) -> None:
             print(f"{run.method}, seed {run.seed} -> {run.run_dir}")
         return
     summaries = compare(config, runs)
-    import rich
-
     from lora.plots import draw
 
     pictures = draw([run.run_dir for run in runs if run.run_dir], config.run_dir)
-    rich.print(printed(rows(summaries)))
+    print(markdown(rows(summaries)), end="")
     drawn = ", ".join(path.name for path in pictures)
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
 
@@ -127,20 +126,31 @@ class EvalConfig:
     task: Literal["classification", "regression", "text"] | None = None
     """What --predictions are; text is scored by exact match, BLEU and ROUGE. Default: the task of
     the run beside the file, or classification."""
+    text_column: str | None = None
+    """Column of the text in --data. Default, here and below: the run's own."""
+    pair_column: str | None = None
+    """Column of the second text."""
+    label_column: str | None = None
+    """Column of the label."""
 
 
 def _eval(arguments: list[str]) -> None:
-    import tyro
-
+    from lora.config import parse
     from lora.errors import ConfigError
 
-    config = tyro.cli(EvalConfig, args=_leading(arguments, "--run"), prog="lora eval")
+    config: EvalConfig = parse(EvalConfig, _leading(arguments, "--run"), "lora eval")
     if (config.run is None) == (config.predictions is None):
         raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
-    idle = ("data", "split") if config.run is None else ("task",)
+    if config.run is not None and config.run.is_file():
+        raise ConfigError(f"{config.run} is a file. Run lora eval --predictions {config.run}.")
+    columns = ("text_column", "pair_column", "label_column")
+    idle = ("data", "split", *columns) if config.run is None else ("task",)
+    if config.run is not None and config.data is None:
+        idle += columns
     for name in idle:
         if getattr(config, name) is not None:
-            raise ConfigError(f"--{name} says nothing beside the other flags. Leave it out.")
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} says nothing beside the other flags. Leave it out.")
     if config.predictions is not None:
         from lora.data import read_predictions
         from lora.metrics import score
@@ -151,10 +161,10 @@ def _eval(arguments: list[str]) -> None:
             task = summary_of(config.predictions.parent)["task"]
         metrics = score(task, *read_predictions(config.predictions))
     else:
-        from lora.run import rescore
+        from lora.run import asked, rescore
 
         assert config.run is not None
-        metrics = rescore(config.run, config.data, config.split)
+        metrics = rescore(config.run, config.data, config.split, asked(config))
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
 
@@ -173,21 +183,27 @@ class PredictConfig:
     """A TSV, CSV or JSONL file of texts, labelled or not."""
     output: Path | None = None
     """Where the predictions go."""
+    text_column: str | None = None
+    """Column of the text in --data. Default, here and below: the run's own."""
+    pair_column: str | None = None
+    """Column of the second text."""
+    label_column: str | None = None
+    """Column of the label, which is passed on beside the prediction."""
 
 
 def _predict(arguments: list[str]) -> None:
-    import tyro
+    from lora.config import parse
 
-    config = tyro.cli(PredictConfig, args=_leading(arguments, "--run"), prog="lora predict")
-    from lora.run import predict_texts
+    config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
+    from lora.run import asked, predict_texts
 
-    predict_texts(config.run, config.text, config.pair, config.data, config.output)
+    predict_texts(config.run, config.text, config.pair, config.data, config.output, asked(config))
 
 
 def _plot(arguments: list[str]) -> None:
-    import tyro
+    from lora.config import parse
 
-    config = tyro.cli(PlotConfig, args=_leading(arguments, "--runs"), prog="lora plot")
+    config: PlotConfig = parse(PlotConfig, _leading(arguments, "--runs"), "lora plot")
     from lora.plots import draw
 
     for path in draw(config.runs, config.output or (*config.runs, Path())[0]):

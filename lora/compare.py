@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import tyro
-from rich.table import Table
 
 from lora.adapter import METHODS
 from lora.checkpoint import write_whole
-from lora.config import RunConfig, parse_run, read_toml, split_config, to_table
+from lora.config import RunConfig, parse, parse_run, read_toml, split_config, to_table
 from lora.errors import ConfigError, RunError
 from lora.run import summary_of
 
@@ -50,10 +48,10 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
     """The comparison and all of its runs, every one checked before the first begins."""
     path, own = split_config(arguments)
     table = read_toml(path) if path else {}
-    config, rest = tyro.cli(
-        CompareConfig, args=own, prog="lora compare", return_unknown_args=True,
-        description=CompareConfig.__doc__,
-    )  # fmt: skip
+    config, rest = parse(CompareConfig, own, "lora compare", return_unknown_args=True)
+    for flag in ("--method", "--seed"):
+        if any(argument == flag or argument.startswith(flag + "=") for argument in rest):
+            raise ConfigError(f"{flag} is of one run. A comparison takes {flag}s.")
     seeds = config.seeds or table.get("seeds", [0])
     if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
         raise ConfigError(f"seeds must be a list of whole numbers, found {seeds!r}.")
@@ -93,7 +91,7 @@ def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> lis
 def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[str, Any]]:
     """Run what is not complete; returns the summaries in the order of the runs."""
     summaries = []
-    with _alone(config.run_dir):
+    with _alone(config.run_dir) as lock:
         for number, run in enumerate(runs, 1):
             assert run.run_dir is not None
             done = complete(run)
@@ -101,7 +99,7 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[
             head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}{said}"
             print(head, file=sys.stderr, flush=True)
             if not done:
-                _spawn(run)
+                _spawn(run, lock)
             summaries.append(summary_of(run.run_dir))
         write_whole(config.run_dir / "comparison.json", json.dumps(summaries, indent=2).encode())
         write_whole(config.run_dir / "comparison.md", markdown(rows(summaries)).encode())
@@ -109,13 +107,17 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the comparison's folder: one that is at work there already is left in peace."""
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold the comparison's folder: one that is at work there already is left in peace.
+
+    Yields the lock's file descriptor: a run that inherits it holds the folder for as long as it
+    lives, though the comparison be killed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            yield lock.fileno()
     except BlockingIOError:
         raise RunError(
             f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
@@ -163,14 +165,14 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
     return bool(found)
 
 
-def _spawn(run: RunConfig[Any]) -> None:
+def _spawn(run: RunConfig[Any], lock: int) -> None:
     """`lora train` in a process of its own, its messages passed on."""
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "run.toml"
         asked.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
         command = [sys.executable, "-m", "lora", "train", "--config", str(asked)]
         command += ["--run-dir", str(run.run_dir)]
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False, pass_fds=[lock]).returncode
     if code:
         raise RunError(f"{run.method}, seed {run.seed} failed with exit code {code}: see above.")
 
@@ -208,16 +210,10 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """The table as GitHub shows it."""
-    head, *body = table
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def printed(table: Sequence[Sequence[str]]) -> Table:
-    """The table for a terminal."""
-    head, *body = table
-    found = Table(*head)
-    for cells in body:
-        found.add_row(*cells)
-    return found
+    """The table as GitHub shows it and as a terminal can."""
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    lines = [table[0], ["-" * width for width in widths], *table[1:]]
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |\n"
+        for cells in lines
+    )

@@ -9,9 +9,11 @@ A file gives the values that the command line starts from. It may hold a table p
 from __future__ import annotations
 
 import difflib
+import io
 import re
 import tomllib
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -120,33 +122,54 @@ def _encodes(text: str) -> bool:
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
     """The configuration that a command line, with `--config FILE` in it, asks for.
 
-    Leaves by SystemExit 2 on a flag that tyro refuses; raises ConfigError on a broken file.
+    Raises ConfigError on a flag or a file that is refused.
     """
     path, own = split_config(arguments)
     table = read_toml(path) if path else {}
     method = _value_of(own, "--method") or table.get("method", "lora")
     start = from_table(table, method)
     kind: Any = RunConfig[METHODS[method].Config]  # type: ignore[misc]
-    config: RunConfig[Any] = tyro.cli(
+    config: RunConfig[Any] = parse(
         kind,
-        args=own,
+        own,
+        prog,
         default=start,
-        prog=prog,
         description="Train one method on one data set. Flags may stand in --config FILE.toml.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
     return replace(config, adapter=_plain_name_is_a_name(config.adapter))
 
 
+def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
+    """tyro.cli, its report of a flag that it refuses as one ConfigError. --help leaves by
+    SystemExit 0."""
+    report = io.StringIO()
+    try:
+        with redirect_stderr(report):
+            return tyro.cli(kind, args=list(arguments), prog=prog, **more)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # The box's lines, up to where it sends to --help; its rules part the paragraphs.
+    lines = [line.strip("│ ") for line in report.getvalue().splitlines() if line[:1] == "│"]
+    words = " ".join(line for line in lines if line.strip("─")).split("For full helptext")[0]
+    words = re.sub(r"^Error parsing \w*:? ?", "", words.replace("Argument helptext: ", ""))
+    raise ConfigError(f"{words.strip().removesuffix('.')}. Run {prog} --help.")
+
+
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """The configuration that a TOML table states for a method. Raises ConfigError."""
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(
             f"--method {method} is unknown. Found: {', '.join(sorted(METHODS))}. Run lora methods."
         )
     tables = table.get("methods", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise ConfigError("methods must be tables: [methods.lora], [methods.full], ...")
+    if strange := set(tables) - set(METHODS):
+        raise ConfigError(
+            f"[methods.{min(strange)}] is of no method. Found: {', '.join(sorted(METHODS))}."
+        )
     values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
     values |= tables.get(method, {}) | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -174,9 +197,9 @@ def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     for index, argument in enumerate(rest):
         if argument == "--config" or argument.startswith("--config="):
             width = 1 if "=" in argument else 2
-            if len(rest) < index + width:
+            path = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
+            if not path:
                 raise ConfigError("--config names no file. Pass --config FILE.toml.")
-            path = argument.partition("=")[2] or rest[index + 1]
             return Path(path), rest[:index] + rest[index + width :]
     return None, rest
 

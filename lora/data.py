@@ -8,6 +8,7 @@ collate(...) -> tensors (batch, longest of the batch)
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lora import demo
+from lora.checkpoint import json_object
 from lora.config import Task
 from lora.errors import DataError
 from lora.models import hub_answers
@@ -38,6 +40,9 @@ SPLITS = {
 ENDINGS = (".tsv", ".csv", ".jsonl")
 
 Row = dict[str, str]
+Placed = tuple[str, Row]  # where it stands, for errors: "FILE, line N"
+
+csv.field_size_limit(2**31 - 1)  # as for TSV and JSONL: a text may be long
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Example:
     text: str
     pair: str | None
     label: str | None
+    place: str = ""  # "FILE, line N"
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def read(
     limit: int | None = None,
 ) -> Corpus:
     """A data set in three splits. Raises DataError with the file, the row and the remedy."""
-    splits, note = _read_splits(data, columns)
+    splits, notes = _read_splits(data, columns)
     if not splits.get("train"):
         raise DataError(
             f"--data {data} has no training rows, found {', '.join(splits) or 'nothing'}."
@@ -114,11 +120,11 @@ def read(
     examples = {name: _examples(rows, columns) for name, rows in splits.items()}
     for name in _hidden(examples):
         del examples[name]
-        note = f"the labels of {name} are hidden: the split is left out"
+        notes.append(f"the labels of {name} are hidden: the split is left out")
     train, dev, test = (tuple(examples.get(name, ())) for name in ("train", "dev", "test"))
     if not dev:
         train, dev = _hold_out(train, 0.1)
-        note = f"{data} has no dev split: every tenth training row is held out as dev"
+        notes.append(f"{data} has no dev split: every tenth training row is held out as dev")
         if len(train) < 1:
             raise DataError(
                 f"--data {data}: too few rows to hold one out as dev. Pass a dev split."
@@ -128,7 +134,7 @@ def read(
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
         if task == "regression":
-            note = f"{note}; " * bool(note) + "the labels are fractional numbers: a regression"
+            notes.append("the labels are fractional numbers: a regression")
     if task == "classification":
         labels = labels or _sorted_labels({str(example.label) for example in train})
         if len(labels) < 2:
@@ -137,9 +143,9 @@ def read(
                 f" {', '.join(labels) or 'none'} in {len(train)} rows. Check --label-column."
             )
     labels = labels if task == "classification" else ()
-    corpus = Corpus(data, task, labels, train, dev, test, pair, note)
-    for name, split in (("train", train), ("dev", dev), ("test", test)):
-        _check_labels(corpus, name, split)
+    corpus = Corpus(data, task, labels, train, dev, test, pair, "; ".join(notes))
+    for split in (train, dev, test):
+        _check_labels(corpus, split)
     return corpus
 
 
@@ -155,18 +161,19 @@ def _hidden(examples: dict[str, list[Example]]) -> list[str]:
     return found
 
 
-def _read_splits(data: str, columns: Columns) -> tuple[dict[str, list[tuple[int, Row]]], str]:
+def _read_splits(data: str, columns: Columns) -> tuple[dict[str, list[Placed]], list[str]]:
     """The rows of each split, and what was decided on the user's behalf."""
     if data == "demo":
-        return _by_split_column(read_file(demo.REVIEWS, columns)), ""
+        return _by_split_column(read_file(demo.REVIEWS, columns)), []
     if Path(data).is_dir():
-        return _read_folder(Path(data), columns), ""
+        return _read_folder(Path(data), columns), []
     if not Path(data).is_file():
-        return _read_hub(data), ""
+        return _read_hub(data), []
     rows = read_file(Path(data), columns)
     if any(name.lower() == "split" for name in _names(rows)):
-        return _by_split_column(rows), ""
-    return _cut(data, rows), f"{data} has no column 'split': cut 80/10/10 into train, dev and test"
+        return _by_split_column(rows), []
+    note = f"{data} has no column 'split': cut 80/10/10 into train, dev and test"
+    return _cut(data, rows), [note]
 
 
 def read_split(
@@ -190,23 +197,23 @@ def read_split(
     examples = tuple(_examples(splits[there[0]], columns))
     held = {name: examples if name == there[0] else () for name in SPLITS}
     corpus = Corpus(data, task, labels, held["train"], held["dev"], held["test"])
-    _check_labels(corpus, there[0], examples)
+    _check_labels(corpus, examples)
     return corpus, there[0]
 
 
-def _names(rows: Sequence[tuple[int, Row]]) -> list[str]:
+def _names(rows: Sequence[Placed]) -> list[str]:
     """The columns that any row has, in order."""
     return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
-def read_file(path: Path, columns: Columns = Columns()) -> list[tuple[int, Row]]:
-    """(line number, row) of a TSV, CSV or JSONL file; without header the columns are 0, 1, ..."""
+def read_file(path: Path, columns: Columns = Columns()) -> list[Placed]:
+    """The rows of a TSV, CSV or JSONL file; without header the columns are 0, 1, ..."""
     if path.suffix not in ENDINGS:
         raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
     text = _text_of(path)
     if path.suffix == ".jsonl":
         return [
-            (number, {str(k): _cell(v) for k, v in row.items() if v is not None})
+            (f"{path}, line {number}", {str(k): _cell(v) for k, v in row.items() if v is not None})
             for number, row in _json_lines(path, text)
         ]
     if path.suffix == ".tsv":  # quotes mean nothing there, as in GLUE
@@ -218,7 +225,9 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[tuple[int, Row]]
         try:
             cells = [(reader.line_num, cell) for cell in reader if cell]
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}.") from None
+            raise DataError(
+                f"{path}, line {reader.line_num}: {error}. Mend the quotes, or save it as .tsv."
+            ) from None
     header = cells[0][1]
     named, numbered = _is_header(header, columns)
     if named:
@@ -235,22 +244,27 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[tuple[int, Row]]
                 f"{path}, line {number}: {len(line)} columns, where the first row has"
                 f" {len(header)}. Mend the line, or quote the separator."
             )
-        rows.append((number, dict(zip(header, line, strict=True))))
+        rows.append((f"{path}, line {number}", dict(zip(header, line, strict=True))))
     return rows
 
 
 def _text_of(path: Path) -> str:
     """The file's text. Raises DataError where it is not UTF-8, empty, or not to be read."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        place = path.read_bytes()[: error.start].count(b"\n") + 1
+        place = raw[: error.start].count(b"\n") + 1
+        likely = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
         raise DataError(
-            f"{path}, line {place}: byte {error.object[error.start]:#04x} is not UTF-8."
-            f" Run iconv -f latin1 -t utf-8 {path.name}, where that is its encoding."
+            f"{path}, line {place}: byte {raw[error.start]:#04x} is not UTF-8."
+            f" Run iconv -f {likely} -t utf-8 {path.name}, where that is its encoding."
         ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    if "\0" in text:
+        raise DataError(f"{path} has NUL characters: no text. Run iconv -f utf-16le -t utf-8.")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
         raise DataError(f"{path} is empty. Pass a file with rows.")
     return text
@@ -270,12 +284,9 @@ def _json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: no JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: {type(row).__name__}, not an object.")
-        rows.append((number, row))
+            rows.append((number, json_object(line)))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: no JSON object: {error}.") from None
     return rows
 
 
@@ -283,7 +294,7 @@ def _cell(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _read_folder(folder: Path, columns: Columns) -> dict[str, list[tuple[int, Row]]]:
+def _read_folder(folder: Path, columns: Columns) -> dict[str, list[Placed]]:
     found = {}
     for split, names in SPLITS.items():
         paths = [folder / (name + end) for name in names for end in ENDINGS]
@@ -295,21 +306,19 @@ def _read_folder(folder: Path, columns: Columns) -> dict[str, list[tuple[int, Ro
     return found
 
 
-def _by_split_column(rows: list[tuple[int, Row]]) -> dict[str, list[tuple[int, Row]]]:
-    found: dict[str, list[tuple[int, Row]]] = {}
+def _by_split_column(rows: list[Placed]) -> dict[str, list[Placed]]:
+    found: dict[str, list[Placed]] = {}
     known = {name: split for split, names in SPLITS.items() for name in names}
     column = next(name for name in _names(rows) if name.lower() == "split")
-    for number, row in rows:
+    for place, row in rows:
         split = row.get(column, "")
         if split not in known:
-            raise DataError(
-                f"line {number}: split {split!r} is none of {', '.join(sorted(known))}."
-            )
-        found.setdefault(known[split], []).append((number, row))
+            raise DataError(f"{place}: split {split!r} is none of {', '.join(sorted(known))}.")
+        found.setdefault(known[split], []).append((place, row))
     return found
 
 
-def _cut(data: str, rows: list[tuple[int, Row]]) -> dict[str, list[tuple[int, Row]]]:
+def _cut(data: str, rows: list[Placed]) -> dict[str, list[Placed]]:
     """80/10/10, by one shuffle that never changes."""
     if len(rows) < 3:
         raise DataError(f"--data {data}: {len(rows)} rows cannot be cut in three. Add rows.")
@@ -327,7 +336,7 @@ def _hold_out(
     return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
 
 
-def _read_hub(data: str) -> dict[str, list[tuple[int, Row]]]:
+def _read_hub(data: str) -> dict[str, list[Placed]]:
     """A data set on the hub: glue/TASK, OWNER/NAME, or OWNER/NAME/CONFIG."""
     if data.startswith((".", "/", "~")) or data.endswith(ENDINGS):
         raise DataError(f"--data {data}: no such file or folder.")
@@ -355,36 +364,42 @@ def _read_hub(data: str) -> dict[str, list[tuple[int, Row]]]:
         if there:
             rows = found[there[0]]
             splits[split] = [
-                (number, {str(k): _cell(v) for k, v in row.items() if v is not None})
+                (
+                    f"{data}, {there[0]} row {number}",
+                    {str(k): _cell(v) for k, v in row.items() if v is not None},
+                )
                 for number, row in enumerate(rows, 1)
             ]
     return splits
 
 
-def _examples(rows: list[tuple[int, Row]], columns: Columns) -> list[Example]:
+def _examples(rows: list[Placed], columns: Columns) -> list[Example]:
     if not rows:
         return []
     text, pair, label = choose_columns(_names(rows), columns)
     examples = []
-    for number, row in rows:
+    for place, row in rows:
         lacking = [name for name in (text, pair) if name is not None and name not in row]
         if lacking:
-            raise DataError(f"line {number}: no column {lacking[0]!r}, found {', '.join(row)}.")
+            raise DataError(f"{place}: no column {lacking[0]!r}, found {', '.join(row)}.")
         example = Example(
             text=row[text].strip(),
             pair=None if pair is None else row[pair].strip(),
             label=(row.get(label, "").strip() or None) if label is not None else None,
+            place=place,
         )
         try:
             f"{example.text}{example.pair}{example.label}".encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"line {number}: {error.reason}: half of a character pair.") from None
+            raise DataError(f"{place}: {error.reason}: half of a character pair.") from None
         examples.append(example)
     return examples
 
 
 def choose_columns(found: list[str], columns: Columns) -> tuple[str, str | None, str | None]:
     """The names of the text, pair and label columns: as asked, or by their usual names."""
+    if not found:
+        raise DataError("the rows have no columns. Give each a text and a label.")
     asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
     for role, name in asked.items():
         if name is not None and name not in found:
@@ -399,6 +414,8 @@ def choose_columns(found: list[str], columns: Columns) -> tuple[str, str | None,
                 f"the file has {len(found)} columns and no header: which is what?"
                 " Set --text-column 0 --label-column 1, and --pair-column for pairs."
             )
+        if columns.text is None and not free:
+            raise DataError(f"column {', '.join(given)} is all there is: no text. Add a column.")
         text = columns.text or free.pop(0)
         last = free[-1] if len(found) == 2 and columns.pair is None and free else None
         return text, columns.pair, columns.label or last
@@ -422,9 +439,10 @@ def _number(label: str | None) -> float:
 
 
 def _fractional(examples: Iterable[Example]) -> bool:
-    """Whether the labels are numbers and some not whole, so a quantity and no class."""
+    """Whether nine labels in ten are numbers, and some not whole: a quantity and no class."""
     values = [_number(example.label) for example in examples]
-    return all(map(math.isfinite, values)) and not all(value.is_integer() for value in values)
+    numbers = [value for value in values if math.isfinite(value)]
+    return 10 * len(numbers) >= 9 * len(values) and not all(v.is_integer() for v in numbers)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
@@ -434,16 +452,20 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def _check_labels(corpus: Corpus, split: str, examples: Sequence[Example]) -> None:
-    for number, example in enumerate(examples, 1):
+def _check_labels(corpus: Corpus, examples: Sequence[Example]) -> None:
+    largest = torch.finfo(torch.float32).max
+    for example in examples:
         if example.label is None:
-            raise DataError(f"{split} row {number} has no label. Set --label-column.")
+            raise DataError(f"{example.place}: no label. Fill it in, or set --label-column.")
         if corpus.task == "regression":
-            if not math.isfinite(_number(example.label)):
-                raise DataError(f"{split} row {number}: label {example.label!r} is no number.")
+            if not abs(_number(example.label)) <= largest:
+                raise DataError(
+                    f"{example.place}: label {example.label!r} is no number that float32 holds."
+                    " Mend the row, or set --task classification."
+                )
         elif example.label not in corpus.labels:
             raise DataError(
-                f"{split} row {number}: label {example.label!r} is outside the set"
+                f"{example.place}: label {example.label!r} is outside the set"
                 f" {', '.join(corpus.labels[:12])}. Mend the row, or set --labels."
             )
 

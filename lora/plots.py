@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from lora.checkpoint import json_object, write_together
 from lora.errors import RunError
+from lora.run import summary_of
 
 # Distinct for readers who tell few colours apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -23,7 +25,7 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     """The recorded steps and epochs of a run."""
     path = directory / "metrics.jsonl"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except OSError:
         raise RunError(
             f"{directory} is no run directory: no metrics.jsonl. Run lora train."
@@ -31,15 +33,19 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     steps, epochs = [], []
     try:
         # What follows the last line break was cut off in the writing.
-        for line in text[: text.rfind("\n") + 1].splitlines():
-            row = json.loads(line)
+        for line in text[: text.rfind(b"\n") + 1].splitlines():
+            row = json_object(line)
             if row["kind"] == "step":
-                steps.append({key: row[key] for key in ("step", "epoch", "loss")})
+                steps.append({key: float(row[key]) for key in ("step", "epoch", "loss")})
             else:
-                epochs.append({key: row[key] for key in ("epoch", "loss", "dev_loss", "dev")})
-    except (ValueError, TypeError, KeyError) as error:
+                epoch = {key: float(row[key]) for key in ("epoch", "loss", "dev_loss")}
+                dev = {str(name): float(value) for name, value in row["dev"].items()}
+                epochs.append({**epoch, "dev": dev})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error}. Run lora train again.") from None
-    if not epochs or not steps:
+    if not any(step["epoch"] == 1 for step in steps) or not all(epoch["dev"] for epoch in epochs):
+        raise RunError(f"{path} is damaged: lines are missing. Run lora train again.")
+    if not epochs:
         raise RunError(f"{path} has no finished epoch: nothing to draw.")
     return steps, epochs
 
@@ -55,11 +61,7 @@ def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
             raise RunError(f"{directory} has no {metric}: runs of two tasks share no curve.")
     methods = [_method(directory) for directory in directories]
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(methods))}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--output {folder} cannot be made: {error.strerror}.") from None
-    pictures = []
+    pictures: dict[str, bytes] = {}
     for name in ("loss", metric):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
         shown: set[str] = set()
@@ -76,17 +78,22 @@ def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
         plt.close(figure)
-        pictures.append(path)
-    return pictures
+        pictures[f"{name}.png"] = drawn.getvalue()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_together(folder, pictures)
+    except OSError as error:
+        raise RunError(f"--output {folder} cannot be written: {error.strerror}.") from None
+    return [folder / name for name in pictures]
 
 
 def _method(directory: Path) -> str:
     try:
-        return str(json.loads((directory / "summary.json").read_text("utf-8"))["method"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return str(summary_of(directory)["method"])
+    except RunError:  # cut off before its end
         return directory.name
 
 
@@ -95,7 +102,7 @@ def _loss(
     label: str | None,
 ) -> None:  # fmt: skip
     """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
-    per_epoch = max(s["step"] for s in steps if s["epoch"] == 1)
+    per_epoch = int(max(s["step"] for s in steps if s["epoch"] == 1))
     width = max(1, per_epoch // 10)
     losses = [step["loss"] for step in steps]
     smooth = [

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lora import __version__
 from lora.adapter import METHODS, AdapterConfig
-from lora.checkpoint import load, save, write_whole
+from lora.checkpoint import json_object, load, save, write_whole
 from lora.config import RunConfig, from_table, read_toml, to_table
 from lora.data import Columns, Corpus, Encoded, Example, encode, read, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
@@ -202,8 +202,8 @@ def check_free(directory: Path) -> None:
     try:
         there = directory.exists() or directory.is_symlink()
         parent = next(p for p in directory.absolute().parents if p.exists())
-    except OSError as error:
-        raise RunError(f"--run-dir cannot be made: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"--run-dir cannot be made: {error}.") from None
     if there:
         raise RunError(
             f"--run-dir {directory} exists: no run is written over. Pass another, or remove it."
@@ -254,8 +254,30 @@ def _processor() -> str:
 
 def read_corpus(config: RunConfig[Any]) -> Corpus:
     """The data set that a configuration asks for."""
-    columns = Columns(config.text_column, config.pair_column, config.label_column)
-    return read(config.data, columns, config.task, config.labels, config.limit)
+    return read(config.data, asked(config), config.task, config.labels, config.limit)
+
+
+def asked(config: Any) -> Columns:
+    """The columns that a configuration names."""
+    return Columns(config.text_column, config.pair_column, config.label_column)
+
+
+def _columns(config: RunConfig[Any], other: Columns) -> Columns:
+    """The columns of a file that is not the run's own: what is asked, else the run's."""
+    own = asked(config)
+    return Columns(other.text or own.text, other.pair or own.pair, other.label or own.label)
+
+
+def _check_pairs(directory: Path, config: RunConfig[Any], examples: Sequence[Example]) -> None:
+    """Raise DataError where pairs go to a model of single texts, or the other way round."""
+    found = any(example.pair is not None for example in examples)
+    if found != (config.pair_column is not None):
+        was = "pairs" if config.pair_column else "single texts"
+        raise DataError(
+            f"{directory} was trained on {was}, found {'pairs' if found else 'single texts'}."
+            " Pass what it was trained on: --pair for a pair's second text, and in a file"
+            " --text-column and --pair-column."
+        )
 
 
 def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConfig[Any], str]:
@@ -326,9 +348,9 @@ def reopen(directory: Path) -> Trained:
 def summary_of(directory: Path) -> dict[str, Any]:
     """The result of a complete run."""
     try:
-        found: dict[str, Any] = json.loads((directory / "summary.json").read_text("utf-8"))
+        found = json_object((directory / "summary.json").read_bytes())
         found["method"], found["task"], found["metrics"], found["epochs"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, KeyError):
         raise RunError(
             f"{directory} holds no complete run: no summary.json. Run lora train."
         ) from None
@@ -450,7 +472,9 @@ class PeakMemory:
         return self.most - self.start
 
 
-def rescore(directory: Path, data: str | None, split: str | None) -> dict[str, float]:
+def rescore(
+    directory: Path, data: str | None, split: str | None, columns: Columns = Columns()
+) -> dict[str, float]:
     """A run's scores on a split of its own data or of other data."""
     trained = reopen(directory)
     config = trained.config
@@ -458,9 +482,10 @@ def rescore(directory: Path, data: str | None, split: str | None) -> dict[str, f
         corpus = read_corpus(config)
         name = split or corpus.held_out[0]
     else:
-        columns = Columns(config.text_column, config.pair_column, config.label_column)
-        corpus, name = read_split(data, columns, config.task, config.labels, split)
+        where = _columns(config, columns)
+        corpus, name = read_split(data, where, config.task, config.labels, split)
     examples = take(corpus, name)
+    _check_pairs(directory, config, examples)
     with progress_bar() as progress:
         encoded = encode(
             trained.tokenizer, examples, corpus.targets(examples), corpus.task, config.max_length
@@ -475,6 +500,7 @@ def predict_texts(
     pairs: Sequence[str],
     data: str | None,
     output: Path | None,
+    columns: Columns = Columns(),
 ) -> None:
     """Label texts, or the rows of a file, with a run's model."""
     if (data is None) == (not texts):
@@ -483,18 +509,17 @@ def predict_texts(
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs. Pass one --pair per --text.")
     if output is not None and output.exists():
         raise RunError(f"--output {output} exists. Pass another, or remove it.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
     trained = reopen(directory)
     config = trained.config
-    if texts and bool(pairs) != (config.pair_column is not None):
-        found = "pairs" if config.pair_column else "single texts"
-        raise DataError(f"{directory} was trained on {found}. Pass --pair for pairs only.")
     if data is not None:
-        columns = Columns(config.text_column, config.pair_column, config.label_column)
-        examples = unlabelled(data, columns)
+        examples = unlabelled(data, _columns(config, columns))
     else:
         examples = [
             Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
         ]
+    _check_pairs(directory, config, examples)
     corpus = Corpus(str(data), config.task, config.labels, (), (), ())
     encoded = encode(
         trained.tokenizer, examples, [0.0] * len(examples), config.task, config.max_length
