@@ -143,9 +143,9 @@ def _eval(arguments: list[str]) -> None:
         raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
     if config.run is not None and config.run.is_file():
         raise ConfigError(f"{config.run} is a file. Run lora eval --predictions {config.run}.")
-    columns = ("text_column", "pair_column", "label_column")
-    idle = ("data", "split", *columns) if config.run is None else ("task",)
-    if config.run is not None and config.data is None:
+    columns = ["text_column", "pair_column", "label_column"]
+    idle = ["task"] if config.run is not None else ["data", "split"]
+    if config.data is None:
         idle += columns
     for name in idle:
         if getattr(config, name) is not None:

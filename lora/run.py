@@ -473,7 +473,7 @@ class PeakMemory:
 
 
 def rescore(
-    directory: Path, data: str | None, split: str | None, columns: Columns = Columns()
+    directory: Path, data: str | None, split: str | None, columns: Columns
 ) -> dict[str, float]:
     """A run's scores on a split of its own data or of other data."""
     trained = reopen(directory)
@@ -500,7 +500,7 @@ def predict_texts(
     pairs: Sequence[str],
     data: str | None,
     output: Path | None,
-    columns: Columns = Columns(),
+    columns: Columns,
 ) -> None:
     """Label texts, or the rows of a file, with a run's model."""
     if (data is None) == (not texts):
