@@ -60,7 +60,7 @@ def fit(
     plan = [(e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e)]
     last = {epoch: number for number, (epoch, _) in enumerate(plan)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(groups(trained, weight_decay), lr=learning_rate)
+    optimizer = torch.optim.AdamW(groups(trained, weight_decay), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda number: slope(number, len(plan), warmup)
     )
