@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
+import sys
 import tomllib
 from collections.abc import Sequence
 from contextlib import redirect_stderr
@@ -141,20 +142,22 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
 
 
 def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
-    """tyro.cli, its report of a flag that it refuses as one ConfigError. --help leaves by
-    SystemExit 0."""
+    """tyro.cli, a ConfigError of ours raised as it is.
+
+    What tyro itself refuses it reports on stderr, and leaves by SystemExit 2; --help by 0.
+    """
     report = io.StringIO()
     try:
         with redirect_stderr(report):
             return tyro.cli(kind, args=list(arguments), prog=prog, **more)
     except SystemExit as stop:
-        if not stop.code:
-            raise
-    # The box's lines, up to where it sends to --help; its rules part the paragraphs.
-    lines = [line.strip("│ ") for line in report.getvalue().splitlines() if line[:1] == "│"]
-    words = " ".join(line for line in lines if line.strip("─")).split("For full helptext")[0]
-    words = re.sub(r"^Error parsing \w*:? ?", "", words.replace("Argument helptext: ", ""))
-    raise ConfigError(f"{words.strip().removesuffix('.')}. Run {prog} --help.")
+        # tyro reports a ValueError of a field's value, ours among them, in a box of its own.
+        behind: BaseException | None = stop
+        while (behind := behind.__cause__ or behind.__context__) is not None:
+            if isinstance(behind, ConfigError):
+                raise behind from None
+        sys.stderr.write(report.getvalue())
+        raise
 
 
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:

@@ -99,7 +99,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(saved: Path) -> None:
     [
         ("", "cannot be read as JSON"),
         ("{", "cannot be read as JSON"),
-        ("[1, 2]", "holds a list"),
+        ("[1, 2]", "found a list, not an object"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
         ("\udcff", "cannot be read as JSON"),

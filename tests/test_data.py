@@ -101,7 +101,7 @@ def test_columns_by_name_pairs_and_jsonl(tmp_path: Path) -> None:
     corpus = read(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
     assert texts(corpus) == [("it rains", "wet", "yes"), ("it snows", "hot", "no")]
     columns = Columns(text="hypothesis", label="id")
-    with pytest.raises(DataError, match="train row 2 has no label"):
+    with pytest.raises(DataError, match="train.jsonl, line 3: no label"):
         read(folder(tmp_path, train=rows, dev=rows, end="jsonl"), columns)
     rows = "body,other,stars\nhello,there,1\nbye,now,2\n"
     columns = Columns(text="body", pair="other", label="stars")
@@ -121,7 +121,7 @@ def test_fractional_labels_are_a_regression(tmp_path: Path) -> None:
     assert corpus.targets(corpus.train) == [1.5, 2.0, 0.4]
     assert read(folder(tmp_path, train=TSV, dev=TSV), task="regression").labels == ()
     rows = rows.replace("4e-1", "much")
-    with pytest.raises(DataError, match="train row 3: label 'much' is no number"):
+    with pytest.raises(DataError, match="train.tsv, line 4: label 'much' is no number"):
         read(folder(tmp_path, train=rows, dev=rows), task="regression")
 
 
@@ -150,9 +150,9 @@ def test_training_files_that_cannot_be(tmp_path: Path, content: str | bytes, mat
 
 
 def test_a_label_outside_the_set_is_named_by_its_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="dev row 2: label '2' is outside the set 0, 1"):
+    with pytest.raises(DataError, match="dev.tsv, line 3: label '2' is outside the set 0, 1"):
         read(folder(tmp_path, dev="sentence\tlabel\nok\t1\nmeh\t2\n"))
-    with pytest.raises(DataError, match="train row 1: label '1' is outside the set no, yes"):
+    with pytest.raises(DataError, match="train.tsv, line 2: label '1' is outside the set no, yes"):
         read(folder(tmp_path, dev=TSV), labels=("no", "yes"))
 
 
@@ -184,7 +184,7 @@ def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
 
 @pytest.mark.parametrize(
     ("line", "match"),
-    [("{", "line 1: no JSON"), ("[1]", "line 1: list"), ("[" * 99_999, "line 1: no JSON")],
+    [("{", "line 1: no JSON"), ("[1]", "line 1: no JSON object: found a list"), ("[" * 99_999, "line 1: no JSON")],
 )
 def test_broken_json_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
     with pytest.raises(DataError, match=match):
@@ -335,7 +335,7 @@ def test_nulls_do_not_move_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="line 1: no column 'hypothesis'"):
         read(folder(tmp_path, train=first_null, dev=whole, end="jsonl"))
     no_label = whole.replace('"label": 1', '"label": null')
-    with pytest.raises(DataError, match="test row 1 has no label"):
+    with pytest.raises(DataError, match="test.jsonl, line 1: no label"):
         read(folder(tmp_path, train=whole, dev=whole, test=no_label, end="jsonl"))
     with pytest.raises(DataError, match="train has its text in premise"):
         read(folder(tmp_path, train=whole, dev=whole.replace("hypothesis", "other"), end="jsonl"))
@@ -356,7 +356,7 @@ def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
     quote = "text,label\na,1\nb,0\n" + '"c,1\n' + "d,0\n" * 5
     with pytest.raises(DataError, match="line 9: unexpected end of data"):
         read(folder(tmp_path / "1", train=quote, end="csv"))
-    with pytest.raises(DataError, match="train row 3 has no label"):
+    with pytest.raises(DataError, match="train.tsv, line 4: no label"):
         read(
             folder(
                 tmp_path / "2",
