@@ -184,7 +184,11 @@ def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
 
 @pytest.mark.parametrize(
     ("line", "match"),
-    [("{", "line 1: no JSON"), ("[1]", "line 1: no JSON object: found a list"), ("[" * 99_999, "line 1: no JSON")],
+    [
+        ("{", "line 1: no JSON"),
+        ("[1]", "line 1: no JSON object: found a list"),
+        ("[" * 99_999, "line 1: no JSON"),
+    ],
 )
 def test_broken_json_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
     with pytest.raises(DataError, match=match):
