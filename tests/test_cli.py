@@ -550,3 +550,84 @@ def test_curves_of_a_run_that_was_cut_off(
     (run / "metrics.jsonl").write_text('{"kind": "epoch"}\n42\n')
     assert lora("plot", run) == 2
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_other_data_may_name_its_columns_otherwise(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"{i}\ta {REVIEWS[i % 6]} film\t{int(i % 6 < 3)}" for i in range(6)]
+    path = tmp_path / "x.tsv"
+    path.write_text("\n".join(["id\tbody\tstars", *lines]) + "\n")
+    columns = ("--text-column", "body", "--label-column", "stars")
+    assert lora("eval", trained, "--data", path) == 2
+    assert "Set --text-column" in capsys.readouterr().err
+    assert lora("eval", trained, "--data", path, *columns) == 0
+    accuracy = float(capsys.readouterr().out.split("accuracy ")[1].split()[0])
+    assert lora("predict", trained, "--data", path, *columns) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert accuracy == pytest.approx(right / 6, abs=1e-4)
+
+
+def test_pairs_and_single_texts_are_not_taken_for_each_other(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("predict", trained, "--text", "a", "--pair", "b") == 2
+    assert "was trained on single texts, found pairs" in capsys.readouterr().err
+    path = tmp_path / "x.tsv"
+    path.write_text("sentence1\tsentence2\tlabel\na\tb\t1\n")
+    for verb in ("eval", "predict"):
+        assert lora(verb, trained, "--data", path) == 2
+        assert "was trained on single texts, found pairs" in capsys.readouterr().err
+
+
+def test_flags_that_would_say_nothing_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = trained / "predictions.jsonl"
+    for arguments, words in {
+        ("eval", predictions): f"is a file. Run lora eval --predictions {predictions}",
+        ("eval", trained, "--task", "text"): "--task says nothing",
+        ("eval", trained, "--text-column", "x"): "--text-column says nothing",
+        ("eval", "--predictions", predictions, "--split", "dev"): "--split says nothing",
+        ("compare", "--seed", "1"): "--seed is of one run. A comparison takes --seeds",
+        ("compare", "--method=full"): "--method is of one run. A comparison takes --methods",
+        ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",
+    }.items():
+        assert lora(*arguments) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_predictions_are_scored_as_the_run_beside_them_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text(
+        '{"prediction": "1.0", "label": "1"}\n{"prediction": "2.5", "label": "2"}\n'
+    )
+    assert lora("eval", "--predictions", predictions) == 0
+    assert "accuracy" in capsys.readouterr().out
+    summary = {"method": "lora", "task": "regression", "metrics": {}, "epochs": []}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert lora("eval", "--predictions", predictions) == 0
+    assert "mse 0.1250" in capsys.readouterr().out
+    (tmp_path / "summary.json").write_text("[" * 100_000)
+    assert lora("eval", "--predictions", predictions) == 2
+    assert "holds no complete run" in capsys.readouterr().err
+
+
+def test_a_run_outlives_a_comparison_that_is_killed(tmp_path: Path) -> None:
+    """Its folder stays held until the run ends: a second comparison would remove the run."""
+    from lora.compare import _alone
+    from lora.errors import RunError
+
+    with _alone(tmp_path) as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    try:
+        with pytest.raises(RunError, match="another comparison is at work there"), _alone(tmp_path):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with _alone(tmp_path):
+        pass
