@@ -153,9 +153,10 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     except SystemExit as stop:
         # tyro reports a ValueError of a field's value, ours among them, in a box of its own.
         behind: BaseException | None = stop
-        while (behind := behind.__cause__ or behind.__context__) is not None:
-            if isinstance(behind, ConfigError):
-                raise behind from None
+        while behind is not None and not isinstance(behind, ConfigError):
+            behind = behind.__cause__ or behind.__context__
+        if behind is not None:
+            raise behind from None
         sys.stderr.write(report.getvalue())
         raise
 

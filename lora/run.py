@@ -67,15 +67,14 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
     directory = config.run_dir or default_directory(config)
     check_free(directory)
     with progress_bar() as progress, PeakMemory() as memory:
-        work = progress.add_task("reading data and base", total=None)
-        corpus = read_corpus(config)
-        base = load_base(config.base, len(corpus.labels) or 1, corpus.task, config.seed)
-        config, said = resolve(config, corpus, base)
-        device = pick_device()
-        base.model.to(device)
-        splits = encode_splits(config, corpus, base.tokenizer)
-        report = inject(base.model, config.adapter, seed=config.seed)
-        progress.remove_task(work)
+        with reading(progress):
+            corpus = read_corpus(config)
+            base = load_base(config.base, len(corpus.labels) or 1, corpus.task, config.seed)
+            config, said = resolve(config, corpus, base)
+            device = pick_device()
+            base.model.to(device)
+            splits = encode_splits(config, corpus, base.tokenizer)
+            report = inject(base.model, config.adapter, seed=config.seed)
         for line in filter(None, (config.note, corpus.note, said)):
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
         progress.console.print(str(report), markup=False, highlight=False)
@@ -430,6 +429,14 @@ def progress_bar() -> Progress:
     )
 
 
+@contextmanager
+def reading(progress: Progress) -> Iterator[None]:
+    """A bar without an end: how long a base or a data set takes is not known before."""
+    task = progress.add_task("reading data and base", total=None)
+    yield
+    progress.remove_task(task)
+
+
 class PeakMemory:
     """The largest anonymous memory of the process above its value at the start, in bytes.
 
@@ -476,22 +483,28 @@ def rescore(
     directory: Path, data: str | None, split: str | None, columns: Columns
 ) -> dict[str, float]:
     """A run's scores on a split of its own data or of other data."""
-    trained = reopen(directory)
-    config = trained.config
-    if data is None:
-        corpus = read_corpus(config)
-        name = split or corpus.held_out[0]
-    else:
-        where = _columns(config, columns)
-        corpus, name = read_split(data, where, config.task, config.labels, split)
-    examples = take(corpus, name)
-    _check_pairs(directory, config, examples)
     with progress_bar() as progress:
-        encoded = encode(
-            trained.tokenizer, examples, corpus.targets(examples), corpus.task, config.max_length
-        )
+        with reading(progress):
+            trained = reopen(directory)
+            config = trained.config
+            if data is None:
+                corpus = read_corpus(config)
+                name = split or corpus.held_out[0]
+            else:
+                where = _columns(config, columns)
+                corpus, name = read_split(data, where, config.task, config.labels, split)
+            examples = take(corpus, name)
+            _check_pairs(directory, config, examples)
+            encoded = _encoded(trained, corpus, examples, corpus.targets(examples))
         found = evaluate(trained.model, corpus, encoded, examples, 64, config.dtype, progress)
     return {"loss": found.loss, **found.metrics}
+
+
+def _encoded(
+    trained: Trained, corpus: Corpus, examples: Sequence[Example], targets: Sequence[float]
+) -> Encoded:
+    length = trained.config.max_length
+    return encode(trained.tokenizer, examples, targets, corpus.task, length)
 
 
 def predict_texts(
@@ -511,20 +524,19 @@ def predict_texts(
         raise RunError(f"--output {output} exists. Pass another, or remove it.")
     if output is not None and not output.absolute().parent.is_dir():
         raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
-    trained = reopen(directory)
-    config = trained.config
-    if data is not None:
-        examples = unlabelled(data, _columns(config, columns))
-    else:
-        examples = [
-            Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
-        ]
-    _check_pairs(directory, config, examples)
-    corpus = Corpus(str(data), config.task, config.labels, (), (), ())
-    encoded = encode(
-        trained.tokenizer, examples, [0.0] * len(examples), config.task, config.max_length
-    )
     with progress_bar() as progress:
+        with reading(progress):
+            trained = reopen(directory)
+            config = trained.config
+            if data is not None:
+                examples = unlabelled(data, _columns(config, columns))
+            else:
+                examples = [
+                    Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
+                ]
+            _check_pairs(directory, config, examples)
+            corpus = Corpus(str(data), config.task, config.labels, (), (), ())
+            encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
         logits = predict(trained.model, encoded, 64, config.dtype, progress)
     rows = rows_of(corpus, examples, logits)
     if output is not None:
