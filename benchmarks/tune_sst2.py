@@ -28,7 +28,6 @@ GRID = {
     "lora-r8a16-1e3-norms": f"--r 8 --lora-alpha 16 --learning-rate 1e-3 {NORMS}",
     "lora-r16a32-5e4-norms": f"--r 16 --lora-alpha 32 --learning-rate 5e-4 {NORMS}",
     "lora-r8a16-5e4-b8": "--r 8 --lora-alpha 16 --learning-rate 5e-4 --batch-size 8",
-    "lora-r4a8-1e3": "--r 4 --lora-alpha 8 --learning-rate 1e-3",
     "full-5e5": "--method full --learning-rate 5e-5",
     "full-1e4": "--method full --learning-rate 1e-4",
 }
