@@ -25,11 +25,12 @@ from lora.run import summary_of
 SEEDS = (0, 1, 2)
 NORMS = "--modules-to-save sa_layer_norm output_layer_norm"
 GRID = {
+    "full-1e4": "--method full --learning-rate 1e-4",
+    "lora-r8a64-25e5": "--r 8 --lora-alpha 64 --learning-rate 2.5e-4",
+    "lora-r8a32-5e4": "--r 8 --lora-alpha 32 --learning-rate 5e-4",
     "lora-r8a16-1e3-norms": f"--r 8 --lora-alpha 16 --learning-rate 1e-3 {NORMS}",
     "lora-r16a32-5e4-norms": f"--r 16 --lora-alpha 32 --learning-rate 5e-4 {NORMS}",
-    "lora-r8a16-5e4-b8": "--r 8 --lora-alpha 16 --learning-rate 5e-4 --batch-size 8",
     "full-5e5": "--method full --learning-rate 5e-5",
-    "full-1e4": "--method full --learning-rate 1e-4",
 }
 
 
