@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -329,26 +330,55 @@ def active_together(method: type[Method], config: MethodConfig, case: Case) -> N
 @clause(wrapping=True)
 def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
     """In float64, values and gradients, with the same mask and without one."""
-    model = _injected(config, Case(case.kind, case.bias, torch.float64), moved=True)
+    assert issubclass(method, Adapter)
+    model = _injected(config, Case(case.kind, case.bias, torch.float64), moved=True).train()
     layers, _ = wrappers_of(model)
     for name, layer in layers.items():
         adapter, view = layer.adapter("default"), layer.view
+        roads = [("y", adapter.compute, adapter.reference)]
+        if method.additive:  # the road of several adapters together
+            roads.append(("delta", adapter.delta, partial(Adapter.delta, adapter)))
         for shape in ((7,), (1,), (0,), (2, 9), (1, 1, 3)):
             x = torch.randn(*shape, view.in_features, dtype=torch.float64, requires_grad=True)
             pull = torch.randn(*shape, view.out_features, dtype=torch.float64)
+            inputs = {"x": x, **dict(adapter.named_parameters())}
             for mask in (None, torch.empty_like(x).bernoulli_(0.5).mul_(2.0).detach()):
-                inputs = [x, *adapter.parameters()]
-                found = adapter.compute(view, x, mask)
-                wanted = adapter.reference(view, x, mask)
-                where = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}"
-                _near(found, wanted, f"{where}: y", k=1024)
-                for label, got, should in zip(
-                    ["x", *dict(adapter.named_parameters())],
-                    torch.autograd.grad(found, inputs, pull),
-                    torch.autograd.grad(wanted, inputs, pull),
-                    strict=True,
-                ):
-                    _near(got, should, f"{where}: gradient of {label}", k=1024)
+                for road, fast, slow in roads:
+                    found, wanted = fast(view, x, mask), slow(view, x, mask)
+                    where = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}: {road}"
+                    _near(found, wanted, where, k=1024)
+                    for label, got, should in zip(
+                        inputs,
+                        torch.autograd.grad(found, list(inputs.values()), pull),
+                        torch.autograd.grad(wanted, list(inputs.values()), pull),
+                        strict=True,
+                    ):
+                        _near(got, should, f"{where}: gradient of {label}", k=1024)
+
+
+@clause(wrapping=True)
+def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Near those of the same weights in float32, plain and under autocast."""
+    model, x = _injected(config, case, moved=True).train(), _input(case)
+    truth = copy.deepcopy(model).float()
+
+    def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(x).float().square().mean().backward()
+        own = trained_parameters(model, "default").items()
+        return {name: p.grad.float() for name, p in own if p.grad is not None}
+
+    wanted = gradients(truth, x.float())
+    for autocast in (False, True):
+        if autocast and case.dtype == torch.float16:
+            continue  # autocast to bfloat16 over float16 norms is refused by torch itself
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = gradients(model, x)
+        eps = torch.finfo(torch.bfloat16 if autocast else case.dtype).eps
+        for name, gradient in found.items():
+            off = float((gradient - wanted[name]).abs().max() / wanted[name].abs().max())
+            where = f"gradient of {name}{' under autocast' if autocast else ''}"
+            _require(off <= max(8 * eps, 1e-5), f"{where}: off by {off:.2g}")
 
 
 @clause(wrapping=True)
@@ -372,6 +402,8 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
     assert mask is not None
     _near(found, adapter.reference(layer.view, x, mask), "training", k=32)
     _require(set(mask.flatten().tolist()) == {0.0, 2.0}, "a mask of p = 0.5 has values 0 and 2")
+    again = adapter.draw_mask(x)
+    _require(again is not None and not torch.equal(again, mask), "the same mask at every step")
 
 
 @clause(wrapping=True)
@@ -672,7 +704,9 @@ def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) 
         torch.manual_seed(noise)
         model = Toy(case)
         torch.randn(noise)
+        state = torch.get_rng_state()
         inject(model, config, seed=seed)
+        _require(torch.equal(state, torch.get_rng_state()), "injection moves the default generator")
         return {k: p.detach() for k, p in trained_parameters(model, "default").items()}
 
     one, two, other = start(0, 1), start(0, 99), start(1, 1)

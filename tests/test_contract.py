@@ -168,9 +168,84 @@ def merges_into_the_base(cls: type[LoRA]) -> None:
     cls.compute = compute
 
 
+class Doubled(torch.autograd.Function):
+    """x, and twice its gradient."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def doubled_gradient(when: Callable[[Tensor], bool]) -> Callable[[type[LoRA]], None]:
+    def change(cls: type[LoRA]) -> None:
+        good = cls.delta
+
+        def delta(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+            found = good(self, view, x, mask)
+            return Doubled.apply(found) if when(x) else found
+
+        cls.delta = delta
+
+    return change
+
+
+doubled_in_sixteen_bits = doubled_gradient(lambda x: x.dtype.itemsize == 2)
+doubled_in_float32 = doubled_gradient(lambda x: x.dtype == torch.float32)
+doubled_under_autocast = doubled_gradient(lambda x: torch.is_autocast_enabled("cpu"))
+
+
+def input_detached_in_training(cls: type[LoRA]) -> None:
+    good = cls.delta
+    cls.delta = lambda self, view, x, mask: good(
+        self, view, x.detach() if self.training else x, mask
+    )
+
+
+def mask_lost_on_the_road_of_several(cls: type[LoRA]) -> None:
+    good = cls.delta
+
+    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        y: Tensor = view.module(x)
+        return (y + good(self, view, x, mask)).to(y.dtype)
+
+    cls.compute = compute
+    cls.delta = lambda self, view, x, mask: good(self, view, x, None)
+
+
+def one_mask_for_ever(cls: type[LoRA]) -> None:
+    def draw_mask(self: LoRA, x: Tensor) -> Tensor | None:
+        if not self.training or self.lora_dropout == 0:
+            return None
+        keep = 1 - self.lora_dropout
+        mask = torch.empty_like(x, dtype=torch.float32)
+        return mask.bernoulli_(keep, generator=torch.Generator().manual_seed(0)).div_(keep)
+
+    cls.draw_mask = draw_mask
+
+
+def reseeds_the_process(cls: type[LoRA]) -> None:
+    def fill(self: LoRA, generator: Callable[[str], torch.Generator]) -> None:
+        torch.manual_seed(generator("lora_A").initial_seed())
+        self.lora_A.normal_()
+        self.lora_B.zero_()
+
+    cls.fill = fill
+
+
 @pytest.mark.parametrize(
     ("mutation", "clause"),
     [
+        (doubled_in_sixteen_bits, "gradients_in_its_dtype"),
+        (doubled_in_float32, "gradients_in_its_dtype"),
+        (doubled_under_autocast, "gradients_in_its_dtype"),
+        (input_detached_in_training, "fast_is_specification"),
+        (mask_lost_on_the_road_of_several, "fast_is_specification"),
+        (one_mask_for_ever, "dropout_is_the_mask_alone"),
+        (reseeds_the_process, "same_seed_same_bits"),
         (wrong_scaling, "fast_is_specification"),
         (wrong_scaling, "merged_is_forward"),
         (noisy_start, "identity_at_the_start"),

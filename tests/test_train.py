@@ -1,0 +1,165 @@
+"""The loop against the same loop written out by hand, and what it must not do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import distilbert
+from torch import Tensor, nn
+
+import lora
+from lora.data import Encoded, batches, collate
+from lora.errors import TrainingError
+from lora.evaluate import predict
+from lora.train import fit, slope
+
+CPU = torch.device("cpu")
+
+
+def encoded(rows: int = 37) -> Encoded:
+    """Rows of 3 to 19 tokens, with labels of no meaning."""
+    generator = torch.Generator().manual_seed(0)
+    fields = []
+    for length in torch.randint(3, 20, (rows,), generator=generator).tolist():
+        ids = torch.randint(1, 99, (length,), generator=generator)
+        fields.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return Encoded(tuple(fields), torch.randint(0, 2, (rows,), generator=generator), pad=0)
+
+
+def adapted() -> nn.Module:
+    """Dropout in the base and in the adapters: what it draws must be the same too."""
+    model = distilbert(dropout=0.1)
+    heads = ("pre_classifier", "classifier")
+    lora.inject(model, lora.LoRAConfig(r=2, lora_dropout=0.2, modules_to_save=heads))
+    return model
+
+
+def by_hand(
+    model: nn.Module, data: Encoded, epochs: int, size: int, peak: float, decay: float,
+    warmup: float, clip: float, seed: int,
+) -> list[float]:  # fmt: skip
+    """AdamW (Loshchilov and Hutter 2017, algorithm 2), its rate, decay and clipping, spelt out."""
+    torch.manual_seed(seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first, second = ([torch.zeros_like(p) for p in trained] for _ in range(2))
+    plan = [rows for epoch in range(epochs) for rows in batches(data.lengths, size, seed, epoch)]
+    rise = math.ceil(warmup * len(plan))
+    losses = []
+    for t, rows in enumerate(plan, 1):
+        model.train()
+        logits = model(**collate(data, rows, CPU)).logits
+        picked = logits.log_softmax(-1)[torch.arange(len(rows)), data.targets[rows]]
+        loss = -picked.sum() / len(rows)
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(loss, trained)
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        shrink = min(1.0, clip / (norm + 1e-6))
+        rate = peak * (t / rise if t <= rise else (len(plan) - t + 1) / (len(plan) - rise))
+        with torch.no_grad():
+            for p, g, m, v in zip(trained, gradients, first, second, strict=True):
+                m.mul_(0.9).add_(shrink * g, alpha=0.1)
+                v.mul_(0.999).addcmul_(shrink * g, shrink * g, value=0.001)
+                p.mul_(1 - rate * (decay if p.dim() > 1 else 0.0))
+                step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+                p.sub_(rate * step)
+    return losses
+
+
+SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2}
+
+
+def test_the_loop_is_adamw_with_warm_up_decay_and_clipping() -> None:
+    data, ours, theirs = encoded(), adapted(), adapted()
+    steps = list(
+        fit(ours, data, "classification", **SETTINGS, weight_decay=0.3, warmup=0.2,
+            max_grad_norm=0.1, seed=4)
+    )  # fmt: skip
+    wanted = by_hand(theirs, data, 3, 8, 1e-2, 0.3, 0.2, 0.1, 4)
+    assert [step.loss for step in steps] == pytest.approx(wanted, abs=1e-5)
+    for (name, mine), his in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine, his, atol=1e-5), name
+    assert all(step.gradient_norm > 0.1 for step in steps)  # so that clipping acts at every step
+
+
+@pytest.mark.parametrize(
+    "other", [{"weight_decay": 0.0}, {"warmup": 0.9}, {"max_grad_norm": 1e9}, {"seed": 5}]
+)
+def test_every_setting_acts(other: dict[str, float]) -> None:
+    settings = SETTINGS | {"weight_decay": 0.3, "warmup": 0.2, "max_grad_norm": 0.1, "seed": 4}
+    ends = []
+    for chosen in (settings, settings | other):
+        model = adapted()
+        list(fit(model, encoded(), "classification", **chosen))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert not torch.allclose(ends[0], ends[1], atol=1e-4)
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
+    assert [slope(i, 5, 0.4) for i in range(5)] == pytest.approx([1 / 2, 1, 1, 2 / 3, 1 / 3])
+    assert [slope(i, 4, 0.0) for i in range(4)] == [1, 0.75, 0.5, 0.25]
+    assert [slope(i, 2, 1.0) for i in range(2)] == [0.5, 1]
+    assert slope(0, 1, 0.06) == 1
+
+
+def test_an_evaluation_between_steps_changes_no_bit() -> None:
+    def losses(evaluated: bool) -> list[float]:
+        model, found = adapted(), []
+        for step in fit(model, encoded(), "classification", **SETTINGS):
+            found.append(step.loss)
+            if evaluated:
+                predict(model, encoded(), 5, "float32")
+        return found
+
+    assert losses(True) == losses(False)
+
+
+def test_predictions_drop_nothing_and_attend_to_no_padding() -> None:
+    data, model = encoded(), adapted()
+    model.train()
+    found = predict(model, data, 8, "float32")
+    assert torch.equal(predict(model.train(), data, 8, "float32"), found)
+    alone = torch.cat(
+        [predict(model, _row(data, i), 1, "float32") for i in range(len(data.fields))]
+    )
+    assert torch.allclose(found, alone, atol=1e-6)
+    half = predict(model, data, 8, "bfloat16")
+    assert half.dtype == torch.float32
+    assert 0 < float((half - found).abs().max()) < 0.1
+
+
+def _row(data: Encoded, i: int) -> Encoded:
+    return Encoded(data.fields[i : i + 1], data.targets[i : i + 1], data.pad)
+
+
+def test_steps_count_examples_and_tokens() -> None:
+    data = encoded()
+    steps = list(fit(adapted(), data, "classification", **(SETTINGS | {"epochs": 2})))
+    assert [step.epoch_ends for step in steps] == [False] * 4 + [True] + [False] * 4 + [True]
+    for epoch in (1, 2):
+        own = [step for step in steps if step.epoch == epoch]
+        assert sum(step.examples for step in own) == 37
+        assert sum(step.tokens for step in own) == sum(data.lengths)
+    assert all(0 <= step.padding < 0.5 for step in steps)
+
+
+def test_batches_do_not_run_from_short_to_long() -> None:
+    lengths = range(3, 603)
+    one, two = (batches(lengths, 8, 0, epoch) for epoch in (0, 1))
+    rises = sum(a[0] < b[0] for a, b in itertools.pairwise(one))
+    assert len(one) / 4 < rises < 3 * len(one) / 4
+    # Sorted within stretches only: each epoch puts other rows together.
+    assert not {frozenset(rows) for rows in one} & {frozenset(rows) for rows in two}
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step() -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.distilbert.embeddings.LayerNorm.weight.fill_(torch.nan)
+    before: dict[str, Tensor] = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(TrainingError, match=r"step 1 of 15 \(epoch 1, learning rate .*loss nan"):
+        next(fit(model, encoded(), "classification", **SETTINGS))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.nan_to_num(7), before[name].nan_to_num(7)), name
