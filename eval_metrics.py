@@ -3,6 +3,7 @@
 python eval_metrics.py [RUN ...]
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from lora.metrics import score
 from lora.run import newest_runs, summary_of
 
 if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     try:
-        for run in map(Path, sys.argv[1:]) if sys.argv[1:] else newest_runs():
+        for run in flags.parse_args().runs or newest_runs():
             found = score(summary_of(run)["task"], *read_predictions(run / "predictions.jsonl"))
             print(run, *(f"{name} {value:.4f}" for name, value in found.items()))
     except LoraError as error:

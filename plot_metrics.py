@@ -3,6 +3,7 @@
 python plot_metrics.py [RUN ...]     the pictures go to plots/
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from lora.plots import draw
 from lora.run import newest_runs
 
 if __name__ == "__main__":
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     try:
-        runs = [Path(run) for run in sys.argv[1:]] or newest_runs()
-        for picture in draw(runs, Path("plots")):
+        for picture in draw(flags.parse_args().runs or newest_runs(), Path("plots")):
             print(picture)
     except LoraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

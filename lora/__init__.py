@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from lora import errors as errors
     from lora import testing as testing
     from lora.adapter import METHODS as METHODS
     from lora.adapter import Adapter as Adapter
@@ -49,8 +50,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "testing":
-        return importlib.import_module("lora.testing")
+    if name in ("errors", "testing"):
+        return importlib.import_module(f"lora.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if name == "METHODS" or name.endswith("Config"):
@@ -65,4 +66,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOME, "METHODS", "testing", "__version__"])
+    importlib.import_module("lora.methods")
+    methods = importlib.import_module("lora.adapter").METHODS.values()
+    configs = {method.Config.__name__ for method in methods}
+    return sorted({*_HOME, *configs, "METHODS", "errors", "testing", "__version__"})

@@ -14,10 +14,11 @@ equal to it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import EllipsisType
 from typing import Any, ClassVar
@@ -120,7 +121,8 @@ class Method(ABC):
         if "name" in cls.__dict__:
             known = METHODS.get(cls.name)
             # The same class defined anew is a notebook's cell run twice.
-            if known is not None and known.__qualname__ != cls.__qualname__:
+            same = ("__module__", "__qualname__")
+            if known is not None and any(getattr(known, k) != getattr(cls, k) for k in same):
                 raise ConfigError(
                     f"two methods are named {cls.name!r}: {known}, {cls}. Rename one."
                 )
@@ -224,8 +226,9 @@ class AdaptedLayer(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        self.training = base_layer.training
         self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
+        self.adapters = nn.ModuleDict().train(base_layer.training)
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.kept: tuple[Tensor, Tensor | None] | None = None  # the base's own, while merged
@@ -264,7 +267,7 @@ class AdaptedLayer(nn.Module):
         with torch.no_grad():
             for name in self.active:
                 # Active together are additive ones only, so the order does not matter.
-                W1, b1 = self.adapter(name).merged(W1, b1)
+                W1, b1 = copy.deepcopy(self.adapter(name)).to(wide).merged(W1, b1)
         return W1.to(W.dtype), None if b is None or b1 is None else b1.to(b.dtype)
 
     def merge(self, merged: tuple[Tensor, Tensor | None]) -> None:
@@ -275,7 +278,7 @@ class AdaptedLayer(nn.Module):
         W1, b1 = merged
         weight.data = W1.T.contiguous() if view.transposed else W1.contiguous()
         if bias is not None and b1 is not None:
-            bias.data = b1.contiguous()
+            bias.data = b1.clone()  # b1 may be the base's own
 
     def restore(self) -> None:
         """Bring the kept tensors back, to the device and dtype that the layer has now."""
@@ -311,8 +314,9 @@ class SavedModule(nn.Module):
 
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
+        self.training = original_module.training
         self.original_module = original_module
-        self.copies = nn.ModuleDict()
+        self.copies = nn.ModuleDict().train(original_module.training)
         self.active: tuple[str, ...] = ()
         self.enabled = True
 
@@ -324,6 +328,20 @@ class SavedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current(*args, **kwargs)
+
+    # Python looks these up on the class: a head that is a Sequential may be indexed and walked,
+    # and one that is not is true, as every module is.
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.current[index]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.current)  # type: ignore[call-overload, no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.current)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         try:

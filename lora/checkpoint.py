@@ -294,7 +294,11 @@ def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Pat
                 if found is None
                 else f"found {found[:8] or 'nothing'}."
             )
-            + (f" It has adapters {', '.join(below)}: load one of those folders." if below else "")
+            + (
+                f" It has adapters {', '.join(below)}: load one of those folders."
+                if below
+                else " Pass the folder that lora.save, or PEFT, wrote."
+            )
         )
     folder = there[0]
     if not (folder / WEIGHTS).is_file():
@@ -305,7 +309,7 @@ def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Pat
                 " it where you trust it: safetensors.torch.save_file(torch.load(path,"
                 f" weights_only=True), {WEIGHTS!r})."
             )
-        raise CheckpointError(f"no {WEIGHTS} in {folder}.")
+        raise CheckpointError(f"no {WEIGHTS} in {folder}. Copy it beside {CONFIG}.")
     return folder
 
 
@@ -316,7 +320,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes: no adapter's config.")
         return json_object(path.read_bytes())
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from None
+        raise CheckpointError(
+            f"{path} cannot be read as JSON: {error}. Copy it again from where it was saved."
+        ) from None
 
 
 def json_object(text: str | bytes) -> dict[str, Any]:
@@ -356,7 +362,9 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with suppress(ValueError):
             mark = json_object(metadata[MARK])
         if "config" not in mark or not all(isinstance(value, str) for value in mark.values()):
-            raise CheckpointError(f"{path}: the metadata {MARK!r} is broken.")
+            raise CheckpointError(
+                f"{path}: the metadata {MARK!r} is broken. Copy the file again, or save anew."
+            )
     for key in stored:
         if not key.startswith(PREFIX):
             raise CheckpointError(
@@ -376,6 +384,7 @@ def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
         raise CheckpointError(
             f"{folder / CONFIG}: peft_type {settings['peft_type']!r} is"
             f" {'no method of ours' if not found else 'claimed twice'}. Known: {known}."
+            " Load it with PEFT."
         )
     return found[0]
 
@@ -458,8 +467,8 @@ def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, T
                 f"{key} is {tuple(stored[key].shape)} in the file,"
                 f" {tuple(wanted[key].shape)} in the model"
             )
-            if key.endswith("lora_A.weight"):
-                ranks.add(stored[key].shape[0] if stored[key].dim() else 0)
+            if key.endswith("lora_A.weight") and stored[key].shape[1:] == wanted[key].shape[1:]:
+                ranks.add(stored[key].shape[0])
     if problems:
         more = f"\n  and {len(problems) - 4} more" if len(problems) > 4 else ""
         hint = f" Set r to {ranks.pop()} in {CONFIG}." if len(ranks) == 1 else ""
@@ -485,13 +494,15 @@ def check_values(
         floating = tensor.is_floating_point() and tensor.element_size() >= 2
         if not (floating if place.is_floating_point() else tensor.dtype == place.dtype):
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {key} is {tensor.dtype}, no dtype of weights."
+                f"{folder / WEIGHTS}: {key} is {tensor.dtype}, no dtype of weights. Save the"
+                " adapter again, in a floating dtype."
             )
         ready[key] = tensor.to(place.dtype)
         off = int((~ready[key].isfinite()).sum()) if floating else 0
         if off:
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {key} has {off} values that are not finite in {place.dtype}."
+                " Train again with a lower rate, or take an earlier save."
             )
     return ready
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora import __version__
-from lora.errors import LoraError
+from lora.errors import ConfigError, LoraError
 
 VERBS = {
     "train": "train one method on one data set",
@@ -41,23 +41,12 @@ def usage() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb. Exit codes: 0 done, 2 asked for what cannot be, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    verb = given[0] if given else "--help"
-    if verb in ("--help", "-h", "help"):
-        print(usage())
-        return 0 if given else 2
-    if verb == "--version":
-        print(__version__)
-        return 0
-    if verb not in VERBS:
-        print(
-            f"lora: no verb {verb!r}. Found: {', '.join(VERBS)}. Run lora --help.", file=sys.stderr
-        )
-        return 2
+    verb = given[0] if given else ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows its number
             stream.reconfigure(errors="backslashreplace")
     try:
-        globals()[f"_{verb}"](given[1:])
+        _run(verb, given)
         if sys.stdout is not None:  # None where it was closed: `lora ... >&-`
             sys.stdout.flush()
     except LoraError as error:
@@ -79,7 +68,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"interrupted. {stop}", file=sys.stderr)
         return 130
-    return 0
+    return 0 if given else 2
+
+
+def _run(verb: str, given: list[str]) -> None:
+    for argument in given:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:  # what is not of the system's encoding arrives as surrogates
+            raise ConfigError(
+                f"argument {argument!r} is not in this system's encoding. Write it in UTF-8, and"
+                " set PYTHONUTF8=1."
+            ) from None
+    if verb in ("", "--help", "-h", "help"):
+        print(usage())
+    elif verb == "--version":
+        print(__version__)
+    elif verb in VERBS:
+        globals()[f"_{verb}"](given[1:])
+    else:
+        raise ConfigError(f"no verb {verb!r}. Found: {', '.join(VERBS)}. Run lora --help.")
 
 
 def _train(arguments: list[str]) -> None:
@@ -103,6 +111,7 @@ def _compare(arguments: list[str]) -> None:
             print(f"{run.method}, seed {run.seed} -> {run.run_dir}")
         return
     summaries = compare(config, runs)
+    assert config.run_dir is not None
     from lora.plots import draw
 
     pictures = draw([run.run_dir for run in runs if run.run_dir], config.run_dir)
@@ -136,7 +145,6 @@ class EvalConfig:
 
 def _eval(arguments: list[str]) -> None:
     from lora.config import parse
-    from lora.errors import ConfigError
 
     config: EvalConfig = parse(EvalConfig, _leading(arguments, "--run"), "lora eval")
     if (config.run is None) == (config.predictions is None):
@@ -226,6 +234,8 @@ def _leading(arguments: list[str], flag: str) -> list[str]:
 
 
 def _methods(arguments: list[str]) -> None:
+    if arguments:
+        raise ConfigError(f"lora methods takes no {arguments[0]}. Run lora methods.")
     import inspect
 
     import lora.methods  # noqa: F401

@@ -15,15 +15,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
-from lora.adapter import METHODS
-from lora.checkpoint import write_whole
+from lora.adapter import METHODS, check
+from lora.checkpoint import write_together
 from lora.config import RunConfig, parse, parse_run, read_toml, split_config, to_table
 from lora.errors import ConfigError, RunError
 from lora.run import summary_of
@@ -38,8 +38,8 @@ class CompareConfig:
     """Methods to compare. Default: the tables of --config, or lora and full."""
     seeds: tuple[int, ...] = ()
     """Seeds of each. Default: those of --config, or 0."""
-    run_dir: Path = Path("runs/compare")
-    """Where the runs, the table and the curves go."""
+    run_dir: Path | None = None
+    """Where the runs, the table and the curves go. Default: that of --config, or runs/compare."""
     dry_run: bool = False
     """Print what would run, and stop."""
 
@@ -52,12 +52,17 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
     for flag in ("--method", "--seed"):
         if any(argument == flag or argument.startswith(flag + "=") for argument in rest):
             raise ConfigError(f"{flag} is of one run. A comparison takes {flag}s.")
-    seeds = config.seeds or table.get("seeds", [0])
-    if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
-        raise ConfigError(f"seeds must be a list of whole numbers, found {seeds!r}.")
-    methods = config.methods or tuple(table.get("methods", {})) or ("lora", "full")
+    seeds, tables = config.seeds or table.get("seeds", [0]), table.get("methods", {})
+    whole = isinstance(seeds, list | tuple) and all(type(seed) is int for seed in seeds)
+    check("seeds", seeds, "a list of whole numbers, one at least", whole and bool(seeds))
+    check("methods", tables, "tables: [methods.lora], [methods.full], ...", type(tables) is dict)
+    methods = config.methods or tuple(tables) or ("lora", "full")
+    folder = config.run_dir or Path(str(table.get("run_dir", "runs/compare")))
     config = replace(
-        config, methods=tuple(dict.fromkeys(methods)), seeds=tuple(dict.fromkeys(seeds))
+        config,
+        methods=tuple(dict.fromkeys(methods)),
+        seeds=tuple(dict.fromkeys(seeds)),
+        run_dir=folder,
     )
     unknown = [method for method in config.methods if method not in METHODS]
     if unknown:
@@ -69,7 +74,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
             flags += _for_method(rest, method, config.methods)
             flags += ["--method", method, "--seed", str(seed)]
             run = parse_run(flags, "lora compare")
-            runs.append(replace(run, run_dir=config.run_dir / f"{method}-{seed}"))
+            runs.append(replace(run, run_dir=folder / f"{method}-{seed}"))
     return config, runs
 
 
@@ -91,6 +96,7 @@ def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> lis
 def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[str, Any]]:
     """Run what is not complete; returns the summaries in the order of the runs."""
     summaries = []
+    assert config.run_dir is not None
     with _alone(config.run_dir) as lock:
         for number, run in enumerate(runs, 1):
             assert run.run_dir is not None
@@ -101,8 +107,11 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[
             if not done:
                 _spawn(run, lock)
             summaries.append(summary_of(run.run_dir))
-        write_whole(config.run_dir / "comparison.json", json.dumps(summaries, indent=2).encode())
-        write_whole(config.run_dir / "comparison.md", markdown(rows(summaries)).encode())
+        files = {
+            "comparison.json": json.dumps(summaries, indent=2).encode(),
+            "comparison.md": markdown(rows(summaries)).encode(),
+        }
+        write_together(config.run_dir, files)
     return summaries
 
 
@@ -135,12 +144,15 @@ def complete(run: RunConfig[Any]) -> bool:
     if not run.run_dir.exists():
         return False
     path = run.run_dir / "config.toml"
-    found = read_toml(path) if path.is_file() else {}
+    if not path.is_file():
+        raise RunError(f"{run.run_dir} is no run: no config.toml. Remove it, or pass another.")
+    found = read_toml(path)
     if not _same(to_table(replace(run, run_dir=None)), found):
         raise RunError(
             f"{run.run_dir} holds a run of other settings. Remove it, or pass another --run-dir."
         )
-    if (run.run_dir / "summary.json").is_file():
+    with suppress(RunError):
+        summary_of(run.run_dir)
         return True
     print(f"{run.run_dir}: a run that was cut off, done anew", file=sys.stderr, flush=True)
     shutil.rmtree(run.run_dir)
@@ -162,7 +174,7 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
                 return False
         elif wanted != value:
             return False
-    return bool(found)
+    return True
 
 
 def _spawn(run: RunConfig[Any], lock: int) -> None:

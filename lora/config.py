@@ -13,11 +13,12 @@ import io
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
 import tyro
 
@@ -80,15 +81,14 @@ class RunConfig(Generic[C]):
     def __post_init__(self) -> None:
         for name in ("base", "data", "method", "note"):
             value = getattr(self, name)
-            good = isinstance(value, str) and _encodes(value)
-            check(name, value, "a text", good and (bool(value) or name == "note"))
+            check(name, value, "a text", isinstance(value, str) and bool(value or name == "note"))
         for name in ("text_column", "pair_column", "label_column"):
             value = getattr(self, name)
             check(name, value, "a column's name", value is None or isinstance(value, str))
         check("task", self.task, "one of " + ", ".join(get_args(Task)), self.task in get_args(Task))
         good = self.dtype in ("float32", "bfloat16")
         check("dtype", self.dtype, "float32 or bfloat16", good)
-        good = all(isinstance(label, str) and _encodes(label) for label in self.labels)
+        good = all(isinstance(label, str) for label in self.labels)
         check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
         distinct = len(set(self.labels)) == len(self.labels) != 1
         check("labels", self.labels, "distinct, and two at least", distinct)
@@ -108,16 +108,7 @@ class RunConfig(Generic[C]):
         check("warmup", share, "a share with 0 <= share <= 1", is_number(share) and 0 <= share <= 1)
         good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         good = good and 0 <= self.seed < 2**63
-        check("seed", self.seed, "a whole number of at least 0", good)
-
-
-def _encodes(text: str) -> bool:
-    """Whether a text can be written as UTF-8: arguments that are not arrive as surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        check("seed", self.seed, "a whole number from 0 to 2**63 - 1", good)
 
 
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
@@ -146,6 +137,13 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
 
     What tyro itself refuses it reports on stderr, and leaves by SystemExit 2; --help by 0.
     """
+    kinds = [get_origin(kind) or kind, *(method.Config for method in METHODS.values())]
+    lists = {f"--{field.name}" for one in kinds for field in fields(one) if "tuple" in field.type}
+    given = Counter(argument.partition("=")[0].replace("-", "_") for argument in arguments)
+    for flag in sorted(lists):  # of a list the last would win, the others go in silence
+        if given[flag.replace("-", "_")] > 1:
+            shown = flag.replace("_", "-")
+            raise ConfigError(f"{shown} is given twice. Write {shown} A B.")
     report = io.StringIO()
     try:
         with redirect_stderr(report):
@@ -165,7 +163,8 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """The configuration that a TOML table states for a method. Raises ConfigError."""
     if not isinstance(method, str) or method not in METHODS:
         raise ConfigError(
-            f"--method {method} is unknown. Found: {', '.join(sorted(METHODS))}. Run lora methods."
+            f"--method {method!r} is unknown. Found: {', '.join(sorted(METHODS))}."
+            " Run lora methods."
         )
     tables = table.get("methods", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
@@ -233,9 +232,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file. Raises ConfigError where it is none."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no TOML, or no UTF-8
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--config {path} cannot be read: {reason}.") from None
+        raise ConfigError(f"{path} cannot be read: {reason}. Mend it, or pass another.") from None
 
 
 def to_table(config: RunConfig[Any]) -> dict[str, Any]:

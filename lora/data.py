@@ -120,7 +120,8 @@ def read(
     examples = {name: _examples(rows, columns) for name, rows in splits.items()}
     for name in _hidden(examples):
         del examples[name]
-        notes.append(f"the labels of {name} are hidden: the split is left out")
+        why = f"has no {label}" if chosen[name][2] is None else "hides its labels"
+        notes.append(f"the split {name} {why}, and is left out")
     train, dev, test = (tuple(examples.get(name, ())) for name in ("train", "dev", "test"))
     if not dev:
         train, dev = _hold_out(train, 0.1)
@@ -286,7 +287,9 @@ def _json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         try:
             rows.append((number, json_object(line)))
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: no JSON object: {error}.") from None
+            raise DataError(
+                f"{path}, line {number}: no JSON object: {error}. Mend the line."
+            ) from None
     return rows
 
 
@@ -339,7 +342,9 @@ def _hold_out(
 def _read_hub(data: str) -> dict[str, list[Placed]]:
     """A data set on the hub: glue/TASK, OWNER/NAME, or OWNER/NAME/CONFIG."""
     if data.startswith((".", "/", "~")) or data.endswith(ENDINGS):
-        raise DataError(f"--data {data}: no such file or folder.")
+        raise DataError(
+            f"--data {data}: no such file or folder. Pass one, or a data set's name on the hub."
+        )
     if not hub_answers():
         raise DataError(
             f"--data {data} is no file or folder here, and the hub does not answer. Run"
@@ -447,7 +452,7 @@ def _fractional(examples: Iterable[Example]) -> bool:
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
     try:
-        return tuple(sorted(labels, key=int))
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
     except ValueError:
         return tuple(sorted(labels))
 
@@ -482,9 +487,6 @@ class Encoded:
     def lengths(self) -> list[int]:
         return [len(field["input_ids"]) for field in self.fields]
 
-    def __len__(self) -> int:
-        return len(self.fields)
-
 
 def encode(
     tokenizer: Any, examples: Sequence[Example], targets: Sequence[float], task: str, length: int
@@ -496,6 +498,7 @@ def encode(
         pairs if any(example.pair is not None for example in examples) else None,
         truncation=True,
         max_length=length,
+        return_attention_mask=True,  # some tokenizers leave it out unless asked
     )
     names = list(found)
     return Encoded(

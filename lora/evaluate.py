@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from lora.data import Corpus, Encoded, Example, collate, sorted_batches
+from lora.errors import TrainingError
 from lora.losses import task_loss
 from lora.metrics import score
 
@@ -63,11 +65,17 @@ def evaluate(
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Loss and metrics of the model on a labelled split."""
+    """Loss and metrics of the model on a labelled split.
+
+    Raises TrainingError where the loss is not finite: there is nothing to score then.
+    """
     logits = predict(model, encoded, batch_size, dtype, progress)
+    loss = float(task_loss(logits, encoded.targets, corpus.task))
+    if not math.isfinite(loss):
+        raise TrainingError(f"loss {loss} over {len(examples)} rows")
     return Evaluation(
         logits=logits,
-        loss=float(task_loss(logits, encoded.targets, corpus.task)),
+        loss=loss,
         metrics=score(
             corpus.task, answers(corpus, logits), [[str(example.label)] for example in examples]
         ),

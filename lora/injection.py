@@ -6,13 +6,14 @@ Every step that can fail is done before the model is touched: `plan` reads, `wra
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import lora.methods  # noqa: F401  (fills METHODS)
@@ -128,7 +129,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
         left = {id(module) for name, module in modules.items() if fits(name, one)}
         if not left:
             named = one if isinstance(one, str) else one[0]
-            raise TargetError(f"no layer matches exclude_modules entry {named!r}.")
+            raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
         out |= left
     free = {name: module for name, module in modules.items() if id(module) not in out}
     if wanted == "all-linear":
@@ -156,21 +157,6 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
                 )
     meant = {id(module) for name, module in free.items() if fits(name, wanted)}
     return tuple(name for name, module in free.items() if id(module) in meant)
-
-
-def check_reached(model: nn.Module, targets: tuple[str, ...]) -> None:
-    """Raise TargetError where torch would read a target's weight past its wrapper."""
-    modules = dict(walk(model))
-    for name in targets:
-        parent = modules[name.rpartition(".")[0]]
-        if (
-            isinstance(parent, nn.TransformerEncoderLayer)
-            and torch.backends.mha.get_fastpath_enabled()
-        ):
-            raise TargetError(
-                f"{name}: nn.TransformerEncoderLayer reads its layers' weights itself in eval mode,"
-                " past any adapter. Call torch.backends.mha.set_fastpath_enabled(False) first."
-            )
 
 
 def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...]]:
@@ -229,10 +215,17 @@ def saved_of(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """(name, parameter) of the model as it was before any injection, each parameter once."""
     seen: set[int] = set()
+    for name, parameter in _base_paths(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
+def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same by every path: a tied weight has several."""
     for prefix, module in walk(model):
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
-                seen.add(id(parameter))
+            if parameter is not None:
                 yield (f"{prefix}.{name}" if prefix else name), parameter
 
 
@@ -277,9 +270,7 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
         extra = [k for k, t in modules[path].state_dict().items() if not isinstance(t, Tensor)]
         if extra:
             raise TargetError(f"modules_to_save: {path}.{extra[0]} is no tensor: cannot be saved.")
-    targets = targets_of(model, config, saved)
-    check_reached(model, targets)
-    return Plan(method, config, targets, saved, ())
+    return Plan(method, config, targets_of(model, config, saved), saved, ())
 
 
 _OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -305,6 +296,7 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     Raises ConfigError where they cannot be made.
     """
     modules = dict(walk(model))
+    _check_room(plan, [modules[path] for path in plan.targets])
     adapters: dict[int, tuple[str, Adapter]] = {}
     copies: dict[int, tuple[str, nn.Module]] = {}
     path = ""
@@ -323,6 +315,28 @@ def build(model: nn.Module, plan: Plan) -> Parts:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"no adapter can be made for {path}: {reason}. Lower --r.") from error
     return Parts(dict(adapters.values()), dict(copies.values()))
+
+
+def _check_room(plan: Plan, targets: list[nn.Module]) -> None:
+    """Raise ConfigError where the machine cannot hold the adapters.
+
+    Linux grants memory that is not there, and ends the process when it is written to.
+    """
+    if not issubclass(plan.method, Adapter):
+        return
+    need = 0
+    for module in {id(module): module for module in targets}.values():
+        (view,) = views(module)
+        weight, bias = view.parameters()
+        if weight.device.type == "cpu":
+            sizes = view.in_features, view.out_features, bias is not None
+            need += 4 * plan.method.size(*sizes, plan.config)  # float32
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need > there:
+        raise ConfigError(
+            f"no adapter can be made: {plan.method.name} needs {need / 2**30:,.0f} GiB as set, the"
+            f" machine has {there / 2**30:,.0f}. Lower --r."
+        )
 
 
 def injected(model: nn.Module) -> dict[str, Plan]:
@@ -350,7 +364,7 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     copies = {id(modules[path]): module for path, module in parts.copies.items()}
     if not injected(model):
         # What eject gives back.
-        model.__dict__["lora_required"] = {n: p.requires_grad for n, p in base_parameters(model)}
+        model.__dict__["lora_required"] = {n: p.requires_grad for n, p in _base_paths(model)}
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     fresh: dict[int, AdaptedLayer | SavedModule] = {}
@@ -362,12 +376,20 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
             wrapper = AdaptedLayer if path in plan.targets else SavedModule
             held = fresh.setdefault(id(held), wrapper(held))
             modules[parent]._modules[leaf] = held
+            if isinstance(modules[parent], nn.TransformerEncoderLayer):
+                # In eval it hands its layers' weights to a fused kernel, past any adapter, unless
+                # one of them has a hook.
+                held.register_forward_pre_hook(_nothing)
         if isinstance(held, AdaptedLayer):
             held.adapters[name] = adapters[id(held.base_layer)]
         else:
             held.copies[name] = copies[id(held.original_module)]
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
     activate(model, name)
+
+
+def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that is there to be seen."""
 
 
 def owned(model: nn.Module, name: str) -> Parts:
@@ -433,23 +455,24 @@ def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, Sa
 
 
 def check_alive(model: nn.Module) -> None:
-    """Raise TargetError where, after a backward, an adapter that trains has no gradient.
+    """Raise TargetError where, after a backward, a part that trains has no gradient at all.
 
-    Its layer's forward was not called: some modules read their layers' weights themselves (WavLM's
-    attention), past any adapter.
+    Its forward was not called: some modules read their layers' weights themselves (WavLM's
+    attention), past any adapter, and T5 calls its embedding by another path than `shared`.
     """
-    layers, _ = wrappers_of(model)
-    dead = [
-        name
-        for name, layer in layers.items()
-        for adapter in layer.active
-        if all(p.requires_grad and p.grad is None for p in layer.adapter(adapter).parameters())
+    layers, saved = wrappers_of(model)
+    acting: list[tuple[str, nn.Module]] = [
+        (path, layer.adapter(name)) for path, layer in layers.items() for name in layer.active
     ]
+    acting += [(path, keeper.current) for path, keeper in saved.items() if keeper.active]
+    trained = {path: [p for p in m.parameters() if p.requires_grad] for path, m in acting}
+    dead = [path for path, own in trained.items() if own and all(p.grad is None for p in own)]
     if dead:
+        flag = "--exclude-modules" if dead[0] in layers else "--modules-to-save without it"
         raise TargetError(
-            f"{len(dead)} of {len(layers)} adapters have no gradient, {dead[0]} among them: the"
-            " model reads their layers' weights past the adapters. Leave them out: set"
-            " --exclude-modules."
+            f"{len(dead)} of {len(trained)} trained modules have no gradient, {dead[0]} among them:"
+            " the model does not call them, it reads their weights itself or by another path."
+            f" Leave them out: set {flag}."
         )
 
 
@@ -603,12 +626,14 @@ def _known(model: nn.Module, name: str) -> None:
 
 
 def _keeps_base(model: nn.Module, verb: str) -> None:
-    for name, planned in injected(model).items():
-        if not planned.method.keeps_base:
-            raise MergeError(
-                f"{verb}: {planned.method.name} ({name!r}) trains the base itself and keeps no"
-                " originals. Load the base anew."
-            )
+    # A part of the model may have been injected into by itself.
+    for part in model.modules():
+        for name, planned in injected(part).items():
+            if not planned.method.keeps_base:
+                raise MergeError(
+                    f"{verb}: {planned.method.name} ({name!r}) trains the base itself and keeps no"
+                    " originals. Load the base anew."
+                )
 
 
 def check_restored(model: nn.Module, verb: str) -> None:
@@ -683,6 +708,13 @@ def eject(model: nn.Module) -> None:
 
     Every parameter requires a gradient again that did before the first injection.
     """
+    inside = [part for part in model.modules() if injected(part) and part is not model]
+    if inside:
+        names = [name for name, part in model.named_modules() if part is inside[0]]
+        raise MergeError(
+            f"eject: the adapters are those of the part {names[0]}. Call"
+            f" lora.eject(model.{names[0]})."
+        )
     if not injected(model):
         return
     layers, saved = wrappers_of(model)
@@ -703,5 +735,5 @@ def eject(model: nn.Module) -> None:
         parent._modules[leaf] = plain
     required = model.__dict__.pop("lora_required")
     del model.__dict__["lora_adapters"]
-    for name, parameter in base_parameters(model):
+    for name, parameter in _base_paths(model):
         parameter.requires_grad_(required.get(name, parameter.requires_grad))

@@ -36,12 +36,13 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
         for line in text[: text.rfind(b"\n") + 1].splitlines():
             row = json_object(line)
             if row["kind"] == "step":
-                steps.append({key: float(row[key]) for key in ("step", "epoch", "loss")})
+                counts = {key: int(row[key]) for key in ("step", "epoch")}
+                steps.append({**counts, "loss": float(row["loss"])})
             else:
                 epoch = {key: float(row[key]) for key in ("epoch", "loss", "dev_loss")}
                 dev = {str(name): float(value) for name, value in row["dev"].items()}
                 epochs.append({**epoch, "dev": dev})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error}. Run lora train again.") from None
     if not any(step["epoch"] == 1 for step in steps) or not all(epoch["dev"] for epoch in epochs):
         raise RunError(f"{path} is damaged: lines are missing. Run lora train again.")
@@ -102,7 +103,7 @@ def _loss(
     label: str | None,
 ) -> None:  # fmt: skip
     """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
-    per_epoch = int(max(s["step"] for s in steps if s["epoch"] == 1))
+    per_epoch = max(s["step"] for s in steps if s["epoch"] == 1)
     width = max(1, per_epoch // 10)
     losses = [step["loss"] for step in steps]
     smooth = [

@@ -11,10 +11,11 @@ summary.json       the result; there only when the run is complete
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
+import secrets
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -38,15 +39,15 @@ from rich.progress import (
 from torch import Tensor
 
 from lora import __version__
-from lora.adapter import METHODS, AdapterConfig
-from lora.checkpoint import json_object, load, save, write_whole
+from lora.adapter import METHODS, AdapterConfig, is_number
+from lora.checkpoint import json_object, load, save, write_together, write_whole
 from lora.config import RunConfig, from_table, read_toml, to_table
 from lora.data import Columns, Corpus, Encoded, Example, encode, read, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
-from lora.evaluate import answers, evaluate, predict
+from lora.evaluate import Evaluation, answers, evaluate, predict
 from lora.injection import inject
 from lora.models import Base, load_base
-from lora.train import fit
+from lora.train import Step, fit
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
     """Train, evaluate, record. Returns the summary. Raises LoraError, no directory left behind
     unless training had begun."""
     started = time.perf_counter()
-    asked = config
+    given = config
     directory = config.run_dir or default_directory(config)
     check_free(directory)
     with progress_bar() as progress, PeakMemory() as memory:
@@ -77,21 +78,19 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             report = inject(base.model, config.adapter, seed=config.seed)
         for line in filter(None, (config.note, corpus.note, said)):
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
-        progress.console.print(str(report), markup=False, highlight=False)
+        progress.console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
         create(directory, config)
         with recorder(directory) as metrics:
-            epochs = _train(config, base, corpus, splits, directory, metrics, progress)
-        name, held_out = corpus.held_out
-        final = evaluate(base.model, corpus, splits[name], held_out, 64, config.dtype, progress)
-        check_finite(final.loss, f"evaluating on {name}")
+            epochs, final = _train(config, base, corpus, splits, directory, metrics, progress)
         memory.sample()
+    name, held_out = corpus.held_out
     write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
     summary = {
         "method": config.method,
         "task": corpus.task,
-        "base": asked.base,
-        "data": asked.data,
+        "base": given.base,
+        "data": given.data,
         "seed": config.seed,
         "note": " ".join(filter(None, (config.note, corpus.note))),
         "trainable": report.trainable,
@@ -119,11 +118,14 @@ def _train(
     directory: Path,
     metrics: TextIO,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """The epochs: train, evaluate on dev, save. Returns a record of each."""
+) -> tuple[list[dict[str, Any]], Evaluation]:
+    """The epochs: train, evaluate on dev, save; then the held-out split.
+
+    Returns a record of each epoch, and the last evaluation.
+    """
     epochs: list[dict[str, Any]] = []
-    steps: list[Any] = []
-    good = "none: no epoch was finished"
+    steps: list[Step] = []
+    good, where = "none: no epoch was finished", ""
     bar = progress.add_task("training", total=None)
     try:
         assert config.learning_rate is not None
@@ -141,15 +143,19 @@ def _train(
             seed=config.seed,
         ):
             steps.append(step)
+            where = ""
             said = f"epoch {step.epoch}/{config.epochs} loss {step.loss:.3f}"
             progress.update(bar, total=step.steps, completed=step.step, description=said)
             record(metrics, {"kind": "step", **asdict(step)})
             if not step.epoch_ends:
                 continue
+            where = (
+                f"evaluating after step {step.step} (epoch {step.epoch},"
+                f" learning rate {step.learning_rate:.2e}): "
+            )
             dev = evaluate(
                 base.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
             )
-            check_finite(dev.loss, f"evaluating after epoch {step.epoch}")
             seen = sum(s.examples for s in steps)
             tokens = sum(s.tokens for s in steps)
             padded = sum(s.tokens / (1 - s.padding) for s in steps)
@@ -174,21 +180,18 @@ def _train(
                 soft_wrap=True,
             )
             steps.clear()
+        progress.remove_task(bar)
+        name, held_out = corpus.held_out
+        return epochs, evaluate(
+            base.model, corpus, splits[name], held_out, 64, config.dtype, progress
+        )
     except TrainingError as error:
         raise TrainingError(
-            f"{error} Last good state: {good}."
+            f"{where}{error}. Last good state: {good}."
             f" Run again with a lower --learning-rate than {config.learning_rate:g}."
         ) from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"Last good state: {good}.") from None
-    progress.remove_task(bar)
-    return epochs
-
-
-def check_finite(loss: float, when: str) -> None:
-    """Raise TrainingError where an evaluation's loss is no number."""
-    if not math.isfinite(loss):
-        raise TrainingError(f"{when}: loss {loss}.")
 
 
 def default_directory(config: RunConfig[Any]) -> Path:
@@ -199,29 +202,37 @@ def default_directory(config: RunConfig[Any]) -> Path:
 def check_free(directory: Path) -> None:
     """Raise RunError where a run directory exists or could not be made; makes nothing."""
     try:
-        there = directory.exists() or directory.is_symlink()
-        parent = next(p for p in directory.absolute().parents if p.exists())
+        there = os.path.lexists(directory)
     except (OSError, ValueError) as error:
-        raise RunError(f"--run-dir cannot be made: {error}.") from None
+        raise RunError(f"--run-dir cannot be made: {error}. Pass another.") from None
     if there:
         raise RunError(
             f"--run-dir {directory} exists: no run is written over. Pass another, or remove it."
         )
+    parent = next(path for path in directory.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "not writable" if parent.is_dir() else "no folder"
-        raise RunError(f"--run-dir {directory} cannot be made: {parent} is {why}.")
+        raise RunError(f"--run-dir {directory} cannot be made: {parent} is {why}. Pass another.")
 
 
 def create(directory: Path, config: RunConfig[Any]) -> None:
-    """Make the directory with config.toml and environment.json in it."""
+    """Make the directory, with config.toml and environment.json in it or not at all."""
+    files = {
+        "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
+        "environment.json": json.dumps(environment(), indent=2).encode(),
+    }
+    making = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
-        directory.mkdir(parents=True)
-    except OSError as error:
-        raise RunError(f"--run-dir {directory} cannot be made: {error.strerror}.") from None
-    _write(
-        directory / "config.toml", tomli_w.dumps(to_table(replace(config, run_dir=None))).encode()
-    )
-    _write(directory / "environment.json", json.dumps(environment(), indent=2).encode())
+        making.mkdir(parents=True)
+        try:
+            write_together(making, files)
+            making.rename(directory)
+        except BaseException:
+            shutil.rmtree(making)
+            raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"--run-dir {directory} cannot be made: {reason}. Pass another.") from None
 
 
 def environment() -> dict[str, Any]:
@@ -335,9 +346,9 @@ def reopen(directory: Path) -> Trained:
     if not path.is_file():
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
     table = read_toml(path)
-    config = from_table(table, table.get("method"))
-    if config.task == "auto" or (config.task == "classification" and not config.labels):
-        raise RunError(f"{path} names no task and labels: not of a run. Run lora train.")
+    config = from_table(table, table.get("method", ""))
+    if config.task == "auto" or (config.task == "classification") != bool(config.labels):
+        raise RunError(f"{path} names no task with its labels: not of a run. Run lora train.")
     base = load_base(config.base, len(config.labels) or 1, config.task, config.seed)
     load(base.model, directory / "adapter")
     device = pick_device()
@@ -345,14 +356,18 @@ def reopen(directory: Path) -> Trained:
 
 
 def summary_of(directory: Path) -> dict[str, Any]:
-    """The result of a complete run."""
+    """The result of a complete run. Raises RunError where there is none, or it is damaged."""
+    path = directory / "summary.json"
+    if not path.is_file():
+        raise RunError(f"{directory} holds no complete run: no summary.json. Run lora train.")
+    kinds = {"method": str, "task": str, "metrics": dict, "epochs": list}
     try:
-        found = json_object((directory / "summary.json").read_bytes())
-        found["method"], found["task"], found["metrics"], found["epochs"]
-    except (OSError, ValueError, KeyError):
-        raise RunError(
-            f"{directory} holds no complete run: no summary.json. Run lora train."
-        ) from None
+        found = json_object(path.read_bytes())
+        odd = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]
+        if odd or not all(map(is_number, found["metrics"].values())):
+            raise ValueError(f"{', '.join(odd) or 'metrics'} not as a run writes it")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}. Remove {directory}, run it again.") from None
     return found
 
 
@@ -394,7 +409,10 @@ def _write(path: Path, payload: bytes) -> None:
     try:
         write_whole(path, payload)
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}. Free space, or pass another"
+            " folder."
+        ) from error
 
 
 @contextmanager
@@ -405,7 +423,10 @@ def recorder(directory: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}. Free space, or pass another"
+            " folder."
+        ) from error
 
 
 def record(metrics: TextIO, row: dict[str, Any]) -> None:
@@ -469,8 +490,8 @@ class PeakMemory:
             status = Path("/proc/self/status").read_text()
         except OSError:
             return 0
-        line = next(line for line in status.splitlines() if line.startswith("RssAnon"))
-        return int(line.split()[1]) * 1024
+        lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
+        return int(lines[0].split()[1]) * 1024 if lines else 0
 
     def peak(self, device: torch.device) -> int:
         """Bytes above the start, or of the device."""
@@ -518,6 +539,8 @@ def predict_texts(
     """Label texts, or the rows of a file, with a run's model."""
     if (data is None) == (not texts):
         raise DataError("one of --text and --data FILE is needed.")
+    if data is None and columns != Columns():
+        raise ConfigError("columns are of --data. Leave --text-column and its like out.")
     if pairs and len(pairs) != len(texts):
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs. Pass one --pair per --text.")
     if output is not None and output.exists():

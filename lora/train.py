@@ -57,12 +57,13 @@ def fit(
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     lengths = encoded.lengths
-    plan = [(e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e)]
-    last = {epoch: number for number, (epoch, _) in enumerate(plan)}
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    steps = epochs * per_epoch
+    plan = ((e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(groups(trained, weight_decay), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda number: slope(number, len(plan), warmup)
+        optimizer, lambda number: slope(number, steps, warmup)
     )
     for number, (epoch, rows) in enumerate(plan):
         started = time.perf_counter()
@@ -80,8 +81,8 @@ def fit(
         value = loss.item()
         if not math.isfinite(value) or not math.isfinite(float(norm)):
             raise TrainingError(
-                f"step {number + 1} of {len(plan)} (epoch {epoch + 1}, learning rate {rate:.2e}):"
-                f" loss {value}, gradient norm {float(norm)}."
+                f"step {number + 1} of {steps} (epoch {epoch + 1}, learning rate {rate:.2e}):"
+                f" loss {value}, gradient norm {float(norm)}"
             )
         optimizer.step()
         schedule.step()
@@ -89,7 +90,7 @@ def fit(
         tokens = sum(len(encoded.fields[row]["input_ids"]) for row in rows)
         yield Step(
             step=number + 1,
-            steps=len(plan),
+            steps=steps,
             epoch=epoch + 1,
             loss=value,
             learning_rate=rate,
@@ -98,7 +99,7 @@ def fit(
             tokens=tokens,
             padding=1 - tokens / batch["input_ids"].numel(),
             seconds=time.perf_counter() - started,
-            epoch_ends=last[epoch] == number,
+            epoch_ends=(number + 1) % per_epoch == 0,
         )
 
 

@@ -556,3 +556,16 @@ def test_a_foreign_file_must_name_modules_that_are_there(saved: Path) -> None:
     settings = json.loads((saved / CONFIG).read_text())
     (saved / CONFIG).write_text(json.dumps(settings | {"modules_to_save": ["klassifier"]}))
     refused(saved, "no module matches modules_to_save entry 'klassifier'")
+
+
+def test_another_width_is_no_other_rank(saved: Path) -> None:
+    """A rank is only offered where it is the rank that differs."""
+    import transformers
+
+    config = transformers.DistilBertConfig(
+        dim=64, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=99, num_labels=2
+    )
+    wide = transformers.DistilBertForSequenceClassification(config)
+    with pytest.raises(lora.CheckpointError, match="does not fit") as caught:
+        lora.load(wide, saved)
+    assert "Set r to" not in str(caught.value)

@@ -277,7 +277,7 @@ BROKEN = {
     "r below 1": (("--r", "0"), "r must be a whole number of at least 1, found 0"),
     "r that is a word": (("--r", "four"), "four"),
     "an unknown flag": (("--rank", "4"), "--rank"),
-    "an unknown method": (("--method", "dropconnect"), "--method dropconnect is unknown. Found"),
+    "an unknown method": (("--method", "dropconnect"), "--method 'dropconnect' is unknown. Found"),
     "an unknown task": (("--task", "chess"), "chess"),
     "a flag of another method": (("--method", "full", "--r", "4"), "--r"),
     "no epoch": (("--epochs", "0"), "epochs must be"),
@@ -287,10 +287,17 @@ BROKEN = {
     "a hub that is away": (("--base", "gpt2"), "does not answer"),
     "a data hub that is away": (("--data", "glue/sst2"), "Run lora train --data demo"),
     "a base that is none": (("--base", "/no/such/folder"), "no such folder"),
-    "a missing config": (("--config", "nowhere.toml"), "--config nowhere.toml cannot be read"),
+    "a missing config": (("--config", "nowhere.toml"), "nowhere.toml cannot be read"),
     "a length past the positions": (("--max-length", "5000"), "has 512 positions"),
     "a label set that is another": (("--labels", "no", "yes"), "is outside the set no, yes"),
     "a label given twice": (("--labels", "0", "0"), "labels must be distinct"),
+    "a list given twice": (
+        ("--target-modules", "q_lin", "--target-modules=v_lin"),
+        "--target-modules is given twice. Write --target-modules A B",
+    ),
+    "a seed past its range": (("--seed", str(2**63)), "from 0 to 2**63 - 1"),
+    "an argument that is no text": (("--note", "\udcff"), "is not in this system's encoding"),
+    "a rank past the memory": (("--r", str(10**9)), "GiB as set, the machine has"),
 }
 
 
@@ -329,6 +336,77 @@ def test_a_broken_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
+def test_a_regression_that_diverges_stops_the_run(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["text\tlabel", *(f"{'very ' * (i % 5)}good\t{i % 5}.5" for i in range(20))]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "data" / f"{split}.tsv").write_text("\n".join(lines))
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", tmp_path / "data", "--epochs", 1, "--run-dir", run)
+    assert lora("train", *arguments, "--batch-size", 20, "--learning-rate", "1e30") == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "TrainingError: evaluating after step 1 (epoch 1, learning rate 1.00e+30): loss" in err
+    assert "Last good state: none" in err
+
+
+def test_epochs_without_end_begin_at_once(base: str, tmp_path: Path) -> None:
+    """The plan of the batches is not held: it would fill the memory before the first step."""
+    from lora.train import fit
+
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    assert lora("train", *arguments, "--epochs", 1) == 0
+    from lora.run import encode_splits, read_corpus, reopen
+
+    trained = reopen(run)
+    splits = encode_splits(trained.config, read_corpus(trained.config), trained.tokenizer)
+    for parameter in trained.model.classifier.parameters():
+        parameter.requires_grad_(True)
+    step = next(fit(trained.model, splits["train"], "classification", 10**12, 16, 1e-3))
+    assert step.steps == 2 * 10**12
+
+
+def test_a_damaged_summary_is_called_so_and_the_run_done_anew(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    arguments = ("compare", "--base", base, "--data", data(tmp_path / "data"), "--run-dir", runs)
+    arguments = (*arguments, "--epochs", 1, "--methods", "lora")
+    assert lora(*arguments) == 0
+    path = runs / "lora-0" / "summary.json"
+    whole = json.loads(path.read_text())
+    for content in ("{", "", "[" * 99_999, json.dumps(whole | {"task": 1}),
+                    json.dumps(whole | {"metrics": {"accuracy": "high"}})):  # fmt: skip
+        path.write_text(content)
+        assert lora("eval", "--predictions", runs / "lora-0" / "predictions.jsonl") == 2
+        assert "summary.json is damaged" in capsys.readouterr().err
+    assert lora(*arguments) == 0
+    assert "done anew" in capsys.readouterr().err
+    assert json.loads(path.read_text())["metrics"] == whole["metrics"]
+    (runs / "lora-0" / "config.toml").unlink()
+    assert lora(*arguments) == 2
+    assert "is no run: no config.toml" in capsys.readouterr().err
+
+
+def test_comparisons_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.toml"
+    for content, words in {
+        "seeds = []": "seeds must be a list of whole numbers, one at least",
+        "seeds = 3": "seeds must be a list",
+        "methods = 3": "methods must be tables",
+        "r = " + "9" * 5000: "cannot be read",
+    }.items():
+        path.write_text(content)
+        assert lora("compare", "--config", path, "--run-dir", tmp_path / "runs") == 2
+        assert words in capsys.readouterr().err
+    path.write_text(f"run_dir = {json.dumps(str(tmp_path / 'there'))}")
+    assert lora("compare", "--config", path, "--dry-run") == 0
+    assert f"{tmp_path / 'there'}/lora-0" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_run_directories_that_cannot_be(
     trained: Path, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -338,8 +416,9 @@ def test_run_directories_that_cannot_be(
     assert "exists: no run is written over" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     (tmp_path / "file").write_text("in the way")
-    assert lora(*arguments, "--run-dir", tmp_path / "file" / "run") == 2
-    assert "cannot be made" in capsys.readouterr().err
+    for folder, words in ((tmp_path / "file" / "run", "cannot be made"), ("/", "exists")):
+        assert lora(*arguments, "--run-dir", folder) == 2
+        assert words in capsys.readouterr().err
     for verb in ("eval", "predict", "plot"):
         extra = ("--text", "x") if verb == "predict" else ()
         assert lora(verb, tmp_path / "nowhere", *extra) == 2
@@ -424,6 +503,26 @@ def test_no_traceback_where_the_disk_is_full(base: str, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_run_directory_is_made_whole_or_not_at_all(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lora.run
+
+    real = lora.run.write_together
+
+    def full(folder: Path, files: dict[str, bytes]) -> None:
+        if "environment.json" in files:
+            raise OSError(28, "No space left on device")
+        real(folder, files)
+
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 1)
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(lora.run, "write_together", full)
+    assert main(list(map(str, ("train", *arguments, "--run-dir", runs / "one")))) == 2
+    assert "one cannot be made: No space left on device" in capsys.readouterr().err
+    assert list(runs.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_the_first_versions_commands(tmp_path: Path) -> None:
     """From the repository's root, without a hub: loud, on the embedded default, recorded."""
@@ -506,7 +605,7 @@ def test_an_evaluation_that_is_not_finite_is_no_result(
     arguments = (*arguments, "--learning-rate", "1e30", "--batch-size", 99, "--epochs", 1)
     assert lora("train", *arguments) == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "TrainingError: evaluating after epoch 1: loss" in err
+    assert "TrainingError: evaluating after step 1 (epoch 1, learning rate 1.00e+30): loss" in err
     assert "Last good state: none" in err
     assert not (run / "adapter").exists()
 
@@ -519,6 +618,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(trained: Path, tmp_path: Path
     )
     assert json.loads(done.stdout)["text"] == "a good film"
     assert "Traceback" not in done.stderr
+    for place in ("| true", "> /dev/full"):
+        command = f"'{sys.executable}' -m lora --help {place}"
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert "Traceback" not in done.stderr
 
 
 def test_other_places_that_cannot_be_written(
@@ -593,6 +698,9 @@ def test_flags_that_would_say_nothing_are_refused(
         ("compare", "--seed", "1"): "--seed is of one run. A comparison takes --seeds",
         ("compare", "--method=full"): "--method is of one run. A comparison takes --methods",
         ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",
+        ("predict", trained, "--text", "x", "--text-column", "y"): "columns are of --data",
+        ("predict", trained, "--text", "x", "--text", "y"): "--text is given twice",
+        ("methods", "--verbose"): "lora methods takes no --verbose",
     }.items():
         assert lora(*arguments) == 2
         assert words in capsys.readouterr().err
@@ -613,7 +721,7 @@ def test_predictions_are_scored_as_the_run_beside_them_was(
     assert "mse 0.1250" in capsys.readouterr().out
     (tmp_path / "summary.json").write_text("[" * 100_000)
     assert lora("eval", "--predictions", predictions) == 2
-    assert "holds no complete run" in capsys.readouterr().err
+    assert "summary.json is damaged: nested too deeply" in capsys.readouterr().err
 
 
 def test_a_run_outlives_a_comparison_that_is_killed(tmp_path: Path) -> None:

@@ -259,21 +259,30 @@ def test_the_attention_of_torch_is_not_wrapped_dead() -> None:
         lora.inject(model, lora.LoRAConfig(target_modules=("out_proj",)))
 
 
-def test_the_fast_path_of_torchs_encoder_layer_is_not_left_to_skip_the_adapter() -> None:
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
-    with pytest.raises(lora.TargetError, match="set_fastpath_enabled"):
-        lora.inject(model, lora.LoRAConfig())
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fast_path_of_torchs_encoder_does_not_skip_the_adapter(masked: bool) -> None:
+    """In eval and without gradients torch hands the layers' weights to a fused kernel."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(2, 3, 8)
+    mask = torch.tensor([[False, False, False], [False, False, True]]) if masked else None
+    with torch.no_grad():
+        base = model(x, src_key_padding_mask=mask)
         report = lora.inject(model, lora.LoRAConfig())
-        assert report.plan.targets == ("linear1", "linear2")
-        x = torch.randn(2, 3, 8)
-        with torch.no_grad():
-            before = model(x)
-            perturb(model)
-            assert not torch.equal(model(x), before)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
+        assert len(report.plan.targets) == 4
+        perturb(model)
+        found = model(x, src_key_padding_mask=mask)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            wanted = model(x, src_key_padding_mask=mask)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        real = torch.ones(2, 3, dtype=torch.bool) if mask is None else ~mask
+        assert torch.allclose(found[real], wanted[real], atol=1e-6)
+        assert not torch.allclose(found[real], base[real], atol=1e-2)
+        lora.eject(model)
+        assert torch.equal(model(x, src_key_padding_mask=mask), base)
 
 
 def test_a_start_on_the_meta_device_ends_in_the_same_bits() -> None:
@@ -407,8 +416,8 @@ def test_a_saved_module_reached_by_two_paths_has_one_copy() -> None:
          "no layer matches"),
         (plain, {"exclude_modules": "("}, "exclude_modules='\\(' is no regular expression"),
         (plain, {"target_modules": "a{99999999999}"}, "is no regular expression"),
-        (plain, {"r": 10**12}, "no adapter can be made for 0"),
-        (plain, {"r": 10**30}, "no adapter can be made for 0"),
+        (plain, {"r": 10**12}, "no adapter can be made: lora needs .* GiB"),
+        (plain, {"r": 10**30}, "no adapter can be made: lora needs .* GiB"),
     ],
     ids=range(9),
 )  # fmt: skip
@@ -548,7 +557,7 @@ def test_an_adapter_that_the_model_reads_past_is_found_after_the_first_backward(
     model = transformers.WavLMModel(config)
     lora.inject(model, lora.LoRAConfig(target_modules=("q_proj", "output_dense")))
     model(torch.randn(1, 800)).last_hidden_state.sum().backward()
-    with pytest.raises(lora.TargetError, match=r"2 of 4 adapters have no gradient.*q_proj"):
+    with pytest.raises(lora.TargetError, match=r"2 of 4 trained modules have no gradient.*q_proj"):
         check_alive(model)
     lora.eject(model)
     lora.inject(model, lora.LoRAConfig(target_modules=("output_dense",)))
@@ -642,3 +651,111 @@ def test_the_mask_is_drawn_in_float32() -> None:
     lora.inject(model, lora.LoRAConfig(lora_dropout=0.1))
     mask = model[0].adapter("default").draw_mask(torch.ones(50, 6, dtype=torch.bfloat16))
     assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1.0).div(0.9))}
+
+
+def test_a_saved_module_that_the_model_calls_by_another_path_is_found() -> None:
+    """T5's encoder and decoder have embeddings of their own, whose weight `shared` only shares."""
+    config = transformers.T5Config(
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        vocab_size=40,
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    lora.inject(model, lora.LoRAConfig(target_modules=("q",), modules_to_save=("shared",)))
+    ids = torch.tensor([[3, 4, 5]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(lora.TargetError, match="shared among them.*--modules-to-save without it"):
+        check_alive(model)
+
+
+def test_a_part_with_adapters_is_known_from_the_whole() -> None:
+    whole = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2))
+    lora.inject(whole[0], lora.FullConfig())
+    with pytest.raises(lora.MergeError, match="keeps no originals"), lora.disabled(whole):
+        pass
+    with pytest.raises(lora.MergeError, match="keeps no originals"):
+        lora.merge(whole)
+    lora.eject(whole[0])
+    lora.inject(whole[0], lora.LoRAConfig())
+    with pytest.raises(lora.MergeError, match=r"those of the part 0. Call lora.eject\(model.0\)"):
+        lora.eject(whole)
+    compiled = torch.compile(whole[0], backend="eager")
+    with pytest.raises(lora.MergeError, match=r"lora.eject\(model._orig_mod\)"):
+        lora.eject(compiled)
+    lora.eject(whole[0])
+    assert [type(module).__name__ for module in whole[0]] == ["Linear", "Linear"]
+
+
+def test_a_weight_that_was_tied_trains_again_after_eject() -> None:
+    model = gpt2()
+    lora.inject(model, lora.LoRAConfig(modules_to_save=("wte",)))
+    lora.merge(model)
+    lora.eject(model)
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_method_in_two_files_is_refused() -> None:
+    body = {"name": "lora", "__module__": "lora.methods.mine", "__qualname__": "LoRA"}
+    with pytest.raises(lora.ConfigError, match="two methods are named 'lora'"):
+        type("LoRA", (lora.Adapter,), body)
+    assert lora.METHODS["lora"].Config is lora.LoRAConfig
+
+
+def test_restore_brings_back_a_bias_that_was_written_to_while_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lora.inject(model, lora.LoRAConfig())
+    lora.restore(model)  # nothing to undo
+    layer = model[0]
+    kept = layer.weight.clone(), layer.bias.clone()
+    lora.merge(model)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+    lora.restore(model)
+    assert torch.equal(layer.weight, kept[0])
+    assert torch.equal(layer.bias, kept[1])
+
+
+def test_a_saved_module_is_indexed_and_walked_as_what_it_holds() -> None:
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 4)
+            self.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.head if self.head else ():
+                x = layer(x)
+            return x + self.head[-1].bias[0] + len(self.head)
+
+    model, x = Headed(), torch.ones(1, 4)
+    wanted = model(x)
+    lora.inject(model, lora.LoRAConfig(target_modules=("body",), modules_to_save=("head",)))
+    assert torch.equal(model(x), wanted)
+    assert bool(model.head)
+    model(x).sum().backward()
+    assert model.head.current[1].bias.grad is not None
+
+
+def test_adapters_held_in_sixteen_bits_merge_from_float32() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    lora.inject(model, lora.LoRAConfig(r=8))
+    perturb(model)
+    model.to(torch.bfloat16)
+    layer = model[0]
+    adapter = layer.adapter("default")
+    A, B = adapter.lora_A.float(), adapter.lora_B.float()
+    wanted = (layer.base_layer.weight.float() + adapter.scaling * B @ A).to(torch.bfloat16)
+    lora.merge(model)
+    assert torch.equal(layer.weight, wanted)
+
+
+def test_wrappers_take_the_mode_of_what_they_wrap() -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(modules_to_save=("classifier",)))
+    assert not any(module.training for module in model.modules())

@@ -225,6 +225,7 @@ def test_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone(
     found = batches(lengths, size, seed, epoch)
     assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
     assert all(0 < len(batch) <= size for batch in found)
+    assert len(found) == -(-len(lengths) // size)
     torch.manual_seed(epoch)
     assert batches(lengths, size, seed, epoch) == found
 
@@ -353,7 +354,7 @@ def test_minus_one_is_a_label_where_train_has_it(tmp_path: Path) -> None:
     hidden = hidden.replace("-1", "-1.0")
     corpus = read(folder(tmp_path, train=TSV, dev=TSV, test=hidden))
     assert corpus.held_out[0] == "dev"
-    assert "the labels of test are hidden" in corpus.note
+    assert "the split test hides its labels" in corpus.note
 
 
 def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
@@ -397,3 +398,26 @@ def test_references_are_read_as_they_are_written(tmp_path: Path) -> None:
     assert read_predictions(path) == (["a"], [["[laughs] hello"]])
     with pytest.raises(DataError, match="line 1: needs prediction and label"):
         read_predictions(write(path, '{"prediction": "a", "references": []}\n'))
+
+
+def test_a_split_without_trains_label_is_left_out_and_said(tmp_path: Path) -> None:
+    corpus = read(folder(tmp_path, dev=TSV, test="id\tsentence\n0\tgood\n1\tbad\n"))
+    assert corpus.test == ()
+    assert "the split test has no label, and is left out" in corpus.note
+
+
+def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:
+    from lora.data import _sorted_labels
+
+    for labels in ({"1", "01", "2"}, {"2", "01", "1"}):
+        assert _sorted_labels(labels) == ("01", "1", "2")
+
+
+def test_a_mask_is_made_where_the_tokenizer_leaves_it_out() -> None:
+    from lora.data import Example, encode
+    from lora.models import load_base
+
+    tokenizer = load_base("demo", 2, "classification", 0).tokenizer
+    tokenizer.model_input_names = ["input_ids"]
+    found = encode(tokenizer, [Example("a good film", None, None)], [0.0], "classification", 16)
+    assert found.fields[0]["attention_mask"].tolist() == [1] * 5

@@ -100,3 +100,31 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("nyu-mll/glue", "sst2"), ("owner/name", None), ("owner/name", "config")]
     with pytest.raises(DataError, match="owner/missing cannot be loaded from the hub: no such"):
         read("owner/missing")
+
+
+def test_five_seconds_are_five_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """urlopen's own limit is per address, and does not count the look-up of the name."""
+    import huggingface_hub.constants
+
+    import lora.models
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked: list[float | None] = []
+
+    class Asking(threading.Thread):
+        def join(self, timeout: float | None = None) -> None:
+            asked.append(timeout)
+            super().join(0.01)
+
+    held = threading.Event()
+    monkeypatch.setattr(lora.models.threading, "Thread", Asking)
+    monkeypatch.setattr(lora.models, "_probe", lambda: held.wait(60))
+    lora.models.hub_answers.cache_clear()
+    try:
+        assert not lora.models.hub_answers()
+        assert asked == [5]
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+    finally:
+        held.set()
+        lora.models.hub_answers.cache_clear()

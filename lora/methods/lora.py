@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, AdapterConfig, autocast_on, check, is_number
+from lora.adapter import Adapter, AdapterConfig, check, is_number
 from lora.layers import View
 
 
@@ -45,7 +45,7 @@ class LoRA(Adapter):
     x (..., in) -> y (..., out), dtype of base_layer(x)
     lora_A (r, in)   kaiming_uniform(a=√5); the paper says Gaussian, loralib and PEFT do this
     lora_B (out, r)  zeros, so W' = W at step 0
-    Both are held in float32 at least, whatever the base's dtype.
+    Both are made in float32 at least, whatever the base's dtype.
     Cost: r·(in+out) parameters; 2·r·(in+out) FLOP per token.   Raises: ConfigError if r < 1.
     """
 
@@ -95,9 +95,7 @@ class LoRA(Adapter):
         return W + self.scaling * (self.lora_B @ self.lora_A), b
 
     def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        dropped = x if mask is None else x * mask
-        if not autocast_on(x):
-            dropped = dropped.to(self.lora_A.dtype)
+        dropped = (x if mask is None else x * mask).to(self.lora_A.dtype)
         h = F.linear(dropped, self.lora_A)  # (..., r)
         return self.scaling * F.linear(h, self.lora_B)
 
