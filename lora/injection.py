@@ -568,16 +568,25 @@ def check_statistics(model: nn.Module, planned: Plan) -> None:
 
 
 def _note(model: nn.Module, planned: Plan) -> str:
-    """What PEFT would make of the saved modules' names, where it is not what we do."""
+    """What saving these modules means where it is not plain to see."""
+    notes = []
     names = [name for name, _ in walk(model) if name not in planned.saved]
     for path in planned.saved:
         more = [name for name in names if name.endswith(path) and not name.endswith("." + path)]
         if more:
-            return (
+            notes.append(
                 f"PEFT takes modules_to_save={path!r} to mean {', '.join(more)} too, and"
                 " cannot read the saved file. Name both where PEFT shall read it."
             )
-    return ""
+    places: dict[int, list[str]] = {}
+    for name, parameter in _base_paths(model):
+        places.setdefault(id(parameter), []).append(name)
+    for tied in places.values():
+        copied = [name for name in tied if any(_inside(name, path) for path in planned.saved)]
+        if copied and len(copied) < len(tied):
+            left = [name for name in tied if name not in copied]
+            notes.append(f"{copied[0]} trains apart from {left[0]}, which it was tied to.")
+    return "\n".join(notes)
 
 
 def init(model: nn.Module, seed: int, name: str = "default") -> None:

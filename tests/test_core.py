@@ -692,7 +692,8 @@ def test_a_part_with_adapters_is_known_from_the_whole() -> None:
 
 def test_a_weight_that_was_tied_trains_again_after_eject() -> None:
     model = gpt2()
-    lora.inject(model, lora.LoRAConfig(modules_to_save=("wte",)))
+    report = lora.inject(model, lora.LoRAConfig(modules_to_save=("wte",)))
+    assert "transformer.wte.weight trains apart from lm_head.weight" in str(report)
     lora.merge(model)
     lora.eject(model)
     assert model.lm_head.weight is not model.transformer.wte.weight
