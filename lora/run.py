@@ -143,7 +143,6 @@ def _train(
             seed=config.seed,
         ):
             steps.append(step)
-            where = ""
             said = f"epoch {step.epoch}/{config.epochs} loss {step.loss:.3f}"
             progress.update(bar, total=step.steps, completed=step.step, description=said)
             record(metrics, {"kind": "step", **asdict(step)})
@@ -156,6 +155,7 @@ def _train(
             dev = evaluate(
                 base.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
             )
+            where = ""
             seen = sum(s.examples for s in steps)
             tokens = sum(s.tokens for s in steps)
             padded = sum(s.tokens / (1 - s.padding) for s in steps)
@@ -182,6 +182,7 @@ def _train(
             steps.clear()
         progress.remove_task(bar)
         name, held_out = corpus.held_out
+        where = f"evaluating on {name} after the last step: "
         return epochs, evaluate(
             base.model, corpus, splits[name], held_out, 64, config.dtype, progress
         )

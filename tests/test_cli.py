@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 from lora.cli import VERBS, main
+from lora.errors import TrainingError
 
 REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
 
@@ -447,31 +448,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     arguments = (*arguments, "--method", "full", "--max-grad-norm", "1e30")
     assert lora("train", *arguments, "--learning-rate", "1e12", "--epochs", 9) == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "TrainingError: step" in err
+    assert err.count("TrainingError: step") == 1
     assert "learning rate" in err
     assert "Last good state: " in err
     assert "lower --learning-rate than 1e+12" in err
     assert not (run / "summary.json").exists()
 
 
-def test_an_interrupted_run_says_what_is_good(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted. Last good state: epoch 1, in"),
+        (TrainingError("step 4 of 6: loss nan"), 2,
+         "TrainingError: step 4 of 6: loss nan. Last good state: epoch 1, in"),
+    ],
+    ids=["interrupted", "diverged"],
+)  # fmt: skip
+def test_a_run_that_stops_says_what_is_good(
+    stop: BaseException, code: int, said: str,
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     import lora.run
 
     real = lora.run.fit
 
-    def interrupted(*args: object, **kwargs: object):
+    def stopped(*args: object, **kwargs: object):
         for step in real(*args, **kwargs):
+            if step.step == 4:
+                raise stop
             yield step
-            if step.step == 3:
-                raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora.run, "fit", interrupted)
+    monkeypatch.setattr(lora.run, "fit", stopped)
     run = tmp_path / "run"
     arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
-    assert main(list(map(str, ("train", *arguments)))) == 130
-    assert "Last good state: epoch 1, in" in capsys.readouterr().err
+    assert main(list(map(str, ("train", *arguments)))) == code
+    err = capsys.readouterr().err
+    assert said in err
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert not (run / "summary.json").exists()
 
