@@ -72,7 +72,10 @@ def evaluate(
     logits = predict(model, encoded, batch_size, dtype, progress)
     loss = float(task_loss(logits, encoded.targets, corpus.task))
     if not math.isfinite(loss):
-        raise TrainingError(f"loss {loss} over {len(examples)} rows")
+        raise TrainingError(
+            f"loss {loss} over {len(examples)} rows: there is nothing to score. Check the labels"
+            " and the learning rate."
+        )
     return Evaluation(
         logits=logits,
         loss=loss,

@@ -509,7 +509,7 @@ def inject(model: nn.Module, config: MethodConfig, name: str = "default", seed: 
     """Put a method's adapters on the layers that config names, in place, and freeze all else.
 
     The initial values are a function of (seed, layer's name) alone. A head never trains by
-    by itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
+    itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
     """
     check_name(name)
     check_seed(seed)

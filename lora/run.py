@@ -188,7 +188,7 @@ def _train(
         )
     except TrainingError as error:
         raise TrainingError(
-            f"{where}{error}. Last good state: {good}."
+            f"{where}{error} Last good state: {good}."
             f" Run again with a lower --learning-rate than {config.learning_rate:g}."
         ) from None
     except KeyboardInterrupt:
@@ -410,10 +410,12 @@ def _write(path: Path, payload: bytes) -> None:
     try:
         write_whole(path, payload)
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror or error}. Free space, or pass another"
-            " folder."
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> RunError:
+    reason = error.strerror or error
+    return RunError(f"{path} cannot be written: {reason}. Free space, or pass another folder.")
 
 
 @contextmanager
@@ -424,10 +426,7 @@ def recorder(directory: Path) -> Iterator[TextIO]:
         with path.open("w", encoding="utf-8") as file:
             yield file
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written: {error.strerror or error}. Free space, or pass another"
-            " folder."
-        ) from error
+        raise _unwritable(path, error) from error
 
 
 def record(metrics: TextIO, row: dict[str, Any]) -> None:

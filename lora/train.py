@@ -82,7 +82,7 @@ def fit(
         if not math.isfinite(value) or not math.isfinite(float(norm)):
             raise TrainingError(
                 f"step {number + 1} of {steps} (epoch {epoch + 1}, learning rate {rate:.2e}):"
-                f" loss {value}, gradient norm {float(norm)}"
+                f" loss {value}, gradient norm {float(norm)}."
             )
         optimizer.step()
         schedule.step()

@@ -352,23 +352,6 @@ def test_a_regression_that_diverges_stops_the_run(
     assert "Last good state: none" in err
 
 
-def test_epochs_without_end_begin_at_once(base: str, tmp_path: Path) -> None:
-    """The plan of the batches is not held: it would fill the memory before the first step."""
-    from lora.train import fit
-
-    run = tmp_path / "run"
-    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
-    assert lora("train", *arguments, "--epochs", 1) == 0
-    from lora.run import encode_splits, read_corpus, reopen
-
-    trained = reopen(run)
-    splits = encode_splits(trained.config, read_corpus(trained.config), trained.tokenizer)
-    for parameter in trained.model.classifier.parameters():
-        parameter.requires_grad_(True)
-    step = next(fit(trained.model, splits["train"], "classification", 10**12, 16, 1e-3))
-    assert step.steps == 2 * 10**12
-
-
 def test_a_damaged_summary_is_called_so_and_the_run_done_anew(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -459,7 +442,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     ("stop", "code", "said"),
     [
         (KeyboardInterrupt(), 130, "interrupted. Last good state: epoch 1, in"),
-        (TrainingError("step 4 of 6: loss nan"), 2,
+        (TrainingError("step 4 of 6: loss nan."), 2,
          "TrainingError: step 4 of 6: loss nan. Last good state: epoch 1, in"),
     ],
     ids=["interrupted", "diverged"],

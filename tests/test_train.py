@@ -145,6 +145,12 @@ def test_steps_count_examples_and_tokens() -> None:
     assert all(0 <= step.padding < 0.5 for step in steps)
 
 
+def test_epochs_without_end_begin_at_once() -> None:
+    """The plan of the batches is not held: it would fill the memory before the first step."""
+    step = next(fit(adapted(), encoded(), "classification", 10**12, 8, 1e-2))
+    assert step.steps == 5 * 10**12
+
+
 def test_batches_do_not_run_from_short_to_long() -> None:
     lengths = range(3, 603)
     one, two = (batches(lengths, 8, 0, epoch) for epoch in (0, 1))
