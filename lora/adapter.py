@@ -5,6 +5,7 @@
     └── Selection   no new parameters: it trains some of those that exist
     AdaptedLayer    a base layer and its named adapters, in the base layer's place
     SavedModule     a module trained as a whole: a copy beside the frozen original
+    Selected        parameters of the base that train, beside their frozen originals
 
 Without dropout y = apply(view, x, *merged(W, b)). In training with dropout, for the mask m,
 y = apply(view, x, W, b) + apply(view, m ∘ x, W' − W, b' − b). That is the specification; a method
@@ -18,7 +19,7 @@ import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import EllipsisType
 from typing import Any, ClassVar
@@ -30,6 +31,7 @@ from lora.errors import ConfigError, MergeError
 from lora.layers import View, apply, views
 
 METHODS: dict[str, type[Method]] = {}
+
 
 
 def check(field: str, value: object, wanted: str, good: bool) -> None:
@@ -60,26 +62,55 @@ def names_tuple(field: str, value: object) -> tuple[str, ...]:
     return tuple(dict.fromkeys(ordered))
 
 
+def whole_number(field: str, value: object, least: int = 1) -> None:
+    """Raise ConfigError unless the value is an int of at least `least`."""
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    check(field, value, f"a whole number of at least {least}", good)
+
+
+def probability(field: str, value: object) -> None:
+    """Raise ConfigError unless the value is a dropout's probability."""
+    check(field, value, "a number with 0 <= p < 1", is_number(value) and 0 <= value < 1)  # type: ignore[operator]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
     """The settings of a method. Fields bear the names of PEFT's adapter_config.json."""
 
     training_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that do not change what a saved adapter computes."""
+    unsaved: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that PEFT's file does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterConfig(MethodConfig):
+class PartialConfig(MethodConfig):
+    """The settings of a method that leaves most of the base frozen."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained as a whole and saved with the adapter, such as a new head."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "modules_to_save", names_tuple("modules_to_save", self.modules_to_save)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(PartialConfig):
     """The settings of a method that wraps layers."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
     """Layers to adapt: names or their dotted endings, a regular expression, or all-linear."""
     exclude_modules: str | tuple[str, ...] | None = None
     """Layers to leave alone, in the same forms."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules trained as a whole and saved with the adapter, such as a new head."""
+    layers_to_transform: tuple[int, ...] = ()
+    """Numbers of the blocks to adapt, from 0; for names in target_modules. Default: all."""
+    layers_pattern: tuple[str, ...] = ()
+    """Names of the lists that the blocks are numbered in, such as layers or h. Default: any."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
             if value is None and field == "exclude_modules":
@@ -91,9 +122,17 @@ class AdapterConfig(MethodConfig):
                 check(field, value, "at least one name", bool(names))
                 # One name after a flag arrives as a tuple; the word and not the name is meant.
                 object.__setattr__(self, field, "all-linear" if names == ("all-linear",) else names)
-        object.__setattr__(
-            self, "modules_to_save", names_tuple("modules_to_save", self.modules_to_save)
-        )
+        layers = self.layers_to_transform
+        layers = (layers,) if isinstance(layers, int) else layers
+        good = isinstance(layers, list | tuple) and all(type(n) is int and n >= 0 for n in layers)
+        check("layers_to_transform", layers, "numbers of blocks, from 0", good)
+        object.__setattr__(self, "layers_to_transform", tuple(dict.fromkeys(layers)))
+        lists = self.layers_pattern
+        lists = (lists,) if isinstance(lists, str) else names_tuple("layers_pattern", lists)
+        object.__setattr__(self, "layers_pattern", lists)
+        names = self.target_modules == "all-linear" or not isinstance(self.target_modules, str)
+        check("layers_to_transform", layers, "left out beside a pattern", names or not layers)
+        check("layers_pattern", lists, "beside layers_to_transform", bool(layers) or not lists)
 
 
 class Method(ABC):
@@ -101,10 +140,14 @@ class Method(ABC):
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    when: ClassVar[str] = ""
+    """When to choose it, in a line."""
     Config: ClassVar[type[MethodConfig]]
     peft_type: ClassVar[str]
     learning_rate: ClassVar[float] = 1e-3
     """The peak rate that `lora train` takes where none is given."""
+    states: ClassVar[Mapping[str, bool]] = {}
+    """Keys of PEFT's file that tell apart the methods of one peft_type; an absent key is False."""
     neutral: ClassVar[Mapping[str, object | EllipsisType]] = {}
     """Keys of PEFT's file that are no field here, with the value under which the mathematics
     stays as it is here; ... means under any. Empty values (None, False, [], {}) always are."""
@@ -113,8 +156,15 @@ class Method(ABC):
     example: ClassVar[Mapping[str, Any]] = {}
     """Settings under which the contract is checked, where the defaults would hide a fault: a
     factor that is 1, a term that is 0."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Further settings under which it is checked, by name."""
     exempt: ClassVar[Mapping[str, str]] = {}
     """Clauses of the contract that do not apply, each with the reason."""
+
+    @classmethod
+    def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
+        """The reason why a clause does not apply to a layer, with or without bias, as set."""
+        return cls.exempt.get(clause)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -134,21 +184,33 @@ class Method(ABC):
     @classmethod
     def matches(cls, adapter_config: Mapping[str, Any]) -> bool:
         """Whether a file's adapter_config.json states this method's equation."""
-        return adapter_config.get("peft_type") == cls.peft_type
+        same = all(bool(adapter_config.get(k)) == value for k, value in cls.states.items())
+        return same and adapter_config.get("peft_type") == cls.peft_type
+
+    @classmethod
+    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        """The settings as adapter_config.json states them; `adapters` by the layers' names."""
+        settings = {k: v for k, v in config_fields(config).items() if k not in config.unsaved}
+        fixed = {key: value for key, value in cls.neutral.items() if isinstance(value, str)}
+        return settings | fixed | dict(cls.states)
+
+    @classmethod
+    def read_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A file's settings as Config takes them. Raises ConfigError where they cannot be had."""
+        return dict(settings)
 
 
 class Selection(Method):
     """A method that wraps nothing: it trains parameters that exist, and saves those.
 
-    The originals are not kept, so disabled(), merge and restore raise MergeError.
+    The originals are kept, so that disabled(), restore() and eject() find the base again; a
+    method for which that costs too much declares keeps_base = False.
     """
-
-    keeps_base = False
 
     @classmethod
     @abstractmethod
-    def selects(cls, name: str, config: MethodConfig) -> bool:
-        """Whether the parameter of this name trains."""
+    def selects(cls, name: str, model: nn.Module, config: Any) -> bool:
+        """Whether the model's parameter of this name trains."""
 
 
 class Adapter(Method, nn.Module):
@@ -159,11 +221,14 @@ class Adapter(Method, nn.Module):
 
     additive: ClassVar[bool] = False
     """W' − W does not depend on W, so that several adapters on a layer sum."""
-    keys: ClassVar[Mapping[str, str]] = {}
-    """Parameter -> its key in PEFT's file, where the two differ."""
 
-    config: AdapterConfig
-    lora_dropout: float = 0.0
+    config: Any
+    dropout: float = 0.0
+    """The probability of dropping an element of the adapter's input in training."""
+    keys: Mapping[str, str] = {}
+    """Parameter -> its key in PEFT's file, where the two differ."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that do not train."""
 
     def __init__(self, view: View, config: AdapterConfig, module: str) -> None:
         super().__init__()
@@ -175,22 +240,85 @@ class Adapter(Method, nn.Module):
         """The equation: W' (out, in) and b' (out,) from W and b."""
 
     @abstractmethod
-    def fill(self, generator: Callable[[str], torch.Generator]) -> None:
+    def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         """Fill every parameter with its initial values; `generator(parameter)` is its own."""
 
     @classmethod
     @abstractmethod
-    def size(cls, in_features: int, out_features: int, bias: bool, config: Any) -> int:
-        """The parameters on one layer, in closed form."""
+    def size(cls, view: View, config: Any, module: str) -> int:
+        """The parameters on one layer, in closed form; what `shared` gives is not counted."""
+
+    @classmethod
+    def shared(cls, views: Sequence[View], config: Any) -> dict[str, Tensor]:
+        """Frozen tensors that all the adapters of one injection share, by parameter name."""
+        return {}
+
+    @classmethod
+    def saves_shared(cls, config: Any) -> bool:
+        """Whether the file holds them, under their names at its root."""
+        return True
+
+    @classmethod
+    def selects(cls, name: str, targeted: bool, config: Any) -> bool:
+        """Whether the base's parameter of this name, of an adapted layer or not, trains too."""
+        return False
+
+    @classmethod
+    def needs_batches(cls, config: Any) -> bool:
+        """Whether calibrate() has to run."""
+        return False
+
+    @classmethod
+    def calibrate(
+        cls, placed: Sequence[tuple[Any, View]], model: nn.Module, batches: Iterable[Any]
+    ) -> None:
+        """Fill what needs data: each adapter with its view in the model, which is as it was
+        before the injection and has to be so again. forward() passes a batch through it."""
+        raise NotImplementedError
+
+    def param_groups(self) -> dict[float, list[nn.Parameter]]:
+        """What trains, by the multiple of the learning rate that it trains at."""
+        trained = [p for name, p in self.named_parameters() if name not in self.frozen]
+        return {1.0: trained}
+
+    @classmethod
+    def penalty(cls, adapters: Sequence[Any], config: Any) -> Tensor | None:
+        """A term to add to the loss."""
+        return None
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Any], config: Any, step: int, total: int) -> None:
+        """Runs after optimizer.step() number `step` of `total`, from 1, before zero_grad()."""
+
+    def placed(self) -> dict[str, Tensor]:
+        """The parameters by their keys in the file; of what is shared it begins `base_model.`."""
+        return {self.keys.get(name, name): p for name, p in self.named_parameters()}
+
+    def stored(self) -> dict[str, Tensor]:
+        """What the file holds of them, where that is something else."""
+        return self.placed()
+
+    def own_size(self) -> int:
+        """How many parameters are its own."""
+        return sum(
+            p.numel() for key, p in self.placed().items() if not key.startswith("base_model.")
+        )
+
+    def new(self, view: View, *shape: int) -> nn.Parameter:
+        """An unfilled parameter where the layer is, in float32 at least, whatever its dtype."""
+        weight, _ = view.parameters()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """The dropout mask for x, scaled by 1 / (1 − p); None where nothing is dropped.
 
         From torch's default generator, so that recomputation in checkpointing draws it again.
+        Ids have no element to drop: on an Embedding dropout does nothing, as in PEFT.
         """
-        if not self.training or self.lora_dropout == 0.0:
+        if not self.training or self.dropout == 0.0 or not x.is_floating_point():
             return None
-        keep = 1.0 - self.lora_dropout
+        keep = 1.0 - self.dropout
         # In float32 at least: 1 / (1 − p) rounded to bfloat16 would bias every update.
         wide = torch.promote_types(x.dtype, torch.float32)
         return torch.empty_like(x, dtype=wide).bernoulli_(keep).div_(keep)
@@ -199,7 +327,7 @@ class Adapter(Method, nn.Module):
         """(W' − W)(m ∘ x) + b' − b: what an additive method adds to the base layer's output."""
         W, b = view.read()
         W1, b1 = self.merged(W, b)
-        shift = None if b is None or b1 is None or b1 is b else b1 - b
+        shift = None if b1 is None or b1 is b else b1 if b is None else b1 - b
         return apply(view, x if mask is None else x * mask, W1 - W, shift)
 
     def reference(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -209,8 +337,8 @@ class Adapter(Method, nn.Module):
             y = apply(view, x, *self.merged(W, b))
         else:
             y = apply(view, x, W, b) + Adapter.delta(self, view, x, mask)
-        # Autocast has chosen the dtype already, as it does for the base layer.
-        return y if autocast_on(x) else y.to(W.dtype)
+        # Autocast has chosen a linear layer's dtype already, as it does for the base layer.
+        return y if autocast_on(x) and not view.of_ids else y.to(W.dtype)
 
     def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         """The adapted layer's output y (..., out). Override for speed, never for another result."""
@@ -231,7 +359,8 @@ class AdaptedLayer(nn.Module):
         self.adapters = nn.ModuleDict().train(base_layer.training)
         self.active: tuple[str, ...] = ()
         self.enabled = True
-        self.kept: tuple[Tensor, Tensor | None] | None = None  # the base's own, while merged
+        # the base's own, while merged
+        self.kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
 
     @property
     def view(self) -> View:
@@ -262,33 +391,37 @@ class AdaptedLayer(nn.Module):
         """W' and b' of the active adapters, in the base's dtype, computed in float32 at least."""
         W, b = self.view.read()
         wide = torch.promote_types(W.dtype, torch.float32)
-        W0, b0 = W.detach().to(wide), None if b is None else b.detach().to(wide)
-        W1, b1 = W0, b0
+        W1, b1 = W.detach().to(wide), None if b is None else b.detach().to(wide)
         with torch.no_grad():
             for name in self.active:
                 # Active together are additive ones only, so the order does not matter.
                 W1, b1 = copy.deepcopy(self.adapter(name)).to(wide).merged(W1, b1)
-        return W1.to(W.dtype), None if b is None or b1 is None else b1.to(b.dtype)
+        return W1.to(W.dtype), None if b1 is None else b1.to(W.dtype if b is None else b.dtype)
 
     def merge(self, merged: tuple[Tensor, Tensor | None]) -> None:
-        """Put W', b' where W, b were; the base's own tensors are kept, not copied."""
+        """Put W', b' where W, b were, as parameters of their own: what is tied to W is not moved.
+
+        The base's own are kept, not copied.
+        """
         view = self.view
-        weight, bias = view.parameters()
-        self.kept = (weight.data, None if bias is None else bias.data)
+        weight, bias = self.kept = view.parameters()
         W1, b1 = merged
-        weight.data = W1.T.contiguous() if view.transposed else W1.contiguous()
+        W1 = W1.T.contiguous() if view.transposed else W1.contiguous()
+        view.module.weight = nn.Parameter(W1, weight.requires_grad)
         if bias is not None and b1 is not None:
-            bias.data = b1.clone()  # b1 may be the base's own
+            view.module.bias = nn.Parameter(b1.clone(), bias.requires_grad)  # may be the base's own
 
     def restore(self) -> None:
-        """Bring the kept tensors back, to the device and dtype that the layer has now."""
+        """Bring the kept parameters back, to the device and dtype that the layer has now."""
         if self.kept is None:
             return
-        weight, bias = self.view.parameters()
-        kept_weight, kept_bias = self.kept
-        weight.data = kept_weight.to(weight.device, weight.dtype)
-        if bias is not None and kept_bias is not None:
-            bias.data = kept_bias.to(bias.device, bias.dtype)
+        module, (weight, bias) = self.base_layer, self.kept
+        for kept, name in ((weight, "weight"), (bias, "bias")):
+            if kept is not None:
+                now = module._parameters[name]
+                assert now is not None
+                kept.data = kept.data.to(now.device, now.dtype)
+                module._parameters[name] = kept
         self.kept = None
 
     @property
@@ -319,6 +452,7 @@ class SavedModule(nn.Module):
         self.copies = nn.ModuleDict().train(original_module.training)
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.merged = False
 
     @property
     def current(self) -> nn.Module:
@@ -353,6 +487,45 @@ class SavedModule(nn.Module):
             return getattr(self.current, name)
 
 
+class Selected:
+    """Parameters of the base that train, by their names, beside their frozen originals.
+
+    The originals lie on the CPU. What does not act lies aside, so that a backward through either
+    is right whatever stands in the model by then.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], keeps: bool) -> None:
+        self.trained = dict(parameters)
+        self.originals = (
+            {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()} if keeps else {}
+        )
+        self.active = True
+        self.enabled = True
+        self.merged = False
+
+    def place(self, homes: Mapping[str, Sequence[tuple[nn.Module, str]]], acting: bool) -> None:
+        """Put the trained values, or the originals, at every module that holds the parameter."""
+        for name, original in self.originals.items():
+            trained = self.trained[name]
+            now = homes[name][0][0]._parameters[homes[name][0][1]]
+            assert now is not None
+            if acting == (now is trained):
+                continue
+            if acting:
+                trained.data = trained.data.to(now.device, now.dtype)
+            else:
+                now = nn.Parameter(original.to(now.device, now.dtype), requires_grad=False)
+            for module, leaf in homes[name]:
+                module._parameters[leaf] = trained if acting else now
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: keywords as a mapping, arguments as a tuple, or a tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, list | tuple) else model(batch)
+
+
 def autocast_on(x: Tensor) -> bool:
     """Whether autocast chooses dtypes for x; on the meta device there is none to ask."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
@@ -364,10 +537,10 @@ def seeded(seed: int, module: str, parameter: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def initialise(adapter: Adapter, seed: int) -> None:
+def initialise(adapter: Adapter, view: View, seed: int) -> None:
     """Fill the adapter's parameters; nothing that happened before in the process matters."""
     with torch.no_grad():
-        adapter.fill(lambda parameter: seeded(seed, adapter.module_name, parameter))
+        adapter.fill(view, lambda parameter: seeded(seed, adapter.module_name, parameter))
 
 
 def method_of(config: MethodConfig) -> type[Method]:

@@ -31,7 +31,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import METHODS, AdapterConfig, Method, MethodConfig, config_fields
+from lora.adapter import (
+    METHODS,
+    AdaptedLayer,
+    AdapterConfig,
+    Method,
+    MethodConfig,
+    config_fields,
+    initialise,
+)
 from lora.errors import CheckpointError, ConfigError
 from lora.injection import (
     Plan,
@@ -49,14 +57,17 @@ from lora.injection import (
     owned,
     plan,
     report_of,
+    selections,
+    stored_tensors,
     tensors,
     walk,
     wrap,
 )
-from lora.layers import views
+from lora.layers import inside, views
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+ROOT = "base_model."
+PREFIX = ROOT + "model."
 MARK = "lora_from_scratch"
 
 LARGEST_JSON = 64 * 2**20  # bytes
@@ -81,7 +92,9 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
         raise CheckpointError(f"the model has no adapter {name!r}. Found: {others}.")
     check_restored(model, "save")
     planned = injected(model)[name]
-    found = tensors(model, planned, owned(model, name))
+    settings = file_config(model, planned, name)
+    found = stored_tensors(model, name)
+    found |= carried(model, settings)
     for key, tensor in found.items():
         if tensor.is_meta:
             raise CheckpointError(f"{key} has no values (meta device). Call lora.init first.")
@@ -90,11 +103,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
                 f"{key} is not finite: the training diverged, nothing is written."
                 " Lower the learning rate."
             )
-    settings = file_config(model, planned)
     mark = {"config": config_digest(planned.method, settings)}
     if planned.method.keeps_base:
         mark |= fingerprint(model, planned.saved)
-    stored = {PREFIX + key: t.detach().cpu().contiguous() for key, t in found.items()}
+    stored = {whole_key(key): t.detach().cpu().contiguous() for key, t in found.items()}
     # Of tensors that share memory (a tied weight inside a saved module) each is written.
     shared = Counter(t.untyped_storage().data_ptr() for t in stored.values())
     for key, tensor in stored.items():
@@ -153,21 +165,27 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
         raise
 
 
-def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
+def whole_key(key: str) -> str:
+    """A tensor's key in the file; of what all layers share it is whole already."""
+    return key if key.startswith(ROOT) else PREFIX + key
+
+
+def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     """adapter_config.json as PEFT would write it."""
-    settings = config_fields(planned.config)
+    settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
         if planned.config.target_modules == "all-linear":
             settings["target_modules"] = _exactly(model, planned)
-        settings["modules_to_save"] = list(planned.saved) or None
+        for field in ("layers_to_transform", "layers_pattern"):
+            settings[field] = settings[field] or None
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
-            transposed = [views(modules[name])[0].transposed for name in planned.targets]
-            settings["fan_in_fan_out"] = bool(transposed) and all(transposed)
-    settings |= {key: v for key, v in planned.method.neutral.items() if isinstance(v, str)}
-    # PEFT types alpha as an int.
-    settings |= {k: int(v) for k, v in settings.items() if isinstance(v, float) and v.is_integer()
-                 and "dropout" not in k}  # fmt: skip
+            found = [views(modules[name])[0] for name in planned.targets]
+            linear = [view.transposed for view in found if not view.of_ids]
+            settings["fan_in_fan_out"] = bool(linear) and all(linear)
+    if "modules_to_save" in settings:
+        settings["modules_to_save"] = list(planned.saved) or None
+    settings = {key: _as_int(key, value) for key, value in settings.items()}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return settings | {
         "peft_type": planned.method.peft_type,
@@ -175,6 +193,39 @@ def file_config(model: nn.Module, planned: Plan) -> dict[str, Any]:
         "inference_mode": True,
         "task_type": None,
     }
+
+
+def _as_int(key: str, value: Any) -> Any:
+    """PEFT types alpha as an int."""
+    if isinstance(value, dict):
+        return {inner: _as_int(key, v) for inner, v in value.items()}
+    whole = isinstance(value, float) and value.is_integer() and "dropout" not in key
+    return int(value) if whole else value
+
+
+def carried(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The base's weights of adapted embeddings that PEFT files with the adapter, by key.
+
+    Where target_modules means an `embed_tokens` or an `lm_head`, those of the model's input and
+    output embeddings that are adapted, as PEFT's save_embedding_layers="auto" does.
+    """
+    wanted, names = settings.get("target_modules"), ("embed_tokens", "lm_head")
+    if isinstance(wanted, str):
+        ends = [n for n, _ in walk(model) if n.rpartition(".")[2] in names]
+        meant = any(fits(name, wanted) for name in ends)
+    else:
+        meant = any(name in (wanted or ()) for name in names)
+    if not meant or settings.get("trainable_token_indices"):
+        return {}
+    found: dict[str, Tensor] = {}
+    held = {id(module): name for name, module in walk(model)}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        layer = getattr(model, get, lambda: None)()
+        if isinstance(layer, AdaptedLayer):
+            path = held[id(layer.base_layer)]
+            for name, parameter in layer.base_layer.named_parameters():
+                found[f"{path}.base_layer.{name}"] = parameter
+    return found
 
 
 def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
@@ -188,8 +239,10 @@ def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
 def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
     """SHA-256 of the settings that change what the saved adapter computes, as read back."""
     config = read_config(method, settings, Path())
-    values = config_fields(config)
+    # Of the fields those that the file states: a field that comes later leaves old files good.
+    values = {k: v for k, v in config_fields(config).items() if k in settings}
     counted = {k: v for k, v in values.items() if k not in config.training_only}
+    counted |= {k: True for k, v in method.states.items() if v}
     text = json.dumps(counted | {"peft_type": settings["peft_type"]}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -205,8 +258,11 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
     """
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
+    for part, selected in selections(model):
+        if part is model:
+            base |= selected.originals
     for name, tensor in sorted(base.items()):
-        if any(name.startswith(module + ".") for module in saved):
+        if any(inside(name, module) for module in saved):
             continue
         if tensor.is_meta:
             return {}
@@ -260,6 +316,7 @@ def load(
     if not mark and isinstance(config, AdapterConfig):
         config = _as_peft_means(model, config)
     planned = replace(plan(model, config), trainable=trainable)
+    planned, said = _bring(model, planned, stored)
     check_mix(model, name, planned)
     if trainable:
         check_statistics(model, planned)
@@ -269,11 +326,45 @@ def load(
     ready = check_values(folder, stored, wanted)
     note = verify(model, planned, settings, mark, folder)
 
+    modules = dict(walk(model))
+    for path, adapter in parts.adapters.items():
+        if next(adapter.buffers(), None) is not None:  # which follow from the base
+            initialise(adapter, views(modules[path])[0], seed=0)
+    wrap(model, planned, parts, name)
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(ready[key])
-    wrap(model, planned, parts, name)
-    return report_of(model, name, note)
+    return report_of(model, name, "\n".join(filter(None, [*said, note])))
+
+
+def _bring(
+    model: nn.Module, planned: Plan, stored: dict[str, Tensor]
+) -> tuple[Plan, list[str]]:
+    """The plan with the base's weights that the file brings for adapted layers; those that are the
+    model's own already leave `stored`, the others replace them. Returns what to tell of them."""
+    base = dict(base_parameters(model))
+    names = {}
+    for path in planned.targets:
+        for name in [n for n in base if n.rpartition(".")[0] == path and n not in planned.selected]:
+            names[f"{path}.base_layer.{name.rpartition('.')[2]}"] = name
+    # With bias="all" PEFT files each bias of a saved module three times over.
+    junk = [
+        f"{path}.{leaf}.bias"
+        for path in planned.saved
+        for leaf in ("original_module", "modules_to_save")
+        if getattr(planned.config, "bias", "none") == "all"
+    ]
+    for key in junk:
+        stored.pop(key, None)
+    brought = []
+    for key in [key for key in names if key in stored]:
+        there, here = stored[key], base[names[key]]
+        if there.shape == here.shape and torch.equal(there.to(here.device, here.dtype), here):
+            del stored[key]
+        else:
+            brought.append(names[key])
+    said = [f"{name} is the file's, not the base's: kept aside, back after eject." for name in brought]
+    return replace(planned, carried=tuple(brought)), said
 
 
 def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Path:
@@ -366,11 +457,12 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{path}: the metadata {MARK!r} is broken. Copy the file again, or save anew."
             )
     for key in stored:
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) and key.removeprefix(ROOT).count("."):
             raise CheckpointError(
                 f"{path}: {key} does not begin with {PREFIX!r}: not as PEFT writes it. Rename the"
                 " keys, or save the adapter from the unwrapped model."
             )
+    # What is shared by all layers lies at the root, and keeps its whole key.
     return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, mark
 
 
@@ -392,11 +484,18 @@ def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
 def read_config(method: type[Method], settings: Mapping[str, Any], folder: Path) -> MethodConfig:
     """The config from the file's settings; a setting that changes the mathematics and is no
     field of the method is an error."""
-    known = {field.name for field in fields(method.Config)}
+    try:
+        settings = method.read_settings(settings)
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG}: {error}") from None
+    known = {field.name for field in fields(method.Config)} - method.Config.unsaved
     unknown = {
         key: value
         for key, value in settings.items()
-        if key not in known and key not in INERT and not _neutral(method, key, value)
+        if key not in known
+        and key not in INERT
+        and key not in method.states
+        and not _neutral(method, key, value)
     }
     if unknown:
         listed = ", ".join(f"{key}={value!r}" for key, value in sorted(unknown.items()))
@@ -408,6 +507,7 @@ def read_config(method: type[Method], settings: Mapping[str, Any], folder: Path)
         raise CheckpointError(f"{folder / CONFIG} has no target_modules.")
     values = {k: v for k, v in settings.items() if k in known}
     unset: dict[str, Any] = {"modules_to_save": (), "exclude_modules": None}
+    unset |= {"layers_to_transform": (), "layers_pattern": ()}
     values |= {k: v for k, v in unset.items() if k in values and values[k] in (None, [], "")}
     try:
         return method.Config(**values)

@@ -9,11 +9,12 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import lora.methods  # noqa: F401  (fills METHODS)
@@ -23,15 +24,18 @@ from lora.adapter import (
     AdapterConfig,
     Method,
     MethodConfig,
+    PartialConfig,
     SavedModule,
+    Selected,
     Selection,
     check,
     check_additive,
+    forward,
     initialise,
     method_of,
 )
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.layers import kind, views
+from lora.layers import View, backbone, inside, kind, views
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class Plan:
     config: MethodConfig
     targets: tuple[str, ...]  # layers to wrap
     saved: tuple[str, ...]  # modules to train as a whole
-    selected: tuple[str, ...]  # parameters to train as they are
+    selected: tuple[str, ...]  # parameters of the base to train
+    carried: tuple[str, ...] = ()  # parameters of the base that its file replaces, not to train
     trainable: bool = True  # False where it was loaded to act only
 
 
@@ -55,6 +60,7 @@ class Report:
     adapter_parameters: int  # of the method itself, without modules_to_save
     trainable: int  # all parameters that require a gradient
     total: int  # all parameters of the model as it now stands
+    left: tuple[tuple[str, int], ...] = ()  # layers that could be adapted and are not
     note: str = ""
 
     def __str__(self) -> str:
@@ -65,7 +71,9 @@ class Report:
         ]
         share = self.trainable / max(self.total, 1)
         head = f"{self.plan.method.name}: {self.trainable:,} of {self.total:,} parameters"
-        return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, [self.note])])
+        left = ", ".join(f"{what} ×{many}" for what, many in self.left)
+        tail = [f"  left alone: {left}" if left else "", self.note]
+        return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, tail)])
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -107,12 +115,6 @@ def check_pattern(field: str, entries: str | tuple[str, ...] | None) -> None:
             ) from None
 
 
-def backbone(model: nn.Module) -> str:
-    """The path of what was pretrained, "" where that is the whole: the rest are heads."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return prefix if prefix and prefix in model._modules else ""
-
-
 def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the layers that config.target_modules means.
 
@@ -124,7 +126,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     wanted, excluded = config.target_modules, config.exclude_modules
     check_pattern("target_modules", wanted)
     check_pattern("exclude_modules", excluded)
-    out = {id(m) for name, m in modules.items() if any(_inside(name, whole) for whole in saved)}
+    out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
     for one in _entries(excluded):
         left = {id(module) for name, module in modules.items() if fits(name, one)}
         if not left:
@@ -139,11 +141,17 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
         found = tuple(
             name
             for name, module in free.items()
-            if kind(module) and module is not head and _inside(name, trunk)
+            if kind(module) in ("Linear", "Conv1D")
+            and module is not head
+            and inside(name, trunk)
+            and not _routes(name, modules)
+            and _in_blocks(name, config)
         )
         if not found:
             raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
+        _check_blocks(found, config)
         return found
+    meant: set[int] = set()
     for entry in _entries(wanted):
         hits = [name for name in free if fits(name, entry)]
         if not hits:
@@ -155,8 +163,50 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
                     f"target_modules={wanted!r} matches {name}, a"
                     f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
                 )
-    meant = {id(module) for name, module in free.items() if fits(name, wanted)}
-    return tuple(name for name, module in free.items() if id(module) in meant)
+        # A layer named in full is meant whatever its block, as in PEFT.
+        hits = [name for name in hits if name in entry or _in_blocks(name, config)]
+        if not hits:
+            raise TargetError(
+                f"no layer matches target_modules={wanted!r} in layers_to_transform="
+                f"{config.layers_to_transform}. Set --layers-to-transform."
+            )
+        meant |= {id(free[name]) for name in hits}
+    found = tuple(name for name, module in free.items() if id(module) in meant)
+    _check_blocks(found, config)
+    return found
+
+
+def _block(name: str, config: AdapterConfig) -> int | None:
+    """The number of the block that a layer is in: the first one in its name."""
+    for pattern in config.layers_pattern or (r"[^.]*",):
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", name)
+        if match:
+            return int(match["number"])
+    return None
+
+
+def _in_blocks(name: str, config: AdapterConfig) -> bool:
+    return not config.layers_to_transform or _block(name, config) in config.layers_to_transform
+
+
+def _check_blocks(found: tuple[str, ...], config: AdapterConfig) -> None:
+    """Raise TargetError where a number of layers_to_transform is no block's."""
+    missing = set(config.layers_to_transform) - {_block(name, config) for name in found}
+    if missing:
+        raise TargetError(
+            f"layers_to_transform {min(missing)}: no such block among the layers meant. Set"
+            " --layers-to-transform, from 0."
+        )
+
+
+def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer chooses among experts, which stand beside it: Mixtral's gate."""
+    parts = name.split(".")
+    return any(
+        re.fullmatch(r"(.*_)?(gate|router)", part)
+        and ".".join([*parts[:depth], "experts"]) in modules
+        for depth, part in enumerate(parts)
+    )
 
 
 def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...]]:
@@ -166,27 +216,23 @@ def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...
     return [(entry,) for entry in entries]
 
 
-def _inside(name: str, whole: str) -> bool:
-    return not whole or name == whole or name.startswith(whole + ".")
-
-
 def _offer(model: nn.Module) -> str:
     """What the model has to adapt, and what to try."""
     trunk = backbone(model)
     layers = [(n, m) for n, m in walk(model) if kind(m)]
-    inside = Counter(n.rpartition(".")[2] for n, _ in layers if _inside(n, trunk))
-    outside = Counter(n for n, _ in layers if not _inside(n, trunk))
-    listed = [f"{name} ×{many}" for name, many in (inside + outside).most_common(12)]
+    within = Counter(n.rpartition(".")[2] for n, _ in layers if inside(n, trunk))
+    heads = Counter(n for n, _ in layers if not inside(n, trunk))
+    listed = [f"{name} ×{many}" for name, many in (within + heads).most_common(12)]
     if not listed:
-        return f"  {type(model).__name__} has no nn.Linear and no Conv1D."
-    best = [name for name, _ in (inside or outside).most_common(2)]
+        return f"  {type(model).__name__} has no nn.Linear, no nn.Embedding and no Conv1D."
+    best = [name for name, _ in (within or heads).most_common(2)]
     return (
         f"  {type(model).__name__} has {', '.join(listed)}."
         f" Try --target-modules {' '.join(best)}, or all-linear."
     )
 
 
-def saved_of(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
+def saved_of(model: nn.Module, config: PartialConfig) -> tuple[str, ...]:
     """Paths of the modules that config.modules_to_save means: exact, or dotted endings.
 
     A module reached by two paths is meant by both.
@@ -209,7 +255,7 @@ def saved_of(model: nn.Module, config: AdapterConfig) -> tuple[str, ...]:
                 )
             found[id(modules[name])] = None
     paths = [name for name, module in modules.items() if id(module) in found]
-    return tuple(n for n in paths if not any(n != o and _inside(n, o) for o in paths))
+    return tuple(n for n in paths if not any(n != o and inside(n, o) for o in paths))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -249,28 +295,46 @@ def plan(model: nn.Module, config: MethodConfig) -> Plan:
                 f"the model is wrapped in {type(model).__name__}: names would not be the model's"
                 f" own. Inject into model.{inner}, before it is wrapped."
             )
-    if issubclass(method, Selection):
-        base = dict(base_parameters(model))
-        selected = tuple(name for name in base if method.selects(name, config))
-        _check_trainable({name: base[name] for name in selected})
-        for name in selected:
-            # A load could stop halfway through tensors that cannot be written to.
-            shares = any(s == 0 and n > 1 for s, n in zip(base[name].stride(), base[name].shape))
-            if base[name].is_inference() or shares:
-                raise TargetError(
-                    f"{name} cannot be trained in place: it was made in inference mode, or its"
-                    " elements share memory. Clone it first."
-                )
-        return Plan(method, config, (), (), selected)
-    assert isinstance(config, AdapterConfig)
-    saved = saved_of(model, config)
+    saved, targets = (), ()
+    if isinstance(config, PartialConfig):
+        saved = _check_saved(model, saved_of(model, config))
+    if isinstance(config, AdapterConfig):
+        targets = targets_of(model, config, saved)
+    base = {n: p for n, p in base_parameters(model) if not any(inside(n, whole) for whole in saved)}
+    selected = []
+    for name in base:
+        if issubclass(method, Selection):
+            train = method.selects(name, model, config)
+        else:
+            assert issubclass(method, Adapter)
+            train = method.selects(name, name.rpartition(".")[0] in targets, config)
+        selected += [name] if train else []
+    if issubclass(method, Selection) and not selected and not saved:
+        raise TargetError(
+            f"{method.name} selects no parameter of {type(model).__name__}: it has none of that"
+            " kind, or only such as are tied to others. Name modules in modules_to_save."
+        )
+    _check_trainable({name: base[name] for name in selected})
+    for name in selected:
+        # A load could stop halfway through tensors that cannot be written to.
+        shares = any(s == 0 and n > 1 for s, n in zip(base[name].stride(), base[name].shape))
+        if base[name].is_inference() or shares:
+            raise TargetError(
+                f"{name} cannot be trained in place: it was made in inference mode, or its"
+                " elements share memory. Clone it first."
+            )
+    return Plan(method, config, targets, saved, tuple(selected))
+
+
+def _check_saved(model: nn.Module, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """The saved modules' paths. Raises TargetError where one cannot train, or be saved."""
     modules = dict(walk(model))
     for path in saved:
         _check_trainable({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
         extra = [k for k, t in modules[path].state_dict().items() if not isinstance(t, Tensor)]
         if extra:
             raise TargetError(f"modules_to_save: {path}.{extra[0]} is no tensor: cannot be saved.")
-    return Plan(method, config, targets_of(model, config, saved), saved, ())
+    return saved
 
 
 _OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
@@ -288,6 +352,7 @@ class Parts:
 
     adapters: dict[str, Adapter]
     copies: dict[str, nn.Module]
+    selected: dict[str, nn.Parameter]  # of the base, by its names
 
 
 def build(model: nn.Module, plan: Plan) -> Parts:
@@ -296,7 +361,7 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     Raises ConfigError where they cannot be made.
     """
     modules = dict(walk(model))
-    _check_room(plan, [modules[path] for path in plan.targets])
+    _check_room(plan, {path: modules[path] for path in plan.targets})
     adapters: dict[int, tuple[str, Adapter]] = {}
     copies: dict[int, tuple[str, nn.Module]] = {}
     path = ""
@@ -311,13 +376,32 @@ def build(model: nn.Module, plan: Plan) -> Parts:
             module = modules[path]
             if id(module) not in copies:
                 copies[id(module)] = path, copy.deepcopy(module)
+        _share(plan, [a for _, a in adapters.values()], [modules[p] for p, _ in adapters.values()])
+        for _, adapter in adapters.values():
+            for name in adapter.frozen:
+                adapter.get_parameter(name).requires_grad_(False)
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"no adapter can be made for {path}: {reason}. Lower --r.") from error
-    return Parts(dict(adapters.values()), dict(copies.values()))
+    base = dict(base_parameters(model))
+    selected = {name: base[name] for name in (*plan.selected, *plan.carried)}
+    return Parts(dict(adapters.values()), dict(copies.values()), selected)
 
 
-def _check_room(plan: Plan, targets: list[nn.Module]) -> None:
+def _share(plan: Plan, adapters: list[Adapter], layers: list[nn.Module]) -> None:
+    """Give the adapters what they share: parameters, which stay one when the model moves."""
+    if adapters:
+        all_views = [views(layer)[0] for layer in layers]
+        where = next(adapters[0].parameters()).device
+        for name, values in adapters[0].shared(all_views, plan.config).items():
+            one = nn.Parameter(values.to(where), requires_grad=False)
+            for adapter in adapters:
+                adapter.register_parameter(name, one)
+                adapter.frozen |= {name}
+                adapter.keys = {**adapter.keys, name: f"base_model.{name}"}
+
+
+def _check_room(plan: Plan, targets: Mapping[str, nn.Module]) -> None:
     """Raise ConfigError where the machine cannot hold the adapters.
 
     Linux grants memory that is not there, and ends the process when it is written to.
@@ -325,12 +409,10 @@ def _check_room(plan: Plan, targets: list[nn.Module]) -> None:
     if not issubclass(plan.method, Adapter):
         return
     need = 0
-    for module in {id(module): module for module in targets}.values():
+    for path, module in {id(module): (path, module) for path, module in targets.items()}.values():
         (view,) = views(module)
-        weight, bias = view.parameters()
-        if weight.device.type == "cpu":
-            sizes = view.in_features, view.out_features, bias is not None
-            need += 4 * plan.method.size(*sizes, plan.config)  # float32
+        if view.parameters()[0].device.type == "cpu":
+            need += 4 * plan.method.size(view, plan.config, path)  # float32
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > there:
         raise ConfigError(
@@ -384,6 +466,8 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
             held.adapters[name] = adapters[id(held.base_layer)]
         else:
             held.copies[name] = copies[id(held.original_module)]
+    if parts.selected:
+        model.__dict__["lora_selected"] = Selected(parts.selected, plan.method.keeps_base)
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
     activate(model, name)
 
@@ -404,29 +488,113 @@ def owned(model: nn.Module, name: str) -> Parts:
         keeper = held_at(model, path)
         assert isinstance(keeper, SavedModule)
         copies.setdefault(id(modules[path]), (path, keeper.copies[name]))
-    return Parts(dict(adapters.values()), dict(copies.values()))
+    chosen = (*plan.selected, *plan.carried)
+    selected = model.__dict__["lora_selected"].trained if chosen else {}
+    return Parts(dict(adapters.values()), dict(copies.values()), selected)
 
 
-def tensors(model: nn.Module, plan: Plan, parts: Parts) -> dict[str, Tensor]:
-    """What an adapter's file holds, by its keys less the prefix."""
+def selections(model: nn.Module) -> list[tuple[nn.Module, Selected]]:
+    """Each part of the model whose own parameters train, and those."""
+    key = "lora_selected"
+    return [(part, part.__dict__[key]) for part in model.modules() if key in part.__dict__]
+
+
+def _place(part: nn.Module, selected: Selected, acting: bool) -> None:
+    """Let the trained values of a selection act in the part, or the originals."""
+    modules = dict(walk(part))
+    homes: dict[str, list[tuple[nn.Module, str]]] = {}
+    for name in selected.originals:
+        path, _, leaf = name.rpartition(".")
+        now = modules[path]._parameters[leaf]
+        tied = [(m, n) for m in modules.values() for n, p in m._parameters.items() if p is now]
+        homes[name] = tied
+    selected.place(homes, acting)
+
+
+def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) -> dict[str, Tensor]:
+    """The places of what an adapter's file holds, by its keys less the prefix; with `stored` what
+    it holds of them."""
     found: dict[str, Tensor] = {}
-    if plan.selected:
-        base = dict(base_parameters(model))
-        found |= {name: base[name] for name in plan.selected}
+    for name, parameter in parts.selected.items():
+        path, _, leaf = name.rpartition(".")
+        found[f"{path}.base_layer.{leaf}" if path in plan.targets else name] = parameter
+    if not plan.method.keeps_base:
         found |= dict(base_buffers(model))  # running statistics move with the weights
     for path, adapter in parts.adapters.items():
-        for name, parameter in adapter.named_parameters():
-            found[f"{path}.{adapter.keys.get(name, name)}"] = parameter
+        held = adapter.stored() if stored else adapter.placed()
+        for key, tensor in held.items():
+            at_root = key.startswith("base_model.")
+            if not at_root:
+                found[f"{path}.{key}"] = tensor
+            elif adapter.saves_shared(plan.config):
+                found[key] = tensor
     for path, module in parts.copies.items():
         for name, tensor in module.state_dict(keep_vars=True).items():
             found[f"{path}.{name}"] = tensor
     return found
 
 
+def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What the file of adapter `name` holds, by its keys less the prefix."""
+    return tensors(model, injected(model)[name], owned(model, name), stored=True)
+
+
 def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of adapter `name`, by their keys in its file."""
-    found = tensors(model, injected(model)[name], owned(model, name))
-    return {key: tensor for key, tensor in found.items() if isinstance(tensor, nn.Parameter)}
+    """The parameters that adapter `name` trains, by their keys in its file."""
+    plan, parts = injected(model)[name], owned(model, name)
+    found = tensors(model, plan, parts)
+    still = {id(parts.selected[name]) for name in plan.carried}
+    for adapter in parts.adapters.values():
+        still |= {id(p) for key, p in adapter.named_parameters() if key in adapter.frozen}
+    return {
+        key: tensor
+        for key, tensor in found.items()
+        if isinstance(tensor, nn.Parameter) and id(tensor) not in still
+    }
+
+
+def acting(model: nn.Module) -> Iterator[tuple[Plan, list[Adapter]]]:
+    """What each active adapter of the model is, and its parts on layers."""
+    for name, plan in injected(model).items():
+        layers = {id(layer): layer for layer in (wrapper_at(model, path) for path in plan.targets)}
+        parts = [layer.adapter(name) for layer in layers.values() if name in layer.active]
+        if parts:
+            yield plan, parts
+
+
+def param_groups(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+    """Everything that trains, by the multiple of the learning rate that it trains at."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for _, adapters in acting(model):
+        for adapter in adapters:
+            for multiple, parameters in adapter.param_groups().items():
+                groups.setdefault(multiple, []).extend(parameters)
+    placed = {id(p) for parameters in groups.values() for p in parameters}
+    groups[1.0] += [p for p in model.parameters() if p.requires_grad and id(p) not in placed]
+    trained = {
+        multiple: [p for p in parameters if p.requires_grad]
+        for multiple, parameters in groups.items()
+    }
+    return [(parameters, multiple) for multiple, parameters in trained.items() if parameters]
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """What the active adapters' methods add to the loss, None where nothing."""
+    found = [
+        plan.method.penalty(parts, plan.config)
+        for plan, parts in acting(model)
+        if issubclass(plan.method, Adapter) and plan.trainable
+    ]
+    terms = [term for term in found if term is not None]
+    return torch.stack(terms).sum() if terms else None
+
+
+def after_step(model: nn.Module, step: int, total: int) -> None:
+    """Let the active adapters' methods act on optimiser step `step` of `total`, from 1; to be
+    called after optimizer.step() and before zero_grad()."""
+    for plan, parts in acting(model):
+        if issubclass(plan.method, Adapter) and plan.trainable:
+            plan.method.after_step(parts, plan.config, step, total)
 
 
 def held_at(model: nn.Module, path: str) -> nn.Module:
@@ -484,19 +652,28 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     for path, adapter in parts.adapters.items():
         wrapper = wrapper_at(model, path)
         shape = f"{wrapper.in_features} -> {wrapper.out_features}"
-        groups.setdefault((path.rpartition(".")[2], shape), []).append(_size(adapter))
+        groups.setdefault((path.rpartition(".")[2], shape), []).append(adapter.own_size())
     if plan.selected:
-        sizes = [p.numel() for p in trained_parameters(model, name).values()]
+        sizes = [parts.selected[name].numel() for name in plan.selected]
         groups["parameters of the base", ""] = sizes
     own = sum(map(sum, groups.values()))
     for path, module in parts.copies.items():
         groups[f"(saved) {path}", "whole"] = [_size(module)]
+    left = Counter(
+        path.rpartition(".")[2]
+        for path, module in walk(model)
+        if plan.targets
+        and kind(module)
+        and path not in plan.targets
+        and not any(inside(path, whole) for whole in plan.saved)
+    )
     return Report(
         plan=plan,
         rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in groups.items()),
         adapter_parameters=own,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=_size(model),
+        left=tuple(left.items()),
         note=note,
     )
 
@@ -505,22 +682,52 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def inject(model: nn.Module, config: MethodConfig, name: str = "default", seed: int = 0) -> Report:
+def inject(
+    model: nn.Module,
+    config: MethodConfig,
+    name: str = "default",
+    seed: int = 0,
+    batches: Iterable[Any] | None = None,
+) -> Report:
     """Put a method's adapters on the layers that config names, in place, and freeze all else.
 
-    The initial values are a function of (seed, layer's name) alone. A head never trains by
-    itself: name it in modules_to_save. Raises TargetError or ConfigError, the model untouched.
+    The initial values are a function of (seed, layer's name) alone, and of `batches` where the
+    start is had from data (eva, lora_ga): mappings, tuples or tensors that the model takes. A head
+    never trains by itself: name it in modules_to_save. Raises TargetError or ConfigError, the
+    model untouched.
     """
     check_name(name)
     check_seed(seed)
     planned = plan(model, config)
     check_mix(model, name, planned)
     check_statistics(model, planned)
+    needs = issubclass(planned.method, Adapter) and planned.method.needs_batches(config)
+    if needs != (batches is not None):
+        said = "starts from data: pass batches=" if needs else "takes no batches as set: leave out"
+        raise ConfigError(f"{planned.method.name} {said}{'[...]' if needs else ' batches'}.")
     parts = build(model, planned)
-    for adapter in parts.adapters.values():
-        initialise(adapter, seed)
+    modules = dict(walk(model))
+    placed = [(adapter, views(modules[path])[0]) for path, adapter in parts.adapters.items()]
+    for adapter, view in placed:
+        initialise(adapter, view, seed)
+    if batches is not None:
+        assert issubclass(planned.method, Adapter)
+        with evaluating(model):
+            planned.method.calibrate(placed, model, batches)
     wrap(model, planned, parts, name)
     return report_of(model, name, _note(model, planned))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_mix(model: nn.Module, name: str, planned: Plan) -> None:
@@ -538,16 +745,16 @@ def check_mix(model: nn.Module, name: str, planned: Plan) -> None:
             f"{next(iter((*layers, *saved)))} has an adapter that was injected into a part of the"
             " model. Inject into that part, or call lora.eject(part) first."
         )
-    if any(issubclass(p.method, Selection) for p in (planned, *present.values())) and present:
+    if present and any(p.selected or p.carried for p in (planned, *present.values())):
         raise ConfigError(
-            f"{name!r} cannot join {', '.join(present)}: a method that trains the base stands"
+            f"{name!r} cannot join {', '.join(present)}: what trains parameters of the base stands"
             " alone. Load the base anew."
         )
     for other, plan in present.items():
         for whole, parts in ((planned, plan), (plan, planned)):
             for path in whole.saved:
                 for part in (*parts.targets, *parts.saved):
-                    if _inside(part, path) and not (part == path and part in parts.saved):
+                    if inside(part, path) and not (part == path and part in parts.saved):
                         raise ConfigError(
                             f"{name!r} cannot join {other!r}: one trains {path} whole, the other"
                             f" changes {part}. Load the base anew, or target other layers."
@@ -556,11 +763,11 @@ def check_mix(model: nn.Module, name: str, planned: Plan) -> None:
 
 def check_statistics(model: nn.Module, planned: Plan) -> None:
     """Raise TargetError where training would move running statistics of the frozen base."""
-    if planned.selected:
+    if not planned.method.keeps_base:
         return
     for name, module in walk(model):
         tracked = getattr(module, "running_mean", None) is not None
-        if tracked and not any(_inside(name, whole) for whole in planned.saved):
+        if tracked and not any(inside(name, whole) for whole in planned.saved):
             raise TargetError(
                 f"{name} ({type(module).__name__}) keeps running statistics, which training would"
                 f" move in the frozen base. Name it: modules_to_save=({name!r},)."
@@ -582,7 +789,7 @@ def _note(model: nn.Module, planned: Plan) -> str:
     for name, parameter in _base_paths(model):
         places.setdefault(id(parameter), []).append(name)
     for tied in places.values():
-        copied = [name for name in tied if any(_inside(name, path) for path in planned.saved)]
+        copied = [name for name in tied if any(inside(name, path) for path in planned.saved)]
         if copied and len(copied) < len(tied):
             left = [name for name in tied if name not in copied]
             notes.append(f"{copied[0]} trains apart from {left[0]}, which it was tied to.")
@@ -598,8 +805,13 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     _known(model, name)
     check_restored(model, "init")
     parts, modules = owned(model, name), dict(walk(model))
-    for adapter in parts.adapters.values():
-        initialise(adapter, seed)
+    placed = [(adapter, views(modules[path])[0]) for path, adapter in parts.adapters.items()]
+    for adapter, view in placed:
+        initialise(adapter, view, seed)
+    if placed:
+        first, config = placed[0][0], injected(model)[name].config
+        for key, values in first.shared([view for _, view in placed], config).items():
+            first.get_parameter(key).data.copy_(values)
     for path, module in parts.copies.items():
         module.load_state_dict(modules[path].state_dict())
 
@@ -623,6 +835,10 @@ def activate(model: nn.Module, *names: str) -> None:
         layer.active = tuple(name for name in names if name in layer.adapters)
     for keeper in saved.values():
         keeper.active = tuple(name for name in names if name in keeper.copies)
+    if "lora_selected" in model.__dict__:
+        selected = model.__dict__["lora_selected"]
+        selected.active = bool(names)
+        _place(model, selected, selected.active)
     for name, planned in injected(model).items():
         for parameter in trained_parameters(model, name).values():
             parameter.requires_grad_(name in names and planned.trainable)
@@ -647,69 +863,183 @@ def _keeps_base(model: nn.Module, verb: str) -> None:
 
 def check_restored(model: nn.Module, verb: str) -> None:
     """Raise MergeError where the model is merged."""
-    layers, _ = wrappers_of(model)
-    if any(layer.kept is not None for layer in layers.values()):
+    if _is_merged(model):
         raise MergeError(f"{verb}: the model is merged. Call lora.restore(model) first.")
+
+
+def _is_merged(model: nn.Module) -> bool:
+    layers, saved = wrappers_of(model)
+    merged = [layer.kept is not None for layer in layers.values()]
+    return any(merged) or any(part.merged for part in (*saved.values(), *_all(model)))
 
 
 def _check_enabled(model: nn.Module, verb: str) -> None:
     """Raise MergeError inside `with disabled(model)`, whose promise the verb would break."""
     layers, saved = wrappers_of(model)
-    if not all(wrapper.enabled for wrapper in (*layers.values(), *saved.values())):
+    if not all(wrapper.enabled for wrapper in (*layers.values(), *saved.values(), *_all(model))):
         raise MergeError(f"{verb}: the adapters are disabled. Leave lora.disabled(model) first.")
+
+
+def _all(model: nn.Module) -> list[Selected]:
+    return [selected for _, selected in selections(model)]
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the base, bit for bit: adapters and saved modules do not act."""
+    """Inside, the model is the base, bit for bit: adapters, saved modules and selected parameters
+    do not act."""
     _keeps_base(model, "disabled")
     check_restored(model, "disabled")
     layers, saved = wrappers_of(model)
-    wrappers: list[AdaptedLayer | SavedModule] = [*layers.values(), *saved.values()]
-    before = [wrapper.enabled for wrapper in wrappers]
+    chosen = selections(model)
+    holders: list[AdaptedLayer | SavedModule | Selected] = [*layers.values(), *saved.values()]
+    holders += [selected for _, selected in chosen]
+    before = [holder.enabled for holder in holders]
+
+    def place() -> None:
+        for part, selected in chosen:
+            _place(part, selected, selected.active and selected.enabled)
+
     try:
-        for wrapper in wrappers:
-            wrapper.enabled = False
+        for holder in holders:
+            holder.enabled = False
+        place()
         yield
     finally:
-        for wrapper, enabled in zip(wrappers, before, strict=True):
-            wrapper.enabled = enabled
+        for holder, enabled in zip(holders, before, strict=True):
+            holder.enabled = enabled
+        place()
 
 
-def merge(model: nn.Module) -> None:
+@dataclass(frozen=True)
+class Certificate:
+    """What a merge did to the model's output on a probe; `str(certificate)` says it."""
+
+    layers: int  # merged
+    dtype: torch.dtype  # of the merged weights, the coarsest
+    untied: tuple[str, ...]  # layers whose weight was tied to another's and is their own now
+    largest_difference: float | None  # between the outputs before and after; None without a probe
+    largest_output: float | None  # before
+    tolerance: float | None  # k · eps(dtype) · largest_output
+
+    def __str__(self) -> str:
+        lines = [f"merged {self.layers} layers in {str(self.dtype).removeprefix('torch.')}"]
+        if self.untied:
+            lines.append(f"untied {', '.join(self.untied)}")
+        if self.largest_difference is None:
+            lines.append("not certified: no probe was passed")
+        else:
+            lines.append(
+                f"outputs moved by {self.largest_difference:.3g} at most, of {self.largest_output:.3g}"
+                f" (tolerance {self.tolerance:.3g})"
+            )
+        return "; ".join(lines)
+
+
+SLACK = 32
+"""k of the tolerance k · eps · max|output|: a merge rounds each of the weights once."""
+
+
+def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certificate:
     """Put W' in W's place in every adapted layer, in the base's dtype, from float32.
 
-    The originals are kept by reference for restore(). Raises MergeError, the model untouched,
-    where a weight is tied to another layer or W' is not finite.
+    The originals are kept for restore(). With a `probe`, a batch that the model takes, its output
+    before and after is compared in eval mode, and a merge that moves it by more than the tolerance
+    is refused. `untie` gives a layer whose weight is tied to another's one of its own. Raises
+    MergeError, the model untouched.
     """
     _keeps_base(model, "merge")
     check_restored(model, "merge")
     _check_enabled(model, "merge")
-    layers, _ = wrappers_of(model)
+    layers, saved = wrappers_of(model)
+    layers = {name: layer for name, layer in layers.items() if layer.active}
+    merged, tied = _merged(model, layers, untie)
+    before = None if probe is None else _output(model, probe)
+    for name, pair in merged.items():
+        layers[name].merge(pair)
+    for part in (*saved.values(), *_all(model)):
+        part.merged = True
+    if tied:
+        _set_tied(model, False)
+    dtypes = {layer.weight.dtype for layer in layers.values()}
+    dtype = max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+    off = largest = bound = None
+    if before is not None:
+        try:
+            off = float((_output(model, probe) - before).abs().max())
+        except BaseException:
+            restore(model)
+            raise
+        largest = float(before.abs().max())
+        bound = SLACK * torch.finfo(dtype).eps * largest
+        if not off <= bound:
+            restore(model)
+            raise MergeError(
+                f"merge: the outputs on the probe moved by {off:.3g}, tolerance {bound:.3g}"
+                f" ({SLACK} eps of {str(dtype).removeprefix('torch.')} times {largest:.3g}). The"
+                " model is as it was. Merge into a float32 base: model.float() first."
+            )
+    return Certificate(len(layers), dtype, tied, off, largest, bound)
+
+
+def _merged(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], untie: bool
+) -> tuple[dict[str, tuple[Tensor, Tensor | None]], tuple[str, ...]]:
+    """W' and b' of each layer, and the layers whose weight is tied to another module's."""
     modules = {id(module): module for _, module in walk(model)}.values()
     users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
+    tied = []
     for name, layer in layers.items():
-        if not layer.active:
-            continue
-        if users[id(layer.view.parameters()[0])] > 1:
+        weight, bias = layer.view.parameters()
+        if users[id(weight)] > 1:
+            tied.append(name)
+            if not untie:
+                raise MergeError(
+                    f"merge: the weight of {name} is tied to another module's, which would change"
+                    " with it. Call lora.merge(model, untie=True) to give it one of its own."
+                )
+        merged[name] = pair = layer.merged()
+        if bias is None and pair[1] is not None:
             raise MergeError(
-                f"merge: the weight of {name} is tied to another module's, which would change"
-                " with it. Leave it out of target_modules, or untie the two first."
+                f"merge: the update of {name} has a bias, the layer has none to merge it into."
+                " Keep the adapter apart, or train with lora_bias=False."
             )
-        merged[name] = layer.merged()
-        if not all(bool(t.isfinite().all()) for t in merged[name] if t is not None):
-            raise MergeError(f"merge: W' of {name} is not finite in {layer.weight.dtype}.")
-    for name, pair in merged.items():
-        layers[name].merge(pair)
+        if not all(bool(t.isfinite().all()) for t in pair if t is not None):
+            raise MergeError(f"merge: W' of {name} is not finite in {weight.dtype}.")
+    return merged, tuple(tied)
+
+
+def _output(model: nn.Module, probe: Any) -> Tensor:
+    """The model's logits, or its first output, for a probe, in float32."""
+    with evaluating(model), torch.no_grad():
+        found = forward(model, probe)
+    found = getattr(found, "logits", found)
+    found = found if isinstance(found, Tensor) else next(iter(found.values() if isinstance(found, Mapping) else found))
+    return found.float()
+
+
+def _set_tied(model: nn.Module, tied: bool) -> None:
+    """Tell transformers, which ties the two again when it saves or loads."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", None) is (not tied):
+        config.tie_word_embeddings = tied  # type: ignore[union-attr]
+        if tied:
+            model.__dict__.pop("lora_untied")
+        else:
+            model.__dict__["lora_untied"] = True
 
 
 def restore(model: nn.Module) -> None:
     """Undo merge, bit for bit, from the kept originals."""
     _keeps_base(model, "restore")
-    layers, _ = wrappers_of(model)
+    layers, saved = wrappers_of(model)
     for layer in layers.values():
         layer.restore()
+    for part in (*saved.values(), *_all(model)):
+        part.merged = False
+    if "lora_untied" in model.__dict__:
+        _set_tied(model, True)
 
 
 def eject(model: nn.Module) -> None:
@@ -717,9 +1047,9 @@ def eject(model: nn.Module) -> None:
 
     Every parameter requires a gradient again that did before the first injection.
     """
-    inside = [part for part in model.modules() if injected(part) and part is not model]
-    if inside:
-        names = [name for name, part in model.named_modules() if part is inside[0]]
+    inner = [part for part in model.modules() if injected(part) and part is not model]
+    if inner:
+        names = [name for name, part in model.named_modules() if part is inner[0]]
         raise MergeError(
             f"eject: the adapters are those of the part {names[0]}. Call"
             f" lora.eject(model.{names[0]})."
@@ -727,7 +1057,7 @@ def eject(model: nn.Module) -> None:
     if not injected(model):
         return
     layers, saved = wrappers_of(model)
-    is_merged = any(layer.kept is not None for layer in layers.values())
+    is_merged = _is_merged(model)
     wrappers = {id(w) for w in (*layers.values(), *saved.values())}
     places = [
         (parent, leaf, child)
@@ -742,7 +1072,10 @@ def eject(model: nn.Module) -> None:
             assert isinstance(child, SavedModule)
             plain = child.current if is_merged else child.original_module
         parent._modules[leaf] = plain
+    for _, selected in selections(model):
+        _place(model, selected, is_merged and selected.active)
     required = model.__dict__.pop("lora_required")
-    del model.__dict__["lora_adapters"]
+    for key in ("lora_adapters", "lora_selected", "lora_untied"):
+        model.__dict__.pop(key, None)
     for name, parameter in _base_paths(model):
         parameter.requires_grad_(required.get(name, parameter.requires_grad))

@@ -3,15 +3,17 @@
 A method states its equation once, for a weight W (out, in) and a bias b (out,) or None. A view
 says where a module keeps them and how it applies them, so that no method knows a layer's kind.
 
-    kind        stored weight   face
-    nn.Linear   (out, in)       weight
-    HF Conv1D   (in, out)       weight.T     GPT-2's layer, transformers.pytorch_utils.Conv1D
+    kind           stored weight   face       x
+    nn.Linear      (out, in)       weight     (..., in)
+    HF Conv1D      (in, out)       weight.T   (..., in)   GPT-2's, transformers.pytorch_utils.Conv1D
+    nn.Embedding   (vocab, dim)    weight.T   ids (...), which pick columns: in = vocab, out = dim
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,12 +22,13 @@ from lora.errors import TargetError
 
 @dataclass(frozen=True)
 class View:
-    """Where `module` keeps one linear map x (..., in) -> y (..., out)."""
+    """Where `module` keeps one linear map x -> y (..., out)."""
 
     module: nn.Module
     out_features: int
     in_features: int
     transposed: bool  # True where the module stores (in, out)
+    of_ids: bool = False  # True where x is ids (...) and not (..., in)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in), sharing the module's storage, and b (out,) or None."""
@@ -35,22 +38,25 @@ class View:
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         """The weight and the bias as the module stores them."""
         weight = self.module.weight
-        bias = self.module.bias
+        bias = self.module._parameters.get("bias")
         assert isinstance(weight, nn.Parameter)
-        assert bias is None or isinstance(bias, nn.Parameter)
         return weight, bias
 
 
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, None where no view exists.
 
-    A subclass with a forward of its own is no plain linear map. torch's
+    A subclass of nn.Linear with a forward of its own is no plain linear map; one of nn.Embedding
+    may scale what it looks up, which apply() leaves to its forward. torch's
     NonDynamicallyQuantizableLinear is never called at all: nn.MultiheadAttention reads its
     weight, so that an adapter around it would be dead.
     """
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         return None  # parametrized, weight-normed or lazy: W is computed elsewhere, or not yet
+    if isinstance(module, nn.Embedding):
+        # max_norm writes to the weight at every look-up.
+        return "Embedding" if module.max_norm is None else None
     if "bias" not in module._parameters:
         return None  # and so is b
     if isinstance(module, nn.Linear):
@@ -68,14 +74,29 @@ def views(module: nn.Module) -> list[View]:
     found = kind(module)
     if found is None:
         raise TargetError(
-            f"no view for {type(module).__name__}: adapters sit on nn.Linear and HF Conv1D."
+            f"no view for {type(module).__name__}: adapters sit on nn.Linear, nn.Embedding and HF"
+            " Conv1D."
         )
     rows, columns = module.weight.shape  # type: ignore[misc]
-    if found == "Conv1D":
-        return [View(module, int(columns), int(rows), transposed=True)]
-    return [View(module, int(rows), int(columns), transposed=False)]
+    if found == "Linear":
+        return [View(module, int(rows), int(columns), transposed=False)]
+    return [View(module, int(columns), int(rows), transposed=True, of_ids=found == "Embedding")]
 
 
-def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """y = x Wᵀ + b, in W's dtype: the module's map with W (out, in), b (out,) for its own."""
+def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """The module's map with W (out, in), b (out,) for its own, in W's dtype; out may be any."""
+    if view.of_ids:  # the module's own forward: it may scale
+        y: Tensor = torch.func.functional_call(view.module, {"weight": W.T}, (x,))
+        return y if b is None else y + b
     return F.linear(x.to(W.dtype), W, None if b is None else b.to(W.dtype))
+
+
+def backbone(model: nn.Module) -> str:
+    """The path of what was pretrained, "" where that is the whole: the rest are heads."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and prefix in model._modules else ""
+
+
+def inside(name: str, whole: str) -> bool:
+    """Whether a dotted name is `whole`, or of something within it."""
+    return not whole or name == whole or name.startswith(whole + ".")

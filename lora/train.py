@@ -14,7 +14,7 @@ from torch import nn
 from lora.data import Encoded, batches, collate
 from lora.errors import TrainingError
 from lora.evaluate import autocast
-from lora.injection import check_alive
+from lora.injection import after_step, check_alive, param_groups, penalty
 from lora.losses import task_loss
 
 
@@ -61,7 +61,7 @@ def fit(
     steps = epochs * per_epoch
     plan = ((e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(groups(trained, weight_decay), lr=learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda number: slope(number, steps, warmup)
     )
@@ -72,12 +72,13 @@ def fit(
         with autocast(device, dtype):
             logits = model(**batch).logits
         loss = task_loss(logits, encoded.targets[rows].to(device), task)
+        extra = penalty(model)
         if loss.requires_grad:  # not where every adapter is dead, which check_alive names
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
         if number == 0:
             check_alive(model)
         norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
-        rate = float(schedule.get_last_lr()[0])
+        rate = learning_rate * slope(number, steps, warmup)
         value = loss.item()
         if not math.isfinite(value) or not math.isfinite(float(norm)):
             raise TrainingError(
@@ -85,6 +86,7 @@ def fit(
                 f" loss {value}, gradient norm {float(norm)}."
             )
         optimizer.step()
+        after_step(model, number + 1, steps)
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(encoded.fields[row]["input_ids"]) for row in rows)
@@ -111,12 +113,17 @@ def slope(number: int, steps: int, warmup: float) -> float:
     return (steps - number) / max(1, steps - rise)
 
 
-def groups(trained: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms do not."""
-    matrices = [parameter for parameter in trained if parameter.dim() > 1]
-    vectors = [parameter for parameter in trained if parameter.dim() <= 1]
+def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """What trains, at the rate that its method gives it; matrices decay, biases and norms do not.
+
+    The first group is at the rate itself.
+    """
     return [
-        {"params": found, "weight_decay": decay}
-        for found, decay in ((matrices, weight_decay), (vectors, 0.0))
+        {"params": found, "lr": multiple * learning_rate, "weight_decay": decay}
+        for parameters, multiple in param_groups(model)
+        for found, decay in (
+            ([p for p in parameters if p.dim() > 1], weight_decay),
+            ([p for p in parameters if p.dim() <= 1], 0.0),
+        )
         if found
     ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from lora.adapter import MethodConfig, Selection
 
 
@@ -25,12 +27,14 @@ class Full(Selection):
     paper = "Devlin et al. 2018, arXiv:1810.04805, section 3.2"
     Config = FullConfig
     peft_type = "FULL"  # no type of PEFT's: PEFT refuses the file by this name
+    when = "The yardstick; where the data is plenty, and every task may have a model of its own."
     learning_rate = 5e-5
+    keeps_base = False
     exempt: ClassVar = {
         "disabled_is_base": "the originals are not kept",
         "restore_is_bit_exact": "the originals are not kept",
     }
 
     @classmethod
-    def selects(cls, name: str, config: MethodConfig) -> bool:
+    def selects(cls, name: str, model: nn.Module, config: FullConfig) -> bool:
         return True

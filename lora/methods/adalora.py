@@ -1,0 +1,259 @@
+"""AdaLoRA: a budget of ranks, given to the layers that need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.adapter import (
+    Adapter,
+    AdapterConfig,
+    check,
+    is_number,
+    probability,
+    whole_number,
+)
+from lora.errors import ConfigError
+from lora.layers import View, apply
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoRAConfig(AdapterConfig):
+    """Settings of AdaLoRA. Steps are optimiser steps."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
+        | {"total_step", "lora_dropout"}
+    )
+
+    init_r: int = 12
+    """Rank of every layer at the start."""
+    target_r: int = 8
+    """Mean rank of the layers at the end."""
+    lora_alpha: float = 8.0
+    """Numerator of the scaling lora_alpha / init_r."""
+    lora_dropout: float = 0.0
+    """Probability of dropping an element of the adapter's input in training, 0 <= p < 1."""
+    tinit: int | None = None
+    """Steps before the first rank goes. Default: a tenth of all."""
+    tfinal: int | None = None
+    """Steps after the last one has gone. Default: three tenths of all."""
+    deltaT: int = 1  # noqa: N815  (PEFT's name)
+    """Steps from one allocation to the next."""
+    beta1: float = 0.85
+    """Decay of the running mean of the sensitivity."""
+    beta2: float = 0.85
+    """Decay of the running mean of its uncertainty."""
+    orth_reg_weight: float = 0.5
+    """Weight in the loss of how far A and B are from orthogonal."""
+    total_step: int | None = None
+    """Steps of the whole training. Default: those that it has."""
+    rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
+    """Which of its ranks each layer has kept, `LAYER.lora_E` -> one truth a rank: written when a
+    trained adapter is saved."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("init_r", "target_r", "deltaT"):
+            whole_number(name, getattr(self, name))
+        good = self.target_r <= self.init_r
+        check("target_r", self.target_r, f"at most init_r ({self.init_r})", good)
+        for name, least in (("tinit", 0), ("tfinal", 0), ("total_step", 1)):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), least)
+        alpha = self.lora_alpha
+        check("lora_alpha", alpha, "a positive number", is_number(alpha) and alpha > 0)
+        object.__setattr__(self, "lora_alpha", float(alpha))
+        probability("lora_dropout", self.lora_dropout)
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            check(name, beta, "a number with 0 < beta < 1", is_number(beta) and 0 < beta < 1)
+        weight = self.orth_reg_weight
+        check("orth_reg_weight", weight, "a number of at least 0", is_number(weight) and weight >= 0)
+        pattern = self.rank_pattern
+        good = isinstance(pattern, Mapping) and all(
+            isinstance(kept, list) and all(isinstance(one, bool) for one in kept)
+            for kept in pattern.values()
+        )
+        check("rank_pattern", pattern, "lists of truths by layer", good)
+
+    def schedule(self, steps: int) -> tuple[int, int, int]:
+        """(tinit, total − tfinal, total) of a training of so many steps."""
+        total = self.total_step or steps
+        first = total // 10 if self.tinit is None else self.tinit
+        last = total - (3 * total // 10 if self.tfinal is None else self.tfinal)
+        if first >= last:
+            raise ConfigError(
+                f"adalora has no step to allocate ranks in: tinit is {first}, tfinal {total - last},"
+                f" the training has {total}. Train longer, or set --tinit and --tfinal lower."
+            )
+        return first, last, total
+
+
+class AdaLoRA(Adapter):
+    """W' = W + (lora_alpha / init_r) B (E ∘ A).  AdaLoRA, Zhang et al. 2023, arXiv:2303.10512, eq. 3.
+
+    lora_A (r, in), lora_B (out, r)  N(0, 0.02²), kept near orthogonal by penalty()
+    lora_E (r, 1)                    zeros, so W' = W at step 0; a zero that stays is a rank gone
+    The divisor is init_r + 1e-5, as in PEFT. after_step() ranks all the layers' (A, E, B) triplets
+    by smoothed sensitivity times uncertainty, eq. 8 to 12, and clears E of those over the budget.
+    """
+
+    name = "adalora"
+    paper = "arXiv:2303.10512"
+    when = "When a budget of parameters is fixed and it is unknown which layers deserve them."
+    Config = AdaLoRAConfig
+    peft_type = "ADALORA"
+    additive = True
+    example: ClassVar = {"init_r": 3, "target_r": 1, "lora_alpha": 7.0}
+    variants: ClassVar = {
+        "allocated": {
+            "init_r": 3, "target_r": 1, "lora_alpha": 7.0,
+            "rank_pattern": {
+                "first.lora_E": [True, False, True], "second.lora_E": [False, False, True]
+            },
+        }
+    }  # fmt: skip
+    neutral: ClassVar = {
+        **{"bias": "none", "r": ..., "fan_in_fan_out": ..., "qalora_group_size": ...},
+        **{"init_lora_weights": True, "megatron_core": ...},
+    }
+
+    config: AdaLoRAConfig
+
+    def __init__(self, view: View, config: AdaLoRAConfig, module: str) -> None:
+        super().__init__(view, config, module)
+        self.pattern = config.rank_pattern.get(f"{module}.lora_E")
+        r = config.init_r if self.pattern is None else sum(self.pattern)
+        self.scaling = config.lora_alpha / (config.init_r + 1e-5)
+        self.dropout = config.lora_dropout
+        self.total = config.total_step
+        self.lora_A = self.new(view, r, view.in_features)
+        self.lora_E = self.new(view, r, 1)
+        self.lora_B = self.new(view, view.out_features, r)
+        # Of each parameter the running means of its sensitivity and of that one's uncertainty
+        for name, parameter in list(self.named_parameters()):
+            for kind in ("sensitivity", "uncertainty"):
+                self.register_buffer(f"{kind}_{name[-1]}", torch.zeros_like(parameter))
+
+    def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+        for name in ("lora_A", "lora_B"):
+            start = torch.empty(getattr(self, name).shape, dtype=torch.float32, device="cpu")
+            getattr(self, name).copy_(start.normal_(std=0.02, generator=generator(name)))
+        self.lora_E.zero_()
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @classmethod
+    def size(cls, view: View, config: AdaLoRAConfig, module: str) -> int:
+        kept = config.rank_pattern.get(f"{module}.lora_E")
+        r = config.init_r if kept is None else sum(kept)
+        return r * (view.in_features + 1 + view.out_features)
+
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + self.scaling * (self.lora_B @ (self.lora_E * self.lora_A)), b
+
+    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        h = apply(view, x if mask is None else x * mask, self.lora_E * self.lora_A)
+        return self.scaling * F.linear(h, self.lora_B)
+
+    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        y: Tensor = view.module(x)
+        return (y + self.delta(view, x, mask)).to(y.dtype)
+
+    @classmethod
+    def penalty(cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig) -> Tensor | None:
+        """The mean over all A and B of ‖A Aᵀ − 1‖ and ‖Bᵀ B − 1‖ (Frobenius), weighted."""
+        found = []
+        for adapter in adapters:
+            for P in (adapter.lora_A, adapter.lora_B.T):
+                one = torch.eye(len(P), dtype=P.dtype, device=P.device)
+                found.append(torch.linalg.matrix_norm(P @ P.T - one))
+        return config.orth_reg_weight * torch.stack(found).mean()
+
+    @classmethod
+    @torch.no_grad()
+    def after_step(
+        cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig, step: int, total: int
+    ) -> None:
+        if config.rank_pattern:
+            return  # loaded with the ranks that it has kept
+        first, last, total = config.schedule(total)
+        for adapter in adapters:
+            adapter.total = total
+        if step < last:
+            for adapter in adapters:
+                adapter.observe()
+        if step > last:
+            for adapter in adapters:
+                adapter.clear()
+            return
+        most, least = (r * len(adapters) for r in (config.init_r, config.target_r))
+        left = 1 - (step - first) / (last - first)
+        budget = most if step <= first else int((most - least) * left**3 + least)
+        if budget < most and (step == last or step % config.deltaT == 0):
+            scores = [adapter.scores() for adapter in adapters]
+            bound = torch.cat([score.cpu() for score in scores]).kthvalue(most - budget).values
+            for adapter, score in zip(adapters, scores, strict=True):
+                adapter.pattern = (score > bound.to(score.device)).tolist()
+                adapter.clear()
+
+    def observe(self) -> None:
+        """Take this step's gradients into the running means, eq. 9 and 10."""
+        for name, parameter in self.named_parameters():
+            if parameter.grad is None:
+                continue
+            mean = getattr(self, f"sensitivity_{name[-1]}")
+            spread = getattr(self, f"uncertainty_{name[-1]}")
+            sensitivity = (parameter * parameter.grad).abs()
+            mean.mul_(self.config.beta1).add_((1 - self.config.beta1) * sensitivity)
+            off = (sensitivity - mean).abs()
+            spread.mul_(self.config.beta2).add_((1 - self.config.beta2) * off)
+
+    def scores(self) -> Tensor:
+        """How much each triplet matters, (r,), eq. 7 and 8."""
+        A, E, B = (
+            getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}")
+            for name in "AEB"
+        )
+        return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)  # type: ignore[no-any-return]
+
+    def clear(self) -> None:
+        """Hold the ranks that are gone at zero."""
+        if self.pattern is not None:
+            kept = torch.tensor(self.pattern, device=self.lora_E.device)
+            self.lora_E.masked_fill_(~kept[:, None], 0.0)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The ranks that are kept."""
+        found = super().stored()
+        if self.pattern is not None and len(self.pattern) == len(self.lora_E):
+            kept = torch.tensor(self.pattern, device=self.lora_E.device)
+            found = {
+                key: tensor[:, kept] if key == "lora_B" else tensor[kept]
+                for key, tensor in found.items()
+            }
+        return found
+
+    @classmethod
+    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        settings = super().file_settings(config, adapters)
+        own = {name: a for name, a in adapters.items() if isinstance(a, AdaLoRA)}
+        patterns = {f"{name}.lora_E": a.pattern for name, a in own.items() if a.pattern is not None}
+        settings["rank_pattern"] = patterns or None
+        # PEFT wants a schedule that could be run, of an untrained adapter too.
+        total = next((a.total for a in own.values() if a.total), None)
+        total = total or 2 + (config.tinit or 0) + (config.tfinal or 0)
+        first, last, total = config.schedule(total)
+        return settings | {"total_step": total, "tinit": first, "tfinal": total - last}
+
+    @classmethod
+    def read_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        found = super().read_settings(settings)
+        found["rank_pattern"] = found.get("rank_pattern") or {}
+        return found

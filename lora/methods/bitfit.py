@@ -1,0 +1,44 @@
+"""BitFit: the biases train, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lora.adapter import PartialConfig, Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(PartialConfig):
+    """Settings of BitFit."""
+
+    small: bool = False
+    """The paper's smaller half: biases of the queries and of the middle of the feed-forward."""
+
+
+class BitFit(Selection):
+    """b' = b, trained; W' = W.  BitFit, Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
+
+    All biases: 0.09 % of BERT-base. With `small` those of the query projections and of the second
+    layer that reads the hidden state (the wide one of the feed-forward block), 0.04 %.
+    """
+
+    name = "bitfit"
+    paper = "arXiv:2106.10199"
+    when = "On small and middling data with an encoder, when nothing may be added to the model."
+    Config = BitFitConfig
+    peft_type = "BITFIT"  # no type of PEFT's: PEFT refuses the file by this name
+    learning_rate = 1e-3
+    exempt: ClassVar = {}
+
+    QUERIES = ("query", "q_lin", "q_proj", "q", "query_proj")
+    MIDDLES = ("intermediate.dense", "ffn.lin1", "fc1", "wi", "wi_0", "wi_1", "up_proj")
+
+    @classmethod
+    def selects(cls, name: str, model: nn.Module, config: BitFitConfig) -> bool:
+        module, _, leaf = name.rpartition(".")
+        if leaf != "bias" or not config.small:
+            return leaf == "bias"
+        return any(("." + module).endswith("." + end) for end in cls.QUERIES + cls.MIDDLES)

@@ -1,0 +1,37 @@
+"""A linear probe: the head trains on features that stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lora.adapter import PartialConfig, Selection
+from lora.layers import backbone, inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(PartialConfig):
+    """Settings of a linear probe; modules_to_save names the head of a model without a backbone."""
+
+
+class Head(Selection):
+    """The parameters outside the pretrained backbone, trained.  Linear probe, Alain and Bengio
+    2016, arXiv:1610.01644.
+
+    The backbone is what transformers names base_model_prefix.
+    """
+
+    name = "head"
+    paper = "arXiv:1610.01644"
+    when = "To learn what the frozen features hold already: the floor of every comparison."
+    Config = HeadConfig
+    peft_type = "HEAD"  # no type of PEFT's: PEFT refuses the file by this name
+    learning_rate = 1e-3
+    example: ClassVar = {"modules_to_save": ("second",)}
+
+    @classmethod
+    def selects(cls, name: str, model: nn.Module, config: HeadConfig) -> bool:
+        trunk = backbone(model)
+        return bool(trunk) and not inside(name, trunk)

@@ -1,0 +1,68 @@
+"""HiRA: a low-rank product laid over the weight, an update of high rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, AdapterConfig, probability, whole_number
+from lora.layers import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiRAConfig(AdapterConfig):
+    """Settings of HiRA."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset({"hira_dropout"})
+
+    r: int = 32
+    """Rank of the product, at least 1."""
+    hira_dropout: float = 0.0
+    """Probability of dropping an element of the update's input in training, 0 <= p < 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("r", self.r)
+        probability("hira_dropout", self.hira_dropout)
+
+
+class HiRA(Adapter):
+    """W' = W + W ∘ (B A).  HiRA, Huang et al. 2025, openreview.net/forum?id=TwJrTz9cRS, eq. 4.
+
+    hira_A (r, in) kaiming_uniform(a=√5), hira_B (out, r) zeros; of an Embedding zeros and N(0, 1).
+    """
+
+    name, paper, Config, peft_type = "hira", "openreview:TwJrTz9cRS", HiRAConfig, "HIRA"
+    when = "For tasks that LoRA's low rank is too narrow for, at LoRA's size; the step is slower."
+    example: ClassVar = {"r": 3}
+    neutral: ClassVar = {"fan_in_fan_out": ..., "init_weights": (True, "gaussian")}
+
+    def __init__(self, view: View, config: HiRAConfig, module: str) -> None:
+        super().__init__(view, config, module)
+        self.hira_A = self.new(view, config.r, view.in_features)
+        self.hira_B = self.new(view, view.out_features, config.r)
+        self.dropout, self.of_ids = config.hira_dropout, view.of_ids
+        if view.of_ids:
+            self.keys = {"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"}
+
+    def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+        start = torch.empty((self.hira_B if self.of_ids else self.hira_A).shape, device="cpu")
+        if self.of_ids:
+            self.hira_B.copy_(start.normal_(generator=generator("hira_B")))
+            self.hira_A.zero_()
+        else:
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator("hira_A"))
+            self.hira_A.copy_(start)
+            self.hira_B.zero_()
+
+    @classmethod
+    def size(cls, view: View, config: HiRAConfig, module: str) -> int:
+        return config.r * (view.in_features + view.out_features)
+
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + W * (self.hira_B @ self.hira_A), b

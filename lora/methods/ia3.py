@@ -1,0 +1,99 @@
+"""(IA)³: one trained factor per feature."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lora.adapter import Adapter, AdapterConfig, names_tuple
+from lora.errors import ConfigError
+from lora.layers import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(AdapterConfig):
+    """Settings of (IA)³."""
+
+    feedforward_modules: str | tuple[str, ...] = ()
+    """Those of the layers whose inputs are scaled in place of their outputs: names, their dotted
+    endings, or a pattern. The paper: the last layer of each feed-forward block."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = self.feedforward_modules
+        if isinstance(names, str):
+            try:
+                re.compile(names)
+            except re.error as error:
+                raise ConfigError(f"feedforward_modules={names!r}: {error}.") from None
+        else:
+            names = names_tuple("feedforward_modules", names)
+            object.__setattr__(self, "feedforward_modules", names)
+
+
+def is_feedforward(module: str, config: IA3Config) -> bool:
+    """Whether a layer's inputs are scaled."""
+    names = config.feedforward_modules
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+class IA3(Adapter):
+    """W' = l W, b' = l b, or for feed-forward layers W' = W l.  (IA)³, Liu et al. 2022,
+    arXiv:2205.05638, eq. 1 and 2.
+
+    ia3_l (out, 1), or (1, in) for feed-forward layers; ones, so W' = W at step 0
+    Cost: out parameters a layer, or in; one product per feature and token.
+    """
+
+    name = "ia3"
+    paper = "arXiv:2205.05638"
+    when = "With very little data, or thousands of tasks: the smallest files that train a base."
+    Config = IA3Config
+    peft_type = "IA3"
+    learning_rate = 5e-3
+    example: ClassVar = {"feedforward_modules": ("second",)}
+    neutral: ClassVar = {"fan_in_fan_out": ..., "init_ia3_weights": ...}
+    exempt: ClassVar = {"another_seed_other_bits": "starts at ones"}
+
+    def __init__(self, view: View, config: IA3Config, module: str) -> None:
+        super().__init__(view, config, module)
+        self.feedforward = is_feedforward(module, config)
+        self.ia3_l = self.new(
+            view, *((1, view.in_features) if self.feedforward else (view.out_features, 1))
+        )
+
+    def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+        self.ia3_l.fill_(1.0)
+
+    @classmethod
+    def size(cls, view: View, config: IA3Config, module: str) -> int:
+        return view.in_features if is_feedforward(module, config) else view.out_features
+
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.ia3_l * W, b if b is None or self.feedforward else self.ia3_l[:, 0] * b
+
+    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None or (view.of_ids and self.feedforward):
+            return self.reference(view, x, mask)
+        if self.feedforward:
+            y: Tensor = view.module((x * self.ia3_l[0]).to(x.dtype))
+            return y
+        y = view.module(x)
+        return (y * self.ia3_l[:, 0]).to(y.dtype)
+
+    @classmethod
+    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        settings = super().file_settings(config, adapters)
+        forward, targets = settings["feedforward_modules"], settings["target_modules"]
+        # PEFT wants the one list to be a part of the other, and takes endings without a dot.
+        if isinstance(forward, list) and not (isinstance(targets, list) and {*forward} <= {*targets}):
+            settings["target_modules"] = list(adapters)
+            settings["feedforward_modules"] = [n for n in adapters if is_feedforward(n, config)]
+        return settings

@@ -1,0 +1,52 @@
+"""The last layers train, the first stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora.adapter import PartialConfig, Selection, whole_number
+from lora.layers import backbone, inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(PartialConfig):
+    """Settings of top-k fine-tuning."""
+
+    k: int = 2
+    """How many of the last blocks train, at least 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("k", self.k)
+
+
+class TopK(Selection):
+    """W' is W, trained: in the last k blocks, in what follows them, and in the head.
+
+    Howard and Ruder 2018, arXiv:1801.06146, section 3.3. The blocks are the longest list of
+    modules in the model, or its children where it has no list; the embeddings come before them.
+    """
+
+    name = "topk"
+    paper = "arXiv:1801.06146"
+    when = "When memory for full fine-tuning is short and the task is near the pretraining."
+    Config = TopKConfig
+    peft_type = "TOPK"  # no type of PEFT's: PEFT refuses the file by this name
+    learning_rate = 5e-5
+
+    @classmethod
+    def selects(cls, name: str, model: nn.Module, config: TopKConfig) -> bool:
+        modules = dict(model.named_modules())
+        lists = [n for n, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential)]
+        path = max(lists, key=lambda n: len(modules[n]._modules), default="")
+        blocks = list(modules[path]._modules)
+        chosen = tuple(f"{path}.{block}".lstrip(".") for block in blocks[-config.k :])
+        if any(inside(name, block) for block in chosen):
+            return True
+        if inside(name, path):
+            return False
+        trunk, order = backbone(model), list(dict(model.named_parameters()))
+        last = max((i for i, n in enumerate(order) if inside(n, path)), default=-1)
+        return order.index(name) > last or (bool(trunk) and not inside(name, trunk))

@@ -1,0 +1,129 @@
+"""VeRA: two random matrices that all layers share, and two trained vectors on each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, AdapterConfig, check, is_number, probability, whole_number
+from lora.layers import View, apply
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRAConfig(AdapterConfig):
+    """Settings of VeRA."""
+
+    training_only: ClassVar[frozenset[str]] = frozenset({"vera_dropout", "d_initial"})
+
+    r: int = 256
+    """Rank of the shared matrices, at least 1: larger than LoRA's, since they do not train."""
+    d_initial: float = 0.1
+    """Where the inner vector starts."""
+    projection_prng_key: int = 0
+    """Seed of the shared matrices."""
+    save_projection: bool = True
+    """File the shared matrices too; without them a file relies on torch's generator."""
+    vera_dropout: float = 0.0
+    """Probability of dropping an element of the update's input in training, 0 <= p < 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole_number("r", self.r)
+        whole_number("projection_prng_key", self.projection_prng_key, least=0)
+        start = self.d_initial
+        check("d_initial", start, "a number other than 0", is_number(start) and start != 0)
+        probability("vera_dropout", self.vera_dropout)
+
+
+class VeRA(Adapter):
+    """W' = W + Λ_b B Λ_d A.  VeRA, Kopiczko et al. 2024, arXiv:2310.11454, eq. 2.
+
+    vera_A (r, largest in), vera_B (largest out, r): random, frozen, shared; a layer takes the first
+    columns and rows. Kaiming uniform from projection_prng_key, in PEFT's order, on the CPU.
+    vera_lambda_d (r,)    d_initial
+    vera_lambda_b (out,)  zeros, so W' = W at step 0
+    Cost: r + out parameters a layer; 2·r·(in+out) FLOP per token.
+    """
+
+    name = "vera"
+    paper = "arXiv:2310.11454"
+    when = "When the files must be tiny and LoRA's accuracy nearly kept."
+    Config = VeRAConfig
+    peft_type = "VERA"
+    learning_rate = 1e-2
+    additive = True
+    example: ClassVar = {"r": 5, "d_initial": 0.7}
+    variants: ClassVar = {"unsaved": {"r": 5, "d_initial": 0.7, "save_projection": False}}
+    neutral: ClassVar = {
+        "bias": "none", "fan_in_fan_out": ..., "init_weights": ...,
+    }  # fmt: skip
+    exempt: ClassVar = {
+        "another_seed_other_bits": "the random part follows from projection_prng_key alone"
+    }
+
+    vera_A: nn.Parameter
+    vera_B: nn.Parameter
+
+    def __init__(self, view: View, config: VeRAConfig, module: str) -> None:
+        super().__init__(view, config, module)
+        self.vera_lambda_d = self.new(view, config.r)
+        self.vera_lambda_b = self.new(view, view.out_features)
+        self.dropout = config.vera_dropout
+        self.width = view.in_features
+
+    @classmethod
+    def shared(cls, views: Sequence[View], config: VeRAConfig) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        shapes = {
+            "vera_A": (config.r, max(view.in_features for view in views)),
+            "vera_B": (max(view.out_features for view in views), config.r),
+        }
+        bounds = {name: math.sqrt(3) * math.sqrt(2) / math.sqrt(s[1]) for name, s in shapes.items()}
+        return {
+            name: torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(
+                -bounds[name], bounds[name], generator=generator
+            )
+            for name, shape in shapes.items()
+        }
+
+    @classmethod
+    def saves_shared(cls, config: VeRAConfig) -> bool:
+        return config.save_projection
+
+    def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+        self.vera_lambda_d.fill_(self.config.d_initial)
+        self.vera_lambda_b.zero_()
+
+    @classmethod
+    def size(cls, view: View, config: VeRAConfig, module: str) -> int:
+        return config.r + view.out_features
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Λ_d A (r, in) and Λ_b B (out, r)."""
+        A, B = self.vera_A[:, : self.width], self.vera_B[: len(self.vera_lambda_b)]
+        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
+
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        A, B = self.factors()
+        return W + B @ A, b
+
+    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        A, B = self.factors()
+        return F.linear(apply(view, x if mask is None else x * mask, A), B)
+
+    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        y: Tensor = view.module(x)
+        return (y + self.delta(view, x, mask)).to(y.dtype)
+
+    @classmethod
+    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        settings = super().file_settings(config, adapters)
+        del settings["exclude_modules"]  # which PEFT's VeRA does not know
+        settings["target_modules"] = list(adapters) if config.exclude_modules else settings["target_modules"]
+        return settings
