@@ -33,7 +33,6 @@ from lora.layers import View, apply, views
 METHODS: dict[str, type[Method]] = {}
 
 
-
 def check(field: str, value: object, wanted: str, good: bool) -> None:
     """Raise ConfigError unless `good`, in the house's words."""
     if not good:
@@ -122,16 +121,16 @@ class AdapterConfig(PartialConfig):
                 check(field, value, "at least one name", bool(names))
                 # One name after a flag arrives as a tuple; the word and not the name is meant.
                 object.__setattr__(self, field, "all-linear" if names == ("all-linear",) else names)
-        layers = self.layers_to_transform
+        layers: Any = self.layers_to_transform
         layers = (layers,) if isinstance(layers, int) else layers
         good = isinstance(layers, list | tuple) and all(type(n) is int and n >= 0 for n in layers)
         check("layers_to_transform", layers, "numbers of blocks, from 0", good)
         object.__setattr__(self, "layers_to_transform", tuple(dict.fromkeys(layers)))
-        lists = self.layers_pattern
+        lists: Any = self.layers_pattern
         lists = (lists,) if isinstance(lists, str) else names_tuple("layers_pattern", lists)
         object.__setattr__(self, "layers_pattern", lists)
-        names = self.target_modules == "all-linear" or not isinstance(self.target_modules, str)
-        check("layers_to_transform", layers, "left out beside a pattern", names or not layers)
+        listed = self.target_modules == "all-linear" or not isinstance(self.target_modules, str)
+        check("layers_to_transform", layers, "left out beside a pattern", listed or not layers)
         check("layers_pattern", lists, "beside layers_to_transform", bool(layers) or not lists)
 
 
@@ -222,6 +221,9 @@ class Adapter(Method, nn.Module):
     additive: ClassVar[bool] = False
     """W' − W does not depend on W, so that several adapters on a layer sum."""
 
+    unfiled: ClassVar[frozenset[str]] = frozenset()
+    """Fields of AdapterConfig that PEFT's type lacks: the layers that they leave are named."""
+
     config: Any
     dropout: float = 0.0
     """The probability of dropping an element of the adapter's input in training."""
@@ -289,6 +291,13 @@ class Adapter(Method, nn.Module):
     @classmethod
     def after_step(cls, adapters: Sequence[Any], config: Any, step: int, total: int) -> None:
         """Runs after optimizer.step() number `step` of `total`, from 1, before zero_grad()."""
+
+    @classmethod
+    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+        settings = super().file_settings(config, adapters)
+        if any(settings[name] for name in cls.unfiled):
+            settings["target_modules"] = list(adapters)
+        return {key: value for key, value in settings.items() if key not in cls.unfiled}
 
     def placed(self) -> dict[str, Tensor]:
         """The parameters by their keys in the file; of what is shared it begins `base_model.`."""

@@ -42,28 +42,31 @@ from lora.adapter import (
 )
 from lora.errors import CheckpointError, ConfigError
 from lora.injection import (
-    Plan,
     Report,
-    base_buffers,
-    base_parameters,
     build,
     check_mix,
     check_name,
-    check_pattern,
     check_restored,
     check_statistics,
-    fits,
     injected,
     owned,
-    plan,
     report_of,
     selections,
     stored_tensors,
     tensors,
-    walk,
     wrap,
 )
 from lora.layers import inside, views
+from lora.targets import (
+    Plan,
+    base_buffers,
+    base_parameters,
+    base_paths,
+    check_pattern,
+    fits,
+    plan_of,
+    walk,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model."
@@ -176,7 +179,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     if isinstance(planned.config, AdapterConfig):
         if planned.config.target_modules == "all-linear":
             settings["target_modules"] = _exactly(model, planned)
-        for field in ("layers_to_transform", "layers_pattern"):
+        for field in settings.keys() & {"layers_to_transform", "layers_pattern"}:
             settings[field] = settings[field] or None
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
@@ -315,7 +318,7 @@ def load(
     config = read_config(method, settings, folder)
     if not mark and isinstance(config, AdapterConfig):
         config = _as_peft_means(model, config)
-    planned = replace(plan(model, config), trainable=trainable)
+    planned = replace(plan_of(model, config), trainable=trainable)
     planned, said = _bring(model, planned, stored)
     check_mix(model, name, planned)
     if trainable:
@@ -337,16 +340,15 @@ def load(
     return report_of(model, name, "\n".join(filter(None, [*said, note])))
 
 
-def _bring(
-    model: nn.Module, planned: Plan, stored: dict[str, Tensor]
-) -> tuple[Plan, list[str]]:
+def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[Plan, list[str]]:
     """The plan with the base's weights that the file brings for adapted layers; those that are the
     model's own already leave `stored`, the others replace them. Returns what to tell of them."""
-    base = dict(base_parameters(model))
-    names = {}
-    for path in planned.targets:
-        for name in [n for n in base if n.rpartition(".")[0] == path and n not in planned.selected]:
-            names[f"{path}.base_layer.{name.rpartition('.')[2]}"] = name
+    base = dict(base_paths(model))
+    names = {
+        "{0}.base_layer.{2}".format(*name.rpartition(".")): name
+        for name in base
+        if name.rpartition(".")[0] in planned.targets and name not in planned.selected
+    }
     # With bias="all" PEFT files each bias of a saved module three times over.
     junk = [
         f"{path}.{leaf}.bias"
@@ -363,7 +365,9 @@ def _bring(
             del stored[key]
         else:
             brought.append(names[key])
-    said = [f"{name} is the file's, not the base's: kept aside, back after eject." for name in brought]
+    said = [
+        f"{name} is the file's, not the base's: kept aside, back after eject." for name in brought
+    ]
     return replace(planned, carried=tuple(brought)), said
 
 

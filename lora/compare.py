@@ -87,7 +87,7 @@ def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> lis
     for argument in rest:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0].replace("-", "_")
-            keep = name not in others
+            keep = name not in others and name.removeprefix("no_") not in others
         if keep:
             kept.append(argument)
     return kept

@@ -243,7 +243,7 @@ def to_table(config: RunConfig[Any]) -> dict[str, Any]:
     for source in (config, config.adapter):
         for field in fields(source):
             value = getattr(source, field.name)
-            if is_dataclass(value) or value is None or value in ((), ""):
+            if is_dataclass(value) or value is None or value in ((), "", {}):
                 continue
             if isinstance(value, tuple):
                 value = list(value)

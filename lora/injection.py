@@ -1,6 +1,6 @@
-"""Adapters into a model and out again: match, wrap, freeze, disable, merge, restore, eject.
+"""Adapters into a model and out again: wrap, freeze, disable, merge, restore, eject.
 
-Every step that can fail is done before the model is touched: `plan` reads, `wrap` writes.
+Every step that can fail is done before the model is touched: targets.plan_of reads, `wrap` writes.
 """
 
 from __future__ import annotations
@@ -17,38 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import (
     AdaptedLayer,
     Adapter,
-    AdapterConfig,
-    Method,
     MethodConfig,
-    PartialConfig,
     SavedModule,
     Selected,
-    Selection,
     check,
     check_additive,
     forward,
     initialise,
-    method_of,
 )
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.layers import View, backbone, inside, kind, views
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an injection would do: names by the paths of the model as it was before any."""
-
-    method: type[Method]
-    config: MethodConfig
-    targets: tuple[str, ...]  # layers to wrap
-    saved: tuple[str, ...]  # modules to train as a whole
-    selected: tuple[str, ...]  # parameters of the base to train
-    carried: tuple[str, ...] = ()  # parameters of the base that its file replaces, not to train
-    trainable: bool = True  # False where it was loaded to act only
+from lora.layers import inside, kind, views
+from lora.targets import Plan, base_buffers, base_parameters, base_paths, plan_of, unwrapped, walk
 
 
 @dataclass(frozen=True)
@@ -74,276 +56,6 @@ class Report:
         left = ", ".join(f"{what} ×{many}" for what, many in self.left)
         tail = [f"  left alone: {left}" if left else "", self.note]
         return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, tail)])
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """What stood in the module's place before any injection."""
-    if isinstance(module, AdaptedLayer):
-        return module.base_layer
-    return module.original_module if isinstance(module, SavedModule) else module
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) by every path, as if nothing were injected.
-
-    Unlike named_modules it goes to a module reachable by two paths twice, and through a wrapper
-    to what it wraps.
-    """
-    module = unwrapped(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from walk(child, f"{prefix}.{name}" if prefix else name)
-
-
-def fits(name: str, entries: str | tuple[str, ...]) -> bool:
-    """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in entries)
-
-
-def check_pattern(field: str, entries: str | tuple[str, ...] | None) -> None:
-    """Raise ConfigError where a string is no regular expression."""
-    if isinstance(entries, str):
-        try:
-            re.compile(entries)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                f"{field}={entries[:80]!r} is no regular expression: {error}."
-                f" Set --{field.replace('_', '-')}."
-            ) from None
-
-
-def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the layers that config.target_modules means.
-
-    Layers inside a saved module, and excluded ones, are left alone. A layer reached by two paths
-    is meant, and left alone, by both. Raises TargetError where an entry matches nothing, or
-    matches what no view exists for.
-    """
-    modules = {name: module for name, module in walk(model) if name}
-    wanted, excluded = config.target_modules, config.exclude_modules
-    check_pattern("target_modules", wanted)
-    check_pattern("exclude_modules", excluded)
-    out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
-    for one in _entries(excluded):
-        left = {id(module) for name, module in modules.items() if fits(name, one)}
-        if not left:
-            named = one if isinstance(one, str) else one[0]
-            raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
-        out |= left
-    free = {name: module for name, module in modules.items() if id(module) not in out}
-    if wanted == "all-linear":
-        trunk = backbone(model)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        head = None if head is None else unwrapped(head)
-        found = tuple(
-            name
-            for name, module in free.items()
-            if kind(module) in ("Linear", "Conv1D")
-            and module is not head
-            and inside(name, trunk)
-            and not _routes(name, modules)
-            and _in_blocks(name, config)
-        )
-        if not found:
-            raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
-        _check_blocks(found, config)
-        return found
-    meant: set[int] = set()
-    for entry in _entries(wanted):
-        hits = [name for name in free if fits(name, entry)]
-        if not hits:
-            one = "" if entry is wanted else f" (entry {entry[0]!r})"
-            raise TargetError(f"no layer matches target_modules={wanted!r}{one}.\n{_offer(model)}")
-        for name in hits:
-            if not kind(modules[name]):
-                raise TargetError(
-                    f"target_modules={wanted!r} matches {name}, a"
-                    f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
-                )
-        # A layer named in full is meant whatever its block, as in PEFT.
-        hits = [name for name in hits if name in entry or _in_blocks(name, config)]
-        if not hits:
-            raise TargetError(
-                f"no layer matches target_modules={wanted!r} in layers_to_transform="
-                f"{config.layers_to_transform}. Set --layers-to-transform."
-            )
-        meant |= {id(free[name]) for name in hits}
-    found = tuple(name for name, module in free.items() if id(module) in meant)
-    _check_blocks(found, config)
-    return found
-
-
-def _block(name: str, config: AdapterConfig) -> int | None:
-    """The number of the block that a layer is in: the first one in its name."""
-    for pattern in config.layers_pattern or (r"[^.]*",):
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", name)
-        if match:
-            return int(match["number"])
-    return None
-
-
-def _in_blocks(name: str, config: AdapterConfig) -> bool:
-    return not config.layers_to_transform or _block(name, config) in config.layers_to_transform
-
-
-def _check_blocks(found: tuple[str, ...], config: AdapterConfig) -> None:
-    """Raise TargetError where a number of layers_to_transform is no block's."""
-    missing = set(config.layers_to_transform) - {_block(name, config) for name in found}
-    if missing:
-        raise TargetError(
-            f"layers_to_transform {min(missing)}: no such block among the layers meant. Set"
-            " --layers-to-transform, from 0."
-        )
-
-
-def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer chooses among experts, which stand beside it: Mixtral's gate."""
-    parts = name.split(".")
-    return any(
-        re.fullmatch(r"(.*_)?(gate|router)", part)
-        and ".".join([*parts[:depth], "experts"]) in modules
-        for depth, part in enumerate(parts)
-    )
-
-
-def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...]]:
-    """The patterns of a field one by one, each in the form that fits() takes."""
-    if entries is None or isinstance(entries, str):
-        return [] if entries is None else [entries]
-    return [(entry,) for entry in entries]
-
-
-def _offer(model: nn.Module) -> str:
-    """What the model has to adapt, and what to try."""
-    trunk = backbone(model)
-    layers = [(n, m) for n, m in walk(model) if kind(m)]
-    within = Counter(n.rpartition(".")[2] for n, _ in layers if inside(n, trunk))
-    heads = Counter(n for n, _ in layers if not inside(n, trunk))
-    listed = [f"{name} ×{many}" for name, many in (within + heads).most_common(12)]
-    if not listed:
-        return f"  {type(model).__name__} has no nn.Linear, no nn.Embedding and no Conv1D."
-    best = [name for name, _ in (within or heads).most_common(2)]
-    return (
-        f"  {type(model).__name__} has {', '.join(listed)}."
-        f" Try --target-modules {' '.join(best)}, or all-linear."
-    )
-
-
-def saved_of(model: nn.Module, config: PartialConfig) -> tuple[str, ...]:
-    """Paths of the modules that config.modules_to_save means: exact, or dotted endings.
-
-    A module reached by two paths is meant by both.
-    """
-    modules = {name: module for name, module in walk(model) if name}
-    found: dict[int, None] = {}
-    for entry in config.modules_to_save:
-        hits = [name for name in modules if fits(name, (entry,))]
-        if not hits:
-            children = ", ".join(name for name, _ in model.named_children())
-            raise TargetError(
-                f"no module matches modules_to_save entry {entry!r}."
-                f" {type(model).__name__} has {children}. Set --modules-to-save."
-            )
-        for name in hits:
-            if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
-                raise TargetError(
-                    f"modules_to_save={entry!r} is {name}, a {type(modules[name]).__name__}, which"
-                    " is never called. Name what it holds."
-                )
-            found[id(modules[name])] = None
-    paths = [name for name, module in modules.items() if id(module) in found]
-    return tuple(n for n in paths if not any(n != o and inside(n, o) for o in paths))
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of the model as it was before any injection, each parameter once."""
-    seen: set[int] = set()
-    for name, parameter in _base_paths(model):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name, parameter
-
-
-def _base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The same by every path: a tied weight has several."""
-    for prefix, module in walk(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield (f"{prefix}.{name}" if prefix else name), parameter
-
-
-def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of the model as it was before any injection: those its files hold."""
-    seen: set[int] = set()
-    for prefix, module in walk(model):
-        for name, buffer in module._buffers.items():
-            stays = name not in module._non_persistent_buffers_set
-            if buffer is not None and stays and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield (f"{prefix}.{name}" if prefix else name), buffer
-
-
-def plan(model: nn.Module, config: MethodConfig) -> Plan:
-    """What injecting config would do. Touches nothing; raises TargetError or ConfigError."""
-    method = method_of(config)
-    for inner in ("_orig_mod", "module"):
-        if inner in model._modules and type(model).__name__ in _OUTER:
-            raise ConfigError(
-                f"the model is wrapped in {type(model).__name__}: names would not be the model's"
-                f" own. Inject into model.{inner}, before it is wrapped."
-            )
-    saved, targets = (), ()
-    if isinstance(config, PartialConfig):
-        saved = _check_saved(model, saved_of(model, config))
-    if isinstance(config, AdapterConfig):
-        targets = targets_of(model, config, saved)
-    base = {n: p for n, p in base_parameters(model) if not any(inside(n, whole) for whole in saved)}
-    selected = []
-    for name in base:
-        if issubclass(method, Selection):
-            train = method.selects(name, model, config)
-        else:
-            assert issubclass(method, Adapter)
-            train = method.selects(name, name.rpartition(".")[0] in targets, config)
-        selected += [name] if train else []
-    if issubclass(method, Selection) and not selected and not saved:
-        raise TargetError(
-            f"{method.name} selects no parameter of {type(model).__name__}: it has none of that"
-            " kind, or only such as are tied to others. Name modules in modules_to_save."
-        )
-    _check_trainable({name: base[name] for name in selected})
-    for name in selected:
-        # A load could stop halfway through tensors that cannot be written to.
-        shares = any(s == 0 and n > 1 for s, n in zip(base[name].stride(), base[name].shape))
-        if base[name].is_inference() or shares:
-            raise TargetError(
-                f"{name} cannot be trained in place: it was made in inference mode, or its"
-                " elements share memory. Clone it first."
-            )
-    return Plan(method, config, targets, saved, tuple(selected))
-
-
-def _check_saved(model: nn.Module, saved: tuple[str, ...]) -> tuple[str, ...]:
-    """The saved modules' paths. Raises TargetError where one cannot train, or be saved."""
-    modules = dict(walk(model))
-    for path in saved:
-        _check_trainable({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
-        extra = [k for k, t in modules[path].state_dict().items() if not isinstance(t, Tensor)]
-        if extra:
-            raise TargetError(f"modules_to_save: {path}.{extra[0]} is no tensor: cannot be saved.")
-    return saved
-
-
-_OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
-
-
-def _check_trainable(parameters: dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if not parameter.is_floating_point():
-            raise TargetError(f"{name} is {parameter.dtype}, which cannot train.")
 
 
 @dataclass(frozen=True)
@@ -383,7 +95,7 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"no adapter can be made for {path}: {reason}. Lower --r.") from error
-    base = dict(base_parameters(model))
+    base = dict(base_paths(model))
     selected = {name: base[name] for name in (*plan.selected, *plan.carried)}
     return Parts(dict(adapters.values()), dict(copies.values()), selected)
 
@@ -446,7 +158,7 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     copies = {id(modules[path]): module for path, module in parts.copies.items()}
     if not injected(model):
         # What eject gives back.
-        model.__dict__["lora_required"] = {n: p.requires_grad for n, p in _base_paths(model)}
+        model.__dict__["lora_required"] = {n: p.requires_grad for n, p in base_paths(model)}
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     fresh: dict[int, AdaptedLayer | SavedModule] = {}
@@ -698,7 +410,7 @@ def inject(
     """
     check_name(name)
     check_seed(seed)
-    planned = plan(model, config)
+    planned = plan_of(model, config)
     check_mix(model, name, planned)
     check_statistics(model, planned)
     needs = issubclass(planned.method, Adapter) and planned.method.needs_batches(config)
@@ -786,7 +498,7 @@ def _note(model: nn.Module, planned: Plan) -> str:
                 " cannot read the saved file. Name both where PEFT shall read it."
             )
     places: dict[int, list[str]] = {}
-    for name, parameter in _base_paths(model):
+    for name, parameter in base_paths(model):
         places.setdefault(id(parameter), []).append(name)
     for tied in places.values():
         copied = [name for name in tied if any(inside(name, path) for path in planned.saved)]
@@ -868,20 +580,21 @@ def check_restored(model: nn.Module, verb: str) -> None:
 
 
 def _is_merged(model: nn.Module) -> bool:
-    layers, saved = wrappers_of(model)
+    layers, _ = wrappers_of(model)
     merged = [layer.kept is not None for layer in layers.values()]
-    return any(merged) or any(part.merged for part in (*saved.values(), *_all(model)))
+    return any(merged) or any(whole.merged for whole in _wholes(model))
+
+
+def _wholes(model: nn.Module) -> list[SavedModule | Selected]:
+    """What trains without an equation: in place already, a merge has only to mark it."""
+    return [*wrappers_of(model)[1].values(), *(selected for _, selected in selections(model))]
 
 
 def _check_enabled(model: nn.Module, verb: str) -> None:
     """Raise MergeError inside `with disabled(model)`, whose promise the verb would break."""
-    layers, saved = wrappers_of(model)
-    if not all(wrapper.enabled for wrapper in (*layers.values(), *saved.values(), *_all(model))):
+    layers, _ = wrappers_of(model)
+    if not all(holder.enabled for holder in (*layers.values(), *_wholes(model))):
         raise MergeError(f"{verb}: the adapters are disabled. Leave lora.disabled(model) first.")
-
-
-def _all(model: nn.Module) -> list[Selected]:
-    return [selected for _, selected in selections(model)]
 
 
 @contextmanager
@@ -890,14 +603,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     do not act."""
     _keeps_base(model, "disabled")
     check_restored(model, "disabled")
-    layers, saved = wrappers_of(model)
-    chosen = selections(model)
-    holders: list[AdaptedLayer | SavedModule | Selected] = [*layers.values(), *saved.values()]
-    holders += [selected for _, selected in chosen]
+    layers, _ = wrappers_of(model)
+    holders: list[AdaptedLayer | SavedModule | Selected] = [*layers.values(), *_wholes(model)]
     before = [holder.enabled for holder in holders]
 
     def place() -> None:
-        for part, selected in chosen:
+        for part, selected in selections(model):
             _place(part, selected, selected.active and selected.enabled)
 
     try:
@@ -930,8 +641,8 @@ class Certificate:
             lines.append("not certified: no probe was passed")
         else:
             lines.append(
-                f"outputs moved by {self.largest_difference:.3g} at most, of {self.largest_output:.3g}"
-                f" (tolerance {self.tolerance:.3g})"
+                f"outputs moved by {self.largest_difference:.3g} at most, of"
+                f" {self.largest_output:.3g} (tolerance {self.tolerance:.3g})"
             )
         return "; ".join(lines)
 
@@ -951,14 +662,14 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
     _keeps_base(model, "merge")
     check_restored(model, "merge")
     _check_enabled(model, "merge")
-    layers, saved = wrappers_of(model)
+    layers, _ = wrappers_of(model)
     layers = {name: layer for name, layer in layers.items() if layer.active}
     merged, tied = _merged(model, layers, untie)
     before = None if probe is None else _output(model, probe)
     for name, pair in merged.items():
         layers[name].merge(pair)
-    for part in (*saved.values(), *_all(model)):
-        part.merged = True
+    for whole in _wholes(model):
+        whole.merged = True
     if tied:
         _set_tied(model, False)
     dtypes = {layer.weight.dtype for layer in layers.values()}
@@ -1015,7 +726,11 @@ def _output(model: nn.Module, probe: Any) -> Tensor:
     with evaluating(model), torch.no_grad():
         found = forward(model, probe)
     found = getattr(found, "logits", found)
-    found = found if isinstance(found, Tensor) else next(iter(found.values() if isinstance(found, Mapping) else found))
+    found = (
+        found
+        if isinstance(found, Tensor)
+        else next(iter(found.values() if isinstance(found, Mapping) else found))
+    )
     return found.float()
 
 
@@ -1033,11 +748,11 @@ def _set_tied(model: nn.Module, tied: bool) -> None:
 def restore(model: nn.Module) -> None:
     """Undo merge, bit for bit, from the kept originals."""
     _keeps_base(model, "restore")
-    layers, saved = wrappers_of(model)
+    layers, _ = wrappers_of(model)
     for layer in layers.values():
         layer.restore()
-    for part in (*saved.values(), *_all(model)):
-        part.merged = False
+    for whole in _wholes(model):
+        whole.merged = False
     if "lora_untied" in model.__dict__:
         _set_tied(model, True)
 
@@ -1077,5 +792,5 @@ def eject(model: nn.Module) -> None:
     required = model.__dict__.pop("lora_required")
     for key in ("lora_adapters", "lora_selected", "lora_untied"):
         model.__dict__.pop(key, None)
-    for name, parameter in _base_paths(model):
+    for name, parameter in base_paths(model):
         parameter.requires_grad_(required.get(name, parameter.requires_grad))

@@ -16,7 +16,7 @@ import transformers
 
 from lora import demo
 from lora.errors import ModelError
-from lora.injection import backbone
+from lora.layers import backbone
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -39,10 +39,22 @@ from rich.progress import (
 from torch import Tensor
 
 from lora import __version__
-from lora.adapter import METHODS, AdapterConfig, is_number
+from lora.adapter import METHODS, Adapter, PartialConfig, is_number
 from lora.checkpoint import json_object, load, save, write_together, write_whole
 from lora.config import RunConfig, from_table, read_toml, to_table
-from lora.data import Columns, Corpus, Encoded, Example, encode, read, read_split, take, unlabelled
+from lora.data import (
+    Columns,
+    Corpus,
+    Encoded,
+    Example,
+    batches,
+    collate,
+    encode,
+    read,
+    read_split,
+    take,
+    unlabelled,
+)
 from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
 from lora.evaluate import Evaluation, answers, evaluate, predict
 from lora.injection import inject
@@ -75,7 +87,8 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             device = pick_device()
             base.model.to(device)
             splits = encode_splits(config, corpus, base.tokenizer)
-            report = inject(base.model, config.adapter, seed=config.seed)
+            shown = calibration(config, splits["train"], device)
+            report = inject(base.model, config.adapter, seed=config.seed, batches=shown)
         for line in filter(None, (config.note, corpus.note, said)):
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
         progress.console.print(str(report), markup=False, highlight=False, soft_wrap=True)
@@ -295,7 +308,7 @@ def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConf
     """The configuration with everything decided, and what to tell the user of it."""
     rate = config.learning_rate or METHODS[config.method].learning_rate
     adapter, said = config.adapter, ""
-    if isinstance(adapter, AdapterConfig):
+    if isinstance(adapter, PartialConfig):
         named = tuple(dict.fromkeys((*adapter.modules_to_save, *base.new)))
         adapter = replace(adapter, modules_to_save=named)
         said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
@@ -324,6 +337,20 @@ def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConf
         data=data_place,
     )
     return resolved, said if base.new else ""
+
+
+def calibration(
+    config: RunConfig[Any], encoded: Encoded, device: torch.device
+) -> list[dict[str, Tensor]] | None:
+    """The first 8 batches of the training, labels with them, where the method starts from data."""
+    method = METHODS[config.method]
+    if not issubclass(method, Adapter) or not method.needs_batches(config.adapter):
+        return None
+    order = batches(encoded.lengths, config.batch_size, config.seed, 0)[:8]
+    return [
+        {**collate(encoded, rows, device), "labels": encoded.targets[rows].to(device)}
+        for rows in order
+    ]
 
 
 def encode_splits(config: RunConfig[Any], corpus: Corpus, tokenizer: Any) -> dict[str, Encoded]:

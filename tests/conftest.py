@@ -48,6 +48,17 @@ def gpt2(seed: int = 0) -> nn.Module:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+def llama(seed: int = 0, **kwargs: object) -> nn.Module:
+    """LLaMA, 2 layers of 32: no biases, and a head of its own."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=99, max_position_embeddings=64, pad_token_id=None,
+        bos_token_id=1, eos_token_id=2, **kwargs,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def tokens(rows: int = 3, length: int = 11) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
     return torch.randint(1, 99, (rows, length), generator=generator)

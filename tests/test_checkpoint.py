@@ -104,7 +104,10 @@ def test_a_pickle_is_refused_with_the_way_to_convert_it(saved: Path) -> None:
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested too deeply"),
         ("\udcff", "cannot be read as JSON"),
         ("{}", "no peft_type"),
-        ('{"peft_type": "XLORA"}', "peft_type 'XLORA' is no method of ours. Known: ADALORA, .*LORA"),
+        (
+            '{"peft_type": "XLORA"}',
+            "peft_type 'XLORA' is no method of ours. Known: ADALORA, .*LORA",
+        ),
         ('{"peft_type": 3}', "is no method of ours"),
         ('{"peft_type": "LORA"}', "no target_modules"),
         ('{"peft_type": "LORA", "target_modules": ["q_lin"], "r": "four"}', "r must be"),

@@ -13,7 +13,7 @@ import lora.methods
 from lora.adapter import METHODS, Adapter
 from lora.layers import View
 from lora.methods.lora import LoRA, LoRAConfig
-from lora.testing import CLAUSES, Case, cases, check_method, run_clause
+from lora.testing import CLAUSES, cases, check_method, run_clause
 
 CASES = cases()
 
@@ -308,7 +308,6 @@ def test_a_file_dropped_in_is_a_method(tmp_path: object) -> None:
         """W' = (1 + g) W with one trained g per output."""
 
         name, paper, Config, peft_type = "scale_test", "none", ScaleConfig, "SCALE_TEST"
-        exempt = {"another_seed_other_bits": "starts at zeros"}
 
         def __init__(self, view: View, config: ScaleConfig, module: str) -> None:
             super().__init__(view, config, module)

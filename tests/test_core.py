@@ -11,7 +11,8 @@ from conftest import distilbert, gpt2, tokens
 from torch import nn
 
 import lora
-from lora.injection import base_parameters, check_alive
+from lora.injection import check_alive
+from lora.targets import base_parameters
 from lora.testing import perturb, snapshot, unchanged
 
 

@@ -19,6 +19,7 @@ LADDER = [
     {"layers"},
     {"adapter"},
     {"methods"},
+    {"targets"},
     {"injection"},
     {"checkpoint"},
     {"testing"},
@@ -29,7 +30,7 @@ LADDER = [
     {"compare", "plots"},
     {"cli"},
 ]
-CORE = {"errors", "layers", "adapter", "methods", "injection", "checkpoint", "testing"}
+CORE = {"errors", "layers", "adapter", "methods", "targets", "injection", "checkpoint", "testing"}
 TRANSFORMERS = {"models", "run", "testing"}  # run records its version, testing builds a Conv1D
 
 

@@ -174,30 +174,6 @@ def test_training_from_one_start_stays_with_peft() -> None:
     assert losses[0][-1] < losses[0][0] - 0.02
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"rank_pattern": {"q_lin": 5}},
-        {"alpha_pattern": {"q_lin": 5}},
-        {"bias": "all"},
-        {"lora_bias": True},
-        {"layers_to_transform": [0], "layers_pattern": "layer"},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
-    ],
-    ids=str,
-)
-def test_what_we_do_not_compute_is_refused_by_name(settings: dict, tmp_path: Path) -> None:
-    theirs = peft_model(distilbert(), r=2, target_modules=["q_lin"], **settings)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it takes lora_bias for a sharded tensor
-        theirs.save_pretrained(tmp_path)
-    with pytest.raises(lora.CheckpointError, match=next(iter(settings))):
-        lora.load(distilbert(), tmp_path)
-
-
 def test_merged_logits_are_pefts(tmp_path: Path) -> None:
     theirs = peft_model(gpt2(), r=3, target_modules=["c_attn"])
     with torch.no_grad():

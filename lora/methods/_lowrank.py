@@ -89,9 +89,10 @@ class LowRankConfig(AdapterConfig):
                 except (re.error, TypeError) as error:
                     raise ConfigError(f"{name}: {key!r} is no pattern: {error}.") from None
             object.__setattr__(self, name, dict(pattern))
-        if self.init_lora_weights is True:  # as PEFT writes the default
-            object.__setattr__(self, "init_lora_weights", "default")
-        init = self.init_lora_weights
+        init: object = self.init_lora_weights
+        if init is True:  # as PEFT writes the default
+            init = "default"
+            object.__setattr__(self, "init_lora_weights", init)
         if init == "loftq":
             raise ConfigError(
                 "init_lora_weights='loftq' starts from a base in NF4, which is not built yet."
@@ -141,6 +142,8 @@ class LowRank(Adapter):
     }
 
     config: LowRankConfig
+    start_A: Tensor  # noqa: N815
+    start_B: Tensor  # noqa: N815
 
     def __init__(self, view: View, config: LowRankConfig, module: str) -> None:
         super().__init__(view, config, module)
@@ -191,7 +194,7 @@ class LowRank(Adapter):
             (self.lora_B, self.start_B, B),
         ):
             parameter.copy_(value)
-            start.copy_(parameter)  # type: ignore[operator]
+            start.copy_(parameter)
 
     def decompose(self, W: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A, B of pissa and olora for W."""
@@ -207,7 +210,7 @@ class LowRank(Adapter):
 
     def update(self) -> Tensor:
         """s(BA − B₀A₀), (out, in)."""
-        update = self.scaling * (self.lora_B @ self.lora_A)
+        update: Tensor = self.scaling * (self.lora_B @ self.lora_A)
         if self.starts_away:
             update = update - self.scaling * (self.start_B @ self.start_A)
         return update
@@ -215,14 +218,13 @@ class LowRank(Adapter):
     def updated(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         """The update of m ∘ x without the (out, in) matrix: s(B(A x) − B₀(A₀ x))."""
         dropped = x if mask is None else x * mask
-        y = self.scaling * F.linear(apply(view, dropped, self.lora_A), self.lora_B)
+        y: Tensor = self.scaling * F.linear(apply(view, dropped, self.lora_A), self.lora_B)
         if self.starts_away:
-            h = apply(view, dropped, self.start_A)  # type: ignore[arg-type]
-            y = y - self.scaling * F.linear(h, self.start_B)  # type: ignore[arg-type]
+            y = y - self.scaling * F.linear(apply(view, dropped, self.start_A), self.start_B)
         return y
 
     @classmethod
-    def exemption(cls, clause: str, config: LowRankConfig, bias: bool) -> str | None:
+    def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
         if clause == "another_seed_other_bits" and config.init_lora_weights in ("pissa", "olora"):
             return "the start follows from W alone"
         return super().exemption(clause, config, bias)
@@ -256,8 +258,8 @@ class LowRank(Adapter):
     def stored(self) -> dict[str, Tensor]:
         found = super().stored()
         if self.starts_away:
-            found[self.keys["lora_A"]] = torch.cat([self.lora_A, self.start_A], dim=0)  # type: ignore[list-item]
-            found[self.keys["lora_B"]] = torch.cat([self.lora_B, -self.start_B], dim=1)  # type: ignore[list-item, operator]
+            found[self.keys["lora_A"]] = torch.cat([self.lora_A, self.start_A], dim=0)
+            found[self.keys["lora_B"]] = torch.cat([self.lora_B, -self.start_B], dim=1)
         return found
 
     @classmethod
@@ -337,7 +339,9 @@ def _by_inputs(
         seen[adapter] = S[:, None] * Vh
 
     hooks = [
-        view.module.register_forward_pre_hook(lambda _, args, adapter=adapter: look(adapter, args[0]))
+        view.module.register_forward_pre_hook(
+            lambda _, args, adapter=adapter: look(adapter, args[0])
+        )
         for adapter, view in placed
     ]
     try:

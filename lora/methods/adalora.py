@@ -74,7 +74,9 @@ class AdaLoRAConfig(AdapterConfig):
             beta = getattr(self, name)
             check(name, beta, "a number with 0 < beta < 1", is_number(beta) and 0 < beta < 1)
         weight = self.orth_reg_weight
-        check("orth_reg_weight", weight, "a number of at least 0", is_number(weight) and weight >= 0)
+        check(
+            "orth_reg_weight", weight, "a number of at least 0", is_number(weight) and weight >= 0
+        )
         pattern = self.rank_pattern
         good = isinstance(pattern, Mapping) and all(
             isinstance(kept, list) and all(isinstance(one, bool) for one in kept)
@@ -89,14 +91,16 @@ class AdaLoRAConfig(AdapterConfig):
         last = total - (3 * total // 10 if self.tfinal is None else self.tfinal)
         if first >= last:
             raise ConfigError(
-                f"adalora has no step to allocate ranks in: tinit is {first}, tfinal {total - last},"
-                f" the training has {total}. Train longer, or set --tinit and --tfinal lower."
+                f"adalora has no step to allocate ranks in: tinit is {first}, tfinal"
+                f" {total - last}, the training has {total}. Train longer, or set --tinit and"
+                " --tfinal lower."
             )
         return first, last, total
 
 
 class AdaLoRA(Adapter):
-    """W' = W + (lora_alpha / init_r) B (E ∘ A).  AdaLoRA, Zhang et al. 2023, arXiv:2303.10512, eq. 3.
+    """W' = W + (lora_alpha / init_r) B (E ∘ A).  AdaLoRA, Zhang et al. 2023, arXiv:2303.10512,
+    eq. 3.
 
     lora_A (r, in), lora_B (out, r)  N(0, 0.02²), kept near orthogonal by penalty()
     lora_E (r, 1)                    zeros, so W' = W at step 0; a zero that stays is a rank gone

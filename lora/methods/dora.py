@@ -19,7 +19,8 @@ class DoRAConfig(LowRankConfig):
 
 
 class DoRA(LowRank):
-    """W' = m V / ‖V‖, V = W + (lora_alpha / r) B A.  DoRA, Liu et al. 2024, arXiv:2402.09353, eq. 5.
+    """W' = m V / ‖V‖, V = W + (lora_alpha / r) B A.  DoRA, Liu et al. 2024, arXiv:2402.09353,
+    eq. 5.
 
     ‖V‖ (out,) is the length of each row of V; it gets no gradient (section 4.3). b' = b: the bias
     is no part of W, and is not scaled.
@@ -63,7 +64,8 @@ class DoRA(LowRank):
 
     def factor(self, length: Tensor) -> Tensor:
         """m / ‖V‖ (out,); of a row of zeros, which stays one, 1 / ‖V‖ is taken as 1."""
-        return self.lora_magnitude_vector / torch.where(length > 0, length, 1.0)
+        factor: Tensor = self.lora_magnitude_vector / torch.where(length > 0, length, 1.0)
+        return factor
 
     def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         W, b = view.read()
@@ -87,16 +89,19 @@ class DoRA(LowRank):
         """
         dtype = self.lora_A.dtype
         if torch.compiler.is_compiling():  # which fuses V into the sum, and follows no data
-            return torch.linalg.vector_norm(W + self.update(), dim=1)
-        A, B = self.lora_A, self.scaling * self.lora_B
+            whole: Tensor = torch.linalg.vector_norm(W + self.update(), dim=1)
+            return whole
+        A: Tensor = self.lora_A
+        B: Tensor = self.scaling * self.lora_B
         if self.starts_away:
-            A = torch.cat([A, self.start_A])  # type: ignore[list-item]
-            B = torch.cat([B, -self.scaling * self.start_B], dim=1)  # type: ignore[operator]
+            A = torch.cat([A, self.start_A])
+            B = torch.cat([B, -self.scaling * self.start_B], dim=1)
         W = W.to(dtype)
-        own = W.square().sum(dim=1)
+        own = torch.linalg.vector_norm(W, dim=1).square()
         update = ((B @ (A @ A.T)) * B).sum(dim=1)
         square = own + 2 * (B * (W @ A.T)).sum(dim=1) + update
         cancelled = (square < 0.1 * (own + update)).nonzero().flatten()
         if len(cancelled):
             square[cancelled] = (W[cancelled] + B[cancelled] @ A).square().sum(dim=1)
-        return square.sqrt()
+        lengths: Tensor = square.sqrt()
+        return lengths

@@ -59,8 +59,8 @@ class IA3(Adapter):
     peft_type = "IA3"
     learning_rate = 5e-3
     example: ClassVar = {"feedforward_modules": ("second",)}
+    unfiled = frozenset({"layers_to_transform", "layers_pattern"})
     neutral: ClassVar = {"fan_in_fan_out": ..., "init_ia3_weights": ...}
-    exempt: ClassVar = {"another_seed_other_bits": "starts at ones"}
 
     def __init__(self, view: View, config: IA3Config, module: str) -> None:
         super().__init__(view, config, module)
@@ -93,7 +93,9 @@ class IA3(Adapter):
         settings = super().file_settings(config, adapters)
         forward, targets = settings["feedforward_modules"], settings["target_modules"]
         # PEFT wants the one list to be a part of the other, and takes endings without a dot.
-        if isinstance(forward, list) and not (isinstance(targets, list) and {*forward} <= {*targets}):
+        if isinstance(forward, list) and not (
+            isinstance(targets, list) and {*forward} <= {*targets}
+        ):
             settings["target_modules"] = list(adapters)
             settings["feedforward_modules"] = [n for n in adapters if is_feedforward(n, config)]
         return settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class LoRA(LowRank):
             self.lora_B_bias.zero_()
 
     @classmethod
-    def exemption(cls, clause: str, config: LoRAConfig, bias: bool) -> str | None:
+    def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
         if config.lora_bias and not bias:
             return "lora_bias: there is no bias to merge it into"
         return super().exemption(clause, config, bias)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora.adapter import Adapter, AdapterConfig, check, is_number, probability, whole_number
 from lora.layers import View, apply
@@ -60,15 +60,11 @@ class VeRA(Adapter):
     additive = True
     example: ClassVar = {"r": 5, "d_initial": 0.7}
     variants: ClassVar = {"unsaved": {"r": 5, "d_initial": 0.7, "save_projection": False}}
-    neutral: ClassVar = {
-        "bias": "none", "fan_in_fan_out": ..., "init_weights": ...,
-    }  # fmt: skip
+    unfiled = frozenset({"exclude_modules"})
+    neutral: ClassVar = {"bias": "none", "fan_in_fan_out": ..., "init_weights": ...}
     exempt: ClassVar = {
         "another_seed_other_bits": "the random part follows from projection_prng_key alone"
     }
-
-    vera_A: nn.Parameter
-    vera_B: nn.Parameter
 
     def __init__(self, view: View, config: VeRAConfig, module: str) -> None:
         super().__init__(view, config, module)
@@ -106,7 +102,8 @@ class VeRA(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Λ_d A (r, in) and Λ_b B (out, r)."""
-        A, B = self.vera_A[:, : self.width], self.vera_B[: len(self.vera_lambda_b)]
+        A = self.get_parameter("vera_A")[:, : self.width]
+        B = self.get_parameter("vera_B")[: len(self.vera_lambda_b)]
         return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -120,10 +117,3 @@ class VeRA(Adapter):
     def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         y: Tensor = view.module(x)
         return (y + self.delta(view, x, mask)).to(y.dtype)
-
-    @classmethod
-    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        settings = super().file_settings(config, adapters)
-        del settings["exclude_modules"]  # which PEFT's VeRA does not know
-        settings["target_modules"] = list(adapters) if config.exclude_modules else settings["target_modules"]
-        return settings

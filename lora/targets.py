@@ -1,0 +1,312 @@
+"""What a config means in a model: the layers to wrap, the modules and parameters to train.
+
+Reads the model, as it was before any injection, and touches nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+import lora.methods  # noqa: F401  (fills METHODS)
+from lora.adapter import (
+    AdaptedLayer,
+    Adapter,
+    AdapterConfig,
+    Method,
+    MethodConfig,
+    PartialConfig,
+    SavedModule,
+    Selection,
+    method_of,
+)
+from lora.errors import ConfigError, TargetError
+from lora.layers import backbone, inside, kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an injection would do: names by the paths of the model as it was before any."""
+
+    method: type[Method]
+    config: MethodConfig
+    targets: tuple[str, ...]  # layers to wrap
+    saved: tuple[str, ...]  # modules to train as a whole
+    selected: tuple[str, ...]  # parameters of the base to train
+    carried: tuple[str, ...] = ()  # parameters of the base that its file replaces, not to train
+    trainable: bool = True  # False where it was loaded to act only
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What stood in the module's place before any injection."""
+    if isinstance(module, AdaptedLayer):
+        return module.base_layer
+    return module.original_module if isinstance(module, SavedModule) else module
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) by every path, as if nothing were injected.
+
+    Unlike named_modules it goes to a module reachable by two paths twice, and through a wrapper
+    to what it wraps.
+    """
+    module = unwrapped(module)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from walk(child, f"{prefix}.{name}" if prefix else name)
+
+
+def fits(name: str, entries: str | tuple[str, ...]) -> bool:
+    """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in entries)
+
+
+def check_pattern(field: str, entries: str | tuple[str, ...] | None) -> None:
+    """Raise ConfigError where a string is no regular expression."""
+    if isinstance(entries, str):
+        try:
+            re.compile(entries)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"{field}={entries[:80]!r} is no regular expression: {error}."
+                f" Set --{field.replace('_', '-')}."
+            ) from None
+
+
+def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the layers that config.target_modules means.
+
+    Layers inside a saved module, and excluded ones, are left alone. A layer reached by two paths
+    is meant, and left alone, by both. Raises TargetError where an entry matches nothing, or
+    matches what no view exists for.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    wanted, excluded = config.target_modules, config.exclude_modules
+    check_pattern("target_modules", wanted)
+    check_pattern("exclude_modules", excluded)
+    out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
+    for one in _entries(excluded):
+        left = {id(module) for name, module in modules.items() if fits(name, one)}
+        if not left:
+            named = one if isinstance(one, str) else one[0]
+            raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
+        out |= left
+    free = {name: module for name, module in modules.items() if id(module) not in out}
+    if wanted == "all-linear":
+        trunk = backbone(model)
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = None if head is None else unwrapped(head)
+        found = tuple(
+            name
+            for name, module in free.items()
+            if kind(module) in ("Linear", "Conv1D")
+            and module is not head
+            and inside(name, trunk)
+            and not _routes(name, modules)
+            and _in_blocks(name, config)
+        )
+        if not found:
+            raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
+        _check_blocks(found, config)
+        return found
+    meant: set[int] = set()
+    for entry in _entries(wanted):
+        hits = [name for name in free if fits(name, entry)]
+        if not hits:
+            one = "" if entry is wanted else f" (entry {entry[0]!r})"
+            raise TargetError(f"no layer matches target_modules={wanted!r}{one}.\n{_offer(model)}")
+        for name in hits:
+            if not kind(modules[name]):
+                raise TargetError(
+                    f"target_modules={wanted!r} matches {name}, a"
+                    f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
+                )
+        # A layer named in full is meant whatever its block, as in PEFT.
+        hits = [name for name in hits if name in entry or _in_blocks(name, config)]
+        if not hits:
+            raise TargetError(
+                f"no layer matches target_modules={wanted!r} in layers_to_transform="
+                f"{config.layers_to_transform}. Set --layers-to-transform."
+            )
+        meant |= {id(free[name]) for name in hits}
+    found = tuple(name for name, module in free.items() if id(module) in meant)
+    _check_blocks(found, config)
+    return found
+
+
+def _block(name: str, config: AdapterConfig) -> int | None:
+    """The number of the block that a layer is in: the first one in its name."""
+    for pattern in config.layers_pattern or (r"[^.]*",):
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", name)
+        if match:
+            return int(match["number"])
+    return None
+
+
+def _in_blocks(name: str, config: AdapterConfig) -> bool:
+    return not config.layers_to_transform or _block(name, config) in config.layers_to_transform
+
+
+def _check_blocks(found: tuple[str, ...], config: AdapterConfig) -> None:
+    """Raise TargetError where a number of layers_to_transform is no block's."""
+    missing = set(config.layers_to_transform) - {_block(name, config) for name in found}
+    if missing:
+        raise TargetError(
+            f"layers_to_transform {min(missing)}: no such block among the layers meant. Set"
+            " --layers-to-transform, from 0."
+        )
+
+
+def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer chooses among experts, which stand beside it: Mixtral's gate."""
+    parts = name.split(".")
+    return any(
+        re.fullmatch(r"(.*_)?(gate|router)", part)
+        and ".".join([*parts[:depth], "experts"]) in modules
+        for depth, part in enumerate(parts)
+    )
+
+
+def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...]]:
+    """The patterns of a field one by one, each in the form that fits() takes."""
+    if entries is None or isinstance(entries, str):
+        return [] if entries is None else [entries]
+    return [(entry,) for entry in entries]
+
+
+def _offer(model: nn.Module) -> str:
+    """What the model has to adapt, and what to try."""
+    trunk = backbone(model)
+    layers = [(n, m) for n, m in walk(model) if kind(m)]
+    within = Counter(n.rpartition(".")[2] for n, _ in layers if inside(n, trunk))
+    heads = Counter(n for n, _ in layers if not inside(n, trunk))
+    listed = [f"{name} ×{many}" for name, many in (within + heads).most_common(12)]
+    if not listed:
+        return f"  {type(model).__name__} has no nn.Linear, no nn.Embedding and no Conv1D."
+    best = [name for name, _ in (within or heads).most_common(2)]
+    return (
+        f"  {type(model).__name__} has {', '.join(listed)}."
+        f" Try --target-modules {' '.join(best)}, or all-linear."
+    )
+
+
+def saved_of(model: nn.Module, config: PartialConfig) -> tuple[str, ...]:
+    """Paths of the modules that config.modules_to_save means: exact, or dotted endings.
+
+    A module reached by two paths is meant by both.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    found: dict[int, None] = {}
+    for entry in config.modules_to_save:
+        hits = [name for name in modules if fits(name, (entry,))]
+        if not hits:
+            children = ", ".join(name for name, _ in model.named_children())
+            raise TargetError(
+                f"no module matches modules_to_save entry {entry!r}."
+                f" {type(model).__name__} has {children}. Set --modules-to-save."
+            )
+        for name in hits:
+            if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
+                raise TargetError(
+                    f"modules_to_save={entry!r} is {name}, a {type(modules[name]).__name__}, which"
+                    " is never called. Name what it holds."
+                )
+            found[id(modules[name])] = None
+    paths = [name for name, module in modules.items() if id(module) in found]
+    return tuple(n for n in paths if not any(n != o and inside(n, o) for o in paths))
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the model as it was before any injection, each parameter once."""
+    seen: set[int] = set()
+    for name, parameter in base_paths(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
+def base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same by every path: a tied weight has several."""
+    for prefix, module in walk(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{prefix}.{name}" if prefix else name), parameter
+
+
+def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of the model as it was before any injection: those its files hold."""
+    seen: set[int] = set()
+    for prefix, module in walk(model):
+        for name, buffer in module._buffers.items():
+            stays = name not in module._non_persistent_buffers_set
+            if buffer is not None and stays and id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield (f"{prefix}.{name}" if prefix else name), buffer
+
+
+def plan_of(model: nn.Module, config: MethodConfig) -> Plan:
+    """What injecting config would do. Touches nothing; raises TargetError or ConfigError."""
+    method = method_of(config)
+    for inner in ("_orig_mod", "module"):
+        if inner in model._modules and type(model).__name__ in _OUTER:
+            raise ConfigError(
+                f"the model is wrapped in {type(model).__name__}: names would not be the model's"
+                f" own. Inject into model.{inner}, before it is wrapped."
+            )
+    saved: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    if isinstance(config, PartialConfig):
+        saved = _check_saved(model, saved_of(model, config))
+    if isinstance(config, AdapterConfig):
+        targets = targets_of(model, config, saved)
+    base = {n: p for n, p in base_parameters(model) if not any(inside(n, whole) for whole in saved)}
+    selected = []
+    for name in base:
+        if issubclass(method, Selection):
+            train = method.selects(name, model, config)
+        else:
+            assert issubclass(method, Adapter)
+            train = method.selects(name, name.rpartition(".")[0] in targets, config)
+        selected += [name] if train else []
+    if issubclass(method, Selection) and not selected and not saved:
+        raise TargetError(
+            f"{method.name} selects no parameter of {type(model).__name__}: it has none of that"
+            " kind, or only such as are tied to others. Name modules in modules_to_save."
+        )
+    _check_trainable({name: base[name] for name in selected})
+    for name in selected:
+        # A load could stop halfway through tensors that cannot be written to.
+        shares = any(s == 0 and n > 1 for s, n in zip(base[name].stride(), base[name].shape))
+        if base[name].is_inference() or shares:
+            raise TargetError(
+                f"{name} cannot be trained in place: it was made in inference mode, or its"
+                " elements share memory. Clone it first."
+            )
+    return Plan(method, config, targets, saved, tuple(selected))
+
+
+def _check_saved(model: nn.Module, saved: tuple[str, ...]) -> tuple[str, ...]:
+    """The saved modules' paths. Raises TargetError where one cannot train, or be saved."""
+    modules = dict(walk(model))
+    for path in saved:
+        _check_trainable({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
+        extra = [k for k, t in modules[path].state_dict().items() if not isinstance(t, Tensor)]
+        if extra:
+            raise TargetError(f"modules_to_save: {path}.{extra[0]} is no tensor: cannot be saved.")
+    return saved
+
+
+_OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+
+
+def _check_trainable(parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise TargetError(f"{name} is {parameter.dtype}, which cannot train.")

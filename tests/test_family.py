@@ -1,0 +1,336 @@
+"""The whole family against peft: every method and setting that it has, both ways."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from conftest import distilbert, gpt2, llama, tokens
+from torch import nn
+
+import lora
+from lora.testing import perturb
+
+BERT, GPT, LLAMA = ("q_lin", "v_lin", "lin2"), ("c_attn", "c_proj"), ("q_proj", "down_proj")
+Build = Callable[[], nn.Module]
+
+
+def bert() -> nn.Module:
+    """With weights large enough for what scales them to show."""
+    return distilbert(initializer_range=0.2)
+
+
+# name: (model, our Config, peft's, settings of both)
+SAME: dict[str, tuple[Build, Any, Any, dict[str, Any]]] = {
+    f"{label} {kind}": (build, ours, theirs, {"target_modules": targets, **settings})
+    for label, ours, theirs, settings in [
+        ("rslora", lora.LoRAConfig, peft.LoraConfig, {"r": 3, "lora_alpha": 7, "use_rslora": True}),
+        ("dora", "DoRAConfig", peft.LoraConfig, {"r": 3, "lora_alpha": 7}),
+        ("dora rslora", "DoRAConfig", peft.LoraConfig, {"r": 4, "use_rslora": True}),
+        ("vera", "VeRAConfig", peft.VeraConfig, {"r": 5, "projection_prng_key": 3}),
+        ("vera unsaved", "VeRAConfig", peft.VeraConfig, {"r": 5, "save_projection": False}),
+        ("ia3", "IA3Config", peft.IA3Config, {"feedforward_modules": ()}),
+        ("hira", "HiRAConfig", peft.HiraConfig, {"r": 3}),
+        ("adalora", "AdaLoRAConfig", peft.AdaLoraConfig,
+         {"init_r": 4, "target_r": 2, "lora_alpha": 7, "total_step": 10, "tinit": 1, "tfinal": 1}),
+    ]
+    for kind, build, targets in [
+        ("DistilBERT", bert, BERT), ("GPT-2", gpt2, GPT), ("LLaMA", llama, LLAMA)
+    ]
+}  # fmt: skip
+SAME |= {
+    "patterns": (bert, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": BERT,
+        "rank_pattern": {"layer.0.attention.q_lin": 5, "lin2": 2},
+        "alpha_pattern": {r"layer\.1\..*": 9, "v_lin": 3},
+    }),
+    "bias all": (bert, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": BERT, "bias": "all"}),
+    "bias lora_only": (gpt2, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": GPT, "bias": "lora_only"}),
+    "lora_bias": (bert, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": BERT, "lora_bias": True}),
+    "layers": (bert, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": BERT, "layers_to_transform": [1]}),
+    "layers by pattern": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": LLAMA, "layers_to_transform": [0], "layers_pattern": ["layers"]}),
+    "regex": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": r".*\.1\..*(q_proj|up_proj)"}),
+    "embedding": (gpt2, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": ("c_attn", "wte", "wpe")}),
+    "embedding dora": (gpt2, "DoRAConfig", peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": ("c_attn", "wte")}),
+    "embedding hira": (gpt2, "HiRAConfig", peft.HiraConfig, {
+        "r": 3, "target_modules": ("c_attn", "wte")}),
+    "embed_tokens": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": ("q_proj", "embed_tokens", "lm_head")}),
+    "lm_head": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "lora_alpha": 7, "target_modules": ("q_proj", "lm_head")}),
+    "lm_head by pattern": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": r".*q_proj|lm_head"}),
+    "tied lm_head": (lambda: llama(tie_word_embeddings=True), lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": ("q_proj", "lm_head")}),
+    "ia3 feed-forward": (bert, "IA3Config", peft.IA3Config, {
+        "target_modules": ("k_lin", "v_lin", "lin2"), "feedforward_modules": ("lin2",)}),
+    "ia3 feed-forward GPT-2": (gpt2, "IA3Config", peft.IA3Config, {
+        "target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)}),
+}  # fmt: skip
+
+
+def config_of(kind: Any, settings: dict[str, Any]) -> lora.AdapterConfig:
+    return (getattr(lora, kind) if isinstance(kind, str) else kind)(**settings)
+
+
+def peft_on(model: nn.Module, kind: Any, settings: dict[str, Any], ours: Any) -> peft.PeftModel:
+    as_lists = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+    if ours == "DoRAConfig":
+        as_lists["use_dora"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fan_in_fan_out, unsaved projections, embeddings
+        return peft.get_peft_model(model, kind(**as_lists)).eval()
+
+
+def read_by_peft(model: nn.Module, folder: Path) -> peft.PeftModel:
+    """Any warning (a missing key, an unknown setting) is an error here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*not save vera_A.*|.*not load vera_A.*")
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did not match")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def keys_of(model: peft.PeftModel) -> set[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it saves embeddings
+        return set(peft.get_peft_model_state_dict(model))
+
+
+def move(model: nn.Module) -> None:
+    """Every trained tensor to values of its own, from its name's checksum."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load((folder / "adapter_model.safetensors").read_bytes())
+
+
+@torch.no_grad()
+def off(one: nn.Module, other: nn.Module) -> float:
+    """The largest difference of the logits, relative to the largest where that is above 1."""
+    found, wanted = one(tokens()).logits, other(tokens()).logits
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_peft_reads_ours(name: str, tmp_path: Path) -> None:
+    build, ours, _, settings = SAME[name]
+    model = build()
+    lora.inject(model, config_of(ours, settings))
+    perturb(model.eval(), size=0.5)
+    lora.save(model, tmp_path)
+    theirs = read_by_peft(build(), tmp_path)
+    assert off(theirs, model) < 1e-5
+    assert off(build(), model) > 1e-3
+    junk = {f".{k}.bias" for k in ("original_module", "modules_to_save")}
+    expected = {key for key in keys_of(theirs) if not key.endswith(tuple(junk))}
+    assert set(written(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_we_read_pefts(name: str, tmp_path: Path) -> None:
+    build, ours, kind, settings = SAME[name]
+    theirs = peft_on(build(), kind, settings, ours)
+    move(theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path)
+    model = build()
+    lora.load(model, tmp_path)
+    assert off(model.eval(), theirs) < 1e-5
+    with lora.disabled(model):
+        assert off(model, build()) == 0
+    again = tmp_path / "again"
+    lora.save(model, again)
+    first, second = written(tmp_path), written(again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_patterns_whose_order_matters_are_filed_so_that_peft_reads_them(tmp_path: Path) -> None:
+    """The first that fits counts; a file's keys are sorted, by which PEFT loses its own order."""
+    patterns = {"alpha_pattern": {"v_lin": 3, r"layer\.1\..*": 9}, "rank_pattern": {"lin2": 2}}
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(r=3, target_modules=BERT, **patterns))
+    perturb(model.eval(), size=0.5)
+    lora.save(model, tmp_path)
+    assert off(read_by_peft(distilbert(), tmp_path), model) < 1e-5
+    other = distilbert()
+    lora.load(other, tmp_path)
+    assert off(other.eval(), model) == 0
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_an_embedding_that_the_file_brings_replaces_ours(name: str, tmp_path: Path) -> None:
+    """As after a vocabulary was resized: the base's own comes back with eject."""
+    build, ours, kind, settings = SAME[name]
+    base = build()
+    with torch.no_grad():
+        base.lm_head.weight.add_(0.1)
+    theirs = peft_on(base, kind, settings, ours)
+    move(theirs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path)
+    model = build()
+    report = lora.load(model, tmp_path)
+    assert "lm_head.weight is the file's, not the base's" in str(report)
+    assert off(model.eval(), theirs) < 1e-5
+    assert not model.lm_head.base_layer.weight.requires_grad
+    with lora.disabled(model):
+        assert off(model, build()) == 0
+    lora.save(model, tmp_path / "again")
+    other = build()
+    lora.load(other, tmp_path / "again")
+    assert off(other.eval(), model) == 0
+    lora.eject(model)
+    assert off(model, build()) == 0
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("build", "init"), [(distilbert, "pissa"), (distilbert, "olora"), (gpt2, "pissa")]
+)  # peft's OLoRA takes Conv1D's weight for its transpose, and cannot run
+def test_a_start_away_from_zero_is_filed_as_peft_converts_it(
+    build: Build, init: str, rslora: bool, tmp_path: Path
+) -> None:
+    targets = {distilbert: BERT, gpt2: GPT}[build]
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": targets, "use_rslora": rslora}
+    model = build()
+    lora.inject(model, lora.LoRAConfig(**settings, init_lora_weights=init))
+    theirs = peft_on(build(), peft.LoraConfig, settings | {"init_lora_weights": init}, None)
+    start = tmp_path / "start"
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's own guide does
+    theirs.save_pretrained(start)
+    named = dict(theirs.named_parameters())
+    ours = lora.injection.trained_parameters(model, "default")
+    for key, parameter in ours.items():
+        same = named[f"base_model.model.{key}".replace(".weight", ".default.weight")]
+        torch.testing.assert_close(parameter, same, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():  # to the same place, from starts that differ in the last bits
+        for key, parameter in ours.items():
+            parameter.copy_(named[f"base_model.model.{key}".replace(".weight", ".default.weight")])
+    perturb(model, size=0.1)
+    with torch.no_grad():
+        for key, parameter in ours.items():
+            named[f"base_model.model.{key}".replace(".weight", ".default.weight")].copy_(parameter)
+    lora.save(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(
+            tmp_path / "theirs", path_initial_model_for_weight_conversion=str(start)
+        )
+    first, second = written(tmp_path / "ours"), written(tmp_path / "theirs")
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], atol=1e-5, rtol=1e-4)
+    one, two = (
+        json.loads((tmp_path / who / "adapter_config.json").read_text())
+        for who in ("ours", "theirs")
+    )
+    assert (one["r"], one["lora_alpha"]) == (two["r"], pytest.approx(two["lora_alpha"]))
+    assert one["init_lora_weights"] is True
+    plain = read_by_peft(build(), tmp_path / "ours")
+    assert off(plain, model.eval()) < 1e-5
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_we_read_a_start_that_peft_left_unconverted(init: str, tmp_path: Path) -> None:
+    """PEFT moves the base by what it computes anew from it; we subtract the same."""
+    settings = {"r": 3, "lora_alpha": 7, "target_modules": BERT, "init_lora_weights": init}
+    theirs = peft_on(distilbert(), peft.LoraConfig, settings, None)
+    move(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = distilbert()
+    lora.load(model, tmp_path)
+    assert off(model.eval(), theirs) < 1e-5
+    with lora.disabled(model):
+        assert off(model, distilbert()) == 0
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "lora_ga", "loftq", "corda"])
+def test_a_start_that_the_file_does_not_hold_is_refused(init: str, tmp_path: Path) -> None:
+    lora.inject(model := distilbert(), lora.LoRAConfig(target_modules=BERT))
+    lora.save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    with pytest.raises(lora.CheckpointError, match="init_lora_weights"):
+        lora.load(distilbert(), tmp_path)
+
+
+def test_adalora_allocates_the_ranks_that_peft_does(tmp_path: Path) -> None:
+    """The same start, data and optimiser, thirty steps: the same ranks, losses and logits."""
+    settings = {
+        "init_r": 6, "target_r": 2, "lora_alpha": 7, "total_step": 30, "tinit": 3, "tfinal": 8,
+        "deltaT": 2, "target_modules": BERT,
+    }  # fmt: skip
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    ours = distilbert(**quiet)
+    theirs = peft_on(copy.deepcopy(ours), peft.AdaLoraConfig, settings, None)
+    lora.inject(ours, lora.AdaLoRAConfig(**settings))
+    named = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for key, parameter in lora.injection.trained_parameters(ours, "default").items():
+            named[f"base_model.model.{key}.default"].copy_(parameter)
+    losses: list[list[float]] = []
+    for model in (ours, theirs):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+        curve = []
+        for step in range(1, 31):
+            whole = model if model is ours else theirs.base_model  # whose forward adds a penalty
+            loss = whole(tokens(), labels=torch.tensor([0, 1, 1])).loss
+            if model is ours:
+                loss = loss + lora.injection.penalty(ours)
+            loss.backward()
+            optimizer.step()
+            if model is ours:
+                lora.injection.after_step(ours, step, 30)
+            else:
+                theirs.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+            curve.append(float(loss.detach()))
+        losses.append(curve)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    lora.save(ours, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it takes a rank of 0 for a sharded tensor
+        theirs.save_pretrained(tmp_path / "theirs")
+    patterns = [
+        json.loads((tmp_path / who / "adapter_config.json").read_text())["rank_pattern"]
+        for who in ("ours", "theirs")
+    ]
+    assert patterns[0] == patterns[1]
+    kept = [sum(ranks) for ranks in patterns[0].values()]
+    assert sum(kept) == 2 * len(kept)
+    assert min(kept) < max(kept)
+    assert off(ours.eval(), theirs.eval()) < 1e-4
+    for who in ("ours", "theirs"):
+        model = distilbert(**quiet)
+        lora.load(model, tmp_path / who)
+        assert off(model.eval(), ours) < 1e-4
+    assert off(read_by_peft(distilbert(**quiet), tmp_path / "ours"), ours) < 1e-5
