@@ -266,6 +266,22 @@ class Adapter(Method, nn.Module):
         return False
 
     @classmethod
+    def check_targets(cls, config: Any, targets: Sequence[str]) -> None:
+        """Raise TargetError where a setting names layers that are none of the targets."""
+
+    @classmethod
+    def further(
+        cls, model: nn.Module, modules: Mapping[str, nn.Module], config: Any
+    ) -> Mapping[str, Callable[[View, Any, str], Adapter]]:
+        """Layers adapted besides those of target_modules, and what makes the adapter of each."""
+        return {}
+
+    def follow(self, first: Any) -> None:
+        """Take the parameters of the adapter on a layer whose weight is tied to this one's; only
+        asked of what further() makes."""
+        raise NotImplementedError
+
+    @classmethod
     def needs_batches(cls, config: Any) -> bool:
         """Whether calibrate() has to run."""
         return False
@@ -396,29 +412,36 @@ class AdaptedLayer(nn.Module):
             y = y + adapter.delta(view, x, adapter.draw_mask(x))
         return y.to(output.dtype)
 
-    def merged(self) -> tuple[Tensor, Tensor | None]:
-        """W' and b' of the active adapters, in the base's dtype, computed in float32 at least."""
-        W, b = self.view.read()
+    def merged(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """W' and b' of the active adapters as the layer stores them, in the base's dtype, computed
+        in float32 at least."""
+        view = self.view
+        weight, bias = view.parameters()
+        W, b = view.read()
         wide = torch.promote_types(W.dtype, torch.float32)
-        W1, b1 = W.detach().to(wide), None if b is None else b.detach().to(wide)
         with torch.no_grad():
+            W1, b1 = W.to(wide), None if b is None else b.to(wide)
             for name in self.active:
                 # Active together are additive ones only, so the order does not matter.
                 W1, b1 = copy.deepcopy(self.adapter(name)).to(wide).merged(W1, b1)
-        return W1.to(W.dtype), None if b1 is None else b1.to(W.dtype if b is None else b.dtype)
+            W1 = (W1.T if view.transposed else W1).to(W.dtype, copy=True).contiguous()
+            b1 = None if b1 is None else b1.to(W.dtype if b is None else b.dtype, copy=True)
+        needs = bias is not None and bias.requires_grad
+        return (
+            nn.Parameter(W1, requires_grad=weight.requires_grad),
+            None if b1 is None else nn.Parameter(b1, requires_grad=needs),
+        )
 
-    def merge(self, merged: tuple[Tensor, Tensor | None]) -> None:
+    def merge(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         """Put W', b' where W, b were, as parameters of their own: what is tied to W is not moved.
 
         The base's own are kept, not copied.
         """
-        view = self.view
-        weight, bias = self.kept = view.parameters()
-        W1, b1 = merged
-        W1 = W1.T.contiguous() if view.transposed else W1.contiguous()
-        view.module.weight = nn.Parameter(W1, weight.requires_grad)
-        if bias is not None and b1 is not None:
-            view.module.bias = nn.Parameter(b1.clone(), bias.requires_grad)  # may be the base's own
+        module = self.base_layer
+        self.kept = self.view.parameters()
+        module._parameters["weight"] = weight
+        if bias is not None:
+            module._parameters["bias"] = bias
 
     def restore(self) -> None:
         """Bring the kept parameters back, to the device and dtype that the layer has now."""

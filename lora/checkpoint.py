@@ -183,7 +183,8 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
             settings[field] = settings[field] or None
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
-            found = [views(modules[name])[0] for name in planned.targets]
+            names = [name for name in planned.targets if name not in planned.further]
+            found = [views(modules[name])[0] for name in names]
             linear = [view.transposed for view in found if not view.of_ids]
             settings["fan_in_fan_out"] = bool(linear) and all(linear)
     if "modules_to_save" in settings:
@@ -318,7 +319,7 @@ def load(
     config = read_config(method, settings, folder)
     if not mark and isinstance(config, AdapterConfig):
         config = _as_peft_means(model, config)
-    planned = replace(plan_of(model, config), trainable=trainable)
+    planned = replace(plan_of(model, config, strict=bool(mark)), trainable=trainable)
     planned, said = _bring(model, planned, stored)
     check_mix(model, name, planned)
     if trainable:

@@ -76,14 +76,20 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     _check_room(plan, {path: modules[path] for path in plan.targets})
     adapters: dict[int, tuple[str, Adapter]] = {}
     copies: dict[int, tuple[str, nn.Module]] = {}
+    tied: dict[int, Adapter] = {}
     path = ""
     try:
         for path in plan.targets:
             module = modules[path]
             if id(module) not in adapters:  # one layer reached by two paths has one adapter
                 (view,) = views(module)
-                adapter: Adapter = plan.method(view, plan.config, path)  # type: ignore[call-arg, assignment]
+                make: Any = plan.further.get(path, plan.method)
+                adapter: Adapter = make(view, plan.config, path)
                 adapters[id(module)] = path, adapter.train(module.training)
+                if path in plan.further:
+                    first = tied.setdefault(id(view.parameters()[0]), adapter)
+                    if first is not adapter:
+                        adapter.follow(first)
         for path in plan.saved:
             module = modules[path]
             if id(module) not in copies:
@@ -123,7 +129,7 @@ def _check_room(plan: Plan, targets: Mapping[str, nn.Module]) -> None:
     need = 0
     for path, module in {id(module): (path, module) for path, module in targets.items()}.values():
         (view,) = views(module)
-        if view.parameters()[0].device.type == "cpu":
+        if path not in plan.further and view.parameters()[0].device.type == "cpu":
             need += 4 * plan.method.size(view, plan.config, path)  # float32
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > there:
@@ -543,6 +549,13 @@ def activate(model: nn.Module, *names: str) -> None:
                 f"adapters {', '.join(both)} cannot be active together: each has its own {path}."
                 " Activate one of them."
             )
+    for path, layer in layers.items():
+        on = [name for name in names if name in layer.adapters]
+        if len(on) > 1 and not all(layer.adapter(name).additive for name in on):
+            raise MergeError(
+                f"adapters {', '.join(on)} cannot be active together: on {path} they do not add up."
+                " Activate one of them."
+            )
     for layer in layers.values():
         layer.active = tuple(name for name in names if name in layer.adapters)
     for keeper in saved.values():
@@ -667,7 +680,7 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
     merged, tied = _merged(model, layers, untie)
     before = None if probe is None else _output(model, probe)
     for name, pair in merged.items():
-        layers[name].merge(pair)
+        layers[name].merge(*pair)
     for whole in _wholes(model):
         whole.merged = True
     if tied:
@@ -695,30 +708,38 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
 
 def _merged(
     model: nn.Module, layers: Mapping[str, AdaptedLayer], untie: bool
-) -> tuple[dict[str, tuple[Tensor, Tensor | None]], tuple[str, ...]]:
-    """W' and b' of each layer, and the layers whose weight is tied to another module's."""
-    modules = {id(module): module for _, module in walk(model)}.values()
-    users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
-    merged: dict[str, tuple[Tensor, Tensor | None]] = {}
-    tied = []
-    for name, layer in layers.items():
-        weight, bias = layer.view.parameters()
-        if users[id(weight)] > 1:
-            tied.append(name)
-            if not untie:
-                raise MergeError(
-                    f"merge: the weight of {name} is tied to another module's, which would change"
-                    " with it. Call lora.merge(model, untie=True) to give it one of its own."
-                )
-        merged[name] = pair = layer.merged()
-        if bias is None and pair[1] is not None:
+) -> tuple[dict[str, tuple[nn.Parameter, nn.Parameter | None]], tuple[str, ...]]:
+    """W' and b' of each layer, and the layers that lose a tie by it.
+
+    Where all that share a weight are adapted to the same W', they share that.
+    """
+    merged = {name: layer.merged() for name, layer in layers.items()}
+    for name, (weight, bias) in merged.items():
+        if bias is not None and layers[name].view.parameters()[1] is None:
             raise MergeError(
                 f"merge: the update of {name} has a bias, the layer has none to merge it into."
                 " Keep the adapter apart, or train with lora_bias=False."
             )
-        if not all(bool(t.isfinite().all()) for t in pair if t is not None):
+        if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
             raise MergeError(f"merge: W' of {name} is not finite in {weight.dtype}.")
-    return merged, tuple(tied)
+    modules = {id(module): module for _, module in walk(model)}.values()
+    users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
+    groups: dict[int, list[str]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(id(layer.view.parameters()[0]), []).append(name)
+    loose: list[str] = []
+    for shared, names in groups.items():
+        one = merged[names[0]][0]
+        if users[shared] == len(names) and all(torch.equal(merged[n][0], one) for n in names):
+            merged |= {name: (one, merged[name][1]) for name in names}
+        else:
+            loose += names if users[shared] > 1 else []
+    if loose and not untie:
+        raise MergeError(
+            f"merge: the weight of {loose[0]} is tied to another module's, which would change with"
+            " it. Call lora.merge(model, untie=True) to give it one of its own."
+        )
+    return merged, tuple(loose)
 
 
 def _output(model: nn.Module, probe: Any) -> Tensor:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from lora.adapter import (
     method_of,
 )
 from lora.errors import ConfigError, TargetError
-from lora.layers import backbone, inside, kind
+from lora.layers import View, backbone, inside, kind
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Plan:
     selected: tuple[str, ...]  # parameters of the base to train
     carried: tuple[str, ...] = ()  # parameters of the base that its file replaces, not to train
     trainable: bool = True  # False where it was loaded to act only
+    further: Mapping[str, Callable[[View, Any, str], Adapter]] = field(default_factory=dict)
+    """Those of the targets with an adapter of another kind, and what makes it."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -113,7 +116,14 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             and _in_blocks(name, config)
         )
         if not found:
-            raise TargetError(f"no layer matches target_modules='all-linear'.\n{_offer(model)}")
+            where = (
+                f" in layers_to_transform={blocks}"
+                if (blocks := config.layers_to_transform)
+                else ""
+            )
+            raise TargetError(
+                f"no layer matches target_modules='all-linear'{where}.\n{_offer(model)}"
+            )
         _check_blocks(found, config)
         return found
     meant: set[int] = set()
@@ -251,8 +261,11 @@ def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
-def plan_of(model: nn.Module, config: MethodConfig) -> Plan:
-    """What injecting config would do. Touches nothing; raises TargetError or ConfigError."""
+def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan:
+    """What injecting config would do. Touches nothing; raises TargetError or ConfigError.
+
+    Not `strict`, a setting may name layers that are not adapted, as in PEFT's files.
+    """
     method = method_of(config)
     for inner in ("_orig_mod", "module"):
         if inner in model._modules and type(model).__name__ in _OUTER:
@@ -266,6 +279,18 @@ def plan_of(model: nn.Module, config: MethodConfig) -> Plan:
         saved = _check_saved(model, saved_of(model, config))
     if isinstance(config, AdapterConfig):
         targets = targets_of(model, config, saved)
+    further: Mapping[str, Callable[[View, Any, str], Adapter]] = {}
+    if issubclass(method, Adapter):
+        if strict:
+            method.check_targets(config, targets)
+        further = method.further(model, dict(walk(model)), config)
+        taken = [n for n in further if n in targets or any(inside(n, whole) for whole in saved)]
+        if taken:
+            raise ConfigError(
+                f"{taken[0]} is adapted twice: in target_modules or modules_to_save, and as an"
+                " embedding of trained tokens. Leave it out of one."
+            )
+    targets = (*targets, *further)
     base = {n: p for n, p in base_parameters(model) if not any(inside(n, whole) for whole in saved)}
     selected = []
     for name in base:
@@ -289,7 +314,7 @@ def plan_of(model: nn.Module, config: MethodConfig) -> Plan:
                 f"{name} cannot be trained in place: it was made in inference mode, or its"
                 " elements share memory. Clone it first."
             )
-    return Plan(method, config, targets, saved, tuple(selected))
+    return Plan(method, config, targets, saved, tuple(selected), further=further)
 
 
 def _check_saved(model: nn.Module, saved: tuple[str, ...]) -> tuple[str, ...]:

@@ -79,6 +79,14 @@ SAME |= {
         "r": 3, "target_modules": r".*q_proj|lm_head"}),
     "tied lm_head": (lambda: llama(tie_word_embeddings=True), lora.LoRAConfig, peft.LoraConfig, {
         "r": 3, "target_modules": ("q_proj", "lm_head")}),
+    "tokens": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": ("q_proj",), "trainable_token_indices": [3, 5, 7]}),
+    "tokens, tied": (lambda: llama(tie_word_embeddings=True), lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": ("q_proj",), "trainable_token_indices": [3, 5, 7]}),
+    "tokens by layer": (bert, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": BERT, "trainable_token_indices": {"word_embeddings": [4, 9]}}),
+    "tokens, Conv1D": (gpt2, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": GPT, "trainable_token_indices": [4, 9]}),
     "ia3 feed-forward": (bert, "IA3Config", peft.IA3Config, {
         "target_modules": ("k_lin", "v_lin", "lin2"), "feedforward_modules": ("lin2",)}),
     "ia3 feed-forward GPT-2": (gpt2, "IA3Config", peft.IA3Config, {

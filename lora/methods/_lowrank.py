@@ -37,7 +37,7 @@ from lora.adapter import (
     probability,
     whole_number,
 )
-from lora.errors import ConfigError
+from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
 
 Bias = Literal["none", "all", "lora_only"]
@@ -228,6 +228,16 @@ class LowRank(Adapter):
         if clause == "another_seed_other_bits" and config.init_lora_weights in ("pissa", "olora"):
             return "the start follows from W alone"
         return super().exemption(clause, config, bias)
+
+    @classmethod
+    def check_targets(cls, config: LowRankConfig, targets: Sequence[str]) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, name):
+                if all(pick({key: True}, target, None) is None for target in targets):
+                    raise TargetError(
+                        f"{name}: {key!r} fits none of the {len(targets)} layers that"
+                        f" target_modules means, {targets[0]} the first. Mend the name."
+                    )
 
     @classmethod
     def needs_batches(cls, config: LowRankConfig) -> bool:

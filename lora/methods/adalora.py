@@ -18,7 +18,7 @@ from lora.adapter import (
     probability,
     whole_number,
 )
-from lora.errors import ConfigError
+from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
 
 
@@ -152,6 +152,15 @@ class AdaLoRA(Adapter):
         self.lora_E.zero_()
         for buffer in self.buffers():
             buffer.zero_()
+
+    @classmethod
+    def check_targets(cls, config: AdaLoRAConfig, targets: Sequence[str]) -> None:
+        strange = set(config.rank_pattern) - {f"{target}.lora_E" for target in targets}
+        if strange:
+            raise TargetError(
+                f"rank_pattern: {min(strange)!r} is of none of the {len(targets)} layers that"
+                " target_modules means. Leave it to what a save writes."
+            )
 
     @classmethod
     def size(cls, view: View, config: AdaLoRAConfig, module: str) -> int:

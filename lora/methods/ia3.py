@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lora.adapter import Adapter, AdapterConfig, names_tuple
-from lora.errors import ConfigError
+from lora.errors import ConfigError, TargetError
 from lora.layers import View
 
 
@@ -71,6 +71,17 @@ class IA3(Adapter):
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         self.ia3_l.fill_(1.0)
+
+    @classmethod
+    def check_targets(cls, config: IA3Config, targets: Sequence[str]) -> None:
+        names = config.feedforward_modules
+        for name in [names] if isinstance(names, str) else names:
+            one = replace(config, feedforward_modules=name if isinstance(names, str) else (name,))
+            if not any(is_feedforward(target, one) for target in targets):
+                raise TargetError(
+                    f"feedforward_modules: {name!r} is none of the {len(targets)} layers that"
+                    f" target_modules means, {targets[0]} the first. Name it in both."
+                )
 
     @classmethod
     def size(cls, view: View, config: IA3Config, module: str) -> int:

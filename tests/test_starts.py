@@ -1,0 +1,229 @@
+"""Where low-rank updates start: from the weight, from the layers' inputs, from the gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import distilbert, gpt2, tokens
+from torch import Tensor, nn
+
+import lora
+from lora.injection import trained_parameters, wrapper_at
+from lora.testing import snapshot, unchanged
+
+TARGETS = ("q_lin", "lin2")
+
+
+def batches(count: int = 3) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        ids = torch.randint(1, 99, (4, 11), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 6:] = 0
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1] * 2)})
+    return found
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
+    plan = lora.injection.injected(model)["default"]
+    return {path: wrapper_at(model, path).adapter("default") for path in plan.targets}
+
+
+def weight_of(model: nn.Module, path: str) -> Tensor:
+    return wrapper_at(model, path).view.read()[0]
+
+
+@pytest.mark.parametrize("build", [distilbert, gpt2])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
+def test_the_start_is_the_best_of_its_rank(build, init: str) -> None:
+    model = build()
+    targets = TARGETS if build is distilbert else ("c_attn", "c_proj")
+    config = lora.LoRAConfig(r=4, lora_alpha=3, target_modules=targets, init_lora_weights=init)
+    lora.inject(model, config)
+    for path, adapter in adapters(model).items():
+        W = weight_of(model, path)
+        product = adapter.scaling * (adapter.lora_B @ adapter.lora_A)
+        if init == "olora":  # Q R, the first four: W's columns as far as they depend on those
+            Q, R = torch.linalg.qr(W)
+            torch.testing.assert_close(product / adapter.scaling, Q[:, :4] @ R[:4])
+            continue
+        U, S, Vh = torch.linalg.svd(W)
+        best = (U[:, :4] * S[:4]) @ Vh[:4]
+        torch.testing.assert_close(product, best, atol=2e-3 if "niter" in init else 1e-5, rtol=0)
+        # balanced: both factors carry the root of the singular values
+        lengths = [adapter.lora_A.norm(dim=1), adapter.lora_B.norm(dim=0)]
+        torch.testing.assert_close(lengths[0], lengths[1], atol=1e-4, rtol=1e-3)
+
+
+def test_the_fast_svd_is_near_the_exact_one_on_a_weight_with_a_flat_spectrum() -> None:
+    from lora.methods._lowrank import svd_lowrank
+
+    generator = torch.Generator().manual_seed(0)
+    M = torch.randn(200, 120, generator=generator) * torch.linspace(3, 0.1, 120)
+    best = torch.linalg.svdvals(M)[:8].square().sum().sqrt()
+    for rounds, share in ((1, 0.9), (4, 0.99), (16, 0.9999)):
+        U, S, Vh = svd_lowrank(M, 8, rounds, torch.Generator().manual_seed(1))
+        assert float((U.T @ M @ Vh.T).diagonal().square().sum().sqrt() / best) > share
+        torch.testing.assert_close(U.T @ U, torch.eye(8), atol=1e-5, rtol=0)
+        assert bool((S[:-1] >= S[1:]).all())
+
+
+def test_eva_takes_the_main_directions_of_the_inputs() -> None:
+    shown = batches()
+    model = distilbert()
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0])
+        )
+        for name, module in model.named_modules()
+        if name.endswith(TARGETS)
+    ]
+    with torch.no_grad():
+        for batch in shown:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    config = lora.LoRAConfig(r=4, target_modules=TARGETS, init_lora_weights="eva")
+    lora.inject(model, config, batches=shown)
+    assert model(tokens()).logits.equal(distilbert()(tokens()).logits)
+    for path, adapter in adapters(model).items():
+        real = [x[b["attention_mask"].bool()] for x, b in zip(seen[path], shown, strict=True)]
+        X = torch.cat(real)
+        best = torch.linalg.svdvals(X)[:4].square().sum()
+        A = adapter.lora_A.detach()
+        torch.testing.assert_close(A @ A.T, torch.eye(4), atol=1e-5, rtol=0)
+        assert float((X @ A.T).square().sum() / best) > 0.99
+        plain = torch.linalg.qr(torch.randn(A.shape[1], 4)).Q  # what a random A catches
+        assert float((X @ plain).square().sum() / best) < 0.9
+        assert not adapter.lora_B.any()
+
+
+def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
+    """The first step of A and B changes W as a step down its own gradient would, nearly."""
+    shown = batches()
+    model = distilbert()
+    model(**shown[0]).loss.backward()
+    gradients = {}
+    for batch in shown[1:]:
+        model(**batch).loss.backward()
+    for name, module in model.named_modules():
+        if name.endswith(TARGETS):
+            gradients[name] = module.weight.grad.clone()
+    before = distilbert()
+    before.classifier.weight.grad = torch.ones_like(before.classifier.weight)
+    config = lora.LoRAConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights="lora_ga")
+    lora.inject(before, config, batches=shown)
+    assert bool((before.classifier.weight.grad == 1).all()), "a gradient of the user's is gone"
+    assert before(tokens()).logits.equal(distilbert()(tokens()).logits)
+    lora.inject(plain := distilbert(), lora.LoRAConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+
+    def along(model: nn.Module) -> dict[str, float]:
+        """The cosine of the first step of the product with the step down the gradient."""
+        for batch in shown:
+            model(**batch).loss.backward()
+        found = {}
+        for path, adapter in adapters(model).items():
+            A, B = adapter.lora_A, adapter.lora_B
+            step = -(B.grad @ A + B @ A.grad).detach()
+            found[path] = float(
+                torch.cosine_similarity(step.flatten(), -gradients[path].flatten(), dim=0)
+            )
+        return found
+
+    ours, random = along(before), along(plain)
+    assert all(ours[path] > random[path] for path in ours)
+    assert min(ours.values()) > 0.8
+    for path, adapter in adapters(before).items():
+        size = (weight_of(before, path).shape[0] ** 0.25) / math.sqrt(16)
+        rows = torch.full((4,), size)
+        torch.testing.assert_close(adapter.start_A.norm(dim=1), rows)
+        torch.testing.assert_close(adapter.start_B.norm(dim=0), rows)
+
+
+@pytest.mark.parametrize(
+    ("init", "shown", "match"),
+    [
+        ("eva", None, "pass batches="),
+        ("lora_ga", None, "pass batches="),
+        ("default", [tokens()], "takes no batches"),
+        ("pissa", [tokens()], "takes no batches"),
+        ("eva", [], "saw 0 directions for r=8. Pass more batches"),
+        ("eva", [tokens(1, 2)], "saw 2 directions"),
+        ("lora_ga", [tokens()], "no loss. Pass labels"),
+        ("lora_ga", [], "got no gradient"),
+        ("loftq", None, "NF4"),
+        ("bogus", None, "must be default, gaussian"),
+    ],
+)
+def test_what_a_start_needs_is_said_and_the_model_left_alone(init, shown, match: str) -> None:
+    model = distilbert()
+    before = snapshot(model)
+
+    def inject() -> None:
+        config = lora.LoRAConfig(target_modules=TARGETS, init_lora_weights=init)
+        lora.inject(model, config, batches=shown)
+
+    with pytest.raises(lora.ConfigError, match=match):
+        inject()
+    assert unchanged(before, model)
+
+
+def test_a_batch_that_fails_leaves_the_model_alone() -> None:
+    for init in ("eva", "lora_ga"):
+        model = distilbert().train()
+        before = snapshot(model)
+        config = lora.LoRAConfig(target_modules=TARGETS, init_lora_weights=init)
+        with pytest.raises(IndexError):
+            lora.inject(model, config, batches=[{"input_ids": torch.tensor([[1000]])}])
+        assert unchanged(before, model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "eva"])
+def test_a_rank_that_the_weight_has_not_is_refused(init: str) -> None:
+    config = lora.LoRAConfig(r=40, target_modules=("q_lin",), init_lora_weights=init)
+    with pytest.raises(lora.ConfigError, match="r must be at most 32"):
+        lora.inject(distilbert(), config, batches=batches() if init == "eva" else None)
+
+
+def test_an_embedding_starts_by_default_whatever_the_others_do() -> None:
+    model = gpt2()
+    config = lora.LoRAConfig(r=3, target_modules=("wte", "c_attn"), init_lora_weights="pissa")
+    lora.inject(model, config)
+    table = adapters(model)["transformer.wte"]
+    assert not table.lora_A.any()
+    assert abs(float(table.lora_B.detach().std()) - 1) < 0.2
+    assert model(tokens()).logits.equal(gpt2()(tokens()).logits)
+
+
+def test_what_was_filed_goes_on_as_plain_lora(tmp_path) -> None:
+    model = distilbert()
+    config = lora.LoRAConfig(r=3, lora_alpha=7, target_modules=TARGETS, init_lora_weights="pissa")
+    lora.inject(model, config)
+    from lora.testing import perturb
+
+    perturb(model.eval(), size=0.1)
+    lora.save(model, tmp_path)
+    other = distilbert()
+    report = lora.load(other, tmp_path, trainable=True)
+    assert report.plan.config.r == 6
+    torch.testing.assert_close(other.eval()(tokens()).logits, model(tokens()).logits)
+    assert len(trained_parameters(other, "default")) == len(trained_parameters(model, "default"))
+
+
+def test_lora_plus_and_fa_train_what_they_say() -> None:
+    model = distilbert()
+    lora.inject(model, lora.LoRAConfig(r=2, target_modules=TARGETS, loraplus_lr_ratio=16))
+    from lora.train import groups
+
+    found = {group["lr"]: group["params"] for group in groups(model, 1e-3, 0.01)}
+    assert set(found) == {1e-3, 16e-3}
+    assert {p.shape[0] for p in found[1e-3]} == {2}
+    assert {p.shape[1] for p in found[16e-3]} == {2}
+    model = distilbert()
+    report = lora.inject(model, lora.LoRAConfig(r=2, target_modules=TARGETS, use_lorafa=True))
+    assert report.trainable == sum(p.numel() for p in trained_parameters(model, "default").values())
+    assert {k.rpartition("lora_")[2] for k in trained_parameters(model, "default")} == {"B.weight"}
