@@ -528,12 +528,25 @@ class Selected:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], keeps: bool) -> None:
         self.trained = dict(parameters)
-        self.originals = (
-            {n: p.detach().to("cpu", copy=True) for n, p in parameters.items()} if keeps else {}
-        )
+        self.originals: dict[str, Tensor] = {}
+        if keeps:
+            self.keep()
         self.active = True
         self.enabled = True
         self.merged = False
+
+    def keep(self) -> None:
+        """Take the values that the parameters have now for the originals."""
+        for name, parameter in self.trained.items():
+            where = "meta" if parameter.is_meta else "cpu"
+            self.originals[name] = parameter.detach().to(where, copy=True)
+
+    def begin(self) -> None:
+        """Set what trains to the originals; where those had no values yet, it has them now."""
+        if any(original.is_meta for original in self.originals.values()):
+            self.keep()
+        for name, original in self.originals.items():
+            self.trained[name].data.copy_(original)
 
     def place(self, homes: Mapping[str, Sequence[tuple[nn.Module, str]]], acting: bool) -> None:
         """Put the trained values, or the originals, at every module that holds the parameter."""

@@ -317,6 +317,12 @@ def load(
     method = method_for(settings, folder)
     stored, mark = read_tensors(folder)
     config = read_config(method, settings, folder)
+    if mark and mark["config"] != config_digest(method, settings):
+        raise CheckpointError(
+            f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: a setting that"
+            " changes the result (r, lora_alpha, target_modules, ...) was edited, or a save was"
+            " cut off. Restore the file, or save the adapter again."
+        )
     if not mark and isinstance(config, AdapterConfig):
         config = _as_peft_means(model, config)
     planned = replace(plan_of(model, config, strict=bool(mark)), trainable=trainable)
@@ -619,15 +625,10 @@ def verify(
     mark: Mapping[str, str],
     folder: Path,
 ) -> str:
-    """Hold a file of ours to its mark. Returns what could not be verified, for the report."""
+    """Hold the base to the mark of a file of ours. Returns what could not be verified, for the
+    report."""
     if not mark:
         return "base and scaling not verifiable: the file is not of lora-from-scratch"
-    if mark["config"] != config_digest(planned.method, settings):
-        raise CheckpointError(
-            f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: a setting that"
-            " changes the result (r, lora_alpha, target_modules, ...) was edited, or a save was"
-            " cut off. Restore the file, or save the adapter again."
-        )
     if not planned.method.keeps_base:
         return ""
     here = fingerprint(model, planned.saved)

@@ -517,7 +517,8 @@ def _note(model: nn.Module, planned: Plan) -> str:
 def init(model: nn.Module, seed: int, name: str = "default") -> None:
     """Fill adapter `name` anew, as after a start on the meta device and `to_empty`.
 
-    Its modules_to_save begin again as copies of the base's.
+    Its modules_to_save begin again as copies of the base's, and what it trains of the base at its
+    originals.
     """
     check_seed(seed)
     _known(model, name)
@@ -532,6 +533,8 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
             first.get_parameter(key).data.copy_(values)
     for path, module in parts.copies.items():
         module.load_state_dict(modules[path].state_dict())
+    if parts.selected:
+        model.__dict__["lora_selected"].begin()
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -660,8 +663,10 @@ class Certificate:
         return "; ".join(lines)
 
 
-SLACK = 32
-"""k of the tolerance k · eps · max|output|: a merge rounds each of the weights once."""
+SLACK = {2: 16, 4: 64, 8: 64}
+"""k of the tolerance k · eps · max|output|, by the bytes of an element. Measured on 24 layers of
+LLaMA: up to 7 in 16 bits, where rounding W' dominates, and up to 16 in float32, where that of the
+forward does; updates far larger than the weights reach 18 and 69."""
 
 
 def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certificate:
@@ -695,12 +700,12 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
             restore(model)
             raise
         largest = float(before.abs().max())
-        bound = SLACK * torch.finfo(dtype).eps * largest
+        bound = SLACK[dtype.itemsize] * torch.finfo(dtype).eps * largest
         if not off <= bound:
             restore(model)
             raise MergeError(
                 f"merge: the outputs on the probe moved by {off:.3g}, tolerance {bound:.3g}"
-                f" ({SLACK} eps of {str(dtype).removeprefix('torch.')} times {largest:.3g}). The"
+                f" ({SLACK[dtype.itemsize]} eps of {str(dtype).removeprefix('torch.')} times {largest:.3g}). The"
                 " model is as it was. Merge into a float32 base: model.float() first."
             )
     return Certificate(len(layers), dtype, tied, off, largest, bound)

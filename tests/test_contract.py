@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lora
 import lora.methods
+from benchmarks import methods
 from lora.adapter import METHODS, Adapter
 from lora.layers import View
 from lora.methods.lora import LoRA, LoRAConfig
@@ -18,25 +19,22 @@ from lora.testing import CLAUSES, cases, check_method, run_clause
 CASES = cases()
 
 
-SETTINGS = {
-    f"{name}{' ' if variant else ''}{variant}": (cls, settings)
-    for name, cls in sorted(METHODS.items())
-    for variant, settings in {"": cls.example, **cls.variants}.items()
-}
+CELLS = methods.read_cells(methods.PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("clause", list(CLAUSES))
-@pytest.mark.parametrize("label", list(SETTINGS))
+@pytest.mark.parametrize("label", list(methods.settings()))
 def test_every_method_keeps_every_clause(label: str, clause: str) -> None:
-    method, settings = SETTINGS[label]
-    outcomes = {
-        str(case): run_clause(clause, method, method.Config(**settings), case).outcome
-        for case in CASES
-    }
-    failed = {case: found for case, found in outcomes.items() if found.startswith("failed")}
-    assert not failed
-    if "held" not in outcomes.values():
-        pytest.skip(next(iter(outcomes.values())))
+    found = methods.outcomes(label, clause)
+    assert not [outcome for outcome in found if outcome.startswith("failed")]
+    assert CELLS[label, clause] == methods.cell(found), "run python -m benchmarks.methods"
+    if "held" not in found:
+        pytest.skip("; ".join(found))
+
+
+def test_the_page_of_the_methods_is_what_the_code_makes_of_it() -> None:
+    text = methods.PAGE.read_text(encoding="utf-8")
+    assert methods.page(CELLS) == text, "run python -m benchmarks.methods"
 
 
 def test_linear_conv1d_and_embedding_are_the_cases() -> None:

@@ -1,0 +1,250 @@
+"""Merging with a certificate, and what trains parameters of the base itself."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from conftest import distilbert, gpt2, llama, tokens
+from torch import nn
+
+import lora
+from lora.injection import trained_parameters
+from lora.testing import perturb, snapshot, unchanged
+
+METHODS = ["lora", "dora", "ia3", "hira", "vera", "adalora"]
+
+
+def adapted(method: str, build=distilbert, dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = build().to(dtype)
+    lora.inject(model, lora.METHODS[method].Config())
+    perturb(model.eval(), size=0.05)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("build", [distilbert, gpt2, llama])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merge_is_certified(method: str, build, dtype: torch.dtype) -> None:
+    model = adapted(method, build, dtype)
+    wanted = model(tokens()).logits.float()
+    certificate = lora.merge(model, probe=tokens())
+    moved = float((model(tokens()).logits.float() - wanted).abs().max().detach())
+    assert certificate.largest_difference == moved
+    assert certificate.largest_output == float(wanted.abs().max().detach())
+    assert certificate.dtype == dtype
+    k = 64 if dtype == torch.float32 else 16
+    bound = k * torch.finfo(dtype).eps * certificate.largest_output
+    assert certificate.tolerance == pytest.approx(bound)
+    assert str(certificate.layers) in str(certificate)
+    assert "outputs moved by" in str(certificate)
+
+
+def test_without_a_probe_nothing_is_certified() -> None:
+    certificate = lora.merge(adapted("lora"))
+    assert certificate.largest_difference is None
+    assert "not certified: no probe was passed" in str(certificate)
+
+
+@pytest.mark.parametrize("as_what", [dict, tuple, torch.Tensor])
+def test_a_probe_is_what_the_model_takes(as_what) -> None:
+    probe = {dict: {"input_ids": tokens()}, tuple: (tokens(),), torch.Tensor: tokens()}[as_what]
+    assert lora.merge(adapted("lora"), probe=probe).largest_difference is not None
+
+
+def test_a_merge_that_moves_the_output_too_far_is_refused_and_undone() -> None:
+    """A layer whose forward is more than its weight: no W' computes what it does."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    torch.manual_seed(0)
+    model = Noisy()
+    lora.inject(model, lora.LoRAConfig(r=2))
+    perturb(model.train(), size=0.3)
+    model.first.register_forward_hook(lambda module, _, y: y if module.kept is None else 1.01 * y)
+    before = snapshot(model)
+    with pytest.raises(lora.MergeError, match=r"moved by .*, tolerance .*model.float\(\) first"):
+        lora.merge(model, probe=torch.randn(3, 6))
+    assert unchanged(before, model)
+    with pytest.raises(RuntimeError):  # and so is one whose probe does not fit, before or after
+        lora.merge(model, probe=torch.randn(3, 7))
+    assert unchanged(before, model)
+
+
+def test_a_bias_of_the_update_has_to_have_a_place() -> None:
+    model = llama()
+    lora.inject(model, lora.LoRAConfig(r=2, lora_bias=True, target_modules=("q_proj",)))
+    perturb(model.eval())
+    assert not model(tokens()).logits.equal(llama()(tokens()).logits)
+    before = snapshot(model)
+    with pytest.raises(lora.MergeError, match="has a bias, the layer has none"):
+        lora.merge(model)
+    assert unchanged(before, model)
+
+
+SELECTING = {
+    "bitfit": (lora.METHODS["bitfit"].Config(), lambda n: n.endswith(".bias")),
+    "bitfit small": (
+        lora.METHODS["bitfit"].Config(small=True),
+        lambda n: n.endswith(("q_lin.bias", "lin1.bias")),
+    ),
+    "head": (lora.METHODS["head"].Config(), lambda n: "classifier" in n),
+    "topk": (lora.METHODS["topk"].Config(k=1), lambda n: "layer.1." in n or "classifier" in n),
+    "lora bias=all": (
+        lora.LoRAConfig(r=2, target_modules=("q_lin",), bias="all"),
+        lambda n: n.endswith(".bias"),
+    ),
+    "lora bias=lora_only": (
+        lora.LoRAConfig(r=2, target_modules=("q_lin",), bias="lora_only"),
+        lambda n: n.endswith("q_lin.bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SELECTING)
+def test_what_trains_of_the_base_and_how_it_comes_back(name: str, tmp_path) -> None:
+    config, chosen = SELECTING[name]
+    base = distilbert()
+    names = {n for n, _ in base.named_parameters() if chosen(n)}
+    model = distilbert()
+    report = lora.inject(model, config)
+    assert set(report.plan.selected) == names
+    trained = trained_parameters(model, "default")
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        model.train()
+        model(tokens(), labels=torch.tensor([0, 1, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    wanted = model(tokens()).logits
+    assert not wanted.equal(base(tokens()).logits)
+    with lora.disabled(model):
+        assert model(tokens()).logits.equal(base(tokens()).logits)
+        with lora.disabled(model):
+            assert model(tokens()).logits.equal(base(tokens()).logits)
+        assert model(tokens()).logits.equal(base(tokens()).logits)
+        with pytest.raises(lora.MergeError, match="disabled"):
+            lora.merge(model)
+    assert model(tokens()).logits.equal(wanted)
+    lora.activate(model)
+    assert model(tokens()).logits.equal(base(tokens()).logits)
+    lora.activate(model, "default")
+    assert model(tokens()).logits.equal(wanted)
+    assert all(p.requires_grad for p in trained.values())
+
+    lora.save(model, tmp_path)
+    stored = safetensors.torch.load((tmp_path / "adapter_model.safetensors").read_bytes())
+    plain = {key.removeprefix("base_model.model.").replace("base_layer.", "") for key in stored}
+    assert {key for key in plain if "lora_" not in key} == names
+    other = distilbert()
+    lora.load(other, tmp_path)
+    assert other.eval()(tokens()).logits.equal(wanted)
+    with lora.disabled(other):
+        assert other(tokens()).logits.equal(base(tokens()).logits)
+    strange = distilbert(seed=1)
+    before = snapshot(strange)
+    with pytest.raises(lora.CheckpointError, match="another base"):
+        lora.load(strange, tmp_path)
+    assert unchanged(before, strange)
+
+    twin = copy.deepcopy(model)
+    lora.merge(model, probe=tokens())
+    with pytest.raises(lora.MergeError, match="merged"), lora.disabled(model):
+        pass
+    lora.restore(model)
+    assert model(tokens()).logits.equal(wanted)
+    lora.merge(model)
+    lora.eject(model)
+    torch.testing.assert_close(model(tokens()).logits, wanted)
+    lora.eject(twin)
+    assert twin(tokens()).logits.equal(base(tokens()).logits)
+    for plain in (model, twin):
+        assert [n for n, _ in plain.named_parameters()] == [n for n, _ in base.named_parameters()]
+        assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_a_graph_made_while_disabled_goes_back_through_the_base() -> None:
+    """Its gradient is the base's, though the trained values stand in the model by then."""
+    model, base = distilbert(), distilbert()
+    lora.inject(model, lora.METHODS["topk"].Config(k=1))
+    perturb(model.eval())
+    found = []
+    for one in (model, base):
+        x = one.distilbert.embeddings(tokens()).detach().requires_grad_()
+        if one is model:
+            with lora.disabled(model):
+                loss = one(inputs_embeds=x).logits.square().sum()
+        else:
+            loss = one(inputs_embeds=x).logits.square().sum()
+        loss.backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[0], found[1])
+    assert all(p.grad is None for p in trained_parameters(model, "default").values())
+
+
+def test_bitfits_biases_are_the_papers() -> None:
+    """facts: 102,912 of BERT-base's 109,483,778 (0.094 %); DistilBERT's backbone has 51,456."""
+    with torch.device("meta"):
+        bert = transformers.BertModel(transformers.BertConfig())
+        head = transformers.DistilBertForSequenceClassification(
+            transformers.DistilBertConfig(num_labels=2)
+        )
+    biases = sum(p.numel() for n, p in bert.named_parameters() if n.endswith("bias"))
+    pooler = bert.pooler.dense.bias.numel()
+    config = lora.METHODS["bitfit"].Config()
+    assert lora.inject(bert, config).trainable == biases == 102_144 + pooler == 102_912
+    assert lora.inject(head, config).trainable == 52_226
+    with torch.device("meta"):
+        again = transformers.DistilBertForSequenceClassification(
+            transformers.DistilBertConfig(num_labels=2)
+        )
+    report = lora.inject(
+        again, lora.METHODS["bitfit"].Config(modules_to_save=("pre_classifier", "classifier"))
+    )
+    assert report.adapter_parameters == 51_456
+
+
+def test_what_trains_of_a_base_on_the_meta_device_begins_when_it_has_values() -> None:
+    with torch.device("meta"):
+        model = distilbert()
+    lora.inject(model, lora.METHODS["bitfit"].Config())
+    model.to_empty(device="cpu")
+    model.load_state_dict(distilbert().state_dict())
+    lora.init(model, seed=0)
+    perturb(model.eval())
+    with lora.disabled(model):
+        assert model(tokens()).logits.equal(distilbert()(tokens()).logits)
+    lora.init(model, seed=0)
+    assert model(tokens()).logits.equal(distilbert()(tokens()).logits)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "c_attn"])
+def test_dora_is_exact_where_rows_cancel(name: str) -> None:
+    """V = W + sBA with rows of nearly nothing: the closed form alone would be off, or negative."""
+    build = {"q_proj": llama, "c_attn": gpt2}[name]
+    model = build()
+    lora.inject(model, lora.DoRAConfig(r=8, target_modules=(name,)))
+    model.eval()
+    layer = next(m for m in model.modules() if isinstance(m, lora.adapter.AdaptedLayer))
+    adapter, (W, _) = layer.adapter("default"), layer.view.read()
+    with torch.no_grad():
+        # B A = −W on the first eight rows, but for one part in a million
+        adapter.lora_A.copy_(W[:8])
+        adapter.lora_B.zero_()
+        adapter.lora_B[:8].copy_(-(1 - 1e-6) * torch.eye(8) / adapter.scaling)
+        exact = torch.linalg.vector_norm(W.double() + adapter.double().update(), dim=1)
+        adapter.float()
+        found = adapter.lengths(W).double()
+    own = W.norm(dim=1).double()
+    assert float((exact[:8] / own[:8]).max()) < 1e-5
+    assert float(((found - exact).abs() / own).max()) < 3e-7
