@@ -520,48 +520,51 @@ class SavedModule(nn.Module):
 
 
 class Selected:
-    """Parameters of the base that train, by their names, beside their frozen originals.
+    """Parameters of the base that train, by their names, and their frozen originals.
 
-    The originals lie on the CPU. What does not act lies aside, so that a backward through either
-    is right whatever stands in the model by then.
+    The originals lie on the CPU. While they act the trained ones lie aside, so that a backward
+    through either is right whatever stands in the model by then.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], keeps: bool) -> None:
-        self.trained = dict(parameters)
+        self.names = tuple(parameters)
         self.originals: dict[str, Tensor] = {}
+        self.aside: dict[str, nn.Parameter] = {}
         if keeps:
-            self.keep()
+            self.keep(parameters)
         self.active = True
         self.enabled = True
         self.merged = False
 
-    def keep(self) -> None:
+    def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the values that the parameters have now for the originals."""
-        for name, parameter in self.trained.items():
+        for name, parameter in parameters.items():
             where = "meta" if parameter.is_meta else "cpu"
             self.originals[name] = parameter.detach().to(where, copy=True)
 
-    def begin(self) -> None:
+    def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set what trains to the originals; where those had no values yet, it has them now."""
         if any(original.is_meta for original in self.originals.values()):
-            self.keep()
+            self.keep(parameters)
         for name, original in self.originals.items():
-            self.trained[name].data.copy_(original)
+            parameters[name].data.copy_(original)
 
     def place(self, homes: Mapping[str, Sequence[tuple[nn.Module, str]]], acting: bool) -> None:
-        """Put the trained values, or the originals, at every module that holds the parameter."""
+        """Let the trained values act, or the originals, at every module that holds them."""
         for name, original in self.originals.items():
-            trained = self.trained[name]
-            now = homes[name][0][0]._parameters[homes[name][0][1]]
-            assert now is not None
-            if acting == (now is trained):
+            if acting == (name not in self.aside):
                 continue
+            module, leaf = homes[name][0]
+            now = module._parameters[leaf]
+            assert now is not None
             if acting:
-                trained.data = trained.data.to(now.device, now.dtype)
+                new = self.aside.pop(name)
+                new.data = new.data.to(now.device, now.dtype)
             else:
-                now = nn.Parameter(original.to(now.device, now.dtype), requires_grad=False)
+                self.aside[name] = now
+                new = nn.Parameter(original.to(now.device, now.dtype), requires_grad=False)
             for module, leaf in homes[name]:
-                module._parameters[leaf] = trained if acting else now
+                module._parameters[leaf] = new
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

@@ -206,8 +206,10 @@ def owned(model: nn.Module, name: str) -> Parts:
         keeper = held_at(model, path)
         assert isinstance(keeper, SavedModule)
         copies.setdefault(id(modules[path]), (path, keeper.copies[name]))
-    chosen = (*plan.selected, *plan.carried)
-    selected = model.__dict__["lora_selected"].trained if chosen else {}
+    selected: dict[str, nn.Parameter] = {}
+    if plan.selected or plan.carried:
+        holder, base = model.__dict__["lora_selected"], dict(base_paths(model))
+        selected = {name: holder.aside.get(name, base[name]) for name in holder.names}
     return Parts(dict(adapters.values()), dict(copies.values()), selected)
 
 
@@ -534,7 +536,7 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     for path, module in parts.copies.items():
         module.load_state_dict(modules[path].state_dict())
     if parts.selected:
-        model.__dict__["lora_selected"].begin()
+        model.__dict__["lora_selected"].begin(parts.selected)
 
 
 def activate(model: nn.Module, *names: str) -> None:
