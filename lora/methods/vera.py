@@ -100,19 +100,20 @@ class VeRA(Adapter):
     def size(cls, view: View, config: VeRAConfig, module: str) -> int:
         return config.r + view.out_features
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Λ_d A (r, in) and Λ_b B (out, r)."""
-        A = self.get_parameter("vera_A")[:, : self.width]
-        B = self.get_parameter("vera_B")[: len(self.vera_lambda_b)]
-        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r)."""
+        A, B = self.get_parameter("vera_A"), self.get_parameter("vera_B")
+        return A[:, : self.width], B[: len(self.vera_lambda_b)]
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        A, B = self.factors()
-        return W + B @ A, b
+        A, B = self.matrices()
+        return W + self.vera_lambda_b[:, None] * (B @ (self.vera_lambda_d[:, None] * A)), b
 
     def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        A, B = self.factors()
-        return F.linear(apply(view, x if mask is None else x * mask, A), B)
+        # The vectors scale what flows: scaling A and B would cost the gradients of both.
+        A, B = self.matrices()
+        h = self.vera_lambda_d * apply(view, x if mask is None else x * mask, A)  # (..., r)
+        return self.vera_lambda_b * F.linear(h, B)
 
     def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         y: Tensor = view.module(x)
