@@ -110,9 +110,9 @@ def _share(plan: Plan, adapters: list[Adapter], layers: list[nn.Module]) -> None
     """Give the adapters what they share: parameters, which stay one when the model moves."""
     if adapters:
         all_views = [views(layer)[0] for layer in layers]
-        where = next(adapters[0].parameters()).device
+        like = next(adapters[0].parameters())
         for name, values in adapters[0].shared(all_views, plan.config).items():
-            one = nn.Parameter(values.to(where), requires_grad=False)
+            one = nn.Parameter(values.to(like), requires_grad=False)
             for adapter in adapters:
                 adapter.register_parameter(name, one)
                 adapter.frozen |= {name}
