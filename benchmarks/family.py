@@ -62,21 +62,24 @@ def frozen() -> nn.Module:
     return model
 
 
-def full() -> nn.Module:
+def selection(method: str, **settings: Any) -> nn.Module:
     model = base()
-    lora.inject(model, lora.METHODS["full"].Config())
+    lora.inject(model, lora.METHODS[method].Config(**settings))
     return model
 
 
 LOW = {"r": 8, "lora_alpha": 8}
 CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "frozen": frozen,
-    "full": full,
+    "full": lambda: selection("full"),
     "lora": lambda: ours("lora", **LOW),
     "dora": lambda: ours("dora", **LOW),
     "adalora": lambda: ours("adalora", init_r=8, target_r=4, lora_alpha=8),
     "hira": lambda: ours("hira", r=8),
     "ia3": lambda: ours("ia3"),
+    "bitfit": lambda: selection("bitfit"),
+    "head": lambda: selection("head"),
+    "topk": lambda: selection("topk", k=1),
     "vera": lambda: ours("vera"),
     "peft lora": lambda: pefts("LoraConfig", **LOW),
     "peft dora": lambda: pefts("LoraConfig", **LOW, use_dora=True),

@@ -10,7 +10,9 @@ import re
 import sys
 from pathlib import Path
 
+import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
+from lora.adapter import METHODS
 from lora.compare import markdown, rows
 
 README = Path(__file__).parents[1] / "README.md"
@@ -34,7 +36,20 @@ def tables() -> dict[str, str]:
             seconds["import lora and all its core, added"],
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
-    return found | {"startup": markdown(table)}
+    return found | {"startup": markdown(table), "family": markdown(family())}
+
+
+def family() -> list[tuple[str, ...]]:
+    """Each method, when to choose it, and its step over LoRA's, peft's beside ours."""
+    steps = json.loads((RESULTS / "family.json").read_text())["steps"]
+    found = [("method", "choose it", "step / LoRA's", "peft's", "paper")]
+    for name, method in sorted(METHODS.items()):
+        shown = [
+            f"{steps[key]['over lora']:.2f}" if key in steps else ""
+            for key in (name, f"peft {name}")
+        ]
+        found.append((name, method.when, *shown, method.paper))
+    return found
 
 
 def filled(text: str) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora.errors import LoraError as LoraError
     from lora.errors import MergeError as MergeError
     from lora.errors import TargetError as TargetError
+    from lora.injection import Certificate as Certificate
     from lora.injection import Report as Report
     from lora.injection import activate as activate
     from lora.injection import disabled as disabled
@@ -44,7 +45,7 @@ _HOMES = {
     "lora.adapter": "Adapter AdapterConfig Selection",
     "lora.checkpoint": "load save",
     "lora.errors": "CheckpointError ConfigError LoraError MergeError TargetError",
-    "lora.injection": "Report activate disabled eject init inject merge restore",
+    "lora.injection": "Certificate Report activate disabled eject init inject merge restore",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -241,6 +241,7 @@ def _methods(arguments: list[str]) -> None:
     import lora.methods  # noqa: F401
     from lora.adapter import METHODS
 
-    for method in METHODS.values():
-        first = (inspect.getdoc(method) or "").splitlines()[0]
-        print(f"{method.name:<10} rate {method.learning_rate:<8g} {first}")
+    for name, method in sorted(METHODS.items()):
+        first = (inspect.getdoc(method) or "").partition("\n\n")[0]
+        print(f"{name:<9} {method.when}")
+        print(f"{'':<9} rate {method.learning_rate:g}   {' '.join(first.split())}")

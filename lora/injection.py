@@ -705,10 +705,11 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
         bound = SLACK[dtype.itemsize] * torch.finfo(dtype).eps * largest
         if not off <= bound:
             restore(model)
+            k, short = SLACK[dtype.itemsize], str(dtype).removeprefix("torch.")
             raise MergeError(
-                f"merge: the outputs on the probe moved by {off:.3g}, tolerance {bound:.3g}"
-                f" ({SLACK[dtype.itemsize]} eps of {str(dtype).removeprefix('torch.')} times {largest:.3g}). The"
-                " model is as it was. Merge into a float32 base: model.float() first."
+                f"merge: the outputs on the probe moved by {off:.3g}, tolerance {bound:.3g} ({k} eps"
+                f" of {short} times {largest:.3g}). The model is as it was. Merge into a float32"
+                " base: model.float() first."
             )
     return Certificate(len(layers), dtype, tied, off, largest, bound)
 

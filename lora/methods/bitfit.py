@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import nn
 
 from lora.adapter import PartialConfig, Selection
@@ -31,7 +29,6 @@ class BitFit(Selection):
     Config = BitFitConfig
     peft_type = "BITFIT"  # no type of PEFT's: PEFT refuses the file by this name
     learning_rate = 1e-3
-    exempt: ClassVar = {}
 
     QUERIES = ("query", "q_lin", "q_proj", "q", "query_proj")
     MIDDLES = ("intermediate.dense", "ffn.lin1", "fc1", "wi", "wi_0", "wi_1", "up_proj")
