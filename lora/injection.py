@@ -707,9 +707,9 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
             restore(model)
             k, short = SLACK[dtype.itemsize], str(dtype).removeprefix("torch.")
             raise MergeError(
-                f"merge: the outputs on the probe moved by {off:.3g}, tolerance {bound:.3g} ({k} eps"
-                f" of {short} times {largest:.3g}). The model is as it was. Merge into a float32"
-                " base: model.float() first."
+                f"merge: the outputs on the probe moved by {off:.3g}, tolerance {bound:.3g}"
+                f" ({k} eps of {short} times {largest:.3g}). The model is as it was. Merge into a"
+                " float32 base: model.float() first."
             )
     return Certificate(len(layers), dtype, tied, off, largest, bound)
 

@@ -177,15 +177,8 @@ class LowRank(Adapter):
         if self.starts_away and self.init != "lora_ga":  # which calibrate fills
             self.begin(*self.decompose(W.to(self.lora_A.dtype), generator("lora_A")))
             return
-        start = torch.empty(getattr(self, self.random).shape, dtype=torch.float32, device="cpu")
-        if view.of_ids:
-            start.normal_(generator=generator(self.random))
-        elif self.init == "gaussian":
-            start.normal_(std=1 / self.r, generator=generator(self.random))
-        else:
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator(self.random))
-        getattr(self, self.random).copy_(start)
-        getattr(self, self.zero).zero_()
+        std = 1 / self.r if self.init == "gaussian" else None
+        start_at_zero(self.lora_A, self.lora_B, view, std, generator(self.random))
 
     def begin(self, A: Tensor, B: Tensor) -> None:
         """Start at A (r, in), B (out, r), away from zero."""
@@ -311,6 +304,21 @@ class LowRank(Adapter):
                 " Save it there with path_initial_model_for_weight_conversion."
             )
         return found
+
+
+def start_at_zero(
+    A: Tensor, B: Tensor, view: View, std: float | None, generator: torch.Generator
+) -> None:
+    """A (r, in) kaiming_uniform(a=√5), or N(0, std²), and B (out, r) zeros; on an Embedding A zeros
+    and B N(0, 1)."""
+    drawn, zero = (B, A) if view.of_ids else (A, B)
+    start = torch.empty(drawn.shape, dtype=torch.float32, device="cpu")
+    if view.of_ids or std is not None:
+        start.normal_(std=1.0 if view.of_ids else std, generator=generator)  # type: ignore[arg-type]
+    else:
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    drawn.copy_(start)
+    zero.zero_()
 
 
 def svd_lowrank(

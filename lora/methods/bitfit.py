@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torch import nn
 
 from lora.adapter import PartialConfig, Selection

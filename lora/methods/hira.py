@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora.adapter import Adapter, AdapterConfig, probability, whole_number
 from lora.layers import View
+from lora.methods._lowrank import start_at_zero
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,6 @@ class HiRAConfig(AdapterConfig):
     """Settings of HiRA."""
 
     training_only: ClassVar[frozenset[str]] = frozenset({"hira_dropout"})
-
     r: int = 32
     """Rank of the product, at least 1."""
     hira_dropout: float = 0.0
@@ -46,19 +45,11 @@ class HiRA(Adapter):
         super().__init__(view, config, module)
         self.hira_A = self.new(view, config.r, view.in_features)
         self.hira_B = self.new(view, view.out_features, config.r)
-        self.dropout, self.of_ids = config.hira_dropout, view.of_ids
-        if view.of_ids:
-            self.keys = {"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"}
+        self.dropout = config.hira_dropout
+        self.keys = {f"hira_{m}": f"hira_embedding_{m}" for m in ("AB" if view.of_ids else "")}
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
-        start = torch.empty((self.hira_B if self.of_ids else self.hira_A).shape, device="cpu")
-        if self.of_ids:
-            self.hira_B.copy_(start.normal_(generator=generator("hira_B")))
-            self.hira_A.zero_()
-        else:
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator("hira_A"))
-            self.hira_A.copy_(start)
-            self.hira_B.zero_()
+        start_at_zero(self.hira_A, self.hira_B, view, None, generator("hira_A"))
 
     @classmethod
     def size(cls, view: View, config: HiRAConfig, module: str) -> int:
