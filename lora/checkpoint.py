@@ -116,11 +116,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
         if shared[tensor.untyped_storage().data_ptr()] > 1:
             stored[key] = tensor.clone()
     metadata = {"format": "pt", MARK: json.dumps(mark, sort_keys=True)}
-    files = {
-        WEIGHTS: in_one_order(safetensors.torch.save(stored, metadata)),
-        CONFIG: json.dumps(settings, indent=2, sort_keys=True).encode(),
-        "README.md": _card(planned, settings).encode(),
-    }
+    files = adapter_files(stored, metadata, settings, planned.method)
     folder = Path(directory) if name == "default" else Path(directory) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,6 +127,22 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
             " What stood there before is whole. Free space, or save elsewhere."
         ) from error
     return folder
+
+
+def adapter_files(
+    stored: dict[str, Tensor],
+    metadata: dict[str, str],
+    settings: dict[str, Any],
+    method: type[Method],
+) -> dict[str, bytes]:
+    """What an adapter's folder holds, by file name, of tensors by their whole keys."""
+    fixed = {"peft_type": method.peft_type, "inference_mode": True, "task_type": None}
+    settings = {"base_model_name_or_path": None} | settings | fixed
+    return {
+        WEIGHTS: in_one_order(safetensors.torch.save(stored, metadata)),
+        CONFIG: json.dumps(_as_int(settings), indent=2, sort_keys=True).encode(),
+        "README.md": _card(method, settings).encode(),
+    }
 
 
 def in_one_order(payload: bytes) -> bytes:
@@ -189,20 +201,14 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
             settings["fan_in_fan_out"] = bool(linear) and all(linear)
     if "modules_to_save" in settings:
         settings["modules_to_save"] = list(planned.saved) or None
-    settings = {key: _as_int(key, value) for key, value in settings.items()}
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return settings | {
-        "peft_type": planned.method.peft_type,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "task_type": None,
-    }
+    return settings | {"peft_type": planned.method.peft_type, "base_model_name_or_path": base}
 
 
-def _as_int(key: str, value: Any) -> Any:
-    """PEFT types alpha as an int."""
+def _as_int(value: Any, key: str = "") -> Any:
+    """The settings with whole numbers for whole alphas, as PEFT types them."""
     if isinstance(value, dict):
-        return {inner: _as_int(key, v) for inner, v in value.items()}
+        return {inner: _as_int(v, key or inner) for inner, v in value.items()}
     whole = isinstance(value, float) and value.is_integer() and "dropout" not in key
     return int(value) if whole else value
 
@@ -288,11 +294,11 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
     return {str(dtype).replace("torch.", "base_"): d.hexdigest() for dtype, d in digests.items()}
 
 
-def _card(planned: Plan, settings: Mapping[str, Any]) -> str:
+def _card(method: type[Method], settings: Mapping[str, Any]) -> str:
     base = settings["base_model_name_or_path"] or "its base model"
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\n---\n"
-        f"# A {planned.method.name} adapter for {base}\n\n"
+        f"# A {method.name} adapter for {base}\n\n"
         "Written by lora-from-scratch in PEFT's format. Load it with\n\n"
         '    lora.load(model, "this folder")                       # lora-from-scratch\n'
         '    peft.PeftModel.from_pretrained(model, "this folder")  # PEFT\n'

@@ -19,6 +19,7 @@ VERBS = {
     "predict": "label texts with a run's model",
     "compare": "methods x seeds on one data set, one table",
     "plot": "draw the curves of runs",
+    "convert": "turn a checkpoint of loralib into an adapter in PEFT's format",
     "methods": "list the methods",
 }
 
@@ -231,6 +232,19 @@ class PlotConfig:
 def _leading(arguments: list[str], flag: str) -> list[str]:
     """`lora eval RUN` is `lora eval --run RUN`."""
     return [flag, *arguments] if arguments and not arguments[0].startswith("-") else arguments
+
+
+def _convert(arguments: list[str]) -> None:
+    from lora.compare import markdown
+    from lora.config import parse
+    from lora.convert import ConvertConfig, convert
+
+    config: ConvertConfig = parse(
+        ConvertConfig, _leading(arguments, "--checkpoint"), "lora convert"
+    )
+    folder, table = convert(config)
+    print(markdown(table), end="")
+    print(f"{'would be written' if config.dry_run else 'written'}: {folder}")
 
 
 def _methods(arguments: list[str]) -> None:

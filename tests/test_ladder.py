@@ -23,7 +23,7 @@ LADDER = [
     {"injection"},
     {"checkpoint"},
     {"testing"},
-    {"config", "demo", "models", "data", "losses", "metrics"},
+    {"config", "convert", "demo", "models", "data", "losses", "metrics"},
     {"evaluate"},
     {"train"},
     {"run"},

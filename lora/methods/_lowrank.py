@@ -88,7 +88,8 @@ class LowRankConfig(AdapterConfig):
                     re.compile(key)
                 except (re.error, TypeError) as error:
                     raise ConfigError(f"{name}: {key!r} is no pattern: {error}.") from None
-            object.__setattr__(self, name, dict(pattern))
+            kind = int if name == "rank_pattern" else float
+            object.__setattr__(self, name, {key: kind(value) for key, value in pattern.items()})
         init: object = self.init_lora_weights
         if init is True:  # as PEFT writes the default
             init = "default"

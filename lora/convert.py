@@ -1,0 +1,219 @@
+"""A checkpoint of Microsoft's loralib as an adapter in PEFT's format.
+
+loralib              its state dict                              PEFT
+Linear               M.lora_A (r, in), M.lora_B (out, r)         M.lora_A.weight, M.lora_B.weight
+Embedding            M.lora_A (r, vocab), M.lora_B (dim, r)      M.lora_embedding_A, _B
+MergedLinear         M.lora_A (k·r, in), M.lora_B (k·block, r)   one update of rank k·r
+a bias of the base   M.bias                                      M.base_layer.bias, or M.bias
+
+A MergedLinear adapts k of the equal blocks of a fused projection (q and v of q, k, v), each with
+an update of its own. PEFT has no such thing: A stays as it is, B gets each block's part in the rows
+of the block and the columns of its rank, and r and lora_alpha are multiplied by k, which leaves the
+scaling as it was.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.checkpoint import CONFIG, PREFIX, WEIGHTS, adapter_files, write_together
+from lora.errors import CheckpointError, ConfigError
+from lora.methods.lora import LoRA, LoRAConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Turn a checkpoint of Microsoft's loralib into an adapter that PEFT, and lora.load, read."""
+
+    checkpoint: Path
+    """What torch.save(loralib.lora_state_dict(model), FILE) wrote."""
+    lora_alpha: float
+    """lora_alpha of the training: the file does not hold it."""
+    output: Path | None = None
+    """Folder of the adapter. Default: the checkpoint's name without its ending."""
+    embeddings: tuple[str, ...] = ()
+    """Layers that are loralib.Embedding: names or their dotted endings."""
+    merged: tuple[str, ...] = ()
+    """Layers that are loralib.MergedLinear, with their enable_lora, such as c_attn=1,0,1."""
+    prefix: str = ""
+    """What to take off the front of every key, such as module."""
+    fan_in_fan_out: bool = False
+    """The layers store (in, out), as GPT-2's do."""
+    dry_run: bool = False
+    """Print what would be written, and stop."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer's update as PEFT keeps it."""
+
+    kind: str
+    A: Tensor
+    B: Tensor
+    r: int
+    alpha: float
+
+
+def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
+    """Convert, and return the folder and a table of the layers. Raises CheckpointError."""
+    folder = config.output or config.checkpoint.with_suffix("")
+    if folder == config.checkpoint:
+        raise ConfigError(f"{folder} would be the checkpoint itself. Pass --output FOLDER.")
+    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+        raise CheckpointError(f"{folder} holds an adapter: it is not written over. Pass --output.")
+    state = _read(config.checkpoint, config.prefix)
+    layers = _layers(state, config)
+    stored: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        ends = ("lora_embedding_A", "lora_embedding_B")
+        ends = ends if layer.kind == "Embedding" else ("lora_A.weight", "lora_B.weight")
+        stored |= {f"{name}.{ends[0]}": layer.A, f"{name}.{ends[1]}": layer.B}
+    biases = {k: t for k, t in state.items() if k.rpartition(".")[2] == "bias"}
+    own = {key for key in biases if key.rpartition(".")[0] in layers}
+    for key, tensor in biases.items():
+        stored[f"{key.removesuffix('bias')}base_layer.bias" if key in own else key] = tensor
+    settings = _settings(
+        layers, config, "all" if set(biases) - own else "lora_only" if own else "none"
+    )
+    if not config.dry_run:
+        payload = {PREFIX + key: tensor.contiguous().clone() for key, tensor in stored.items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_together(folder, adapter_files(payload, {"format": "pt"}, settings, LoRA))
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from error
+    head = ("layer", "kind", "A", "B", "r", "lora_alpha")
+    rows = [
+        (name, one.kind, str(tuple(one.A.shape)), str(tuple(one.B.shape)), str(one.r),
+         f"{one.alpha:g}")
+        for name, one in layers.items()
+    ]  # fmt: skip
+    return folder, [head, *rows]
+
+
+def _read(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of the file by key. Only tensors are read: torch.load with weights_only."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read as tensors: {reason[:200]}. Save"
+            " torch.save(loralib.lora_state_dict(model), FILE) where it was trained."
+        ) from None
+    if isinstance(state, Mapping):  # as loralib's own examples wrap it
+        inner = [value for value in state.values() if isinstance(value, Mapping)]
+        state = inner[0] if len(inner) == 1 and len(state) == 1 else state
+    good = isinstance(state, Mapping) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not good or not state:
+        found = list(state)[:6] if isinstance(state, Mapping) else type(state).__name__
+        raise CheckpointError(
+            f"{path} holds {found}, not tensors by name. Save"
+            " torch.save(loralib.lora_state_dict(model), FILE) where it was trained."
+        )
+    strange = [key for key in state if not key.startswith(prefix)]
+    if strange:
+        raise CheckpointError(f"{strange[0]} does not begin with --prefix {prefix!r}. Mend it.")
+    return {key.removeprefix(prefix): value for key, value in state.items()}
+
+
+def _layers(state: Mapping[str, Tensor], config: ConvertConfig) -> dict[str, Converted]:
+    """Each adapted layer of a state dict."""
+    known = re.compile(r"(.+)\.(lora_[AB]|bias)")
+    strange = [key for key in state if not known.fullmatch(key)]
+    if strange:
+        raise CheckpointError(
+            f"{config.checkpoint} holds {strange[0]}, {len(strange)} keys in all that are not of"
+            " LoRA. Save torch.save(loralib.lora_state_dict(model), FILE): the adapter alone."
+        )
+    names = dict.fromkeys(key.rpartition(".")[0] for key in state if not key.endswith(".bias"))
+    if not names:
+        raise CheckpointError(f"{config.checkpoint} holds no lora_A and lora_B.")
+    enabled = {}
+    for entry in config.merged:
+        end, _, blocks = entry.partition("=")
+        if not re.fullmatch(r"[01](,[01])+", blocks) or "1" not in blocks:
+            raise ConfigError(f"--merged {entry!r} must be LAYER=1,0,1: enable_lora by block.")
+        enabled[end] = [block == "1" for block in blocks.split(",")]
+    for end in (*config.embeddings, *enabled):
+        if not any(_ends(name, end) for name in names):
+            flag = "--embeddings" if end in config.embeddings else "--merged"
+            raise ConfigError(f"{flag} {end!r} is no layer of the checkpoint: {', '.join(names)}.")
+    return {name: _layer(name, state, enabled, config) for name in names}
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+def _layer(
+    name: str, state: Mapping[str, Tensor], enabled: Mapping[str, list[bool]], config: ConvertConfig
+) -> Converted:
+    pair = [state.get(f"{name}.{leaf}") for leaf in ("lora_A", "lora_B")]
+    A, B = pair
+    if A is None or B is None:
+        raise CheckpointError(f"{name} has lora_{'B' if A is None else 'A'} alone. Save it again.")
+    fits = A.dim() == B.dim() == 2 and all(t.is_floating_point() for t in (A, B))
+    if not fits or not all(bool(t.isfinite().all()) for t in (A, B)):
+        raise CheckpointError(
+            f"{name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no finite matrices."
+        )
+    blocks = next((on for end, on in enabled.items() if _ends(name, end)), None)
+    r, alpha = B.shape[1], config.lora_alpha
+    if blocks is None:
+        if A.shape[0] != r:
+            raise CheckpointError(
+                f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are of different"
+                " ranks: a MergedLinear, or a convolution, which is not converted. Set --merged"
+                f" {name.rpartition('.')[2]}=1,0,1 as its enable_lora was."
+            )
+        of_ids = any(_ends(name, end) for end in config.embeddings)
+        return Converted("Embedding" if of_ids else "Linear", A, B, r, alpha)
+    k = sum(blocks)
+    if A.shape[0] != k * r or B.shape[0] % k:
+        raise CheckpointError(
+            f"{name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are not of {k} blocks. Set"
+            " --merged as its enable_lora was."
+        )
+    size = B.shape[0] // k
+    whole = B.new_zeros(size * len(blocks), k * r)
+    places = [number for number, on in enumerate(blocks) if on]
+    for index, place in enumerate(places):
+        rows, columns = slice(place * size, (place + 1) * size), slice(index * r, (index + 1) * r)
+        whole[rows, columns] = B[index * size : (index + 1) * size]
+    return Converted("MergedLinear", A, whole, k * r, k * alpha)
+
+
+def _settings(layers: Mapping[str, Converted], config: ConvertConfig, bias: Any) -> dict[str, Any]:
+    """adapter_config.json: the commonest rank and alpha, the others by name."""
+    r, alpha = (
+        Counter(getattr(one, key) for one in layers.values()).most_common(1)[0][0]
+        for key in ("r", "alpha")
+    )
+    found = LoRAConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=tuple(layers),
+        rank_pattern={f"^{re.escape(n)}": one.r for n, one in layers.items() if one.r != r},
+        alpha_pattern={
+            f"^{re.escape(n)}": one.alpha for n, one in layers.items() if one.alpha != alpha
+        },
+        bias=bias,
+    )
+    return LoRA.file_settings(found, {}) | {
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
