@@ -240,10 +240,10 @@ def carried(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
     """What all-linear meant: the layers' names, or where one is another's ending, a pattern."""
-    fitting = {name for name, _ in walk(model) if fits(name, planned.targets)}
-    if fitting == set(planned.targets):
-        return list(planned.targets)
-    return "|".join(map(re.escape, planned.targets))
+    targets = tuple(name for name in planned.targets if name not in planned.further)
+    if {name for name, _ in walk(model) if fits(name, targets)} == set(targets):
+        return list(targets)
+    return "|".join(map(re.escape, targets))
 
 
 def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:

@@ -220,9 +220,10 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
 def _plain_name_is_a_name(adapter: MethodConfig) -> MethodConfig:
     """One plain word after --target-modules is a name; a string in the config is a pattern."""
     plain = {
-        field: (value,)
-        for field in ("target_modules", "exclude_modules")
-        if isinstance(value := getattr(adapter, field, None), str)
+        field.name: (value,)
+        for field in fields(adapter)
+        if str(field.type).startswith("str | tuple[str")
+        and isinstance(value := getattr(adapter, field.name), str)
         and re.fullmatch(r"[\w.]+", value)
     }
     return replace(adapter, **plain)

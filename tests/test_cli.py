@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 
+import lora.methods
+from lora.adapter import METHODS
 from lora.cli import VERBS, main
 from lora.errors import TrainingError
 
@@ -95,6 +97,51 @@ def test_a_run_leaves_all_its_files(trained: Path) -> None:
     assert summary["metrics"]["accuracy"] == pytest.approx(right / 24)
     environment = json.loads((trained / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
+
+
+FAMILY = {
+    "adalora": "--init-r 3 --target-r 2 --tinit 1 --tfinal 1",
+    "bitfit": "--small",
+    "dora": "--r 2 --lora-dropout 0.1 --layers-to-transform 1",
+    "full": "",
+    "head": "",
+    "hira": "--r 2",
+    "ia3": "--target-modules k_lin lin2 --feedforward-modules lin2",
+    "lora": "--r 2 --bias all --trainable-token-indices 2307 3835 --rank-pattern lin2 1",
+    "topk": "--k 1",
+    "vera": "--r 8 --no-save-projection",
+    "lora eva": "--r 2 --init-lora-weights eva --use-rslora",
+    "lora lora_ga": "--r 2 --init-lora-weights lora_ga --loraplus-lr-ratio 16",
+    "lora pissa": "--r 2 --init-lora-weights pissa --use-lorafa",
+}
+
+
+def test_every_method_is_trained_below() -> None:
+    assert {label.partition(" ")[0] for label in FAMILY} == set(METHODS)
+
+
+@pytest.mark.parametrize("label", FAMILY)
+def test_a_run_of_every_method_repeats_and_comes_back(
+    label: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method, run, again = label.partition(" ")[0], tmp_path / "run", tmp_path / "again"
+    given = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 2, "--method", method)
+    assert lora("train", *given, "--run-dir", run, *FAMILY[label].split()) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    capsys.readouterr()
+    assert lora("eval", run) == 0  # the model of the directory scores as the one that trained
+    assert f"accuracy {summary['metrics']['accuracy']:.4f}" in capsys.readouterr().out
+    assert f"{summary['loss']:.4f}" == f"{reopened_loss(run):.4f}"
+    assert lora("train", "--config", run / "config.toml", "--run-dir", again) == 0
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "config.toml"):
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+
+
+def reopened_loss(run: Path) -> float:
+    from lora.data import Columns
+    from lora.run import rescore
+
+    return rescore(run, None, None, Columns())["loss"]
 
 
 def test_the_config_reads_back_to_the_same_run(trained: Path, tmp_path: Path) -> None:

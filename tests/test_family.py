@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import warnings
 import zlib
@@ -81,6 +82,8 @@ SAME |= {
         "r": 3, "target_modules": ("q_proj", "lm_head")}),
     "tokens": (llama, lora.LoRAConfig, peft.LoraConfig, {
         "r": 3, "target_modules": ("q_proj",), "trainable_token_indices": [3, 5, 7]}),
+    "tokens, all-linear": (llama, lora.LoRAConfig, peft.LoraConfig, {
+        "r": 3, "target_modules": "all-linear", "trainable_token_indices": [3, 5, 7]}),
     "tokens, tied": (lambda: llama(tie_word_embeddings=True), lora.LoRAConfig, peft.LoraConfig, {
         "r": 3, "target_modules": ("q_proj",), "trainable_token_indices": [3, 5, 7]}),
     "tokens by layer": (bert, lora.LoRAConfig, peft.LoraConfig, {
@@ -342,3 +345,44 @@ def test_adalora_allocates_the_ranks_that_peft_does(tmp_path: Path) -> None:
         lora.load(model, tmp_path / who)
         assert off(model.eval(), ours) < 1e-4
     assert off(read_by_peft(distilbert(**quiet), tmp_path / "ours"), ours) < 1e-5
+
+
+UNKNOWN = {
+    "alora_invocation_tokens": [1], "arrow_config": {"top_k": 2}, "corda_config": None,
+    "ensure_weight_tying": True, "kasa_config": {"beta": 1}, "layer_replication": [[0, 2]],
+    "megatron_config": {"tp": 2}, "monteclora_config": {"n": 1}, "target_parameters": ["w"],
+    "use_bdlora": {"nblocks": 2}, "use_qalora": True, "velora_config": {"n": 1},
+    "init_lora_weights": "mica", "bias": "some", "a_key_of_tomorrow": True,
+}  # fmt: skip
+
+
+def test_every_key_that_peft_writes_is_computed_or_refused_by_name(tmp_path: Path) -> None:
+    """Of peft.LoraConfig's fields none is passed over in silence."""
+    lora.inject(model := distilbert(), lora.LoRAConfig(r=2, target_modules=BERT))
+    lora.save(model, tmp_path)
+    weights = written(tmp_path)
+    safetensors.torch.save_file(weights, tmp_path / "adapter_model.safetensors")  # as a foreign one
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    lora.load(distilbert(), tmp_path)
+    for key, value in UNKNOWN.items():
+        text = json.dumps(settings | {key: value})
+        (tmp_path / "adapter_config.json").write_text(text)
+        if value is None:
+            lora.load(distilbert(), tmp_path)
+            continue
+        with pytest.raises(lora.CheckpointError, match=key):
+            lora.load(distilbert(), tmp_path)
+    ours = {field.name for field in dataclasses.fields(lora.LoRAConfig)}
+    method = lora.METHODS["lora"]
+    known = ours | lora.checkpoint.INERT | set(method.neutral) | set(method.states) | set(UNKNOWN)
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
+
+
+@pytest.mark.parametrize("method", ["ia3", "vera", "hira", "adalora", "dora"])
+def test_a_strange_key_is_refused_for_every_method(method: str, tmp_path: Path) -> None:
+    lora.inject(model := distilbert(), lora.METHODS[method].Config(target_modules=BERT))
+    lora.save(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"a_key_of_tomorrow": 1}))
+    with pytest.raises(lora.CheckpointError, match="a_key_of_tomorrow"):
+        lora.load(distilbert(), tmp_path)
