@@ -68,7 +68,7 @@ from lora.targets import (
     walk,
 )
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 ROOT = "base_model."
 PREFIX = ROOT + "model."
 MARK = "lora_from_scratch"
@@ -141,7 +141,7 @@ def adapter_files(
     return {
         WEIGHTS: in_one_order(safetensors.torch.save(stored, metadata)),
         CONFIG: json.dumps(_as_int(settings), indent=2, sort_keys=True).encode(),
-        "README.md": _card(method, settings).encode(),
+        CARD: _card(method, settings).encode(),
     }
 
 

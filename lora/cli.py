@@ -235,13 +235,14 @@ def _leading(arguments: list[str], flag: str) -> list[str]:
 
 
 def _convert(arguments: list[str]) -> None:
-    from lora.compare import markdown
     from lora.config import parse
     from lora.convert import ConvertConfig, convert
 
     config: ConvertConfig = parse(
         ConvertConfig, _leading(arguments, "--checkpoint"), "lora convert"
     )
+    from lora.compare import markdown
+
     folder, table = convert(config)
     print(markdown(table), end="")
     print(f"{'would be written' if config.dry_run else 'written'}: {folder}")

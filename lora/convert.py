@@ -10,11 +10,15 @@ A MergedLinear adapts k of the equal blocks of a fused projection (q and v of q,
 an update of its own. PEFT has no such thing: A stays as it is, B gets each block's part in the rows
 of the block and the columns of its rank, and r and lora_alpha are multiplied by k, which leaves the
 scaling as it was.
+
+The file holds no kinds. Ranks that differ give a MergedLinear away, and `M.conv.bias` a ConvLoRA,
+which is refused: it is of rank k·r over (out·k, in·k), which PEFT has no form of. One saved without
+biases looks like a Linear here, and lora.load and PEFT refuse it on the convolution, by its shape.
 """
 
 from __future__ import annotations
 
-import pickle
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -25,9 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.checkpoint import CONFIG, PREFIX, WEIGHTS, adapter_files, write_together
+from lora.checkpoint import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files, write_together
 from lora.errors import CheckpointError, ConfigError
 from lora.methods.lora import LoRA, LoRAConfig
+
+SAVE = "Where it was trained, run torch.save(loralib.lora_state_dict(model), FILE)."
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,7 @@ class ConvertConfig:
     """Turn a checkpoint of Microsoft's loralib into an adapter that PEFT, and lora.load, read."""
 
     checkpoint: Path
-    """What torch.save(loralib.lora_state_dict(model), FILE) wrote."""
+    """What torch.save(loralib.lora_state_dict(model), FILE) wrote, alone or under one key."""
     lora_alpha: float
     """lora_alpha of the training: the file does not hold it."""
     output: Path | None = None
@@ -44,8 +51,8 @@ class ConvertConfig:
     """Layers that are loralib.Embedding: names or their dotted endings."""
     merged: tuple[str, ...] = ()
     """Layers that are loralib.MergedLinear, with their enable_lora, such as c_attn=1,0,1."""
-    prefix: str = ""
-    """What to take off the front of every key, such as module."""
+    prefix: str | None = None
+    """What to take off the front of every key: "module." of DataParallel."""
     fan_in_fan_out: bool = False
     """The layers store (in, out), as GPT-2's do."""
     dry_run: bool = False
@@ -65,12 +72,13 @@ class Converted:
 
 def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
     """Convert, and return the folder and a table of the layers. Raises CheckpointError."""
-    folder = config.output or config.checkpoint.with_suffix("")
+    folder = config.output or config.checkpoint.parent / config.checkpoint.stem
     if folder == config.checkpoint:
         raise ConfigError(f"{folder} would be the checkpoint itself. Pass --output FOLDER.")
-    if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
-        raise CheckpointError(f"{folder} holds an adapter: it is not written over. Pass --output.")
-    state = _read(config.checkpoint, config.prefix)
+    for file in (CONFIG, WEIGHTS, CARD):
+        if os.path.lexists(folder / file):
+            raise CheckpointError(f"{folder} has a {file}: it is not written over. Pass --output.")
+    state = _unprefixed(_read(config.checkpoint), config)
     layers = _layers(state, config)
     stored: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -80,6 +88,13 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
     biases = {k: t for k, t in state.items() if k.rpartition(".")[2] == "bias"}
     own = {key for key in biases if key.rpartition(".")[0] in layers}
     for key, tensor in biases.items():
+        adapted = layers.get(key.rpartition(".")[0])
+        if not _usable(tensor, 1) or (adapted and len(tensor) != len(adapted.B)):
+            wanted = f"({len(adapted.B)},)" if adapted else "one number per output"
+            raise CheckpointError(
+                f"{key} is {_shown(tensor)}: a bias is finite, {wanted}. Save"
+                " loralib.lora_state_dict(model, bias='lora_only'), or take an earlier save."
+            )
         stored[f"{key.removesuffix('bias')}base_layer.bias" if key in own else key] = tensor
     settings = _settings(
         layers, config, "all" if set(biases) - own else "lora_only" if own else "none"
@@ -90,42 +105,82 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
             folder.mkdir(parents=True, exist_ok=True)
             write_together(folder, adapter_files(payload, {"format": "pt"}, settings, LoRA))
         except OSError as error:
-            raise CheckpointError(f"{folder} cannot be written: {error.strerror}.") from error
+            raise CheckpointError(
+                f"{folder} cannot be written: {error.strerror}. Pass another --output."
+            ) from error
     head = ("layer", "kind", "A", "B", "r", "lora_alpha")
     rows = [
         (name, one.kind, str(tuple(one.A.shape)), str(tuple(one.B.shape)), str(one.r),
          f"{one.alpha:g}")
         for name, one in layers.items()
     ]  # fmt: skip
+    rows += [(key, "bias", str(tuple(t.shape)), "", "", "") for key, t in biases.items()]
     return folder, [head, *rows]
 
 
-def _read(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of the file by key. Only tensors are read: torch.load with weights_only."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path} cannot be read as tensors: {reason[:200]}. Save"
-            " torch.save(loralib.lora_state_dict(model), FILE) where it was trained."
-        ) from None
-    if isinstance(state, Mapping):  # as loralib's own examples wrap it
-        inner = [value for value in state.values() if isinstance(value, Mapping)]
-        state = inner[0] if len(inner) == 1 and len(state) == 1 else state
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Pass a file.") from None
+    except Exception as error:  # a damaged pickle fails in every way there is
+        # What torch says would have the file read with weights_only=False, which runs its code.
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"it holds {kind[1]}, no tensor" if kind else "it is damaged, or none of torch.save"
+        raise CheckpointError(f"{path} cannot be read as tensors: {found}. {SAVE}") from None
+    if isinstance(state, Mapping):
+        inner = {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, Mapping) and any(str(k).endswith(".lora_A") for k in value)
+        }
+        if len(inner) > 1:
+            raise CheckpointError(
+                f"{path} holds several models: {', '.join(map(str, inner))}. {SAVE}"
+            )
+        state = next(iter(inner.values()), state)
     good = isinstance(state, Mapping) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )
     if not good or not state:
-        found = list(state)[:6] if isinstance(state, Mapping) else type(state).__name__
-        raise CheckpointError(
-            f"{path} holds {found}, not tensors by name. Save"
-            " torch.save(loralib.lora_state_dict(model), FILE) where it was trained."
-        )
+        found = str(list(state)[:6] if isinstance(state, Mapping) else type(state).__name__)
+        raise CheckpointError(f"{path} holds {found}, not tensors by name. {SAVE}")
+    return dict(state)
+
+
+def _unprefixed(state: dict[str, Tensor], config: ConvertConfig) -> dict[str, Tensor]:
+    """The state dict with --prefix off its keys; a wrapper's prefix that is left on is an error."""
+    if config.prefix is None:
+        for wrapper in WRAPPERS:
+            if all(key.startswith(wrapper) for key in state):
+                raise CheckpointError(
+                    f"every key begins with {wrapper!r}, which a wrapper puts there. Set --prefix"
+                    f" {wrapper}, or --prefix '' where the model itself names it so."
+                )
+    prefix = config.prefix or ""
+    prefix += "." if prefix and not prefix.endswith(".") else ""
     strange = [key for key in state if not key.startswith(prefix)]
     if strange:
-        raise CheckpointError(f"{strange[0]} does not begin with --prefix {prefix!r}. Mend it.")
-    return {key.removeprefix(prefix): value for key, value in state.items()}
+        raise CheckpointError(
+            f"{strange[0]} does not begin with --prefix {prefix!r}. Leave the flag out, or set what"
+            " every key begins with."
+        )
+    return {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+
+
+def _usable(tensor: Tensor, dims: int) -> bool:
+    """Whether it is a dense, finite tensor of weights, of that many dimensions and not empty."""
+    dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
+    weights = tensor.is_floating_point() and tensor.element_size() >= 2
+    if not dense or not weights or tensor.dim() != dims or not tensor.numel():
+        return False
+    return bool(tensor.isfinite().all())
+
+
+def _shown(tensor: Tensor) -> str:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {'nested' if tensor.is_nested else tuple(tensor.shape)}"
 
 
 def _layers(state: Mapping[str, Tensor], config: ConvertConfig) -> dict[str, Converted]:
@@ -134,22 +189,36 @@ def _layers(state: Mapping[str, Tensor], config: ConvertConfig) -> dict[str, Con
     strange = [key for key in state if not known.fullmatch(key)]
     if strange:
         raise CheckpointError(
-            f"{config.checkpoint} holds {strange[0]}, {len(strange)} keys in all that are not of"
-            " LoRA. Save torch.save(loralib.lora_state_dict(model), FILE): the adapter alone."
+            f"{config.checkpoint} holds {strange[0]}: {len(strange)} of {len(state)} keys are not"
+            f" LAYER.lora_A, LAYER.lora_B or LAYER.bias. {SAVE[:-1]}, or with bias='lora_only'."
         )
     names = dict.fromkeys(key.rpartition(".")[0] for key in state if not key.endswith(".bias"))
     if not names:
-        raise CheckpointError(f"{config.checkpoint} holds no lora_A and lora_B.")
+        raise CheckpointError(f"{config.checkpoint} holds no lora_A and lora_B. {SAVE}")
+    for name in names:
+        if f"{name}.conv.bias" in state:
+            raise CheckpointError(
+                f"{name} is a loralib.ConvLoRA, which has no form in PEFT's format. Merge it into"
+                " the model with loralib (model.eval()), and save the model."
+            )
     enabled = {}
     for entry in config.merged:
         end, _, blocks = entry.partition("=")
         if not re.fullmatch(r"[01](,[01])+", blocks) or "1" not in blocks:
             raise ConfigError(f"--merged {entry!r} must be LAYER=1,0,1: enable_lora by block.")
+        if end in enabled:
+            raise ConfigError(f"--merged {end} is given twice. Leave one out.")
         enabled[end] = [block == "1" for block in blocks.split(",")]
     for end in (*config.embeddings, *enabled):
         if not any(_ends(name, end) for name in names):
             flag = "--embeddings" if end in config.embeddings else "--merged"
             raise ConfigError(f"{flag} {end!r} is no layer of the checkpoint: {', '.join(names)}.")
+    for name in names:
+        flags = [("--embeddings", end) for end in config.embeddings]
+        flags += [("--merged", end) for end in enabled]
+        meant = [f"{flag} {end}" for flag, end in flags if _ends(name, end)]
+        if len(meant) > 1:
+            raise ConfigError(f"{name} is meant by {' and by '.join(meant)}. Leave one out.")
     return {name: _layer(name, state, enabled, config) for name in names}
 
 
@@ -164,19 +233,19 @@ def _layer(
     A, B = pair
     if A is None or B is None:
         raise CheckpointError(f"{name} has lora_{'B' if A is None else 'A'} alone. Save it again.")
-    fits = A.dim() == B.dim() == 2 and all(t.is_floating_point() for t in (A, B))
-    if not fits or not all(bool(t.isfinite().all()) for t in (A, B)):
+    if not _usable(A, 2) or not _usable(B, 2):
         raise CheckpointError(
-            f"{name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no finite matrices."
+            f"{name}: lora_A {_shown(A)}, lora_B {_shown(B)} are no finite, dense matrices"
+            " of a floating dtype. Take an earlier save."
         )
     blocks = next((on for end, on in enabled.items() if _ends(name, end)), None)
     r, alpha = B.shape[1], config.lora_alpha
     if blocks is None:
         if A.shape[0] != r:
+            way = f"a MergedLinear. Set --merged {name.rpartition('.')[2]}=1,0,1 as its enable_lora"
             raise CheckpointError(
                 f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are of different"
-                " ranks: a MergedLinear, or a convolution, which is not converted. Set --merged"
-                f" {name.rpartition('.')[2]}=1,0,1 as its enable_lora was."
+                f" ranks: {f'no layer of loralib. {SAVE}' if A.shape[0] % r else f'{way} was.'}"
             )
         of_ids = any(_ends(name, end) for end in config.embeddings)
         return Converted("Embedding" if of_ids else "Linear", A, B, r, alpha)

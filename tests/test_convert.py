@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,11 +15,12 @@ import loralib
 import peft
 import pytest
 import torch
-from conftest import distilbert, gpt2, tokens
+from conftest import ROOT, distilbert, gpt2, tokens
 from torch import nn
 
 import lora
 from lora.cli import main
+from lora.convert import ConvertConfig, _layers
 
 ENABLED = [True, False, True]
 
@@ -129,13 +135,40 @@ def test_distilbert_with_ranks_of_its_own_and_trained_biases(bias: str, tmp_path
     check(theirs, bert, tmp_path / "a")
 
 
-def test_a_prefix_comes_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("blocks", ["1,0,1", "0,1,0", "1,1,0,0", "1,1,1"])
+def test_a_merged_projection_is_what_loralib_makes_of_it(blocks: str, tmp_path: Path) -> None:
+    enabled = [block == "1" for block in blocks.split(",")]
+    layer = loralib.MergedLinear(8, 12, r=2, lora_alpha=7, enable_lora=enabled)
+    nn.init.normal_(layer.lora_B)
+    config = ConvertConfig(checkpoint=tmp_path, lora_alpha=7, merged=(f"a={blocks}",))
+    (one,) = _layers({"a.lora_A": layer.lora_A, "a.lora_B": layer.lora_B}, config).values()
+    assert one.r == 2 * sum(enabled)
+    wanted = layer.scaling * layer.merge_AB()
+    assert torch.allclose(one.alpha / one.r * (one.B @ one.A), wanted, atol=1e-6)
+
+
+def test_a_training_checkpoint_gives_its_model(tmp_path: Path) -> None:
+    theirs = theirs_distilbert({"q_lin": 3})
+    state = loralib.lora_state_dict(theirs)
+    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 3}, tmp_path / "a.pt")
+    assert main(["convert", str(tmp_path / "a.pt"), "--lora-alpha", "7"]) == 0
+    check(theirs, bert, tmp_path / "a")
+
+
+@pytest.mark.parametrize("prefix", ["module", "module."])
+def test_a_prefix_comes_off(prefix: str, tmp_path: Path, capsys) -> None:
     theirs = theirs_distilbert({"q_lin": 3})
     state = {f"module.{k}": t for k, t in loralib.lora_state_dict(theirs).items()}
     torch.save(state, tmp_path / "a.pt")
-    flags = ["--lora-alpha", "7", "--prefix", "module.", "--output", str(tmp_path / "out")]
-    assert main(["convert", str(tmp_path / "a.pt"), *flags]) == 0
+    flags = ["--lora-alpha", "7", "--output", str(tmp_path / "out")]
+    assert main(["convert", str(tmp_path / "a.pt"), *flags]) == 2
+    assert "Set --prefix module., or --prefix '' where" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "a.pt"), *flags, "--prefix", "", "--dry-run"]) == 0
+    assert main(["convert", str(tmp_path / "a.pt"), *flags, "--prefix", prefix]) == 0
     check(theirs, bert, tmp_path / "out")
+
+
+PAIR = {"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2)}
 
 
 class Evil:
@@ -146,15 +179,28 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "flags", "match"),
     [
-        (Evil(), [], "cannot be read as tensors"),
-        (b"nothing", [], "cannot be read as tensors"),
+        (Evil(), [], "it holds (builtins.)?print, no tensor"),
+        (nn.Linear(2, 2), [], "it holds torch.nn.modules.linear.Linear, no tensor"),
+        (b"nothing", [], "it is damaged, or none of torch.save"),
+        (b"", [], "it is damaged, or none of torch.save"),
         (None, [], "No such file"),
         ([1, 2], [], "holds list, not tensors by name"),
         ({}, [], "not tensors by name"),
         ({"a.lora_A": 3}, [], "not tensors by name"),
-        ({"a.weight": torch.ones(2)}, [], "a.weight, 1 keys .*not of LoRA"),
+        ({"a.weight": torch.ones(2)}, [], "a.weight: 1 of 1 keys are not LAYER.lora_A"),
         ({"a.bias": torch.ones(2)}, [], "no lora_A and lora_B"),
         ({"a.lora_A": torch.ones(2, 4)}, [], "a has lora_A alone"),
+        ({"model": PAIR, "ema": PAIR}, [], "holds several models: model, ema"),
+        (PAIR | {"a.conv.bias": torch.ones(4)}, [], "a is a loralib.ConvLoRA"),
+        (PAIR | {"a.bias": torch.ones(3)}, [], r"\(3,\): a bias is finite, \(8,\)"),
+        (PAIR | {"b.bias": torch.ones(1, 1, 4, 4).bool()}, [], "b.bias is bool .*one number per"),
+        (PAIR | {"b.bias": torch.ones(3) / 0}, [], "a bias is finite"),
+        (PAIR, ["--embeddings", "a", "--merged", "a=1,1"], "by --embeddings a and by --merged a"),
+        (PAIR, ["--merged", "a=1,1", "a=1,0"], "--merged a is given twice"),
+        ({"a.lora_A": torch.ones(3, 4), "a.lora_B": torch.ones(8, 2)}, [], "no layer of loralib"),
+        ({k: t.to_sparse() for k, t in PAIR.items()}, [], "no finite, dense"),
+        ({k: t.to(torch.float8_e4m3fn) for k, t in PAIR.items()}, [], "of a floating dtype"),
+        ({k: t.to("meta") for k, t in PAIR.items()}, [], "no finite, dense"),
         ({"a.lora_A": torch.ones(4, 4), "a.lora_B": torch.ones(8, 2)}, [], "Set --merged a=1,0,1"),
         ({"a.lora_A": torch.ones(4, 4), "a.lora_B": torch.ones(8, 2)}, ["--merged", "a=1,1,1"],
          "not of 3 blocks"),
@@ -167,14 +213,12 @@ class Evil:
         ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2)}, ["--prefix", "module."],
          "does not begin with --prefix"),
         ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2) / 0}, [], "no finite"),
-        ({"a.lora_A": torch.ones(2), "a.lora_B": torch.ones(8, 2)}, [], "no finite matrices"),
+        ({"a.lora_A": torch.ones(2), "a.lora_B": torch.ones(8, 2)}, [], "finite, dense matrices"),
     ],
 )  # fmt: skip
 def test_what_is_no_checkpoint_of_loralib_is_refused(
     content, flags, match: str, tmp_path: Path, capsys
 ) -> None:
-    import re
-
     path = tmp_path / "a.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -183,7 +227,8 @@ def test_what_is_no_checkpoint_of_loralib_is_refused(
     assert main(["convert", str(path), "--lora-alpha", "8", *flags]) == 2
     out, err = capsys.readouterr()
     assert re.search(match, err), err
-    assert "run" not in out
+    assert out == ""
+    assert "weights_only" not in err
     assert not (tmp_path / "a").exists()
 
 
@@ -194,3 +239,72 @@ def test_alpha_is_asked_for(tmp_path: Path, capsys) -> None:
     assert "--lora-alpha" in capsys.readouterr().err
     assert main(["convert", str(path), "--lora-alpha", "-1"]) == 2
     assert "lora_alpha must be a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_an_error_whatever_is_damaged(
+    zipped: bool, tmp_path: Path, capsys
+) -> None:
+    payload = io.BytesIO()
+    torch.save(PAIR, payload, _use_new_zipfile_serialization=zipped)
+    draw, path = random.Random(0), tmp_path / "a.pt"
+    codes = set()
+    for number in range(120):
+        damaged = bytearray(payload.getvalue())
+        if number % 4 == 0:
+            del damaged[draw.randrange(len(damaged)) :]
+        else:
+            damaged[draw.randrange(min(500, len(damaged)))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what it finds in the file
+            codes.add(main(["convert", str(path), "--lora-alpha", "8", "--dry-run"]))
+    assert codes <= {0, 2}
+    assert 2 in codes
+
+
+@pytest.mark.parametrize("file", ["README.md", "adapter_config.json", "adapter_model.safetensors"])
+def test_no_file_is_written_over(file: str, tmp_path: Path, capsys) -> None:
+    torch.save(PAIR, tmp_path / "a.pt")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / file).write_text("mine")
+    assert main(["convert", str(tmp_path / "a.pt"), "--lora-alpha", "8"]) == 2
+    assert f"has a {file}: it is not written over. Pass --output" in capsys.readouterr().err
+    assert [path.read_text() for path in (tmp_path / "a").iterdir()] == ["mine"]
+
+
+def test_places_that_cannot_be_written(tmp_path: Path, capsys) -> None:
+    torch.save(PAIR, tmp_path / "a.pt")
+    (tmp_path / "file").write_text("mine")
+    flags = ["--lora-alpha", "8", "--output", str(tmp_path / "file")]
+    assert main(["convert", str(tmp_path / "a.pt"), *flags]) == 2
+    assert "cannot be written: File exists. Pass another --output" in capsys.readouterr().err
+    for folder in (".", "/"):
+        assert main(["convert", folder, "--lora-alpha", "8"]) == 2
+        assert "would be the checkpoint itself" in capsys.readouterr().err
+
+
+def test_a_convolution_without_biases_is_refused_where_it_is_loaded(tmp_path: Path) -> None:
+    """Its file looks like a Linear's."""
+    state = loralib.lora_state_dict(nn.Sequential(loralib.Conv2d(3, 4, 3, r=2)))
+    torch.save(state, tmp_path / "a.pt")
+    assert main(["convert", str(tmp_path / "a.pt"), "--lora-alpha", "8"]) == 0
+    with pytest.raises(lora.LoraError, match="Conv2d"):
+        lora.load(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
+
+
+def test_help_loads_no_transformers() -> None:
+    code = """
+import sys
+from lora.cli import main
+try:
+    main(["convert", "--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+assert "transformers" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "--merged" in done.stdout
