@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -50,6 +51,17 @@ def is_number(value: object) -> bool:
         return False
 
 
+def check_pattern(field: str, text: object) -> None:
+    """Raise ConfigError where a text is no regular expression."""
+    try:
+        re.compile(text)  # type: ignore[call-overload]
+    except (re.error, OverflowError, RecursionError, TypeError) as error:
+        flag = "--" + field.replace("_", "-")
+        raise ConfigError(
+            f"{field}={str(text)[:80]!r} is no regular expression: {error}. Set {flag}."
+        ) from None
+
+
 def names_tuple(field: str, value: object) -> tuple[str, ...]:
     """A list or tuple of non-empty strings, as a tuple without repeats."""
     good = isinstance(value, list | tuple | set | frozenset) and all(
@@ -80,6 +92,14 @@ class MethodConfig:
     """Fields that do not change what a saved adapter computes."""
     unsaved: ClassVar[frozenset[str]] = frozenset()
     """Those of them that PEFT's file does not know."""
+    written: ClassVar[frozenset[str]] = frozenset()
+    """Fields that a save fills, and no user."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.type == "bool":
+                value = getattr(self, field.name)
+                check(field.name, value, "true or false", isinstance(value, bool))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +110,7 @@ class PartialConfig(MethodConfig):
     """Modules trained as a whole and saved with the adapter, such as a new head."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(
             self, "modules_to_save", names_tuple("modules_to_save", self.modules_to_save)
         )
@@ -116,6 +137,7 @@ class AdapterConfig(PartialConfig):
                 continue
             if isinstance(value, str):
                 check(field, value, "a pattern, names, or all-linear", bool(value))
+                check_pattern(field, value)
             else:
                 names = names_tuple(field, value)
                 check(field, value, "at least one name", bool(names))
@@ -129,6 +151,8 @@ class AdapterConfig(PartialConfig):
         lists: Any = self.layers_pattern
         lists = (lists,) if isinstance(lists, str) else names_tuple("layers_pattern", lists)
         object.__setattr__(self, "layers_pattern", lists)
+        for one in lists:
+            check_pattern("layers_pattern", one)
         listed = self.target_modules == "all-linear" or not isinstance(self.target_modules, str)
         check("layers_to_transform", layers, "left out beside a pattern", listed or not layers)
         check("layers_pattern", lists, "beside layers_to_transform", bool(layers) or not lists)
@@ -303,6 +327,10 @@ class Adapter(Method, nn.Module):
     def penalty(cls, adapters: Sequence[Any], config: Any) -> Tensor | None:
         """A term to add to the loss."""
         return None
+
+    @classmethod
+    def check_steps(cls, config: Any, total: int) -> None:
+        """Raise ConfigError where a training of so many steps cannot be."""
 
     @classmethod
     def after_step(cls, adapters: Sequence[Any], config: Any, step: int, total: int) -> None:

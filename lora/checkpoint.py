@@ -56,14 +56,12 @@ from lora.injection import (
     tensors,
     wrap,
 )
-from lora.layers import inside, views
+from lora.layers import fits, inside, views
 from lora.targets import (
     Plan,
     base_buffers,
     base_parameters,
     base_paths,
-    check_pattern,
-    fits,
     plan_of,
     walk,
 )
@@ -346,6 +344,9 @@ def load(
     for path, adapter in parts.adapters.items():
         if next(adapter.buffers(), None) is not None:  # which follow from the base
             initialise(adapter, views(modules[path])[0], seed=0)
+        if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
+            for buffer in adapter.buffers():
+                buffer.zero_()
     wrap(model, planned, parts, name)
     with torch.no_grad():
         for key, tensor in wanted.items():
@@ -362,15 +363,12 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
         for name in base
         if name.rpartition(".")[0] in planned.targets and name not in planned.selected
     }
-    # With bias="all" PEFT files each bias of a saved module three times over.
-    junk = [
-        f"{path}.{leaf}.bias"
-        for path in planned.saved
-        for leaf in ("original_module", "modules_to_save")
-        if getattr(planned.config, "bias", "none") == "all"
-    ]
-    for key in junk:
-        stored.pop(key, None)
+    # With bias="all" PEFT files the biases of a saved module three times over.
+    if getattr(planned.config, "bias", "none") == "all":
+        twice = ("original_module", "modules_to_save")
+        copies = tuple(f"{path}.{one}." for path in planned.saved for one in twice)
+        for key in [key for key in stored if key.startswith(copies) and key.endswith("bias")]:
+            del stored[key]
     brought = []
     for key in [key for key in names if key in stored]:
         there, here = stored[key], base[names[key]]
@@ -562,7 +560,6 @@ def _as_peft_means(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
             return entries
         return tuple(entry for entry in entries if any(fits(name, (entry,)) for name in free))
 
-    check_pattern("exclude_modules", config.exclude_modules)
     excluded = met(config.exclude_modules) or None
     free = [name for name in free if excluded is None or not fits(name, excluded)]
     return replace(
@@ -601,7 +598,8 @@ def check_values(
 ) -> dict[str, Tensor]:
     """The stored tensors in the dtypes of their places. Raises CheckpointError where a type is
     no weight's, or a value is not finite, here or there."""
-    ready = {}
+    ready: dict[str, Tensor] = {}
+    placed: dict[int, str] = {}
     for key, place in wanted.items():
         tensor = stored[key]
         if place.is_meta:
@@ -620,6 +618,12 @@ def check_values(
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {key} has {off} values that are not finite in {place.dtype}."
                 " Train again with a lower rate, or take an earlier save."
+            )
+        twin = placed.setdefault(id(place), key)
+        if not torch.equal(ready[twin], ready[key]):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {twin} and {key} differ, and are one parameter of the model."
+                " Load it onto the base that it was made with."
             )
     return ready
 

@@ -80,7 +80,10 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
 
 def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
     """The flags less those that only other compared methods have."""
-    names = {m: {field.name for field in fields(METHODS[m].Config)} for m in methods}
+    names = {
+        m: {field.name for field in fields(METHODS[m].Config)} - METHODS[m].Config.written
+        for m in methods
+    }
     others = set().union(*names.values()) - names[method]
     kept: list[str] = []
     keep = True

@@ -29,7 +29,7 @@ from lora.adapter import (
     initialise,
 )
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.layers import inside, kind, views
+from lora.layers import View, inside, kind, views
 from lora.targets import Plan, base_buffers, base_parameters, base_paths, plan_of, unwrapped, walk
 
 
@@ -76,7 +76,6 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     _check_room(plan, {path: modules[path] for path in plan.targets})
     adapters: dict[int, tuple[str, Adapter]] = {}
     copies: dict[int, tuple[str, nn.Module]] = {}
-    tied: dict[int, Adapter] = {}
     path = ""
     try:
         for path in plan.targets:
@@ -86,18 +85,13 @@ def build(model: nn.Module, plan: Plan) -> Parts:
                 make: Any = plan.further.get(path, plan.method)
                 adapter: Adapter = make(view, plan.config, path)
                 adapters[id(module)] = path, adapter.train(module.training)
-                if path in plan.further:
-                    first = tied.setdefault(id(view.parameters()[0]), adapter)
-                    if first is not adapter:
-                        adapter.follow(first)
         for path in plan.saved:
             module = modules[path]
             if id(module) not in copies:
                 copies[id(module)] = path, copy.deepcopy(module)
-        _share(plan, [a for _, a in adapters.values()], [modules[p] for p, _ in adapters.values()])
-        for _, adapter in adapters.values():
-            for name in adapter.frozen:
-                adapter.get_parameter(name).requires_grad_(False)
+        _join(
+            plan, {path: (adapter, views(modules[path])[0]) for path, adapter in adapters.values()}
+        )
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"no adapter can be made for {path}: {reason}. Lower --r.") from error
@@ -106,17 +100,27 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     return Parts(dict(adapters.values()), dict(copies.values()), selected)
 
 
-def _share(plan: Plan, adapters: list[Adapter], layers: list[nn.Module]) -> None:
-    """Give the adapters what they share: parameters, which stay one when the model moves."""
-    if adapters:
-        all_views = [views(layer)[0] for layer in layers]
-        like = next(adapters[0].parameters())
-        for name, values in adapters[0].shared(all_views, plan.config).items():
-            one = nn.Parameter(values.to(like), requires_grad=False)
-            for adapter in adapters:
-                adapter.register_parameter(name, one)
-                adapter.frozen |= {name}
-                adapter.keys = {**adapter.keys, name: f"base_model.{name}"}
+def _join(plan: Plan, placed: Mapping[str, tuple[Adapter, View]]) -> None:
+    """Give the adapters what several have in common, as one parameter, and freeze what is not to
+    train. Again after to_empty, which makes each adapter's parameters anew."""
+    adapters = [adapter for adapter, _ in placed.values()]
+    if not adapters:
+        return
+    like = next(adapters[0].parameters())
+    for name, values in adapters[0].shared([v for _, v in placed.values()], plan.config).items():
+        one = nn.Parameter(values.to(like), requires_grad=False)
+        for adapter in adapters:
+            adapter.register_parameter(name, one)
+            adapter.frozen |= {name}
+            adapter.keys = {**adapter.keys, name: f"base_model.{name}"}
+    tied: dict[int, Adapter] = {}
+    for path, (adapter, view) in placed.items():
+        if path in plan.further:
+            first = tied.setdefault(id(view.parameters()[0]), adapter)
+            if first is not adapter:
+                adapter.follow(first)
+        for name in adapter.frozen:
+            adapter.get_parameter(name).requires_grad_(False)
 
 
 def _check_room(plan: Plan, targets: Mapping[str, nn.Module]) -> None:
@@ -235,14 +239,18 @@ def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) ->
     """The places of what an adapter's file holds, by its keys less the prefix; with `stored` what
     it holds of them."""
     found: dict[str, Tensor] = {}
+    held = dict(base_paths(model)) if parts.selected else {}
     for name, parameter in parts.selected.items():
-        path, _, leaf = name.rpartition(".")
-        found[f"{path}.base_layer.{leaf}" if path in plan.targets else name] = parameter
+        # PEFT files what is tied under each of its names.
+        tied = issubclass(plan.method, Adapter) and name in plan.selected
+        for alias in [n for n, p in held.items() if p is held[name]] if tied else [name]:
+            path, _, leaf = alias.rpartition(".")
+            found[f"{path}.base_layer.{leaf}" if path in plan.targets else alias] = parameter
     if not plan.method.keeps_base:
         found |= dict(base_buffers(model))  # running statistics move with the weights
     for path, adapter in parts.adapters.items():
-        held = adapter.stored() if stored else adapter.placed()
-        for key, tensor in held.items():
+        own = adapter.stored() if stored else adapter.placed()
+        for key, tensor in own.items():
             at_root = key.startswith("base_model.")
             if not at_root:
                 found[f"{path}.{key}"] = tensor
@@ -307,6 +315,13 @@ def penalty(model: nn.Module) -> Tensor | None:
     ]
     terms = [term for term in found if term is not None]
     return torch.stack(terms).sum() if terms else None
+
+
+def check_steps(model: nn.Module, total: int) -> None:
+    """Raise ConfigError where an active adapter cannot be trained in so many steps."""
+    for plan, _ in acting(model):
+        if issubclass(plan.method, Adapter) and plan.trainable:
+            plan.method.check_steps(plan.config, total)
 
 
 def after_step(model: nn.Module, step: int, total: int) -> None:
@@ -525,14 +540,13 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     check_seed(seed)
     _known(model, name)
     check_restored(model, "init")
-    parts, modules = owned(model, name), dict(walk(model))
-    placed = [(adapter, views(modules[path])[0]) for path, adapter in parts.adapters.items()]
-    for adapter, view in placed:
+    plan, parts, modules = injected(model)[name], owned(model, name), dict(walk(model))
+    if issubclass(plan.method, Adapter) and plan.method.needs_batches(plan.config):
+        raise ConfigError(f"{name!r} starts from data. Call lora.eject, and inject with batches=.")
+    placed = {path: (adapter, views(modules[path])[0]) for path, adapter in parts.adapters.items()}
+    _join(plan, placed)
+    for adapter, view in placed.values():
         initialise(adapter, view, seed)
-    if placed:
-        first, config = placed[0][0], injected(model)[name].config
-        for key, values in first.shared([view for _, view in placed], config).items():
-            first.get_parameter(key).data.copy_(values)
     for path, module in parts.copies.items():
         module.load_state_dict(modules[path].state_dict())
     if parts.selected:
@@ -568,7 +582,7 @@ def activate(model: nn.Module, *names: str) -> None:
     if "lora_selected" in model.__dict__:
         selected = model.__dict__["lora_selected"]
         selected.active = bool(names)
-        _place(model, selected, selected.active)
+        _place(model, selected, selected.active and selected.enabled)
     for name, planned in injected(model).items():
         for parameter in trained_parameters(model, name).values():
             parameter.requires_grad_(name in names and planned.trainable)
@@ -683,6 +697,8 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
     check_restored(model, "merge")
     _check_enabled(model, "merge")
     layers, _ = wrappers_of(model)
+    if not layers and not _wholes(model):
+        raise MergeError("merge: the model has no adapter. Call lora.inject or lora.load first.")
     layers = {name: layer for name, layer in layers.items() if layer.active}
     merged, tied = _merged(model, layers, untie)
     before = None if probe is None else _output(model, probe)
@@ -802,6 +818,10 @@ def eject(model: nn.Module) -> None:
         return
     layers, saved = wrappers_of(model)
     is_merged = _is_merged(model)
+    if is_merged and any(layer.kept is None and layer.active for layer in layers.values()):
+        raise MergeError(
+            "eject: the model is merged in part. Call lora.restore(model), or that and lora.merge."
+        )
     wrappers = {id(w) for w in (*layers.values(), *saved.values())}
     places = [
         (parent, leaf, child)

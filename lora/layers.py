@@ -11,7 +11,12 @@ says where a module keeps them and how it applies them, so that no method knows 
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +61,8 @@ def kind(module: nn.Module) -> str | None:
         return None  # parametrized, weight-normed or lazy: W is computed elsewhere, or not yet
     if isinstance(module, nn.Embedding):
         # max_norm writes to the weight at every look-up.
-        return "Embedding" if module.max_norm is None else None
+        good = module.max_norm is None and _takes_ids_alone(type(module).forward)
+        return "Embedding" if good else None
     if "bias" not in module._parameters:
         return None  # and so is b
     if isinstance(module, nn.Linear):
@@ -67,6 +73,12 @@ def kind(module: nn.Module) -> str | None:
     if f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D":
         return "Conv1D"
     return None
+
+
+@functools.cache
+def _takes_ids_alone(forward: Callable[..., Any]) -> bool:
+    """Whether forward takes ids and nothing else: OPT's positions take a mask besides."""
+    return len(inspect.signature(forward).parameters) == 2  # self and the ids
 
 
 def views(module: nn.Module) -> list[View]:
@@ -100,3 +112,10 @@ def backbone(model: nn.Module) -> str:
 def inside(name: str, whole: str) -> bool:
     """Whether a dotted name is `whole`, or of something within it."""
     return not whole or name == whole or name.startswith(whole + ".")
+
+
+def fits(name: str, entries: str | tuple[str, ...]) -> bool:
+    """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
+    if isinstance(entries, str):
+        return re.fullmatch(entries, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in entries)

@@ -11,6 +11,7 @@ summary.json       the result; there only when the run is complete
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import secrets
@@ -57,7 +58,7 @@ from lora.data import (
 )
 from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
 from lora.evaluate import Evaluation, answers, evaluate, predict
-from lora.injection import inject
+from lora.injection import check_steps, inject
 from lora.models import Base, load_base
 from lora.train import Step, fit
 
@@ -89,6 +90,8 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             splits = encode_splits(config, corpus, base.tokenizer)
             shown = calibration(config, splits["train"], device)
             report = inject(base.model, config.adapter, seed=config.seed, batches=shown)
+            per_epoch = math.ceil(len(splits["train"].lengths) / config.batch_size)
+            check_steps(base.model, config.epochs * per_epoch)
         for line in filter(None, (config.note, corpus.note, said)):
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
         progress.console.print(str(report), markup=False, highlight=False, soft_wrap=True)

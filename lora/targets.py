@@ -26,7 +26,7 @@ from lora.adapter import (
     method_of,
 )
 from lora.errors import ConfigError, TargetError
-from lora.layers import View, backbone, inside, kind
+from lora.layers import View, backbone, fits, inside, kind
 
 
 @dataclass(frozen=True)
@@ -64,25 +64,6 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from walk(child, f"{prefix}.{name}" if prefix else name)
 
 
-def fits(name: str, entries: str | tuple[str, ...]) -> bool:
-    """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
-    if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
-    return any(name == entry or name.endswith("." + entry) for entry in entries)
-
-
-def check_pattern(field: str, entries: str | tuple[str, ...] | None) -> None:
-    """Raise ConfigError where a string is no regular expression."""
-    if isinstance(entries, str):
-        try:
-            re.compile(entries)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(
-                f"{field}={entries[:80]!r} is no regular expression: {error}."
-                f" Set --{field.replace('_', '-')}."
-            ) from None
-
-
 def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
     """Names of the layers that config.target_modules means.
 
@@ -92,8 +73,6 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     """
     modules = {name: module for name, module in walk(model) if name}
     wanted, excluded = config.target_modules, config.exclude_modules
-    check_pattern("target_modules", wanted)
-    check_pattern("exclude_modules", excluded)
     out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
     for one in _entries(excluded):
         left = {id(module) for name, module in modules.items() if fits(name, one)}
@@ -131,7 +110,11 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
         hits = [name for name in free if fits(name, entry)]
         if not hits:
             one = "" if entry is wanted else f" (entry {entry[0]!r})"
-            raise TargetError(f"no layer matches target_modules={wanted!r}{one}.\n{_offer(model)}")
+            gone = any(fits(name, entry) for name in modules)
+            but = " but such as are excluded, or in modules_to_save" if gone else ""
+            raise TargetError(
+                f"no layer matches target_modules={wanted!r}{one}{but}.\n{_offer(model)}"
+            )
         for name in hits:
             if not kind(modules[name]):
                 raise TargetError(

@@ -14,7 +14,7 @@ from torch import nn
 from lora.data import Encoded, batches, collate
 from lora.errors import TrainingError
 from lora.evaluate import autocast
-from lora.injection import after_step, check_alive, param_groups, penalty
+from lora.injection import after_step, check_alive, check_steps, param_groups, penalty
 from lora.losses import task_loss
 
 
@@ -59,6 +59,7 @@ def fit(
     lengths = encoded.lengths
     per_epoch = math.ceil(len(lengths) / batch_size)
     steps = epochs * per_epoch
+    check_steps(model, steps)
     plan = ((e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)

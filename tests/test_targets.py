@@ -100,7 +100,7 @@ def test_blocks_narrow_all_linear_and_not_what_is_named_in_full() -> None:
         ({"target_modules": ("q_lin", "typo")}, lora.TargetError, "entry 'typo'"),
         ({"target_modules": ("q_lin", "sa_layer_norm")}, lora.TargetError, "no view"),
         ({"rank_pattern": {"q_lin": 0}}, lora.ConfigError, "rank_pattern of q_lin"),
-        ({"rank_pattern": {"(": 3}}, lora.ConfigError, "no pattern"),
+        ({"rank_pattern": {"(": 3}}, lora.ConfigError, "no regular expression"),
         ({"rank_pattern": {"q_linn": 3}}, lora.TargetError, "rank_pattern.*q_linn"),
         ({"alpha_pattern": {"pre_classifier": 3}}, lora.TargetError, "alpha_pattern"),
         ({"trainable_token_indices": (99,)}, lora.ConfigError, "below the 99"),

@@ -32,6 +32,7 @@ from lora.adapter import (
     Adapter,
     AdapterConfig,
     check,
+    check_pattern,
     forward,
     is_number,
     probability,
@@ -48,7 +49,7 @@ class LowRankConfig(AdapterConfig):
     """Settings of a low-rank update. It is scaled by lora_alpha / r."""
 
     training_only: ClassVar[frozenset[str]] = frozenset(
-        {"lora_dropout", "init_lora_weights", "use_lorafa", "loraplus_lr_ratio"}
+        {"lora_dropout", "use_lorafa", "loraplus_lr_ratio"}
     )
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_lorafa", "loraplus_lr_ratio"})
 
@@ -84,10 +85,7 @@ class LowRankConfig(AdapterConfig):
             check(name, pattern, "a mapping of layers' names", isinstance(pattern, Mapping))
             for key, value in pattern.items():
                 check_value(f"{name} of {key}", value)
-                try:
-                    re.compile(key)
-                except (re.error, TypeError) as error:
-                    raise ConfigError(f"{name}: {key!r} is no pattern: {error}.") from None
+                check_pattern(name, key)
             kind = int if name == "rank_pattern" else float
             object.__setattr__(self, name, {key: kind(value) for key, value in pattern.items()})
         init: object = self.init_lora_weights
@@ -129,7 +127,6 @@ class LowRank(Adapter):
     where there is one.
     """
 
-    learning_rate = 1e-3
     peft_type = "LORA"
     example: ClassVar = {"r": 3, "lora_alpha": 7.0}
     neutral: ClassVar = {
@@ -349,8 +346,13 @@ def _by_inputs(
     seen: dict[LowRank, Tensor] = {}
     real: Tensor | None = None
 
-    def look(adapter: LowRank, x: Tensor) -> None:
-        rows = x[real] if real is not None and x.shape[:2] == real.shape else x
+    # An encoder's mask is not its decoder's.
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+    def look(adapter: LowRank, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        masked = real is not None and x.shape[:-1] == real.shape
+        rows = x[real] if masked else x
         rows = rows.detach().reshape(-1, x.shape[-1]).to(adapter.lora_A.dtype)
         rows = torch.cat([seen[adapter], rows]) if adapter in seen else rows
         generator = torch.Generator().manual_seed(0)
@@ -359,7 +361,7 @@ def _by_inputs(
 
     hooks = [
         view.module.register_forward_pre_hook(
-            lambda _, args, adapter=adapter: look(adapter, args[0])
+            lambda _, args, kwargs, adapter=adapter: look(adapter, args, kwargs), with_kwargs=True
         )
         for adapter, view in placed
     ]
@@ -367,7 +369,7 @@ def _by_inputs(
         with torch.no_grad():
             for batch in batches:
                 mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                real = None if mask is None else mask.bool()
+                real = None if mask is None or two else mask.bool()
                 forward(model, batch)
             for adapter, _ in placed:
                 if adapter not in seen or len(seen[adapter]) < adapter.r:

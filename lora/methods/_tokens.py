@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora.adapter import Adapter, check
 from lora.errors import TargetError
-from lora.layers import View, kind
+from lora.layers import View, fits, kind
 
 Make = Callable[[View, Any, str], Adapter]
 
@@ -33,6 +33,7 @@ class Tokens(Adapter):
         check("trainable_token_indices", ids, f"ids below the {len(weight)} of {module}", good)
         self.by_column = view.transposed
         self.follows = False
+        self.numbers = tuple(ids)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
         self.trainable_tokens_delta = self.new(view, len(ids), weight.shape[1])
 
@@ -42,6 +43,7 @@ class Tokens(Adapter):
         self.follows = True
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+        self.ids.copy_(torch.tensor(self.numbers))  # which to_empty takes away
         self.trainable_tokens_delta.copy_(view.parameters()[0][self.ids])
 
     @classmethod
@@ -79,7 +81,7 @@ def token_layers(model: nn.Module, modules: Mapping[str, nn.Module], asked: Any)
         asked = {names[0]: asked}
     found: dict[str, Make] = {}
     for end, ids in asked.items():
-        hits = [name for name in modules if name == end or name.endswith("." + end)]
+        hits = [name for name in modules if name and fits(name, (end,))]
         if not hits or not all(kind(modules[name]) for name in hits):
             raise TargetError(f"trainable_token_indices: {end!r} names no embedding of the model.")
         for hit in hits:

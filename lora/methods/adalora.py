@@ -28,8 +28,9 @@ class AdaLoRAConfig(AdapterConfig):
 
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
-        | {"total_step", "lora_dropout"}
+        | {"lora_dropout"}
     )
+    written: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     init_r: int = 12
     """Rank of every layer at the start."""
@@ -51,8 +52,6 @@ class AdaLoRAConfig(AdapterConfig):
     """Decay of the running mean of its uncertainty."""
     orth_reg_weight: float = 0.5
     """Weight in the loss of how far A and B are from orthogonal."""
-    total_step: int | None = None
-    """Steps of the whole training. Default: those that it has."""
     rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
     """Which of its ranks each layer has kept, `LAYER.lora_E` -> one truth a rank: written when a
     trained adapter is saved."""
@@ -63,9 +62,9 @@ class AdaLoRAConfig(AdapterConfig):
             whole_number(name, getattr(self, name))
         good = self.target_r <= self.init_r
         check("target_r", self.target_r, f"at most init_r ({self.init_r})", good)
-        for name, least in (("tinit", 0), ("tfinal", 0), ("total_step", 1)):
+        for name in ("tinit", "tfinal"):
             if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), least)
+                whole_number(name, getattr(self, name), least=0)
         alpha = self.lora_alpha
         check("lora_alpha", alpha, "a positive number", is_number(alpha) and alpha > 0)
         object.__setattr__(self, "lora_alpha", float(alpha))
@@ -84,18 +83,17 @@ class AdaLoRAConfig(AdapterConfig):
         )
         check("rank_pattern", pattern, "lists of truths by layer", good)
 
-    def schedule(self, steps: int) -> tuple[int, int, int]:
-        """(tinit, total − tfinal, total) of a training of so many steps."""
-        total = self.total_step or steps
+    def schedule(self, total: int) -> tuple[int, int]:
+        """The steps after which the first rank goes, and at which the last has gone."""
         first = total // 10 if self.tinit is None else self.tinit
         last = total - (3 * total // 10 if self.tfinal is None else self.tfinal)
-        if first >= last:
+        if first + 1 >= last:
             raise ConfigError(
-                f"adalora has no step to allocate ranks in: tinit is {first}, tfinal"
+                f"adalora has no steps to allocate ranks in: tinit is {first}, tfinal"
                 f" {total - last}, the training has {total}. Train longer, or set --tinit and"
                 " --tfinal lower."
             )
-        return first, last, total
+        return first, last
 
 
 class AdaLoRA(Adapter):
@@ -105,7 +103,7 @@ class AdaLoRA(Adapter):
     lora_A (r, in), lora_B (out, r)  N(0, 0.02²), kept near orthogonal by penalty()
     lora_E (r, 1)                    zeros, so W' = W at step 0; a zero that stays is a rank gone
     The divisor is init_r + 1e-5, as in PEFT. after_step() ranks all the layers' (A, E, B) triplets
-    by smoothed sensitivity times uncertainty, eq. 8 to 12, and clears E of those over the budget.
+    by smoothed sensitivity times uncertainty, eq. 7 to 11, and clears E of those over the budget.
     """
 
     name = "adalora"
@@ -125,18 +123,19 @@ class AdaLoRA(Adapter):
     }  # fmt: skip
     neutral: ClassVar = {
         **{"bias": "none", "r": ..., "fan_in_fan_out": ..., "qalora_group_size": ...},
-        **{"init_lora_weights": True, "megatron_core": ...},
+        **{"init_lora_weights": True, "megatron_core": ..., "total_step": ...},
     }
 
     config: AdaLoRAConfig
 
     def __init__(self, view: View, config: AdaLoRAConfig, module: str) -> None:
         super().__init__(view, config, module)
-        self.pattern = config.rank_pattern.get(f"{module}.lora_E")
+        self.key = f"{module}.lora_E"
+        self.pattern = config.rank_pattern.get(self.key)
         r = config.init_r if self.pattern is None else sum(self.pattern)
         self.scaling = config.lora_alpha / (config.init_r + 1e-5)
         self.dropout = config.lora_dropout
-        self.total = config.total_step
+        self.total = 0  # steps of its training, once that has begun
         self.lora_A = self.new(view, r, view.in_features)
         self.lora_E = self.new(view, r, 1)
         self.lora_B = self.new(view, view.out_features, r)
@@ -150,6 +149,7 @@ class AdaLoRA(Adapter):
             start = torch.empty(getattr(self, name).shape, dtype=torch.float32, device="cpu")
             getattr(self, name).copy_(start.normal_(std=0.02, generator=generator(name)))
         self.lora_E.zero_()
+        self.pattern, self.total = self.config.rank_pattern.get(self.key), 0
         for buffer in self.buffers():
             buffer.zero_()
 
@@ -190,13 +190,18 @@ class AdaLoRA(Adapter):
         return config.orth_reg_weight * torch.stack(found).mean()
 
     @classmethod
+    def check_steps(cls, config: AdaLoRAConfig, total: int) -> None:
+        if not config.rank_pattern:
+            config.schedule(total)
+
+    @classmethod
     @torch.no_grad()
     def after_step(
         cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig, step: int, total: int
     ) -> None:
         if config.rank_pattern:
             return  # loaded with the ranks that it has kept
-        first, last, total = config.schedule(total)
+        first, last = config.schedule(total)
         for adapter in adapters:
             adapter.total = total
         if step < last:
@@ -210,10 +215,11 @@ class AdaLoRA(Adapter):
         left = 1 - (step - first) / (last - first)
         budget = most if step <= first else int((most - least) * left**3 + least)
         if budget < most and (step == last or step % config.deltaT == 0):
-            scores = [adapter.scores() for adapter in adapters]
-            bound = torch.cat([score.cpu() for score in scores]).kthvalue(most - budget).values
-            for adapter, score in zip(adapters, scores, strict=True):
-                adapter.pattern = (score > bound.to(score.device)).tolist()
+            scores = [adapter.scores().cpu() for adapter in adapters]
+            kept = torch.zeros(most, dtype=torch.bool)
+            kept[torch.cat(scores).topk(budget).indices] = True
+            for adapter, own in zip(adapters, kept.view(len(adapters), -1), strict=True):
+                adapter.pattern = own.tolist()
                 adapter.clear()
 
     def observe(self) -> None:
@@ -229,7 +235,7 @@ class AdaLoRA(Adapter):
             spread.mul_(self.config.beta2).add_((1 - self.config.beta2) * off)
 
     def scores(self) -> Tensor:
-        """How much each triplet matters, (r,), eq. 7 and 8."""
+        """How much each triplet matters, (r,), eq. 7 and 11."""
         A, E, B = (
             getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}")
             for name in "AEB"
@@ -260,9 +266,12 @@ class AdaLoRA(Adapter):
         patterns = {f"{name}.lora_E": a.pattern for name, a in own.items() if a.pattern is not None}
         settings["rank_pattern"] = patterns or None
         # PEFT wants a schedule that could be run, of an untrained adapter too.
-        total = next((a.total for a in own.values() if a.total), None)
-        total = total or 2 + (config.tinit or 0) + (config.tfinal or 0)
-        first, last, total = config.schedule(total)
+        total = next((a.total for a in own.values()), 0)
+        if total:
+            first, last = config.schedule(total)
+        else:
+            first, final = config.tinit or 0, config.tfinal or 0
+            total, last = first + 1 + final, first + 1
         return settings | {"total_step": total, "tinit": first, "tfinal": total - last}
 
     @classmethod

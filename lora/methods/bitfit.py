@@ -29,7 +29,6 @@ class BitFit(Selection):
     when = "On small and middling data with an encoder, when nothing may be added to the model."
     Config = BitFitConfig
     peft_type = "BITFIT"  # no type of PEFT's: PEFT refuses the file by this name
-    learning_rate = 1e-3
 
     QUERIES = ("query", "q_lin", "q_proj", "q", "query_proj")
     MIDDLES = ("intermediate.dense", "ffn.lin1", "fc1", "wi", "wi_0", "wi_1", "up_proj")

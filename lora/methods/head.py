@@ -28,7 +28,6 @@ class Head(Selection):
     when = "To learn what the frozen features hold already: the floor of every comparison."
     Config = HeadConfig
     peft_type = "HEAD"  # no type of PEFT's: PEFT refuses the file by this name
-    learning_rate = 1e-3
     example: ClassVar = {"modules_to_save": ("second",)}
 
     @classmethod

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter, AdapterConfig, names_tuple
-from lora.errors import ConfigError, TargetError
-from lora.layers import View
+from lora.adapter import Adapter, AdapterConfig, check_pattern, names_tuple
+from lora.errors import TargetError
+from lora.layers import View, fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +26,10 @@ class IA3Config(AdapterConfig):
         super().__post_init__()
         names = self.feedforward_modules
         if isinstance(names, str):
-            try:
-                re.compile(names)
-            except re.error as error:
-                raise ConfigError(f"feedforward_modules={names!r}: {error}.") from None
+            check_pattern("feedforward_modules", names)
         else:
             names = names_tuple("feedforward_modules", names)
             object.__setattr__(self, "feedforward_modules", names)
-
-
-def is_feedforward(module: str, config: IA3Config) -> bool:
-    """Whether a layer's inputs are scaled."""
-    names = config.feedforward_modules
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith("." + name) for name in names)
 
 
 class IA3(Adapter):
@@ -64,7 +52,7 @@ class IA3(Adapter):
 
     def __init__(self, view: View, config: IA3Config, module: str) -> None:
         super().__init__(view, config, module)
-        self.feedforward = is_feedforward(module, config)
+        self.feedforward = fits(module, config.feedforward_modules)
         self.ia3_l = self.new(
             view, *((1, view.in_features) if self.feedforward else (view.out_features, 1))
         )
@@ -76,8 +64,8 @@ class IA3(Adapter):
     def check_targets(cls, config: IA3Config, targets: Sequence[str]) -> None:
         names = config.feedforward_modules
         for name in [names] if isinstance(names, str) else names:
-            one = replace(config, feedforward_modules=name if isinstance(names, str) else (name,))
-            if not any(is_feedforward(target, one) for target in targets):
+            entry = name if isinstance(names, str) else (name,)
+            if not any(fits(target, entry) for target in targets):
                 raise TargetError(
                     f"feedforward_modules: {name!r} is none of the {len(targets)} layers that"
                     f" target_modules means, {targets[0]} the first. Name it in both."
@@ -85,7 +73,7 @@ class IA3(Adapter):
 
     @classmethod
     def size(cls, view: View, config: IA3Config, module: str) -> int:
-        return view.in_features if is_feedforward(module, config) else view.out_features
+        return view.in_features if fits(module, config.feedforward_modules) else view.out_features
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.ia3_l * W, b if b is None or self.feedforward else self.ia3_l[:, 0] * b
@@ -107,6 +95,7 @@ class IA3(Adapter):
         if isinstance(forward, list) and not (
             isinstance(targets, list) and {*forward} <= {*targets}
         ):
+            names = config.feedforward_modules
             settings["target_modules"] = list(adapters)
-            settings["feedforward_modules"] = [n for n in adapters if is_feedforward(n, config)]
+            settings["feedforward_modules"] = [n for n in adapters if fits(n, names)]
         return settings

@@ -29,10 +29,17 @@ class LoRAConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         asked: Any = self.trainable_token_indices
-        asked = dict(asked) if isinstance(asked, Mapping) else tuple(asked)
-        lists = list(asked.values()) if isinstance(asked, dict) else [asked] if asked else []
-        good = all(ids and len(set(ids)) == len(ids) and all(type(n) is int for n in ids)
-                   for ids in lists)  # fmt: skip
+        if isinstance(asked, Mapping):
+            asked = {name: tuple(ids) if isinstance(ids, list) else ids
+                     for name, ids in asked.items()}  # fmt: skip
+        elif isinstance(asked, list):
+            asked = tuple(asked)
+        lists = list(asked.values()) if isinstance(asked, dict) else [asked] if asked != () else []
+        good = all(
+            isinstance(ids, tuple) and ids and all(type(n) is int for n in ids)
+            and len(set(ids)) == len(ids)
+            for ids in lists
+        )  # fmt: skip
         check("trainable_token_indices", asked, "distinct ids, or lists of them by layer", good)
         object.__setattr__(self, "trainable_token_indices", asked)
 
@@ -88,7 +95,10 @@ class LoRA(LowRank):
     @classmethod
     def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         settings = super().file_settings(config, adapters)
-        return settings | {"trainable_token_indices": settings["trainable_token_indices"] or None}
+        asked = settings["trainable_token_indices"] or None
+        if isinstance(asked, dict):
+            asked = {name: list(ids) for name, ids in asked.items()}
+        return settings | {"trainable_token_indices": asked}
 
     @classmethod
     def read_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:

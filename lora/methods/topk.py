@@ -26,7 +26,8 @@ class TopK(Selection):
     """W' is W, trained: in the last k blocks, in what follows them, and in the head.
 
     Howard and Ruder 2018, arXiv:1801.06146, section 3.3. The blocks are the longest list of
-    modules in the model, or its children where it has no list; the embeddings come before them.
+    modules that lies in no other list, or the model's children where it has none; the embeddings
+    come before them.
     """
 
     name = "topk"
@@ -40,7 +41,9 @@ class TopK(Selection):
     def selects(cls, name: str, model: nn.Module, config: TopKConfig) -> bool:
         modules = dict(model.named_modules())
         lists = [n for n, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential)]
-        path = max(lists, key=lambda n: len(modules[n]._modules), default="")
+        outer = [n for n in lists if not any(n != other and inside(n, other) for other in lists)]
+        # Of lists of one length the last: the decoder comes after the encoder.
+        path = max(reversed(outer), key=lambda n: len(modules[n]._modules), default="")
         blocks = list(modules[path]._modules)
         chosen = tuple(f"{path}.{block}".lstrip(".") for block in blocks[-config.k :])
         if any(inside(name, block) for block in chosen):

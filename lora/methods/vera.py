@@ -36,8 +36,10 @@ class VeRAConfig(AdapterConfig):
         super().__post_init__()
         whole_number("r", self.r)
         whole_number("projection_prng_key", self.projection_prng_key, least=0)
-        start = self.d_initial
-        check("d_initial", start, "a number other than 0", is_number(start) and start != 0)
+        key, start = self.projection_prng_key, self.d_initial
+        check("projection_prng_key", key, "below 2**63", key < 2**63)
+        small = is_number(start) and 0 < abs(start) <= 1e6
+        check("d_initial", start, "a number other than 0, of a million at most", small)
         probability("vera_dropout", self.vera_dropout)
 
 
