@@ -255,6 +255,8 @@ class Adapter(Method, nn.Module):
     """Parameter -> its key in PEFT's file, where the two differ."""
     frozen: frozenset[str] = frozenset()
     """Parameters that do not train."""
+    leader: str | None = None
+    """The layer whose adapter's parameters it takes, since its own is tied to that."""
 
     def __init__(self, view: View, config: AdapterConfig, module: str) -> None:
         super().__init__()
@@ -300,7 +302,7 @@ class Adapter(Method, nn.Module):
         """Layers adapted besides those of target_modules, and what makes the adapter of each."""
         return {}
 
-    def follow(self, first: Any) -> None:
+    def follow(self, leader: Any) -> None:
         """Take the parameters of the adapter on a layer whose weight is tied to this one's; only
         asked of what further() makes."""
         raise NotImplementedError

@@ -117,6 +117,7 @@ def _join(plan: Plan, placed: Mapping[str, tuple[Adapter, View]]) -> None:
     for path, (adapter, view) in placed.items():
         if path in plan.further:
             first = tied.setdefault(id(view.parameters()[0]), adapter)
+            first = placed[adapter.leader][0] if adapter.leader else first
             if first is not adapter:
                 adapter.follow(first)
         for name in adapter.frozen:
@@ -241,9 +242,18 @@ def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) ->
     found: dict[str, Tensor] = {}
     held = dict(base_paths(model)) if parts.selected else {}
     for name, parameter in parts.selected.items():
-        # PEFT files what is tied under each of its names.
-        tied = issubclass(plan.method, Adapter) and name in plan.selected
-        for alias in [n for n, p in held.items() if p is held[name]] if tied else [name]:
+        names = [name]
+        if issubclass(plan.method, Adapter) and name in plan.selected:
+            # PEFT files what is tied under each of its names.
+            names = [
+                alias
+                for alias, now in held.items()
+                if now is held[name]
+                and plan.method.selects(
+                    alias, alias.rpartition(".")[0] in plan.targets, plan.config
+                )
+            ]
+        for alias in names:
             path, _, leaf = alias.rpartition(".")
             found[f"{path}.base_layer.{leaf}" if path in plan.targets else alias] = parameter
     if not plan.method.keeps_base:

@@ -274,15 +274,20 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
                 " embedding of trained tokens. Leave it out of one."
             )
     targets = (*targets, *further)
-    base = {n: p for n, p in base_parameters(model) if not any(inside(n, whole) for whole in saved)}
-    selected = []
-    for name in base:
+    # A selection meets what is tied under its first name: a head that is the embedding is none.
+    every = base_parameters(model) if issubclass(method, Selection) else base_paths(model)
+    base = {n: p for n, p in every if not any(inside(n, whole) for whole in saved)}
+    selected: list[str] = []
+    seen: set[int] = set()
+    for name, parameter in base.items():  # of what is tied the first name that is meant
         if issubclass(method, Selection):
             train = method.selects(name, model, config)
         else:
             assert issubclass(method, Adapter)
             train = method.selects(name, name.rpartition(".")[0] in targets, config)
-        selected += [name] if train else []
+        if train and id(parameter) not in seen:
+            seen.add(id(parameter))
+            selected.append(name)
     if issubclass(method, Selection) and not selected and not saved:
         raise TargetError(
             f"{method.name} selects no parameter of {type(model).__name__}: it has none of that"

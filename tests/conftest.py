@@ -62,3 +62,23 @@ def llama(seed: int = 0, **kwargs: object) -> nn.Module:
 def tokens(rows: int = 3, length: int = 11) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
     return torch.randint(1, 99, (rows, length), generator=generator)
+
+
+def bert_lm(seed: int = 0) -> nn.Module:
+    """BERT for masked tokens, 2 layers of 32: its head ties a weight and a bias."""
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=99, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config).eval()
+
+
+def roberta(seed: int = 0) -> nn.Module:
+    """RoBERTa for two classes, 2 layers of 32: its head has layers within."""
+    torch.manual_seed(seed)
+    config = transformers.RobertaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=99, num_labels=2, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return transformers.RobertaForSequenceClassification(config).eval()

@@ -136,6 +136,9 @@ def test_what_trains_of_the_base_and_how_it_comes_back(name: str, tmp_path) -> N
         with pytest.raises(lora.MergeError, match="disabled"):
             lora.merge(model)
     assert model(tokens()).logits.equal(wanted)
+    with lora.disabled(model):
+        lora.activate(model, "default")
+        assert model(tokens()).logits.equal(base(tokens()).logits)
     lora.activate(model)
     assert model(tokens()).logits.equal(base(tokens()).logits)
     lora.activate(model, "default")
@@ -171,6 +174,89 @@ def test_what_trains_of_the_base_and_how_it_comes_back(name: str, tmp_path) -> N
     for plain in (model, twin):
         assert [n for n, _ in plain.named_parameters()] == [n for n, _ in base.named_parameters()]
         assert all(p.requires_grad for p in plain.parameters())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_and_merged_biases_of_one_layer_stay_both(bias: str) -> None:
+    model = distilbert(initializer_range=0.2)
+    config = lora.LoRAConfig(r=2, target_modules=("q_lin",), bias=bias, lora_bias=True)
+    lora.inject(model, config)
+    perturb(model.eval())
+    wanted = model(tokens()).logits
+    lora.merge(model, probe=tokens())
+    lora.eject(model)
+    torch.testing.assert_close(model(tokens()).logits, wanted)
+
+
+def test_what_is_merged_in_part_is_not_ejected_and_nothing_is_no_merge() -> None:
+    model = adapted("lora")
+    lora.merge(model.distilbert.transformer.layer[0])
+    before = snapshot(model)
+    with pytest.raises(lora.MergeError, match="merged in part"):
+        lora.eject(model)
+    assert unchanged(before, model)
+    with pytest.raises(lora.MergeError, match="has no adapter"):
+        lora.merge(distilbert())
+
+
+@pytest.mark.parametrize("method", ["vera", "lora"])
+def test_what_adapters_share_is_one_again_after_to_empty(method: str) -> None:
+    """VeRA's matrices, and the rows of tokens that a tied head shares with its embedding."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.head.weight = self.table.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.two(self.one(self.table(ids))))
+
+    config = lora.VeRAConfig(r=4, target_modules=("one", "two"))
+    if method == "lora":
+        tokens = {"table": [2, 3]}
+        config = lora.LoRAConfig(r=2, target_modules=("one",), trainable_token_indices=tokens)
+    torch.manual_seed(0)
+    plain = Tied()
+    lora.inject(wanted := copy.deepcopy(plain), config)
+    with torch.device("meta"):
+        model = Tied()
+    lora.inject(model, config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    for module in (model.head, model.table):
+        plain_one = getattr(module, "base_layer", module)
+        plain_one.weight = getattr(model.table, "base_layer", model.table).weight
+    for name, parameter in lora.targets.base_parameters(model):
+        parameter.data.copy_(plain.get_parameter(name))
+    lora.init(model, seed=0)
+    ids = torch.arange(9)
+    assert model(ids).equal(wanted(ids))
+    end = "vera_A" if method == "vera" else "trainable_tokens_delta"
+    every = [p for n, p in model.named_parameters(remove_duplicate=False) if n.endswith(end)]
+    assert len(every) == 2
+    assert every[0] is every[1]
+    lora.testing.perturb(model)
+    lora.testing.perturb(wanted)
+    assert model(ids).equal(wanted(ids))
+
+
+def test_a_start_from_data_is_not_begun_anew_without_it() -> None:
+    model = distilbert()
+    config = lora.LoRAConfig(r=2, target_modules=("q_lin",), init_lora_weights="eva")
+    lora.inject(model, config, batches=[tokens()])
+    before = snapshot(model)
+    with pytest.raises(lora.ConfigError, match="starts from data"):
+        lora.init(model, seed=0)
+    assert unchanged(before, model)
+
+
+def test_a_head_that_is_the_embedding_is_no_head() -> None:
+    with pytest.raises(lora.TargetError, match="selects no parameter of GPT2LMHeadModel"):
+        lora.inject(gpt2(), lora.METHODS["head"].Config())
 
 
 def test_a_graph_made_while_disabled_goes_back_through_the_base() -> None:

@@ -102,6 +102,28 @@ def test_eva_takes_the_main_directions_of_the_inputs() -> None:
         assert not adapter.lora_B.any()
 
 
+def test_eva_takes_inputs_of_every_shape_and_by_keyword() -> None:
+    """Pooled ones, whose width may be the batch's length; layers called with a keyword."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(99, 16), nn.Linear(16, 16)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.head(input=self.table(input_ids).mean(dim=1))
+
+    torch.manual_seed(0)
+    shown = [{"input_ids": torch.randint(0, 99, (16, 16)), "attention_mask": torch.ones(16, 16)}]
+    model = Pooled()
+    lora.inject(
+        model, lora.LoRAConfig(r=4, target_modules=("head",), init_lora_weights="eva"),
+        batches=shown,
+    )  # fmt: skip
+    A = adapters(model)["head"].lora_A.detach()
+    torch.testing.assert_close(A @ A.T, torch.eye(4), atol=1e-5, rtol=0)
+
+
 def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
     """The first step of A and B changes W as a step down its own gradient would, nearly."""
     shown = batches()

@@ -110,6 +110,17 @@ def test_blocks_narrow_all_linear_and_not_what_is_named_in_full() -> None:
          lora.ConfigError, "adapted twice"),
         ({"trainable_token_indices": (1,), "modules_to_save": ("embeddings",)},
          lora.ConfigError, "adapted twice"),
+        ({"trainable_token_indices": None}, lora.ConfigError, "distinct ids"),
+        ({"trainable_token_indices": 5}, lora.ConfigError, "distinct ids"),
+        ({"trainable_token_indices": {"x": 5}}, lora.ConfigError, "distinct ids"),
+        ({"trainable_token_indices": [[1]]}, lora.ConfigError, "distinct ids"),
+        ({"layers_to_transform": (1,), "layers_pattern": "("}, lora.ConfigError, "layers_pattern"),
+        ({"target_modules": "("}, lora.ConfigError, "no regular expression"),
+        ({"target_modules": "(" * 2000}, lora.ConfigError, "no regular expression"),
+        ({"use_rslora": "false"}, lora.ConfigError, "use_rslora must be true or false"),
+        ({"use_lorafa": 1}, lora.ConfigError, "use_lorafa must be true or false"),
+        ({"target_modules": ("q_lin", "lin2"), "exclude_modules": ("lin2",)}, lora.TargetError,
+         "entry 'lin2'. but such as are excluded"),
         ({"lora_bias": True, "target_modules": ("word_embeddings",)}, lora.ConfigError, "no bias"),
     ],
 )  # fmt: skip
@@ -123,6 +134,56 @@ def test_what_does_not_fit_is_named_and_the_model_left_alone(settings, kind, mat
     with pytest.raises(kind, match=match):
         inject()
     assert unchanged(before, model)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "match"),
+    [
+        ("vera", {"projection_prng_key": 10**30}, "below 2"),
+        ("vera", {"d_initial": 10**30}, "a million at most"),
+        ("vera", {"save_projection": "no"}, "true or false"),
+        ("ia3", {"feedforward_modules": "(" * 2000}, "no regular expression"),
+        ("ia3", {"feedforward_modules": ("",)}, "list of module names"),
+        ("bitfit", {"small": "yes"}, "true or false"),
+        ("topk", {"k": 0}, "at least 1"),
+        ("adalora", {"target_r": 20}, "at most init_r"),
+        ("hira", {"hira_dropout": 1.0}, "0 <= p < 1"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(method: str, settings, match: str) -> None:
+    with pytest.raises(lora.ConfigError, match=match):
+        lora.METHODS[method].Config(**settings)
+
+
+def test_ia3_wants_its_feedforward_layers_among_the_targets() -> None:
+    config = lora.METHODS["ia3"].Config(target_modules=("q_lin",), feedforward_modules=("lin2",))
+    with pytest.raises(lora.TargetError, match="'lin2' is none of the 2 layers"):
+        lora.inject(distilbert(), config)
+
+
+def test_an_embedding_that_takes_more_than_ids_has_no_view() -> None:
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=48, vocab_size=99,
+        word_embed_proj_dim=32, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config)
+    before = snapshot(model)
+    with pytest.raises(lora.TargetError, match="OPTLearnedPositionalEmbedding: no view"):
+        lora.inject(model, lora.LoRAConfig(target_modules=("embed_positions",)))
+    assert unchanged(before, model)
+
+
+def test_topk_counts_blocks_and_not_experts() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList()
+    for _ in range(2):
+        block = nn.Module()
+        block.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+        model.layers.append(block)
+    selected = lora.inject(model, lora.METHODS["topk"].Config(k=1)).plan.selected
+    assert {name.split(".")[1] for name in selected} == {"1"}
+    assert len(selected) == 16
 
 
 def test_the_report_says_what_was_left_alone() -> None:

@@ -32,15 +32,14 @@ class Tokens(Adapter):
         good = all(0 <= number < len(weight) for number in ids)
         check("trainable_token_indices", ids, f"ids below the {len(weight)} of {module}", good)
         self.by_column = view.transposed
-        self.follows = False
         self.numbers = tuple(ids)
         self.register_buffer("ids", torch.tensor(ids, device=weight.device), persistent=False)
         self.trainable_tokens_delta = self.new(view, len(ids), weight.shape[1])
 
-    def follow(self, first: Tokens) -> None:
+    def follow(self, leader: Tokens) -> None:
         """Act with the rows of the adapter on the layer that this one's is tied to."""
-        self.trainable_tokens_delta = first.trainable_tokens_delta
-        self.follows = True
+        self.trainable_tokens_delta = leader.trainable_tokens_delta
+        self.leader = leader.module_name
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         self.ids.copy_(torch.tensor(self.numbers))  # which to_empty takes away
@@ -57,10 +56,10 @@ class Tokens(Adapter):
         return stored.T if self.by_column else stored, b
 
     def param_groups(self) -> dict[float, list[nn.Parameter]]:
-        return {} if self.follows else super().param_groups()
+        return {} if self.leader else super().param_groups()
 
     def placed(self) -> dict[str, Tensor]:
-        return {} if self.follows else super().placed()
+        return {} if self.leader else super().placed()
 
 
 def token_layers(model: nn.Module, modules: Mapping[str, nn.Module], asked: Any) -> dict[str, Make]:
