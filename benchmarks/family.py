@@ -119,7 +119,7 @@ def stepper(model: nn.Module) -> Callable[[], float]:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--quick", action="store_true", help="3 rounds, not 15")
+    flags.add_argument("--quick", action="store_true", help="3 rounds, not 11")
     flags.add_argument("--json", type=Path)
     given = flags.parse_args()
     steps = {name: stepper(build()) for name, build in CONTENDERS.items()}
@@ -127,7 +127,7 @@ def main() -> None:
         step()  # warm
     names = list(steps)
     rounds: list[dict[str, float]] = []
-    for turn in range(3 if given.quick else 15):
+    for turn in range(3 if given.quick else 11):
         order = names[turn % len(names) :] + names[: turn % len(names)]
         rounds.append({name: steps[name]() for name in order})
     result: dict[str, dict[str, float]] = {}
