@@ -97,7 +97,7 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type == "bool":
+            if field.type in ("bool", bool):
                 value = getattr(self, field.name)
                 check(field.name, value, "true or false", isinstance(value, bool))
 

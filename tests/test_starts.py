@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora
 from lora.injection import trained_parameters, wrapper_at
-from lora.testing import snapshot, unchanged
+from lora.testing import perturb, snapshot, unchanged
 
 TARGETS = ("q_lin", "lin2")
 
@@ -225,8 +225,6 @@ def test_what_was_filed_goes_on_as_plain_lora(tmp_path) -> None:
     model = distilbert()
     config = lora.LoRAConfig(r=3, lora_alpha=7, target_modules=TARGETS, init_lora_weights="pissa")
     lora.inject(model, config)
-    from lora.testing import perturb
-
     perturb(model.eval(), size=0.1)
     lora.save(model, tmp_path)
     other = distilbert()
@@ -234,6 +232,37 @@ def test_what_was_filed_goes_on_as_plain_lora(tmp_path) -> None:
     assert report.plan.config.r == 6
     torch.testing.assert_close(other.eval()(tokens()).logits, model(tokens()).logits)
     assert len(trained_parameters(other, "default")) == len(trained_parameters(model, "default"))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "pissa_niter_4"])
+def test_a_start_that_no_file_could_repeat_is_in_the_file(init: str, method: str, tmp_path) -> None:
+    """Beside tokens of their own; read by us and by peft to the same output."""
+    import warnings
+
+    import peft
+
+    settings = {"trainable_token_indices": (4, 9)} if method == "lora" else {}
+    config = lora.METHODS[method].Config(
+        r=3, lora_alpha=7, target_modules=TARGETS, init_lora_weights=init, **settings
+    )
+    model = distilbert(initializer_range=0.2)
+    lora.inject(model, config, batches=None if "pissa" in init else batches())
+    base = distilbert(initializer_range=0.2)
+    torch.testing.assert_close(model.eval()(tokens()).logits, base(tokens()).logits)
+    perturb(model, size=0.1)
+    wanted = model(tokens()).logits
+    lora.save(model, tmp_path)
+    lora.load(other := distilbert(initializer_range=0.2), tmp_path)
+    torch.testing.assert_close(other.eval()(tokens()).logits, wanted, atol=1e-5, rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(theirs(tokens()).logits, wanted, atol=1e-5, rtol=1e-5)
+    lora.merge(model, probe=tokens())
+    lora.eject(model)
+    torch.testing.assert_close(model(tokens()).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_lora_plus_and_fa_train_what_they_say() -> None:

@@ -238,11 +238,11 @@ class LowRank(Adapter):
     def calibrate(
         cls, placed: Sequence[tuple[Any, View]], model: nn.Module, batches: Iterable[Any]
     ) -> None:
-        placed = [(adapter, view) for adapter, view in placed if not view.of_ids]
-        if placed and placed[0][0].init == "eva":
-            _by_inputs(placed, model, batches)
-        elif placed:
-            _by_gradients(placed, model, batches)
+        own = [(a, view) for a, view in placed if isinstance(a, LowRank) and not view.of_ids]
+        if own and own[0][0].init == "eva":
+            _by_inputs(own, model, batches)
+        elif own:
+            _by_gradients(own, model, batches)
 
     @classmethod
     def selects(cls, name: str, targeted: bool, config: LowRankConfig) -> bool:
