@@ -94,8 +94,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
     check_restored(model, "save")
     planned = injected(model)[name]
     settings = file_config(model, planned, name)
-    found = stored_tensors(model, name)
-    found |= carried(model, settings)
+    found = carried(model, settings) | stored_tensors(model, name)
     for key, tensor in found.items():
         if tensor.is_meta:
             raise CheckpointError(f"{key} has no values (meta device). Call lora.init first.")
@@ -361,7 +360,8 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
     names = {
         "{0}.base_layer.{2}".format(*name.rpartition(".")): name
         for name in base
-        if name.rpartition(".")[0] in planned.targets and name not in planned.selected
+        if name.rpartition(".")[0] in {*planned.targets} - {*planned.further}
+        and name not in planned.selected
     }
     # With bias="all" PEFT files the biases of a saved module three times over.
     if getattr(planned.config, "bias", "none") == "all":

@@ -21,6 +21,7 @@ class Tokens(Adapter):
 
     trainable_tokens_delta (n, dim)   the rows in the base's place, not what is added to them; W's
     own, so W' = W at step 0. On a layer that is tied to the table the same rows act.
+    Cost: n·dim parameters; a copy of the table at every step.
     """
 
     ids: Tensor
