@@ -40,13 +40,15 @@ def tables() -> dict[str, str]:
 
 
 def family() -> list[tuple[str, ...]]:
-    """Each method, when to choose it, and its step over LoRA's, peft's beside ours."""
+    """Each method, when to choose it, and its step over LoRA's, peft's beside ours, without and
+    with dropout."""
     steps = json.loads((RESULTS / "family.json").read_text())["steps"]
-    found = [("method", "choose it", "step / LoRA's", "peft's", "paper")]
+    head = ("method", "choose it", "step / LoRA's", "peft's", "dropout 0.1", "peft's", "paper")
+    found: list[tuple[str, ...]] = [head]
     for name, method in sorted(METHODS.items()):
         shown = [
             f"{steps[key]['over lora']:.2f}" if key in steps else ""
-            for key in (name, f"peft {name}")
+            for key in (name, f"peft {name}", f"{name}, dropout", f"peft {name}, dropout")
         ]
         found.append((name, method.when, *shown, method.paper))
     return found

@@ -32,7 +32,7 @@ class DoRA(LowRank):
 
     name = "dora"
     paper = "arXiv:2402.09353"
-    when = "At small ranks, where LoRA falls short of full fine-tuning and a slower step is paid."
+    when = "At small ranks, where LoRA falls short of full fine-tuning; dropout doubles its step."
     Config = DoRAConfig
     states: ClassVar = {"use_dora": True}
     variants: ClassVar = {
