@@ -330,3 +330,8 @@ def test_a_file_dropped_in_is_a_method(tmp_path: object) -> None:
             lora.activate(model, "default", "other")
     finally:
         del METHODS["scale_test"]
+
+
+def test_hira_shows_that_a_new_method_is_cheap() -> None:
+    """Under 60 lines, its settings and imports with it."""
+    assert len((methods.PAGE.parents[1] / "lora/methods/hira.py").read_text().splitlines()) < 60

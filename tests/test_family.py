@@ -51,7 +51,7 @@ SAME: dict[str, tuple[Build, Any, Any, dict[str, Any]]] = {
 SAME |= {
     "patterns": (bert, lora.LoRAConfig, peft.LoraConfig, {
         "r": 3, "lora_alpha": 7, "target_modules": BERT,
-        "rank_pattern": {"layer.0.attention.q_lin": 5, "lin2": 2},
+        "rank_pattern": {"layer.0.attention.q_lin": 5, "lin2|nothing": 2},
         "alpha_pattern": {r"layer\.1\..*": 9, "v_lin": 3},
     }),
     "bias all": (bert, lora.LoRAConfig, peft.LoraConfig, {
@@ -343,8 +343,8 @@ def test_a_start_that_the_file_does_not_hold_is_refused(init: str, tmp_path: Pat
 def test_adalora_allocates_the_ranks_that_peft_does(tmp_path: Path) -> None:
     """The same start, data and optimiser, thirty steps: the same ranks, losses and logits."""
     settings = {
-        "init_r": 6, "target_r": 2, "lora_alpha": 7, "total_step": 30, "tinit": 3, "tfinal": 8,
-        "deltaT": 2, "target_modules": BERT,
+        "init_r": 6, "target_r": 2, "lora_alpha": 7, "total_step": 30, "tinit": 3, "tfinal": 7,
+        "deltaT": 2, "beta1": 0.8, "beta2": 0.9, "target_modules": BERT,
     }  # fmt: skip
     quiet = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
     ours = distilbert(**quiet)
@@ -430,7 +430,43 @@ def test_an_untrained_adalora_can_be_filed_and_trained_later(settings, tmp_path:
     other = distilbert()
     lora.load(other, tmp_path, trainable=True)
     config = lora.injection.injected(other)["default"].config
-    assert config.schedule(1000) == (config.tinit, 1000 - config.tfinal)
+    first, final = settings.get("tinit", 0), settings.get("tfinal", 0)
+    assert config.schedule(1000) == (first, 1000 - final)
+
+
+def test_ia3_is_filed_so_that_peft_finds_its_feedforward_layers(tmp_path: Path) -> None:
+    """It wants the one list to be part of the other, word for word."""
+    for targets in (("k_lin", "ffn.lin2"), r".*(k_lin|lin2)"):
+        config = lora.METHODS["ia3"].Config(target_modules=targets, feedforward_modules=("lin2",))
+        lora.inject(model := bert(), config)
+        perturb(model.eval(), size=0.5)
+        lora.save(model, tmp_path)
+        assert off(read_by_peft(bert(), tmp_path), model) < 1e-5
+        lora.load(other := bert(), tmp_path)
+        assert off(other.eval(), model) == 0
+
+
+def test_ranks_by_layer_are_filed_under_the_whole_name() -> None:
+    """Where a layer's name is the ending of another's, and has signs that a pattern reads."""
+    from lora.methods._lowrank import pick
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(6, 6)
+            self.z = nn.ModuleDict({"q": nn.Linear(6, 6)})
+            self.a1 = nn.ModuleDict({"q": nn.Linear(6, 6)})
+
+    model = Nested()
+    patterns = {"^z.q": 3, "^a1.q": 4, "q": 5}
+    lora.inject(model, lora.LoRAConfig(r=2, rank_pattern=patterns, init_lora_weights="pissa"))
+    settings = lora.checkpoint.file_config(
+        model, lora.injection.injected(model)["default"], "default"
+    )
+    ranks = {n: pick(settings["rank_pattern"], n, settings["r"]) for n in ("q", "z.q", "a1.q")}
+    assert ranks == {"q": 10, "z.q": 6, "a1.q": 8}
+    assert pick(settings["rank_pattern"], "zzq", 1) == 1
+    assert pick({"lin": 2}, "a.q_lin", 8) == 8
 
 
 @pytest.mark.parametrize(("settings", "total"), [({}, 1), ({"tinit": 5, "tfinal": 5}, 11)])
@@ -438,6 +474,17 @@ def test_a_schedule_without_steps_is_refused_before_the_first(settings, total: i
     lora.inject(model := distilbert(), lora.AdaLoRAConfig(target_modules=BERT, **settings))
     with pytest.raises(lora.ConfigError, match="no steps to allocate ranks in"):
         lora.injection.check_steps(model, total)
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])
+def test_a_start_that_leaves_the_base_alone_is_no_matter(init: Any, tmp_path: Path) -> None:
+    theirs = peft_on(distilbert(), peft.LoraConfig, {"r": 2, "target_modules": BERT}, None)
+    move(theirs)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    lora.load(model := distilbert(), tmp_path)
+    assert off(model.eval(), theirs) < 1e-5
 
 
 UNKNOWN = {

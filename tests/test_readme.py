@@ -114,3 +114,10 @@ def test_doras_step_is_within_its_bound_of_loras() -> None:
     steps = json.loads((RESULTS / "family.json").read_text())["steps"]
     assert steps["dora"]["over lora"] <= 1.35
     assert {"peft dora", "dora, dropout", "peft dora, dropout", "frozen", "full"} <= set(steps)
+
+
+def test_the_default_rates_are_the_better_ones_of_those_tried() -> None:
+    found = json.loads((RESULTS / "rates.json").read_text())["dev accuracy"]
+    for method, scores in found.items():
+        best = max(scores, key=lambda rate: scores[rate])
+        assert METHODS[method].learning_rate == float(best), method

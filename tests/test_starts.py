@@ -114,7 +114,9 @@ def test_eva_takes_inputs_of_every_shape_and_by_keyword() -> None:
             return self.head(input=self.table(input_ids).mean(dim=1))
 
     torch.manual_seed(0)
-    shown = [{"input_ids": torch.randint(0, 99, (16, 16)), "attention_mask": torch.ones(16, 16)}]
+    mask = torch.ones(16, 16)
+    mask[3, 5:] = 0
+    shown = [{"input_ids": torch.randint(0, 99, (16, 16)), "attention_mask": mask}]
     model = Pooled()
     lora.inject(
         model, lora.LoRAConfig(r=4, target_modules=("head",), init_lora_weights="eva"),
@@ -137,9 +139,13 @@ def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
             gradients[name] = module.weight.grad.clone()
     before = distilbert()
     before.classifier.weight.grad = torch.ones_like(before.classifier.weight)
+    adapted = before.distilbert.transformer.layer[0].ffn.lin2.weight
+    adapted.grad = torch.full_like(adapted, 9.0)  # the user's own, no part of the calibration
     config = lora.LoRAConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights="lora_ga")
     lora.inject(before, config, batches=shown)
     assert bool((before.classifier.weight.grad == 1).all()), "a gradient of the user's is gone"
+    assert bool((adapted.grad == 9).all())
+    adapted.grad = None
     assert before(tokens()).logits.equal(distilbert()(tokens()).logits)
     lora.inject(plain := distilbert(), lora.LoRAConfig(r=4, lora_alpha=8, target_modules=TARGETS))
 
@@ -160,6 +166,10 @@ def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
     assert all(ours[path] > random[path] for path in ours)
     assert min(ours.values()) > 0.8
     for path, adapter in adapters(before).items():
+        U, _, Vh = torch.linalg.svd(gradients[path])
+        rows, columns = adapter.start_A @ Vh[:4].T, U[:, 4:8].T @ adapter.start_B
+        for inside, whole in ((rows, adapter.start_A), (columns, adapter.start_B)):
+            assert float(inside.norm() / whole.norm()) > 0.9  # the first r, and the r after them
         size = (weight_of(before, path).shape[0] ** 0.25) / math.sqrt(16)
         rows = torch.full((4,), size)
         torch.testing.assert_close(adapter.start_A.norm(dim=1), rows)
@@ -209,6 +219,12 @@ def test_a_rank_that_the_weight_has_not_is_refused(init: str) -> None:
     config = lora.LoRAConfig(r=40, target_modules=("q_lin",), init_lora_weights=init)
     with pytest.raises(lora.ConfigError, match="r must be at most 32"):
         lora.inject(distilbert(), config, batches=batches() if init == "eva" else None)
+
+
+def test_lora_ga_needs_two_vectors_of_the_gradient_a_rank() -> None:
+    config = lora.LoRAConfig(r=17, target_modules=("q_lin",), init_lora_weights="lora_ga")
+    with pytest.raises(lora.ConfigError, match="r must be at most 16"):
+        lora.inject(distilbert(), config, batches=batches())
 
 
 def test_an_embedding_starts_by_default_whatever_the_others_do() -> None:

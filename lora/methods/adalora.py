@@ -111,6 +111,7 @@ class AdaLoRA(Adapter):
     when = "When a budget of parameters is fixed and it is unknown which layers deserve them."
     Config = AdaLoRAConfig
     peft_type = "ADALORA"
+    learning_rate = 5e-3
     additive = True
     example: ClassVar = {"init_r": 3, "target_r": 1, "lora_alpha": 7.0}
     variants: ClassVar = {

@@ -28,6 +28,7 @@ class BitFit(Selection):
     paper = "arXiv:2106.10199"
     when = "On small and middling data with an encoder, when nothing may be added to the model."
     Config = BitFitConfig
+    learning_rate = 4e-3
     peft_type = "BITFIT"  # no type of PEFT's: PEFT refuses the file by this name
 
     QUERIES = ("query", "q_lin", "q_proj", "q", "query_proj")

@@ -27,6 +27,7 @@ class Head(Selection):
     paper = "arXiv:1610.01644"
     when = "To learn what the frozen features hold already: the floor of every comparison."
     Config = HeadConfig
+    learning_rate = 5e-3
     peft_type = "HEAD"  # no type of PEFT's: PEFT refuses the file by this name
     example: ClassVar = {"modules_to_save": ("second",)}
 

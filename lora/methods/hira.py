@@ -37,8 +37,8 @@ class HiRA(Adapter):
     """
 
     name, paper, Config, peft_type = "hira", "openreview:TwJrTz9cRS", HiRAConfig, "HIRA"
+    learning_rate = 3e-3
     when = "For tasks that LoRA's low rank is too narrow for, at LoRA's size; the step is slower."
-    example: ClassVar = {"r": 3}
     neutral: ClassVar = {"fan_in_fan_out": ..., "init_weights": (True, "gaussian")}
 
     def __init__(self, view: View, config: HiRAConfig, module: str) -> None:

@@ -45,7 +45,7 @@ class IA3(Adapter):
     when = "With very little data, or thousands of tasks: the smallest files that train a base."
     Config = IA3Config
     peft_type = "IA3"
-    learning_rate = 5e-3
+    learning_rate = 2e-2
     example: ClassVar = {"feedforward_modules": ("second",)}
     unfiled = frozenset({"layers_to_transform", "layers_pattern"})
     neutral: ClassVar = {"fan_in_fan_out": ..., "init_ia3_weights": ...}

@@ -35,7 +35,7 @@ class TopK(Selection):
     when = "When memory for full fine-tuning is short and the task is near the pretraining."
     Config = TopKConfig
     peft_type = "TOPK"  # no type of PEFT's: PEFT refuses the file by this name
-    learning_rate = 5e-5
+    learning_rate = 3e-4
 
     @classmethod
     def selects(cls, name: str, model: nn.Module, config: TopKConfig) -> bool:

@@ -58,7 +58,7 @@ class VeRA(Adapter):
     when = "When the files must be tiny and LoRA's accuracy nearly kept."
     Config = VeRAConfig
     peft_type = "VERA"
-    learning_rate = 1e-2
+    learning_rate = 3e-2
     additive = True
     example: ClassVar = {"r": 5, "d_initial": 0.7}
     variants: ClassVar = {"unsaved": {"r": 5, "d_initial": 0.7, "save_projection": False}}
