@@ -342,7 +342,7 @@ class Adapter(Method, nn.Module):
     def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         settings = super().file_settings(config, adapters)
         if any(settings[name] for name in cls.unfiled):
-            settings["target_modules"] = list(adapters)
+            settings["target_modules"] = "all-linear"  # to be named one by one
         return {key: value for key, value in settings.items() if key not in cls.unfiled}
 
     def placed(self) -> dict[str, Tensor]:

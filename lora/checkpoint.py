@@ -56,7 +56,7 @@ from lora.injection import (
     tensors,
     wrap,
 )
-from lora.layers import fits, inside, views
+from lora.layers import fits, inside, kind, views
 from lora.targets import (
     Plan,
     base_buffers,
@@ -186,7 +186,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     """adapter_config.json as PEFT would write it."""
     settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
-        if planned.config.target_modules == "all-linear":
+        if settings["target_modules"] == "all-linear":
             settings["target_modules"] = _exactly(model, planned)
         for field in settings.keys() & {"layers_to_transform", "layers_pattern"}:
             settings[field] = settings[field] or None
@@ -236,7 +236,7 @@ def carried(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
-    """What all-linear meant: the layers' names, or where one is another's ending, a pattern."""
+    """The targets by their names, or where one is another's ending, by a pattern."""
     targets = tuple(name for name in planned.targets if name not in planned.further)
     if {name for name, _ in walk(model) if fits(name, targets)} == set(targets):
         return list(targets)
@@ -560,7 +560,12 @@ def _as_peft_means(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
             return entries
         return tuple(entry for entry in entries if any(fits(name, (entry,)) for name in free))
 
-    excluded = met(config.exclude_modules) or None
+    layers = [name for name in free if kind(modules[name])]
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        excluded = excluded if any(fits(name, excluded) for name in layers) else None
+    elif excluded is not None:
+        excluded = tuple(e for e in excluded if any(fits(n, (e,)) for n in layers)) or None
     free = [name for name in free if excluded is None or not fits(name, excluded)]
     return replace(
         config,

@@ -397,7 +397,9 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     for path, adapter in parts.adapters.items():
         wrapper = wrapper_at(model, path)
         shape = f"{wrapper.in_features} -> {wrapper.out_features}"
-        groups.setdefault((path.rpartition(".")[2], shape), []).append(adapter.own_size())
+        groups.setdefault((path.rpartition(".")[2], shape), []).append(
+            sum(p.numel() for own in adapter.param_groups().values() for p in own)
+        )
     if plan.selected:
         sizes = [parts.selected[name].numel() for name in plan.selected]
         groups["parameters of the base", ""] = sizes

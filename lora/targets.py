@@ -75,7 +75,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     wanted, excluded = config.target_modules, config.exclude_modules
     out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
     for one in _entries(excluded):
-        left = {id(module) for name, module in modules.items() if fits(name, one)}
+        left = {id(m) for name, m in modules.items() if fits(name, one) and kind(m)}
         if not left:
             named = one if isinstance(one, str) else one[0]
             raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
@@ -137,9 +137,9 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
 def _block(name: str, config: AdapterConfig) -> int | None:
     """The number of the block that a layer is in: the first one in its name."""
     for pattern in config.layers_pattern or (r"[^.]*",):
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<number>\d+)\.", name)
+        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
         if match:
-            return int(match["number"])
+            return int(match.groups()[-1])
     return None
 
 

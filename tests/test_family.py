@@ -416,6 +416,8 @@ def test_adalora_is_filed_and_read_at_any_step(steps: int, tmp_path: Path) -> No
     lora.load(other, tmp_path)
     assert off(other.eval(), model) < 1e-6
     assert off(read_by_peft(distilbert(initializer_range=0.2), tmp_path), model) < 1e-5
+    for _, own in lora.injection.acting(model):
+        assert all(a.scaling == 8 / (4 + 1e-5) for a in own)
     kept = [sum(a.pattern) for _, own in lora.injection.acting(model) for a in own if a.pattern]
     assert sum(kept) == ({0: 0, 1: 0, 3: 19, 7: 12, 12: 12}[steps])
     lora.init(model, seed=0)

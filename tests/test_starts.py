@@ -293,4 +293,5 @@ def test_lora_plus_and_fa_train_what_they_say() -> None:
     model = distilbert()
     report = lora.inject(model, lora.LoRAConfig(r=2, target_modules=TARGETS, use_lorafa=True))
     assert report.trainable == sum(p.numel() for p in trained_parameters(model, "default").values())
+    assert report.trainable == report.adapter_parameters == sum(row[3] for row in report.rows)
     assert {k.rpartition("lora_")[2] for k in trained_parameters(model, "default")} == {"B.weight"}

@@ -117,6 +117,7 @@ def test_blocks_narrow_all_linear_and_not_what_is_named_in_full() -> None:
         ({"layers_to_transform": (1,), "layers_pattern": "("}, lora.ConfigError, "layers_pattern"),
         ({"target_modules": "("}, lora.ConfigError, "no regular expression"),
         ({"target_modules": "(" * 2000}, lora.ConfigError, "no regular expression"),
+        ({"exclude_modules": ("ffn",)}, lora.TargetError, "exclude_modules entry 'ffn'"),
         ({"use_rslora": "false"}, lora.ConfigError, "use_rslora must be true or false"),
         ({"use_lorafa": 1}, lora.ConfigError, "use_lorafa must be true or false"),
         ({"target_modules": ("q_lin", "lin2"), "exclude_modules": ("lin2",)}, lora.TargetError,
@@ -172,6 +173,36 @@ def test_an_embedding_that_takes_more_than_ids_has_no_view() -> None:
     with pytest.raises(lora.TargetError, match="OPTLearnedPositionalEmbedding: no view"):
         lora.inject(model, lora.LoRAConfig(target_modules=("embed_positions",)))
     assert unchanged(before, model)
+
+
+def test_blocks_by_a_pattern_of_two_lists() -> None:
+    for pattern in ("layers|h", "(?P<number>layers)"):
+        config = lora.LoRAConfig(r=2, layers_to_transform=(0,), layers_pattern=(pattern,))
+        targets = lora.inject(llama(), config).plan.targets
+        assert {name.split(".")[2] for name in targets} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("vera", {"r": 4, "target_modules": ("lin",), "exclude_modules": ("block.lin",)}),
+        ("ia3", {"target_modules": "lin", "feedforward_modules": ("lin",)}),
+        ("ia3", {"target_modules": "lin|block.lin", "feedforward_modules": ("block.lin",)}),
+        ("ia3", {"target_modules": ("x.0.lin", "x.1.lin"), "layers_to_transform": (1,)}),
+    ],
+)
+def test_names_that_end_in_others_come_back_the_same(method: str, settings, tmp_path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"lin": nn.Linear(8, 8)})
+        model["block"] = nn.ModuleDict({"lin": nn.Linear(8, 8)})
+        model["x"] = nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(8, 8)}) for _ in range(2))
+        return model
+
+    model = build()
+    targets = lora.inject(model, lora.METHODS[method].Config(**settings)).plan.targets
+    lora.save(model, tmp_path)
+    assert set(lora.load(build(), tmp_path).plan.targets) == set(targets)
 
 
 def test_topk_counts_blocks_and_not_experts() -> None:

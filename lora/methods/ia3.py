@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -95,7 +96,6 @@ class IA3(Adapter):
         if isinstance(forward, list) and not (
             isinstance(targets, list) and {*forward} <= {*targets}
         ):
-            names = config.feedforward_modules
-            settings["target_modules"] = list(adapters)
-            settings["feedforward_modules"] = [n for n in adapters if fits(n, names)]
+            names = [n for n in adapters if fits(n, config.feedforward_modules)]
+            settings["feedforward_modules"] = "|".join(map(re.escape, names))
         return settings
