@@ -93,9 +93,8 @@ class IA3(Adapter):
         settings = super().file_settings(config, adapters)
         forward, targets = settings["feedforward_modules"], settings["target_modules"]
         # PEFT wants the one list to be a part of the other, and takes endings without a dot.
-        if isinstance(forward, list) and not (
-            isinstance(targets, list) and {*forward} <= {*targets}
-        ):
+        part = isinstance(targets, list) and {*forward} <= {*targets}
+        if forward and isinstance(forward, list) and not part:
             names = [n for n in adapters if fits(n, config.feedforward_modules)]
             settings["feedforward_modules"] = "|".join(map(re.escape, names))
         return settings
