@@ -79,6 +79,11 @@ def whole_number(field: str, value: object, least: int = 1) -> None:
     check(field, value, f"a whole number of at least {least}", good)
 
 
+def positive(field: str, value: object) -> None:
+    """Raise ConfigError unless the value is a number above 0."""
+    check(field, value, "a positive number", is_number(value) and value > 0)  # type: ignore[operator]
+
+
 def probability(field: str, value: object) -> None:
     """Raise ConfigError unless the value is a dropout's probability."""
     check(field, value, "a number with 0 <= p < 1", is_number(value) and 0 <= value < 1)  # type: ignore[operator]
@@ -343,6 +348,8 @@ class Adapter(Method, nn.Module):
         settings = super().file_settings(config, adapters)
         if any(settings[name] for name in cls.unfiled):
             settings["target_modules"] = "all-linear"  # to be named one by one
+        for name in ("layers_to_transform", "layers_pattern"):
+            settings[name] = settings[name] or None
         return {key: value for key, value in settings.items() if key not in cls.unfiled}
 
     def placed(self) -> dict[str, Tensor]:
@@ -396,8 +403,12 @@ class Adapter(Method, nn.Module):
         return y if autocast_on(x) and not view.of_ids else y.to(W.dtype)
 
     def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The adapted layer's output y (..., out). Override for speed, never for another result."""
-        return self.reference(view, x, mask)
+        """The adapted layer's output y (..., out): of an additive method the base layer's plus
+        delta(). Override for speed, never for another result."""
+        if not self.additive:
+            return self.reference(view, x, mask)
+        y: Tensor = view.module(x)
+        return (y + self.delta(view, x, mask)).to(y.dtype)
 
 
 class AdaptedLayer(nn.Module):

@@ -54,6 +54,7 @@ from lora.injection import (
     selections,
     stored_tensors,
     tensors,
+    with_views,
     wrap,
 )
 from lora.layers import fits, inside, kind, views
@@ -188,8 +189,6 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     if isinstance(planned.config, AdapterConfig):
         if settings["target_modules"] == "all-linear":
             settings["target_modules"] = _exactly(model, planned)
-        for field in settings.keys() & {"layers_to_transform", "layers_pattern"}:
-            settings[field] = settings[field] or None
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
             names = [name for name in planned.targets if name not in planned.further]
@@ -339,10 +338,9 @@ def load(
     ready = check_values(folder, stored, wanted)
     note = verify(model, planned, settings, mark, folder)
 
-    modules = dict(walk(model))
-    for path, adapter in parts.adapters.items():
+    for path, (adapter, view) in with_views(model, parts.adapters).items():
         if next(adapter.buffers(), None) is not None:  # which follow from the base
-            initialise(adapter, views(modules[path])[0], seed=0)
+            initialise(adapter, view, seed=0)
         if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
             for buffer in adapter.buffers():
                 buffer.zero_()
@@ -553,24 +551,20 @@ def _as_peft_means(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     saved = tuple(name for name in hits if modules[name].state_dict())
     if config.modules_to_save and not hits:
         saved = config.modules_to_save  # for saved_of to name the first that is missing
-    free = [n for n in modules if not any(n == s or n.startswith(s + ".") for s in saved)]
+    free = [name for name in modules if not any(inside(name, whole) for whole in saved)]
 
-    def met(entries: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    def met(entries: str | tuple[str, ...] | None, names: list[str]) -> Any:
+        """What of the entries fits any of the names, None where nothing does."""
         if entries is None or isinstance(entries, str):
-            return entries
-        return tuple(entry for entry in entries if any(fits(name, (entry,)) for name in free))
+            return entries if entries and any(fits(name, entries) for name in names) else None
+        return tuple(e for e in entries if any(fits(name, (e,)) for name in names)) or None
 
-    layers = [name for name in free if kind(modules[name])]
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        excluded = excluded if any(fits(name, excluded) for name in layers) else None
-    elif excluded is not None:
-        excluded = tuple(e for e in excluded if any(fits(n, (e,)) for n in layers)) or None
+    excluded = met(config.exclude_modules, [name for name in free if kind(modules[name])])
     free = [name for name in free if excluded is None or not fits(name, excluded)]
     return replace(
         config,
         modules_to_save=saved,
-        target_modules=met(config.target_modules) or config.target_modules,
+        target_modules=met(config.target_modules, free) or config.target_modules,
         exclude_modules=excluded,
     )
 

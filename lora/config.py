@@ -23,7 +23,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 import tyro
 
 import lora.methods  # noqa: F401  (fills METHODS)
-from lora.adapter import METHODS, MethodConfig, check, is_number
+from lora.adapter import METHODS, MethodConfig, check, is_number, positive, whole_number
 from lora.errors import ConfigError
 
 Task = Literal["auto", "classification", "regression"]
@@ -93,17 +93,13 @@ class RunConfig(Generic[C]):
         distinct = len(set(self.labels)) == len(self.labels) != 1
         check("labels", self.labels, "distinct, and two at least", distinct)
         for name in ("epochs", "batch_size", "max_length", "limit"):
-            value = getattr(self, name)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            good = good or (value is None and name == "limit")
-            check(name, value, "a whole number of at least 1", good)
-        rate = self.learning_rate
-        good = rate is None or (is_number(rate) and rate > 0)
-        check("learning_rate", rate, "a positive number", good)
+            if name != "limit" or self.limit is not None:
+                whole_number(name, getattr(self, name))
+        if self.learning_rate is not None:
+            positive("learning_rate", self.learning_rate)
         decay = self.weight_decay
         check("weight_decay", decay, "a number of at least 0", is_number(decay) and decay >= 0)
-        norm = self.max_grad_norm
-        check("max_grad_norm", norm, "a positive number", is_number(norm) and norm > 0)
+        positive("max_grad_norm", self.max_grad_norm)
         share = self.warmup
         check("warmup", share, "a share with 0 <= share <= 1", is_number(share) and 0 <= share <= 1)
         good = isinstance(self.seed, int) and not isinstance(self.seed, bool)

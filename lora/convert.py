@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from torch import Tensor
 
 from lora.checkpoint import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files, write_together
 from lora.errors import CheckpointError, ConfigError
+from lora.layers import fits
+from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 
 SAVE = "Where it was trained, run torch.save(loralib.lora_state_dict(model), FILE)."
@@ -210,20 +211,16 @@ def _layers(state: Mapping[str, Tensor], config: ConvertConfig) -> dict[str, Con
             raise ConfigError(f"--merged {end} is given twice. Leave one out.")
         enabled[end] = [block == "1" for block in blocks.split(",")]
     for end in (*config.embeddings, *enabled):
-        if not any(_ends(name, end) for name in names):
+        if not any(fits(name, (end,)) for name in names):
             flag = "--embeddings" if end in config.embeddings else "--merged"
             raise ConfigError(f"{flag} {end!r} is no layer of the checkpoint: {', '.join(names)}.")
     for name in names:
         flags = [("--embeddings", end) for end in config.embeddings]
         flags += [("--merged", end) for end in enabled]
-        meant = [f"{flag} {end}" for flag, end in flags if _ends(name, end)]
+        meant = [f"{flag} {end}" for flag, end in flags if fits(name, (end,))]
         if len(meant) > 1:
             raise ConfigError(f"{name} is meant by {' and by '.join(meant)}. Leave one out.")
     return {name: _layer(name, state, enabled, config) for name in names}
-
-
-def _ends(name: str, end: str) -> bool:
-    return name == end or name.endswith("." + end)
 
 
 def _layer(
@@ -238,7 +235,7 @@ def _layer(
             f"{name}: lora_A {_shown(A)}, lora_B {_shown(B)} are no finite, dense matrices"
             " of a floating dtype. Take an earlier save."
         )
-    blocks = next((on for end, on in enabled.items() if _ends(name, end)), None)
+    blocks = next((on for end, on in enabled.items() if fits(name, (end,))), None)
     r, alpha = B.shape[1], config.lora_alpha
     if blocks is None:
         if A.shape[0] != r:
@@ -247,7 +244,7 @@ def _layer(
                 f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are of different"
                 f" ranks: {f'no layer of loralib. {SAVE}' if A.shape[0] % r else f'{way} was.'}"
             )
-        of_ids = any(_ends(name, end) for end in config.embeddings)
+        of_ids = any(fits(name, (end,)) for end in config.embeddings)
         return Converted("Embedding" if of_ids else "Linear", A, B, r, alpha)
     k = sum(blocks)
     if A.shape[0] != k * r or B.shape[0] % k:
@@ -266,23 +263,17 @@ def _layer(
 
 def _settings(layers: Mapping[str, Converted], config: ConvertConfig, bias: Any) -> dict[str, Any]:
     """adapter_config.json: the commonest rank and alpha, the others by name."""
-    r, alpha = (
-        Counter(getattr(one, key) for one in layers.values()).most_common(1)[0][0]
-        for key in ("r", "alpha")
-    )
+    r, ranks = by_layer({name: one.r for name, one in layers.items()})
+    alpha, alphas = by_layer({name: one.alpha for name, one in layers.items()})
     found = LoRAConfig(
         r=r,
         lora_alpha=alpha,
         target_modules=tuple(layers),
-        rank_pattern={f"^{re.escape(n)}": one.r for n, one in layers.items() if one.r != r},
-        alpha_pattern={
-            f"^{re.escape(n)}": one.alpha for n, one in layers.items() if one.alpha != alpha
-        },
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         bias=bias,
     )
     return LoRA.file_settings(found, {}) | {
         "fan_in_fan_out": config.fan_in_fan_out,
         "modules_to_save": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
     }

@@ -89,15 +89,21 @@ def build(model: nn.Module, plan: Plan) -> Parts:
             module = modules[path]
             if id(module) not in copies:
                 copies[id(module)] = path, copy.deepcopy(module)
-        _join(
-            plan, {path: (adapter, views(modules[path])[0]) for path, adapter in adapters.values()}
-        )
+        _join(plan, with_views(model, dict(adapters.values())))
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"no adapter can be made for {path}: {reason}. Lower --r.") from error
     base = dict(base_paths(model))
     selected = {name: base[name] for name in (*plan.selected, *plan.carried)}
     return Parts(dict(adapters.values()), dict(copies.values()), selected)
+
+
+def with_views(
+    model: nn.Module, adapters: Mapping[str, Adapter]
+) -> dict[str, tuple[Adapter, View]]:
+    """Each adapter with the view of the layer that it is for, by the layers' names."""
+    modules = dict(walk(model))
+    return {path: (adapter, views(modules[path])[0]) for path, adapter in adapters.items()}
 
 
 def _join(plan: Plan, placed: Mapping[str, tuple[Adapter, View]]) -> None:
@@ -226,14 +232,12 @@ def selections(model: nn.Module) -> list[tuple[nn.Module, Selected]]:
 
 def _place(part: nn.Module, selected: Selected, acting: bool) -> None:
     """Let the trained values of a selection act in the part, or the originals."""
-    modules = dict(walk(part))
-    homes: dict[str, list[tuple[nn.Module, str]]] = {}
-    for name in selected.originals:
+    modules, held = dict(walk(part)), dict(base_paths(part))
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, parameter in held.items():
         path, _, leaf = name.rpartition(".")
-        now = modules[path]._parameters[leaf]
-        tied = [(m, n) for m in modules.values() for n, p in m._parameters.items() if p is now]
-        homes[name] = tied
-    selected.place(homes, acting)
+        places.setdefault(id(parameter), []).append((modules[path], leaf))
+    selected.place({name: places[id(held[name])] for name in selected.originals}, acting)
 
 
 def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) -> dict[str, Tensor]:
@@ -450,11 +454,11 @@ def inject(
     check_statistics(model, planned)
     needs = issubclass(planned.method, Adapter) and planned.method.needs_batches(config)
     if needs != (batches is not None):
-        said = "starts from data: pass batches=" if needs else "takes no batches as set: leave out"
-        raise ConfigError(f"{planned.method.name} {said}{'[...]' if needs else ' batches'}.")
+        said = "takes no batches as set: leave out batches"
+        said = "starts from data: pass batches=[...]" if needs else said
+        raise ConfigError(f"{planned.method.name} {said}.")
     parts = build(model, planned)
-    modules = dict(walk(model))
-    placed = [(adapter, views(modules[path])[0]) for path, adapter in parts.adapters.items()]
+    placed = list(with_views(model, parts.adapters).values())
     for adapter, view in placed:
         initialise(adapter, view, seed)
     if batches is not None:
@@ -555,7 +559,7 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     plan, parts, modules = injected(model)[name], owned(model, name), dict(walk(model))
     if issubclass(plan.method, Adapter) and plan.method.needs_batches(plan.config):
         raise ConfigError(f"{name!r} starts from data. Call lora.eject, and inject with batches=.")
-    placed = {path: (adapter, views(modules[path])[0]) for path, adapter in parts.adapters.items()}
+    placed = with_views(model, parts.adapters)
     _join(plan, placed)
     for adapter, view in placed.values():
         initialise(adapter, view, seed)

@@ -11,7 +11,6 @@ summary.json       the result; there only when the run is complete
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import secrets
@@ -60,7 +59,7 @@ from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingEr
 from lora.evaluate import Evaluation, answers, evaluate, predict
 from lora.injection import check_steps, inject
 from lora.models import Base, load_base
-from lora.train import Step, fit
+from lora.train import Step, fit, steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             splits = encode_splits(config, corpus, base.tokenizer)
             shown = calibration(config, splits["train"], device)
             report = inject(base.model, config.adapter, seed=config.seed, batches=shown)
-            per_epoch = math.ceil(len(splits["train"].lengths) / config.batch_size)
+            per_epoch = steps_per_epoch(splits["train"], config.batch_size)
             check_steps(base.model, config.epochs * per_epoch)
         for line in filter(None, (config.note, corpus.note, said)):
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)

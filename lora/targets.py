@@ -95,11 +95,8 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             and _in_blocks(name, config)
         )
         if not found:
-            where = (
-                f" in layers_to_transform={blocks}"
-                if (blocks := config.layers_to_transform)
-                else ""
-            )
+            blocks = config.layers_to_transform
+            where = f" in layers_to_transform={blocks}" if blocks else ""
             raise TargetError(
                 f"no layer matches target_modules='all-linear'{where}.\n{_offer(model)}"
             )

@@ -57,7 +57,7 @@ def fit(
     device = next(model.parameters()).device
     torch.manual_seed(seed)
     lengths = encoded.lengths
-    per_epoch = math.ceil(len(lengths) / batch_size)
+    per_epoch = steps_per_epoch(encoded, batch_size)
     steps = epochs * per_epoch
     check_steps(model, steps)
     plan = ((e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e))
@@ -106,6 +106,11 @@ def fit(
         )
 
 
+def steps_per_epoch(encoded: Encoded, batch_size: int) -> int:
+    """Optimiser steps of one pass over the examples."""
+    return math.ceil(len(encoded.lengths) / batch_size)
+
+
 def slope(number: int, steps: int, warmup: float) -> float:
     """The share of the peak rate at step `number` from 0: up over the warm-up, then down to 0."""
     rise = math.ceil(warmup * steps)
@@ -115,10 +120,7 @@ def slope(number: int, steps: int, warmup: float) -> float:
 
 
 def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """What trains, at the rate that its method gives it; matrices decay, biases and norms do not.
-
-    The first group is at the rate itself.
-    """
+    """What trains, at the rate of its method; matrices decay, biases and norms do not."""
     return [
         {"params": found, "lr": multiple * learning_rate, "weight_decay": decay}
         for parameters, multiple in param_groups(model)

@@ -6,8 +6,6 @@ import io
 import json
 import random
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import loralib
 import peft
 import pytest
 import torch
-from conftest import ROOT, distilbert, gpt2, tokens
+from conftest import distilbert, gpt2, tokens
 from torch import nn
 
 import lora
@@ -293,18 +291,3 @@ def test_a_convolution_without_biases_is_refused_where_it_is_loaded(tmp_path: Pa
         lora.load(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
-
-
-def test_help_loads_no_transformers() -> None:
-    code = """
-import sys
-from lora.cli import main
-try:
-    main(["convert", "--help"])
-except SystemExit as stop:
-    assert stop.code == 0
-assert "transformers" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "--merged" in done.stdout

@@ -134,6 +134,12 @@ def keys_of(model: peft.PeftModel) -> set[str]:
         return set(peft.get_peft_model_state_dict(model))
 
 
+def edit(folder: Path, changes: dict[str, Any]) -> None:
+    """Change settings in the file of an adapter."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def is_junk(key: str) -> bool:
     """With bias="all" PEFT files a saved module's biases three times over."""
     return key.endswith("bias") and (".original_module." in key or ".modules_to_save." in key)
@@ -313,8 +319,7 @@ def test_a_base_that_pefts_start_has_moved_is_taken_as_it_is_filed(tmp_path: Pat
 def test_a_file_of_ours_edited_to_start_elsewhere_is_found_out(init: str, tmp_path: Path) -> None:
     lora.inject(model := distilbert(), lora.LoRAConfig(r=2, target_modules=BERT))
     lora.save(model, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    edit(tmp_path, {"init_lora_weights": init})
     with pytest.raises(lora.CheckpointError, match="is not the config that"):
         lora.load(distilbert(), tmp_path)
 
@@ -334,8 +339,7 @@ def test_tied_biases_that_differ_in_the_file_are_refused(tmp_path: Path) -> None
 def test_a_start_that_the_file_does_not_hold_is_refused(init: str, tmp_path: Path) -> None:
     lora.inject(model := distilbert(), lora.LoRAConfig(target_modules=BERT))
     lora.save(model, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    edit(tmp_path, {"init_lora_weights": init})
     with pytest.raises(lora.CheckpointError, match="init_lora_weights"):
         lora.load(distilbert(), tmp_path)
 
@@ -483,8 +487,7 @@ def test_a_start_that_leaves_the_base_alone_is_no_matter(init: Any, tmp_path: Pa
     theirs = peft_on(distilbert(), peft.LoraConfig, {"r": 2, "target_modules": BERT}, None)
     move(theirs)
     theirs.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": init}))
+    edit(tmp_path, {"init_lora_weights": init})
     lora.load(model := distilbert(), tmp_path)
     assert off(model.eval(), theirs) < 1e-5
 
@@ -524,7 +527,6 @@ def test_every_key_that_peft_writes_is_computed_or_refused_by_name(tmp_path: Pat
 def test_a_strange_key_is_refused_for_every_method(method: str, tmp_path: Path) -> None:
     lora.inject(model := distilbert(), lora.METHODS[method].Config(target_modules=BERT))
     lora.save(model, tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"a_key_of_tomorrow": 1}))
+    edit(tmp_path, {"a_key_of_tomorrow": 1})
     with pytest.raises(lora.CheckpointError, match="a_key_of_tomorrow"):
         lora.load(distilbert(), tmp_path)

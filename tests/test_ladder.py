@@ -100,17 +100,18 @@ def test_help_needs_no_torch() -> None:
     assert "train" in run(code)
 
 
-def test_train_help_needs_no_transformers() -> None:
-    code = """
+@pytest.mark.parametrize(("verb", "flag"), [("train", "--lora-alpha"), ("convert", "--merged")])
+def test_a_verbs_help_needs_no_transformers(verb: str, flag: str) -> None:
+    code = f"""
 import sys
 from lora.cli import main
 try:
-    main(["train", "--help"])
+    main(["{verb}", "--help"])
 except SystemExit as stop:
     assert stop.code == 0
 assert "transformers" not in sys.modules
 """
-    assert "--lora-alpha" in run(code)
+    assert flag in run(code)
 
 
 def test_the_core_needs_torch_and_safetensors_only(tmp_path: Path) -> None:

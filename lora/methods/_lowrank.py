@@ -34,7 +34,7 @@ from lora.adapter import (
     check,
     check_pattern,
     forward,
-    is_number,
+    positive,
     probability,
     whole_number,
 )
@@ -77,10 +77,10 @@ class LowRankConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number("r", self.r)
-        check_alpha("lora_alpha", self.lora_alpha)
+        positive("lora_alpha", self.lora_alpha)
         object.__setattr__(self, "lora_alpha", float(self.lora_alpha))
         probability("lora_dropout", self.lora_dropout)
-        for name, check_value in (("rank_pattern", whole_number), ("alpha_pattern", check_alpha)):
+        for name, check_value in (("rank_pattern", whole_number), ("alpha_pattern", positive)):
             pattern = getattr(self, name)
             check(name, pattern, "a mapping of layers' names", isinstance(pattern, Mapping))
             for key, value in pattern.items():
@@ -103,13 +103,7 @@ class LowRankConfig(AdapterConfig):
         wanted = "default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga"
         check("init_lora_weights", init, wanted, bool(good))
         check("bias", self.bias, "one of " + ", ".join(get_args(Bias)), self.bias in get_args(Bias))
-        ratio = self.loraplus_lr_ratio
-        check("loraplus_lr_ratio", ratio, "a positive number", is_number(ratio) and ratio > 0)
-
-
-def check_alpha(name: str, value: object) -> None:
-    """Raise ConfigError unless the value is a positive number."""
-    check(name, value, "a positive number", is_number(value) and value > 0)  # type: ignore[operator]
+        positive("loraplus_lr_ratio", self.loraplus_lr_ratio)
 
 
 def pick(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -118,6 +112,12 @@ def pick(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
+
+
+def by_layer(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and a pattern that gives each other layer its own; by layers' names."""
+    most = Counter(values.values()).most_common(1)[0][0]
+    return most, {"^" + re.escape(n): value for n, value in values.items() if value != most}
 
 
 class LowRank(Adapter):
@@ -198,6 +198,11 @@ class LowRank(Adapter):
             U, S, Vh = svd_lowrank(W, self.r, int(self.init.rpartition("_")[2]), generator)
         root = (S[: self.r] / self.scaling).sqrt()
         return root[:, None] * Vh[: self.r], U[:, : self.r] * root
+
+    @classmethod
+    def size(cls, view: View, config: Any, module: str) -> int:
+        r: int = pick(config.rank_pattern, module, config.r)
+        return r * (view.in_features + view.out_features)
 
     def update(self) -> Tensor:
         """s(BA − B₀A₀), (out, in)."""
@@ -280,12 +285,7 @@ class LowRank(Adapter):
             # A file's keys are sorted: where that changes what fits first, each layer is named.
             patterns = dict(sorted(settings[pattern].items()))
             if any(pick(patterns, n, settings[key]) != value for n, value in wanted.items()):
-                settings[key] = Counter(wanted.values()).most_common(1)[0][0]
-                patterns = {
-                    "^" + re.escape(name): value
-                    for name, value in wanted.items()
-                    if value != settings[key]
-                }
+                settings[key], patterns = by_layer(wanted)
             settings[pattern] = patterns
         return settings
 

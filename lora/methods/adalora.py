@@ -15,6 +15,7 @@ from lora.adapter import (
     AdapterConfig,
     check,
     is_number,
+    positive,
     probability,
     whole_number,
 )
@@ -65,9 +66,8 @@ class AdaLoRAConfig(AdapterConfig):
         for name in ("tinit", "tfinal"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=0)
-        alpha = self.lora_alpha
-        check("lora_alpha", alpha, "a positive number", is_number(alpha) and alpha > 0)
-        object.__setattr__(self, "lora_alpha", float(alpha))
+        positive("lora_alpha", self.lora_alpha)
+        object.__setattr__(self, "lora_alpha", float(self.lora_alpha))
         probability("lora_dropout", self.lora_dropout)
         for name in ("beta1", "beta2"):
             beta = getattr(self, name)
@@ -175,10 +175,6 @@ class AdaLoRA(Adapter):
     def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         h = apply(view, x if mask is None else x * mask, self.lora_E * self.lora_A)
         return self.scaling * F.linear(h, self.lora_B)
-
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        y: Tensor = view.module(x)
-        return (y + self.delta(view, x, mask)).to(y.dtype)
 
     @classmethod
     def penalty(cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig) -> Tensor | None:

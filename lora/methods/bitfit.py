@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora.adapter import PartialConfig, Selection
+from lora.layers import fits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,4 +40,4 @@ class BitFit(Selection):
         module, _, leaf = name.rpartition(".")
         if leaf != "bias" or not config.small:
             return leaf == "bias"
-        return any(("." + module).endswith("." + end) for end in cls.QUERIES + cls.MIDDLES)
+        return fits(module, cls.QUERIES + cls.MIDDLES)

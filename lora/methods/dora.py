@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lora.layers import View, apply
-from lora.methods._lowrank import LowRank, LowRankConfig, pick
+from lora.methods._lowrank import LowRank, LowRankConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,8 @@ class DoRA(LowRank):
         self.lora_magnitude_vector.copy_(torch.linalg.vector_norm(W, dim=1, dtype=dtype))
 
     @classmethod
-    def size(cls, view: View, config: DoRAConfig, module: str) -> int:
-        r = pick(config.rank_pattern, module, config.r)
-        return int(r * (view.in_features + view.out_features) + view.out_features)
+    def size(cls, view: View, config: Any, module: str) -> int:
+        return super().size(view, config, module) + view.out_features
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         V = W + self.update()

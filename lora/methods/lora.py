@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora.adapter import Adapter, check
 from lora.errors import ConfigError
 from lora.layers import View
-from lora.methods._lowrank import LowRank, LowRankConfig, pick
+from lora.methods._lowrank import LowRank, LowRankConfig
 from lora.methods._tokens import Make, token_layers
 
 
@@ -119,10 +119,9 @@ class LoRA(LowRank):
         return token_layers(model, modules, config.trainable_token_indices)
 
     @classmethod
-    def size(cls, view: View, config: LoRAConfig, module: str) -> int:
-        r = pick(config.rank_pattern, module, config.r)
+    def size(cls, view: View, config: Any, module: str) -> int:
         bias = view.out_features if config.lora_bias else 0
-        return int(r * (view.in_features + view.out_features) + bias)
+        return super().size(view, config, module) + bias
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.lora_B_bias is not None:
@@ -133,7 +132,3 @@ class LoRA(LowRank):
     def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
         y = self.updated(view, x, mask)
         return y if self.lora_B_bias is None else y + self.scaling * self.lora_B_bias
-
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        y: Tensor = view.module(x)
-        return (y + self.delta(view, x, mask)).to(y.dtype)

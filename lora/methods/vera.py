@@ -116,7 +116,3 @@ class VeRA(Adapter):
         A, B = self.matrices()
         h = self.vera_lambda_d * apply(view, x if mask is None else x * mask, A)  # (..., r)
         return self.vera_lambda_b * F.linear(h, B)
-
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        y: Tensor = view.module(x)
-        return (y + self.delta(view, x, mask)).to(y.dtype)
