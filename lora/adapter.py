@@ -28,7 +28,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
+from lora.fused import autocast_on
 from lora.layers import View, apply, views
 
 METHODS: dict[str, type[Method]] = {}
@@ -372,27 +374,23 @@ class Adapter(Method, nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
-    def draw_mask(self, x: Tensor) -> Tensor | None:
-        """The dropout mask for x, scaled by 1 / (1 − p); None where nothing is dropped.
+    def draw_mask(self, x: Tensor) -> Mask | None:
+        """The dropout mask for x; None where nothing is dropped.
 
-        From torch's default generator, so that recomputation in checkpointing draws it again.
         Ids have no element to drop: on an Embedding dropout does nothing, as in PEFT.
         """
         if not self.training or self.dropout == 0.0 or not x.is_floating_point():
             return None
-        keep = 1.0 - self.dropout
-        # In float32 at least: 1 / (1 − p) rounded to bfloat16 would bias every update.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return torch.empty_like(x, dtype=wide).bernoulli_(keep).div_(keep)
+        return draw(self.dropout, x)
 
-    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         """(W' − W)(m ∘ x) + b' − b: what an additive method adds to the base layer's output."""
         W, b = view.read()
         W1, b1 = self.merged(W, b)
         shift = None if b1 is None or b1 is b else b1 if b is None else b1 - b
-        return apply(view, x if mask is None else x * mask, W1 - W, shift)
+        return apply(view, drop(x, mask), W1 - W, shift)
 
-    def reference(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def reference(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         """The specification, dtype of the base layer's output."""
         W, b = view.read()
         if mask is None:
@@ -402,7 +400,7 @@ class Adapter(Method, nn.Module):
         # Autocast has chosen a linear layer's dtype already, as it does for the base layer.
         return y if autocast_on(x) and not view.of_ids else y.to(W.dtype)
 
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         """The adapted layer's output y (..., out): of an additive method the base layer's plus
         delta(). Override for speed, never for another result."""
         if not self.additive:
@@ -613,11 +611,6 @@ def forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, list | tuple) else model(batch)
-
-
-def autocast_on(x: Tensor) -> bool:
-    """Whether autocast chooses dtypes for x; on the meta device there is none to ask."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def seeded(seed: int, module: str, parameter: str) -> torch.Generator:

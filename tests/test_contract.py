@@ -12,6 +12,7 @@ import lora
 import lora.methods
 from benchmarks import methods
 from lora.adapter import METHODS, Adapter
+from lora.dropout import Mask, drop
 from lora.layers import View
 from lora.methods.lora import LoRA, LoRAConfig
 from lora.testing import CLAUSES, cases, check_method, run_clause
@@ -64,8 +65,8 @@ class BrokenConfig(LoRAConfig):
 
 
 def wrong_scaling(cls: type[LoRA]) -> None:
-    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        dropped = x if mask is None else x * mask
+    def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        dropped = drop(x, mask)
         y: Tensor = (
             view.module(x) + (dropped.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * 2
         )
@@ -91,9 +92,9 @@ def global_random_start(cls: type[LoRA]) -> None:
 
 
 def dropped_bias(cls: type[LoRA]) -> None:
-    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         W, _ = view.read()
-        dropped = x if mask is None else x * mask
+        dropped = drop(x, mask)
         h = dropped.to(self.lora_A.dtype) @ self.lora_A.T
         y: Tensor = x @ W.T + (self.scaling * h @ self.lora_B.T).to(x.dtype)
         return y
@@ -107,8 +108,8 @@ def ignored_mask(cls: type[LoRA]) -> None:
 
 
 def detached_factor(cls: type[LoRA]) -> None:
-    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        dropped = (x if mask is None else x * mask).to(self.lora_A.dtype)
+    def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        dropped = drop(x, mask).to(self.lora_A.dtype)
         h = dropped @ self.lora_A.detach().T
         return (view.module(x) + self.scaling * h @ self.lora_B.T).to(x.dtype)
 
@@ -149,7 +150,7 @@ def doubled_in_training(cls: type[LoRA]) -> None:
 def cut_to_five(cls: type[LoRA]) -> None:
     good = cls.compute
 
-    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         y = good(self, view, x, mask)
         return torch.cat([y[..., :5, :], y[..., 5:, :] * 0], dim=-2) if y.dim() > 1 else y
 
@@ -167,7 +168,7 @@ def miscounted(cls: type[LoRA]) -> None:
 def merges_into_the_base(cls: type[LoRA]) -> None:
     good = cls.compute
 
-    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         y = good(self, view, x, mask)
         with torch.no_grad():
             view.parameters()[0].mul_(1.0009765625)
@@ -190,13 +191,13 @@ class Doubled(torch.autograd.Function):
 
 def doubled_gradient(when: Callable[[Tensor], bool]) -> Callable[[type[LoRA]], None]:
     def change(cls: type[LoRA]) -> None:
-        good = cls.delta
+        good = cls.compute
 
-        def delta(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+        def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
             found = good(self, view, x, mask)
             return Doubled.apply(found) if when(x) else found
 
-        cls.delta = delta
+        cls.compute = compute
 
     return change
 
@@ -207,8 +208,8 @@ doubled_under_autocast = doubled_gradient(lambda x: torch.is_autocast_enabled("c
 
 
 def input_detached_in_training(cls: type[LoRA]) -> None:
-    good = cls.delta
-    cls.delta = lambda self, view, x, mask: good(
+    good = cls.compute
+    cls.compute = lambda self, view, x, mask: good(
         self, view, x.detach() if self.training else x, mask
     )
 
@@ -216,7 +217,7 @@ def input_detached_in_training(cls: type[LoRA]) -> None:
 def mask_lost_on_the_road_of_several(cls: type[LoRA]) -> None:
     good = cls.delta
 
-    def compute(self: LoRA, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         y: Tensor = view.module(x)
         return (y + good(self, view, x, mask)).to(y.dtype)
 
@@ -225,12 +226,8 @@ def mask_lost_on_the_road_of_several(cls: type[LoRA]) -> None:
 
 
 def one_mask_for_ever(cls: type[LoRA]) -> None:
-    def draw_mask(self: LoRA, x: Tensor) -> Tensor | None:
-        if not self.training or self.dropout == 0:
-            return None
-        keep = 1 - self.dropout
-        mask = torch.empty_like(x, dtype=torch.float32)
-        return mask.bernoulli_(keep, generator=torch.Generator().manual_seed(0)).div_(keep)
+    def draw_mask(self: LoRA, x: Tensor) -> Mask | None:
+        return Mask(self.dropout, torch.tensor(0)) if self.training and self.dropout else None
 
     cls.draw_mask = draw_mask
 

@@ -650,7 +650,8 @@ def test_the_mask_is_drawn_in_float32() -> None:
     """1 / (1 − p) rounded to bfloat16 would bias every update."""
     model = plain().to(torch.bfloat16).train()
     lora.inject(model, lora.LoRAConfig(lora_dropout=0.1))
-    mask = model[0].adapter("default").draw_mask(torch.ones(50, 6, dtype=torch.bfloat16))
+    x = torch.ones(50, 6, dtype=torch.bfloat16)
+    mask = model[0].adapter("default").draw_mask(x).scaled(x)
     assert set(mask.unique().tolist()) == {0.0, float(torch.tensor(1.0).div(0.9))}
 
 

@@ -17,6 +17,8 @@ import lora
 LADDER = [
     {"errors"},
     {"layers"},
+    {"dropout"},
+    {"fused"},
     {"adapter"},
     {"methods"},
     {"targets"},
@@ -30,7 +32,18 @@ LADDER = [
     {"compare", "plots"},
     {"cli"},
 ]
-CORE = {"errors", "layers", "adapter", "methods", "targets", "injection", "checkpoint", "testing"}
+CORE = {
+    "errors",
+    "layers",
+    "dropout",
+    "fused",
+    "adapter",
+    "methods",
+    "targets",
+    "injection",
+    "checkpoint",
+    "testing",
+}
 TRANSFORMERS = {"models", "run", "testing"}  # run records its version, testing builds a Conv1D
 
 

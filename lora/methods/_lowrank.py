@@ -38,6 +38,7 @@ from lora.adapter import (
     probability,
     whole_number,
 )
+from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
 
@@ -211,12 +212,16 @@ class LowRank(Adapter):
             update = update - self.scaling * (self.start_B @ self.start_A)
         return update
 
-    def updated(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        """The update of m ∘ x without the (out, in) matrix: s(B(A x) − B₀(A₀ x))."""
-        dropped = x if mask is None else x * mask
-        y: Tensor = self.scaling * F.linear(apply(view, dropped, self.lora_A), self.lora_B)
-        if self.starts_away:
-            y = y - self.scaling * F.linear(apply(view, dropped, self.start_A), self.start_B)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in), B (out, r) of the update; from a start away from zero [A; A₀] and [B, −B₀]."""
+        if not self.starts_away:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+
+    def updated(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        """The update of m ∘ x without the (out, in) matrix: s B(A x)."""
+        A, B = self.factors()
+        y: Tensor = self.scaling * F.linear(apply(view, drop(x, mask), A), B)
         return y
 
     @classmethod
@@ -264,8 +269,7 @@ class LowRank(Adapter):
     def stored(self) -> dict[str, Tensor]:
         found = super().stored()
         if self.starts_away:
-            found[self.keys["lora_A"]] = torch.cat([self.lora_A, self.start_A], dim=0)
-            found[self.keys["lora_B"]] = torch.cat([self.lora_B, -self.start_B], dim=1)
+            found[self.keys["lora_A"]], found[self.keys["lora_B"]] = self.factors()
         return found
 
     @classmethod

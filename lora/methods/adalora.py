@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora import fused
 from lora.adapter import (
     Adapter,
     AdapterConfig,
@@ -19,6 +20,7 @@ from lora.adapter import (
     probability,
     whole_number,
 )
+from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
 
@@ -172,9 +174,15 @@ class AdaLoRA(Adapter):
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.scaling * (self.lora_B @ (self.lora_E * self.lora_A)), b
 
-    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
-        h = apply(view, x if mask is None else x * mask, self.lora_E * self.lora_A)
+    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        h = apply(view, drop(x, mask), self.lora_E * self.lora_A)
         return self.scaling * F.linear(h, self.lora_B)
+
+    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        if not fused.possible(view, x):
+            return super().compute(view, x, mask)
+        A, (_, b) = self.lora_E * self.lora_A, view.parameters()
+        return fused.low_rank(view, x, b, A, self.lora_B, self.scaling, mask)
 
     @classmethod
     def penalty(cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig) -> Tensor | None:

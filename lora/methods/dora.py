@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lora import fused
+from lora.dropout import Mask, drop
 from lora.layers import View, apply
 from lora.methods._lowrank import LowRank, LowRankConfig
 
@@ -66,18 +68,23 @@ class DoRA(LowRank):
         factor: Tensor = self.lora_magnitude_vector / torch.where(length > 0, length, 1.0)
         return factor
 
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         W, b = view.read()
-        factor = self.factor(self.lengths(W))
-        if mask is None:
+        factor, fast = self.factor(self.lengths(W)), fused.possible(view, x)
+        if mask is not None and fast:
+            return fused.dora(view, x, b, *self.factors(), self.scaling, factor, mask)
+        y: Tensor
+        if mask is not None:
+            y = view.module(x)
+            found = y + (factor - 1) * apply(view, drop(x, mask), W)
+            return (found + factor * self.updated(view, x, mask)).to(y.dtype)
+        if fast:
+            y = fused.low_rank(view, x, None, *self.factors(), self.scaling, None)
+            found = factor * y
+        else:
             y = apply(view, x, W)
             found = factor * (y + self.updated(view, x, None))
-            found = found if b is None else found + b
-        else:
-            y = view.module(x)
-            found = y + (factor - 1) * apply(view, x * mask, W)
-            found = found + factor * self.updated(view, x, mask)
-        return found.to(y.dtype)
+        return (found if b is None else found + b).to(y.dtype)
 
     @torch.no_grad()
     def lengths(self, W: Tensor) -> Tensor:
@@ -90,11 +97,8 @@ class DoRA(LowRank):
         if torch.compiler.is_compiling():  # which fuses V into the sum, and follows no data
             whole: Tensor = torch.linalg.vector_norm(W + self.update(), dim=1)
             return whole
-        A: Tensor = self.lora_A
-        B: Tensor = self.scaling * self.lora_B
-        if self.starts_away:
-            A = torch.cat([A, self.start_A])
-            B = torch.cat([B, -self.scaling * self.start_B], dim=1)
+        A, B = self.factors()
+        B = self.scaling * B
         W = W.to(dtype)
         own = torch.linalg.vector_norm(W, dim=1).square()
         update = ((B @ (A @ A.T)) * B).sum(dim=1)

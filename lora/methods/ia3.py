@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora.adapter import Adapter, AdapterConfig, check_pattern, names_tuple
+from lora.dropout import Mask
 from lora.errors import TargetError
 from lora.layers import View, fits
 
@@ -79,7 +80,7 @@ class IA3(Adapter):
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.ia3_l * W, b if b is None or self.feedforward else self.ia3_l[:, 0] * b
 
-    def compute(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         if mask is not None or (view.of_ids and self.feedforward):
             return self.reference(view, x, mask)
         if self.feedforward:

@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora import fused
 from lora.adapter import Adapter, check
+from lora.dropout import Mask
 from lora.errors import ConfigError
 from lora.layers import View
 from lora.methods._lowrank import LowRank, LowRankConfig
@@ -124,11 +126,21 @@ class LoRA(LowRank):
         return super().size(view, config, module) + bias
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.lora_B_bias is not None:
-            shift = self.scaling * self.lora_B_bias
-            b = shift if b is None else b + shift
-        return W + self.update(), b
+        return W + self.update(), self.shifted(b)
 
-    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def shifted(self, b: Tensor | None) -> Tensor | None:
+        """b' (out,)"""
+        if self.lora_B_bias is None:
+            return b
+        shift: Tensor = self.scaling * self.lora_B_bias
+        return shift if b is None else b + shift
+
+    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         y = self.updated(view, x, mask)
         return y if self.lora_B_bias is None else y + self.scaling * self.lora_B_bias
+
+    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        if not fused.possible(view, x):
+            return super().compute(view, x, mask)
+        b = self.shifted(view.parameters()[1])
+        return fused.low_rank(view, x, b, *self.factors(), self.scaling, mask)

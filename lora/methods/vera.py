@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora import fused
 from lora.adapter import Adapter, AdapterConfig, check, is_number, probability, whole_number
+from lora.dropout import Mask, drop
 from lora.layers import View, apply
 
 
@@ -111,8 +113,15 @@ class VeRA(Adapter):
         A, B = self.matrices()
         return W + self.vera_lambda_b[:, None] * (B @ (self.vera_lambda_d[:, None] * A)), b
 
-    def delta(self, view: View, x: Tensor, mask: Tensor | None) -> Tensor:
+    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         # The vectors scale what flows: scaling A and B would cost the gradients of both.
         A, B = self.matrices()
-        h = self.vera_lambda_d * apply(view, x if mask is None else x * mask, A)  # (..., r)
+        h = self.vera_lambda_d * apply(view, drop(x, mask), A)  # (..., r)
         return self.vera_lambda_b * F.linear(h, B)
+
+    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+        if not fused.possible(view, x):
+            return super().compute(view, x, mask)
+        _, b = view.parameters()
+        inner, outer = self.vera_lambda_d, self.vera_lambda_b
+        return fused.vera(view, x, b, *self.matrices(), inner, outer, mask)

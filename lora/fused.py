@@ -1,0 +1,308 @@
+"""The fast path: one autograd.Function per equation, each beside it.
+
+What autograd would keep of an update is a copy of the input for every cast and every dropout, and
+what it would do is add whole activations that a product could have been added into. Here forward
+keeps x by reference, h = x Aᵀ (tokens, r), and for dropout the mask's seed; backward makes the rest
+again. A frozen weight gets no gradient; those of A and B are summed in float32 whatever the base's
+dtype is. Under autocast everything is computed in its dtype, from frozen weights that are cast once
+and not at every step.
+
+The specification is lora.adapter's; the contract holds values and gradients to it. Where a Function
+cannot go the composition of plain operations does the work, knowingly: `possible`. Its first
+derivatives are all there are: a second backward is a TrainingError.
+
+    Shapes    x (..., in)   W (out, in) frozen   b (out,)   A (r, in)   B (out, r)   y (..., out)
+    m         the dropout mask, 1 where an element stays; c = 1 / (1 − p)
+    g         the gradient of y; tokens = the product of x's leading dimensions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora.dropout import Mask
+from lora.errors import TrainingError
+from lora.layers import View
+
+_off = False
+_casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Compute by plain operations within: for second derivatives, and for comparison."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def possible(view: View, x: Tensor) -> bool:
+    """Whether a Function can compute the layer, and gives what calling the layer would."""
+    module = view.module
+    return not (
+        _off
+        or view.of_ids  # ids have no gradient, and a table no product
+        or x.is_nested
+        or view.parameters()[0].requires_grad
+        or module._forward_hooks  # somebody looks at the layer's own output
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
+        or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast chooses dtypes for x; on the meta device there is none to ask."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the products of x: autocast's where that is on, which leaves float64 alone."""
+    if autocast_on(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _weight(view: View, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """W (out, in) as it is, or under autocast in `dtype`, cast once while it stays what it is."""
+    weight, _ = view.parameters()
+    found = _cast(weight, dtype) if autocast_on(x) and weight.dtype != dtype else weight.detach()
+    return found.T if view.transposed else found
+
+
+def _cast(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    if weight.is_inference():  # which count no versions
+        return weight.to(dtype)
+    state = (weight._version, weight.data_ptr(), weight.device, dtype)
+    known = _casts.get(weight)
+    if known is None or known[0] != state:
+        known = (state, weight.detach().to(dtype))
+        _casts[weight] = known
+    cast: Tensor = known[1]
+    return cast
+
+
+def _plain(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast off: the dtypes are chosen already."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(tokens, features)"""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _thin(g: Tensor, B: Tensor) -> Tensor:
+    """g B (tokens, r). A product is faster by rows than by the columns of a thin matrix."""
+    return F.linear(g, B.T.contiguous())
+
+
+def _summed(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right, over all tokens, in float32 at least."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    return left.to(wide).T @ right.to(wide)
+
+
+def _once() -> None:
+    if torch.is_grad_enabled():  # only where backward was asked for its own graph
+        raise TrainingError(
+            "a fused layer has first derivatives only, found a backward with create_graph=True."
+            " Compute forward and backward within lora.fused.off()."
+        )
+
+
+class _LowRank(torch.autograd.Function):
+    """y = x Wᵀ + b + s c (m ∘ x) Aᵀ Bᵀ
+
+    h  = (m ∘ x) Aᵀ                          (tokens, r)
+    gA = s c (g B)ᵀ (m ∘ x)   gB = s c gᵀ h   gb = Σ g
+    gx = g W + s c m ∘ (g B A)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
+        mask: Mask | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        with _plain(x):
+            rows = _rows(x).to(dtype)
+            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            h = F.linear(rows if mask is None else rows * mask.keep(rows), A.to(dtype))
+            y.addmm_(h, (s * B).to(dtype).T)
+        ctx.save_for_backward(x, W, A, B, h, None if mask is None else mask.seed)
+        ctx.s, ctx.p, ctx.dtype = s, None if mask is None else mask.p, dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _once()
+        x, W, A, B, h, seed = ctx.saved_tensors
+        needs_x, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
+        gx = gA = gB = gb = None
+        with _plain(x):
+            g = _rows(grads[0])
+            gh = _thin(g, (ctx.s * B).to(ctx.dtype))
+            rows = _rows(x).to(ctx.dtype)
+            keep = None if seed is None else Mask(ctx.p, seed).keep(rows)
+            if needs_A:
+                gA = _summed(gh, rows if keep is None else rows * keep)
+            if needs_B:
+                gB = ctx.s * _summed(h, g).T
+            if needs_b:
+                gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+            if needs_x:
+                gx = g @ W
+                A = A.to(ctx.dtype)
+                gx = gx.addmm_(gh, A) if keep is None else gx.addcmul_(gh @ A, keep)
+                gx = gx.view(x.shape).to(x.dtype)
+        return gx, None, gb, gA, gB, None, None, None
+
+
+def low_rank(
+    view: View, x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    mask: Mask | None,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + b + scaling · (m ∘ x) Aᵀ Bᵀ, m scaled by 1 / (1 − p), in the layer's dtype."""
+    dtype = compute_dtype(x)
+    W = _weight(view, x, dtype)
+    s = scaling if mask is None else scaling * mask.scale
+    y: Tensor = _LowRank.apply(x, W, b, A, B, s, mask, dtype)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _DoRA(torch.autograd.Function):
+    """y = x Wᵀ + b + c (f ∘ z − q), q = (m ∘ x) Wᵀ, z = q + s h Bᵀ: DoRA in training with dropout
+
+    f (out,) = magnitude / length, so that (W' − W) (m ∘ x) takes a second product with W.
+    h  = (m ∘ x) Aᵀ
+    gz = c f ∘ g   gf = c Σ g ∘ z   gA = s (gz B)ᵀ (m ∘ x)   gB = s gzᵀ h
+    gx = g W + m ∘ ((gz − c g) W + s gz B A)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
+        f: Tensor, mask: Mask, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        with _plain(x):
+            rows = _rows(x).to(dtype)
+            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            kept = rows * mask.keep(rows)
+            q = F.linear(kept, W)
+            h = F.linear(kept, A.to(dtype))
+            z = torch.addmm(q, h, (s * B).to(dtype).T)
+            y = (y + mask.scale * (f * z - q)).to(dtype)
+        ctx.save_for_backward(x, W, A, B, h, f, z, mask.seed)
+        ctx.s, ctx.p, ctx.dtype = s, mask.p, dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _once()
+        x, W, A, B, h, f, z, seed = ctx.saved_tensors
+        needs_x, _, needs_b, needs_A, needs_B, _, needs_f, *_ = ctx.needs_input_grad
+        mask = Mask(ctx.p, seed)
+        gx = gA = gB = gb = gf = None
+        with _plain(x):
+            g = _rows(grads[0])
+            gz = (mask.scale * f * g).to(ctx.dtype)
+            gh = _thin(gz, (ctx.s * B).to(ctx.dtype))
+            rows = _rows(x).to(ctx.dtype)
+            keep = mask.keep(rows)
+            if needs_A:
+                gA = _summed(gh, rows * keep)
+            if needs_B:
+                gB = ctx.s * _summed(h, gz).T
+            if needs_b:
+                gb = g.sum(0, dtype=f.dtype)
+            if needs_f:
+                gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
+            if needs_x:
+                dropped = (gz.sub_(g, alpha=mask.scale) @ W).addmm_(gh, A.to(ctx.dtype))
+                gx = (g @ W).addcmul_(dropped, keep).view(x.shape).to(x.dtype)
+        return gx, None, gb, gA, gB, None, gf, None, None
+
+
+def dora(
+    view: View, x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, factor: Tensor,
+    mask: Mask,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + b + ((factor ∘ (W + scaling · B A)) − W) (m ∘ x), m scaled, in the layer's dtype."""
+    dtype = compute_dtype(x)
+    W = _weight(view, x, dtype)
+    y: Tensor = _DoRA.apply(x, W, b, A, B, scaling, factor, mask, dtype)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _VeRA(torch.autograd.Function):
+    """y = x Wᵀ + b + c u ∘ λ_b, u = (h ∘ λ_d) Bᵀ, h = (m ∘ x) Aᵀ, with A and B frozen
+
+    inner = λ_d (r,), outer = λ_b (out,). r is not thin here: u is kept, and x is not.
+    gλ_b = c Σ g ∘ u   gv = (c g ∘ λ_b) B   gλ_d = Σ gv ∘ h   gx = g W + m ∘ ((gv ∘ λ_d) A)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, inner: Tensor,
+        outer: Tensor, mask: Mask | None, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        c = 1.0 if mask is None else mask.scale
+        with _plain(x):
+            rows = _rows(x).to(dtype)
+            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            A, B = A.to(dtype), B.to(dtype)
+            h = F.linear(rows if mask is None else rows * mask.keep(rows), A)
+            u = F.linear((h * inner).to(dtype), B)
+            y = y.addcmul_(u, outer.to(dtype), value=c)
+        ctx.save_for_backward(W, A, B, inner, outer, h, u, None if mask is None else mask.seed)
+        ctx.c, ctx.p, ctx.dtype = c, None if mask is None else mask.p, dtype
+        ctx.shape, ctx.x_dtype, ctx.device = x.shape, x.dtype, x.device
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _once()
+        W, A, B, inner, outer, h, u, seed = ctx.saved_tensors
+        needs_x, _, needs_b, *_ = ctx.needs_input_grad
+        gx = gb = None
+        with _plain(grads[0]):
+            g = _rows(grads[0])
+            wide = torch.promote_types(g.dtype, torch.float32)
+            gv = (ctx.c * outer * g).to(ctx.dtype) @ B
+            ginner = (gv * h).sum(0, dtype=wide)
+            gouter = ctx.c * (g * u).sum(0, dtype=wide)
+            if needs_b:
+                gb = g.sum(0, dtype=wide)
+            if needs_x:
+                gx, gh = g @ W, (gv * inner).to(ctx.dtype)
+                if seed is None:
+                    gx = gx.addmm_(gh, A)
+                else:
+                    gx = gx.addcmul_(gh @ A, Mask(ctx.p, seed).keep(gx))
+                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+        return gx, None, gb, None, None, ginner, gouter, None, None
+
+
+def vera(
+    view: View, x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, inner: Tensor, outer: Tensor,
+    mask: Mask | None,
+) -> Tensor:  # fmt: skip
+    """x Wᵀ + b + outer ∘ ((inner ∘ ((m ∘ x) Aᵀ)) Bᵀ), m scaled, in the layer's dtype."""
+    dtype = compute_dtype(x)
+    y: Tensor = _VeRA.apply(  # type: ignore[no-untyped-call]
+        x, _weight(view, x, dtype), b, A, B, inner, outer, mask, dtype
+    )
+    return y
