@@ -31,6 +31,8 @@ from lora.dropout import Mask
 from lora.errors import TrainingError
 from lora.layers import View
 
+Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
+
 _off = False
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
@@ -116,6 +118,29 @@ def _summed(left: Tensor, right: Tensor) -> Tensor:
     return left.to(wide).T @ right.to(wide)
 
 
+def _update(
+    kept: Tensor, A: Tensor, B: Tensor, s: float, start: Start, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """h (tokens, r), and y + s (B A − B₀ A₀) kept: in place, where y may be written to."""
+    h = F.linear(kept, A.to(y.dtype))
+    B = (s * B).to(y.dtype)
+    if start is None:
+        return h, y.addmm_(h, B.T)
+    A0, B0 = (tensor.to(y.dtype) for tensor in start)
+    # Apart, so that the two are the same bits at the start, and leave y's as they are.
+    return h, y.add_(h @ B.T - F.linear(kept, A0) @ (s * B0).T)
+
+
+def _back(gh: Tensor, g: Tensor, A: Tensor, s: float, start: Start, onto: Tensor | None) -> Tensor:
+    """The update's gradient of what it was computed from, added to `onto` in place."""
+    A = A.to(g.dtype)
+    found = gh @ A if onto is None else onto.addmm_(gh, A)
+    if start is not None:
+        A0, B0 = (tensor.to(g.dtype) for tensor in start)
+        found.addmm_(_thin(g, s * B0), A0, alpha=-1)
+    return found
+
+
 def _once() -> None:
     if torch.is_grad_enabled():  # only where backward was asked for its own graph
         raise TrainingError(
@@ -125,25 +150,26 @@ def _once() -> None:
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x Wᵀ + b + s c (m ∘ x) Aᵀ Bᵀ
+    """y = x Wᵀ + b + s (m ∘ x) (B A − B₀ A₀)ᵀ, s with c in it
 
-    h  = (m ∘ x) Aᵀ                          (tokens, r)
-    gA = s c (g B)ᵀ (m ∘ x)   gB = s c gᵀ h   gb = Σ g
-    gx = g W + s c m ∘ (g B A)
+    h  = (m ∘ x) Aᵀ                      (tokens, r)
+    gA = s (g B)ᵀ (m ∘ x)   gB = s gᵀ h   gb = Σ g
+    gx = g W + s m ∘ (g (B A − B₀ A₀))
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
-        mask: Mask | None, dtype: torch.dtype,
+        start: Start, mask: Mask | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         with _plain(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
-            h = F.linear(rows if mask is None else rows * mask.keep(rows), A.to(dtype))
-            y.addmm_(h, (s * B).to(dtype).T)
+            kept = rows if mask is None else rows * mask.keep(rows)
+            h, y = _update(kept, A, B, s, start, y)
         ctx.save_for_backward(x, W, A, B, h, None if mask is None else mask.seed)
         ctx.s, ctx.p, ctx.dtype = s, None if mask is None else mask.p, dtype
+        ctx.start = start
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -165,55 +191,56 @@ class _LowRank(torch.autograd.Function):
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
             if needs_x:
                 gx = g @ W
-                A = A.to(ctx.dtype)
-                gx = gx.addmm_(gh, A) if keep is None else gx.addcmul_(gh @ A, keep)
+                if keep is None:
+                    gx = _back(gh, g, A, ctx.s, ctx.start, gx)
+                else:
+                    gx.addcmul_(_back(gh, g, A, ctx.s, ctx.start, None), keep)
                 gx = gx.view(x.shape).to(x.dtype)
-        return gx, None, gb, gA, gB, None, None, None
+        return gx, None, gb, gA, gB, None, None, None, None
 
 
 def low_rank(
     view: View, x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float,
-    mask: Mask | None,
+    mask: Mask | None, start: Start = None,
 ) -> Tensor:  # fmt: skip
-    """x Wᵀ + b + scaling · (m ∘ x) Aᵀ Bᵀ, m scaled by 1 / (1 − p), in the layer's dtype."""
+    """x Wᵀ + b + scaling · (m ∘ x) (B A − B₀ A₀)ᵀ, m scaled, in the layer's dtype; start A₀, B₀."""
     dtype = compute_dtype(x)
     W = _weight(view, x, dtype)
     s = scaling if mask is None else scaling * mask.scale
-    y: Tensor = _LowRank.apply(x, W, b, A, B, s, mask, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRank.apply(x, W, b, A, B, s, start, mask, dtype)  # type: ignore[no-untyped-call]
     return y
 
 
 class _DoRA(torch.autograd.Function):
-    """y = x Wᵀ + b + c (f ∘ z − q), q = (m ∘ x) Wᵀ, z = q + s h Bᵀ: DoRA in training with dropout
+    """y = x Wᵀ + b + c (f ∘ z − q), q = (m ∘ x) Wᵀ, z = q + s (m ∘ x) (B A − B₀ A₀)ᵀ
 
-    f (out,) = magnitude / length, so that (W' − W) (m ∘ x) takes a second product with W.
-    h  = (m ∘ x) Aᵀ
+    DoRA with dropout. f (out,) = magnitude / length, so that (W' − W) (m ∘ x) takes a second
+    product with W.   h = (m ∘ x) Aᵀ
     gz = c f ∘ g   gf = c Σ g ∘ z   gA = s (gz B)ᵀ (m ∘ x)   gB = s gzᵀ h
-    gx = g W + m ∘ ((gz − c g) W + s gz B A)
+    gx = g W + m ∘ ((gz − c g) W + s gz (B A − B₀ A₀))
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
-        f: Tensor, mask: Mask, dtype: torch.dtype,
+        start: Start, f: Tensor, mask: Mask, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         with _plain(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             kept = rows * mask.keep(rows)
             q = F.linear(kept, W)
-            h = F.linear(kept, A.to(dtype))
-            z = torch.addmm(q, h, (s * B).to(dtype).T)
+            h, z = _update(kept, A, B, s, start, q.clone())
             y = (y + mask.scale * (f * z - q)).to(dtype)
         ctx.save_for_backward(x, W, A, B, h, f, z, mask.seed)
-        ctx.s, ctx.p, ctx.dtype = s, mask.p, dtype
+        ctx.s, ctx.p, ctx.dtype, ctx.start = s, mask.p, dtype, start
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
         x, W, A, B, h, f, z, seed = ctx.saved_tensors
-        needs_x, _, needs_b, needs_A, needs_B, _, needs_f, *_ = ctx.needs_input_grad
+        needs_x, _, needs_b, needs_A, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
         mask = Mask(ctx.p, seed)
         gx = gA = gB = gb = gf = None
         with _plain(x):
@@ -231,19 +258,20 @@ class _DoRA(torch.autograd.Function):
             if needs_f:
                 gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
             if needs_x:
-                dropped = (gz.sub_(g, alpha=mask.scale) @ W).addmm_(gh, A.to(ctx.dtype))
+                dropped = torch.sub(gz, g, alpha=mask.scale) @ W
+                dropped = _back(gh, gz, A, ctx.s, ctx.start, dropped)
                 gx = (g @ W).addcmul_(dropped, keep).view(x.shape).to(x.dtype)
-        return gx, None, gb, gA, gB, None, gf, None, None
+        return gx, None, gb, gA, gB, None, None, gf, None, None
 
 
 def dora(
     view: View, x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, factor: Tensor,
-    mask: Mask,
+    mask: Mask, start: Start = None,
 ) -> Tensor:  # fmt: skip
-    """x Wᵀ + b + ((factor ∘ (W + scaling · B A)) − W) (m ∘ x), m scaled, in the layer's dtype."""
+    """x Wᵀ + b + (factor ∘ (W + scaling · (B A − B₀ A₀)) − W) (m ∘ x), m scaled."""
     dtype = compute_dtype(x)
     W = _weight(view, x, dtype)
-    y: Tensor = _DoRA.apply(x, W, b, A, B, scaling, factor, mask, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _DoRA.apply(x, W, b, A, B, scaling, start, factor, mask, dtype)  # type: ignore[no-untyped-call]
     return y
 
 

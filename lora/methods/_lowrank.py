@@ -212,16 +212,17 @@ class LowRank(Adapter):
             update = update - self.scaling * (self.start_B @ self.start_A)
         return update
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in), B (out, r) of the update; from a start away from zero [A; A₀] and [B, −B₀]."""
-        if not self.starts_away:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ (r, in), B₀ (out, r)"""
+        return (self.start_A, self.start_B) if self.starts_away else None
 
     def updated(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        """The update of m ∘ x without the (out, in) matrix: s B(A x)."""
-        A, B = self.factors()
-        y: Tensor = self.scaling * F.linear(apply(view, drop(x, mask), A), B)
+        """The update of m ∘ x without the (out, in) matrix: s(B(A x) − B₀(A₀ x))."""
+        dropped = drop(x, mask)
+        y: Tensor = self.scaling * F.linear(apply(view, dropped, self.lora_A), self.lora_B)
+        if self.starts_away:
+            y = y - self.scaling * F.linear(apply(view, dropped, self.start_A), self.start_B)
         return y
 
     @classmethod
@@ -269,7 +270,8 @@ class LowRank(Adapter):
     def stored(self) -> dict[str, Tensor]:
         found = super().stored()
         if self.starts_away:
-            found[self.keys["lora_A"]], found[self.keys["lora_B"]] = self.factors()
+            found[self.keys["lora_A"]] = torch.cat([self.lora_A, self.start_A], dim=0)
+            found[self.keys["lora_B"]] = torch.cat([self.lora_B, -self.start_B], dim=1)
         return found
 
     @classmethod

@@ -71,15 +71,16 @@ class DoRA(LowRank):
     def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         W, b = view.read()
         factor, fast = self.factor(self.lengths(W)), fused.possible(view, x)
+        own = self.lora_A, self.lora_B, self.scaling
         if mask is not None and fast:
-            return fused.dora(view, x, b, *self.factors(), self.scaling, factor, mask)
+            return fused.dora(view, x, b, *own, factor, mask, self.start)
         y: Tensor
         if mask is not None:
             y = view.module(x)
             found = y + (factor - 1) * apply(view, drop(x, mask), W)
             return (found + factor * self.updated(view, x, mask)).to(y.dtype)
         if fast:
-            y = fused.low_rank(view, x, None, *self.factors(), self.scaling, None)
+            y = fused.low_rank(view, x, None, *own, None, self.start)
             found = factor * y
         else:
             y = apply(view, x, W)
@@ -97,8 +98,11 @@ class DoRA(LowRank):
         if torch.compiler.is_compiling():  # which fuses V into the sum, and follows no data
             whole: Tensor = torch.linalg.vector_norm(W + self.update(), dim=1)
             return whole
-        A, B = self.factors()
-        B = self.scaling * B
+        A: Tensor = self.lora_A
+        B: Tensor = self.scaling * self.lora_B
+        if self.starts_away:
+            A = torch.cat([A, self.start_A])
+            B = torch.cat([B, -self.scaling * self.start_B], dim=1)
         W = W.to(dtype)
         own = torch.linalg.vector_norm(W, dim=1).square()
         update = ((B @ (A @ A.T)) * B).sum(dim=1)

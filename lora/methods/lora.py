@@ -143,4 +143,5 @@ class LoRA(LowRank):
         if not fused.possible(view, x):
             return super().compute(view, x, mask)
         b = self.shifted(view.parameters()[1])
-        return fused.low_rank(view, x, b, *self.factors(), self.scaling, mask)
+        A, B = self.lora_A, self.lora_B
+        return fused.low_rank(view, x, b, A, B, self.scaling, mask, self.start)
