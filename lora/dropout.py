@@ -14,6 +14,7 @@ checkpointing draws it again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 GAMMA = 0x9E3779B97F4A7C15 - 2**64  # int64 wraps around, as the source's uint64 does
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
+
+BLOCK = 2**20  # elements
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,28 @@ class Mask:
 
     def keep(self, x: Tensor) -> Tensor:
         """1 where the element stays and 0 where it is dropped, shape, dtype and device of x."""
-        rows, count = x.numel() // max(x.shape[-1], 1), x.numel()
-        found = words(self.seed, -(-count // 8) + rows)
+        rows = x.reshape(-1, x.shape[-1])
+        bytes_, limits = self._bytes(rows)
+        return bytes_.ge_(limits).to(x.dtype).view(x.shape)
+
+    def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """keep(rows) of (tokens, in) in parts that a processor's cache holds, each new memory."""
+        bytes_, limits = self._bytes(rows)
+        count = len(rows) if rows.is_cuda else max(1, BLOCK // max(1, rows.shape[1]))
+        for start in range(0, len(rows), count):
+            part = slice(start, start + count)
+            yield part, bytes_[part].ge_(limits[part]).to(rows.dtype)
+
+    def _bytes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A byte for each element (tokens, in), and each row's threshold (tokens, 1)."""
+        count = rows.numel()
+        found = words(self.seed, -(-count // 8) + len(rows))
         sure = int(self.p * 256)
         left = round((self.p * 256 - sure) * 65536)
         # A threshold of 256 is past the range of a byte.
         kind = torch.uint8 if sure < 255 else torch.int16
-        limits = (found[-rows:] & 0xFFFF).lt(left).to(kind).add_(sure) if rows else found.to(kind)
-        bytes_ = found.view(torch.uint8)[:count].view(rows, x.shape[-1])
-        out = torch.empty(bytes_.shape, dtype=x.dtype, device=x.device)
-        return torch.ge(bytes_, limits.view(rows, 1), out=out).view(x.shape)
+        limits = (found[len(found) - len(rows) :] & 0xFFFF).lt(left).to(kind).add_(sure)
+        return found.view(torch.uint8)[:count].view(rows.shape), limits.view(-1, 1)
 
     def scaled(self, x: Tensor) -> Tensor:
         """The mask that multiplies x: keep / (1 − p), in float32 at least.

@@ -118,27 +118,53 @@ def _summed(left: Tensor, right: Tensor) -> Tensor:
     return left.to(wide).T @ right.to(wide)
 
 
+def _dropped(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
+    """(m ∘ rows) Aᵀ"""
+    if mask is None:
+        return F.linear(rows, A)
+    h = rows.new_empty(len(rows), len(A))
+    for part, keep in mask.blocks(rows):
+        torch.mm(keep.mul_(rows[part]), A.T, out=h[part])
+    return h
+
+
 def _update(
-    kept: Tensor, A: Tensor, B: Tensor, s: float, start: Start, y: Tensor
+    rows: Tensor, A: Tensor, B: Tensor, s: float, start: Start, mask: Mask | None, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """h (tokens, r), and y + s (B A − B₀ A₀) kept: in place, where y may be written to."""
-    h = F.linear(kept, A.to(y.dtype))
+    """h (tokens, r), and y + s (m ∘ rows) (B A − B₀ A₀)ᵀ, written over y."""
+    h = _dropped(rows, A.to(y.dtype), mask)
     B = (s * B).to(y.dtype)
     if start is None:
         return h, y.addmm_(h, B.T)
     A0, B0 = (tensor.to(y.dtype) for tensor in start)
     # Apart, so that the two are the same bits at the start, and leave y's as they are.
-    return h, y.add_(h @ B.T - F.linear(kept, A0) @ (s * B0).T)
+    return h, y.add_(h @ B.T - _dropped(rows, A0, mask) @ (s * B0).T)
 
 
-def _back(gh: Tensor, g: Tensor, A: Tensor, s: float, start: Start, onto: Tensor | None) -> Tensor:
-    """The update's gradient of what it was computed from, added to `onto` in place."""
-    A = A.to(g.dtype)
-    found = gh @ A if onto is None else onto.addmm_(gh, A)
+def _back(
+    g: Tensor, rows: Tensor, A: Tensor, B: Tensor, s: float, start: Start, mask: Mask | None,
+    gx: Tensor | None, needs_A: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """gh = s g B (tokens, r), and ghᵀ (m ∘ rows), the gradient of A; writes gx over with
+    gx + m ∘ s g (B A − B₀ A₀). The mask is made once for both."""
+    gh = _thin(g, (s * B).to(g.dtype))
+    ways = [(gh, A.to(g.dtype))]
     if start is not None:
-        A0, B0 = (tensor.to(g.dtype) for tensor in start)
-        found.addmm_(_thin(g, s * B0), A0, alpha=-1)
-    return found
+        ways.append((_thin(g, (-s * start[1]).to(g.dtype)), start[0].to(g.dtype)))
+    wide = torch.promote_types(g.dtype, torch.float32)
+    gA = A.new_zeros(A.shape, dtype=wide) if needs_A else None
+    parts: Any = [(slice(None), None)] if mask is None else mask.blocks(rows)
+    for part, keep in parts:
+        if gx is not None:
+            for gh_, A_ in ways:
+                if keep is None:
+                    gx.addmm_(gh_, A_)
+                else:
+                    gx[part].addcmul_(gh_[part] @ A_, keep)
+        if gA is not None:
+            kept = rows[part] if keep is None else keep.mul_(rows[part])
+            gA.addmm_(gh[part].to(wide).T, kept.to(wide))
+    return gh, gA
 
 
 def _once() -> None:
@@ -165,8 +191,7 @@ class _LowRank(torch.autograd.Function):
         with _plain(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
-            kept = rows if mask is None else rows * mask.keep(rows)
-            h, y = _update(kept, A, B, s, start, y)
+            h, y = _update(rows, A, B, s, start, mask, y)
         ctx.save_for_backward(x, W, A, B, h, None if mask is None else mask.seed)
         ctx.s, ctx.p, ctx.dtype = s, None if mask is None else mask.p, dtype
         ctx.start = start
@@ -177,25 +202,18 @@ class _LowRank(torch.autograd.Function):
         _once()
         x, W, A, B, h, seed = ctx.saved_tensors
         needs_x, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
-        gx = gA = gB = gb = None
+        mask = None if seed is None else Mask(ctx.p, seed)
+        gB = gb = None
         with _plain(x):
             g = _rows(grads[0])
-            gh = _thin(g, (ctx.s * B).to(ctx.dtype))
+            gx = g @ W if needs_x else None
             rows = _rows(x).to(ctx.dtype)
-            keep = None if seed is None else Mask(ctx.p, seed).keep(rows)
-            if needs_A:
-                gA = _summed(gh, rows if keep is None else rows * keep)
+            _, gA = _back(g, rows, A, B, ctx.s, ctx.start, mask, gx, needs_A)
             if needs_B:
                 gB = ctx.s * _summed(h, g).T
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-            if needs_x:
-                gx = g @ W
-                if keep is None:
-                    gx = _back(gh, g, A, ctx.s, ctx.start, gx)
-                else:
-                    gx.addcmul_(_back(gh, g, A, ctx.s, ctx.start, None), keep)
-                gx = gx.view(x.shape).to(x.dtype)
+        gx = None if gx is None else gx.view(x.shape).to(x.dtype)
         return gx, None, gb, gA, gB, None, None, None, None
 
 
@@ -228,9 +246,9 @@ class _DoRA(torch.autograd.Function):
         with _plain(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
-            kept = rows * mask.keep(rows)
+            kept = mask.keep(rows).mul_(rows)
             q = F.linear(kept, W)
-            h, z = _update(kept, A, B, s, start, q.clone())
+            h, z = _update(kept, A, B, s, start, None, q.clone())
             y = (y + mask.scale * (f * z - q)).to(dtype)
         ctx.save_for_backward(x, W, A, B, h, f, z, mask.seed)
         ctx.s, ctx.p, ctx.dtype, ctx.start = s, mask.p, dtype, start
@@ -242,24 +260,23 @@ class _DoRA(torch.autograd.Function):
         x, W, A, B, h, f, z, seed = ctx.saved_tensors
         needs_x, _, needs_b, needs_A, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
         mask = Mask(ctx.p, seed)
-        gx = gA = gB = gb = gf = None
+        gx = dropped = gB = gb = gf = None
         with _plain(x):
             g = _rows(grads[0])
             gz = (mask.scale * f * g).to(ctx.dtype)
-            gh = _thin(gz, (ctx.s * B).to(ctx.dtype))
             rows = _rows(x).to(ctx.dtype)
             keep = mask.keep(rows)
-            if needs_A:
-                gA = _summed(gh, rows * keep)
+            if needs_x:
+                dropped = torch.sub(gz, g, alpha=mask.scale) @ W
+            kept = keep * rows if needs_A else rows
+            _, gA = _back(gz, kept, A, B, ctx.s, ctx.start, None, dropped, needs_A)
             if needs_B:
                 gB = ctx.s * _summed(h, gz).T
             if needs_b:
                 gb = g.sum(0, dtype=f.dtype)
             if needs_f:
                 gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
-            if needs_x:
-                dropped = torch.sub(gz, g, alpha=mask.scale) @ W
-                dropped = _back(gh, gz, A, ctx.s, ctx.start, dropped)
+            if dropped is not None:
                 gx = (g @ W).addcmul_(dropped, keep).view(x.shape).to(x.dtype)
         return gx, None, gb, gA, gB, None, None, gf, None, None
 
@@ -292,7 +309,7 @@ class _VeRA(torch.autograd.Function):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             A, B = A.to(dtype), B.to(dtype)
-            h = F.linear(rows if mask is None else rows * mask.keep(rows), A)
+            h = _dropped(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=c)
         ctx.save_for_backward(W, A, B, inner, outer, h, u, None if mask is None else mask.seed)
@@ -317,9 +334,10 @@ class _VeRA(torch.autograd.Function):
             if needs_x:
                 gx, gh = g @ W, (gv * inner).to(ctx.dtype)
                 if seed is None:
-                    gx = gx.addmm_(gh, A)
+                    gx.addmm_(gh, A)
                 else:
-                    gx = gx.addcmul_(gh @ A, Mask(ctx.p, seed).keep(gx))
+                    for part, keep in Mask(ctx.p, seed).blocks(gx):
+                        gx[part].addcmul_(gh[part] @ A, keep)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, None, None, ginner, gouter, None, None
 

@@ -16,7 +16,7 @@ import transformers
 
 from lora import demo
 from lora.errors import ModelError
-from lora.layers import backbone
+from lora.layers import backbone, kind
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -140,6 +140,27 @@ def _transformers_base(base: str, labels: int, task: str) -> Base:
         )
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     return Base(model.eval(), tokenizer, new)
+
+
+def bfloat16_here(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 itself: AVX512-BF16 or AMX, CUDA from 8.0 on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def hold(model: Any, dtype: str) -> None:
+    """Hold the frozen weights of linear layers in `dtype`; what trains stays as it is.
+
+    Embeddings, norms and biases are few, and stay in float32: the model runs under autocast.
+    """
+    if dtype != "bfloat16":
+        return
+    for module in model.modules():
+        if kind(module) in ("Linear", "Conv1D") and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
 def _cached(name: str) -> bool:
