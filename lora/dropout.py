@@ -14,6 +14,7 @@ checkpointing draws it again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,8 +41,7 @@ class Mask:
 
     def keep(self, x: Tensor) -> Tensor:
         """1 where the element stays and 0 where it is dropped, shape, dtype and device of x."""
-        rows = x.reshape(-1, x.shape[-1])
-        bytes_, limits = self._bytes(rows)
+        bytes_, limits = self._bytes(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
         return bytes_.ge_(limits).to(x.dtype).view(x.shape)
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
