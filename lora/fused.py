@@ -33,6 +33,8 @@ from lora.layers import View
 
 Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
 
+PART = 256  # tokens
+
 _off = False
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
@@ -111,7 +113,15 @@ def _summed(left: Tensor, right: Tensor, s: float) -> Tensor:
     """s leftᵀ right, over all tokens, in float32 at least."""
     if left.dtype.itemsize == 2:
         left, right = left.float(), right.float()
-    return (left.t() @ right).mul_(s)
+    parts = len(left) // PART
+    if parts < 2 or left.is_cuda:
+        return (left.t() @ right).mul_(s)
+    # Two thirds of the time of one product over all of them: a part stays in the cache.
+    whole = parts * PART
+    found = torch.bmm(
+        left[:whole].view(parts, PART, -1).mT, right[:whole].view(parts, PART, -1)
+    ).sum(0)
+    return found.addmm_(left[whole:].t(), right[whole:]).mul_(s)
 
 
 def _dropped(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:

@@ -1,0 +1,171 @@
+"""One training step over that of a frozen model, ours beside peft's and full fine-tuning.
+
+python -m benchmarks.step [--quick] [--json FILE]
+
+DistilBERT-base's shapes with random weights, r = 8 on all six linears of each layer; a step is
+forward, backward, AdamW. "limit" has every weight frozen and the gradient flowing to the
+embeddings' output: no adapter can be faster. In bfloat16 the limit and ours hold their frozen
+linears in it, as `lora train --dtype bfloat16` does; peft and full fine-tuning keep float32 weights
+under autocast, as their users do. Where the processor has no bfloat16 products, its rows say what
+the fallback does and no more: fewer layers and rounds.
+
+On CUDA: Llama-3-8B's layers instead, bfloat16, 4 x 2048 tokens, r = 16, with and without activation
+checkpointing; `full` is left out, which does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import lora
+from benchmarks.machine import write
+from benchmarks.turns import Rounds, median, ratio, shown, take_turns
+from lora.models import bfloat16_here, hold
+
+LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
+RATIOS = (
+    ("ours", "limit"), ("ours, dropout", "limit"), ("peft", "limit"), ("peft, dropout", "limit"),
+    ("full", "limit"), ("peft", "ours"), ("peft, dropout", "ours, dropout"), ("ours", "full"),
+    ("ours, dropout", "full"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a step is taken on."""
+
+    rows: int
+    length: int
+    dtype: str
+    layers: int
+    rounds: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.length} {self.dtype}"
+
+
+def settings(quick: bool) -> Iterator[Setting]:
+    """The settings that the machine can take."""
+    for length in (128, 32):
+        yield Setting(16, length, "float32", 1 if quick else 6, 5 if quick else 11)
+    for length in (128, 32):
+        if bfloat16_here(torch.device("cpu")):
+            yield Setting(16, length, "bfloat16", 1 if quick else 6, 5 if quick else 11)
+        elif not quick:
+            yield Setting(16, length, "bfloat16", 1, 5)
+
+
+def base(layers: int) -> Any:
+    torch.manual_seed(0)
+    config = transformers.DistilBertConfig(
+        n_layers=layers, num_labels=2, dropout=0.0, attention_dropout=0.0, vocab_size=1000
+    )
+    return transformers.DistilBertForSequenceClassification(config).train()
+
+
+def limit(setting: Setting) -> nn.Module:
+    model: nn.Module = base(setting.layers).requires_grad_(False)
+    hold(model, setting.dtype)
+    return model
+
+
+def full(setting: Setting) -> nn.Module:
+    model: nn.Module = base(setting.layers)
+    return model
+
+
+def ours(setting: Setting, dropout: float = 0.0) -> nn.Module:
+    model: nn.Module = base(setting.layers)
+    targets = tuple(LINEARS)
+    lora.inject(model, lora.LoRAConfig(r=8, target_modules=targets, lora_dropout=dropout))
+    hold(model, setting.dtype)
+    return model
+
+
+def pefts(setting: Setting, dropout: float = 0.0) -> nn.Module:
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=8, target_modules=LINEARS, lora_dropout=dropout)
+        model: nn.Module = peft.get_peft_model(base(setting.layers), config)
+    return model
+
+
+CONTENDERS: dict[str, Callable[[Setting], nn.Module]] = {
+    "limit": limit,
+    "full": full,
+    "ours": ours,
+    "ours, dropout": lambda setting: ours(setting, 0.1),
+    "peft": pefts,
+    "peft, dropout": lambda setting: pefts(setting, 0.1),
+}
+
+
+def stepper(model: Any, rows: int, length: int, dtype: str) -> Callable[[], float]:
+    """Seconds of one step, at each call."""
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda _, args, y: y.detach().requires_grad_())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 1000, (rows, length), generator=generator)
+    labels = torch.randint(0, 2, (rows,), generator=generator)
+    mixed = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+    def step() -> float:
+        started = time.perf_counter()
+        with mixed:
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.perf_counter() - started
+
+    return step
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """The rounds of a setting, and the ratios that are reported."""
+    steps = {
+        name: stepper(build(setting), setting.rows, setting.length, setting.dtype)
+        for name, build in CONTENDERS.items()
+    }
+    for step in steps.values():
+        step()  # warm
+    rounds: Rounds = take_turns(steps, setting.rounds)
+    print(f"{setting.name}, {setting.layers} layers")
+    for name in steps:
+        print(f"  {name:<14} {median(rounds, name):8.4f} s")
+    found = {f"{name} / {other}": ratio(rounds, name, other) for name, other in RATIOS}
+    for name, value in found.items():
+        print(f"  {name:<30} {shown(value)}")
+    return {"layers": setting.layers, "ratios": found, "rounds": rounds}
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--quick", action="store_true", help="float32, one layer, 5 rounds")
+    flags.add_argument("--json", type=Path)
+    given = flags.parse_args()
+    result = {setting.name: measure(setting) for setting in settings(given.quick)}
+    if given.json:
+        native = bfloat16_here(torch.device("cpu"))
+        write(given.json, {"bfloat16 in hardware": native, "settings": result})
+
+
+if __name__ == "__main__":
+    main()
