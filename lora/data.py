@@ -1,10 +1,4 @@
-"""Examples in, padded batches out.
-
-read(...)    -> Corpus: rows of text, pair and label per split, from files or the hub
-encode(...)  -> Encoded: token ids per example
-batches(...) -> lists of row numbers, lengths together, a pure function of (seed, epoch)
-collate(...) -> tensors (batch, longest of the batch)
-"""
+"""Rows of text, pair and label per split, from files or the hub: read(...) -> Corpus."""
 
 from __future__ import annotations
 
@@ -20,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lora import demo
 from lora.checkpoint import json_object
@@ -473,76 +466,6 @@ def _check_labels(corpus: Corpus, examples: Sequence[Example]) -> None:
                 f"{example.place}: label {example.label!r} is outside the set"
                 f" {', '.join(corpus.labels[:12])}. Mend the row, or set --labels."
             )
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids, and the tokenizer's other fields, of every example of a split."""
-
-    fields: tuple[dict[str, Tensor], ...]  # one dict of (length,) tensors per example
-    targets: Tensor  # (examples,) long for classes, float32 for regression
-    pad: int
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(field["input_ids"]) for field in self.fields]
-
-
-def encode(
-    tokenizer: Any, examples: Sequence[Example], targets: Sequence[float], task: str, length: int
-) -> Encoded:
-    """Tokenise a split; a text longer than `length` tokens is cut."""
-    pairs = [example.pair or "" for example in examples]
-    found = tokenizer(
-        [example.text for example in examples],
-        pairs if any(example.pair is not None for example in examples) else None,
-        truncation=True,
-        max_length=length,
-        return_attention_mask=True,  # some tokenizers leave it out unless asked
-    )
-    names = list(found)
-    return Encoded(
-        fields=tuple(
-            {name: torch.tensor(found[name][i]) for name in names} for i in range(len(examples))
-        ),
-        targets=torch.tensor(targets, dtype=torch.float32 if task == "regression" else torch.long),
-        pad=tokenizer.pad_token_id,
-    )
-
-
-def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers in batches of similar length: a pure function of its arguments.
-
-    The rows are shuffled, sorted by length within stretches of 32 batches, cut into batches, and
-    the batches shuffled, so that order stays random where it matters and padding stays small.
-    """
-    rng = random.Random(f"{seed}:{epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
-    stretch = 32 * size
-    found = []
-    for start in range(0, len(order), stretch):
-        rows = sorted(order[start : start + stretch], key=lambda row: lengths[row])
-        found += [rows[i : i + size] for i in range(0, len(rows), size)]
-    rng.shuffle(found)
-    return found
-
-
-def sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Row numbers in batches by falling length: the order of evaluation."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def collate(encoded: Encoded, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-    """One batch (rows, longest of them), padded, without its targets."""
-    batch = {}
-    for name in encoded.fields[rows[0]]:
-        fill = encoded.pad if name == "input_ids" else 0
-        batch[name] = torch.nn.utils.rnn.pad_sequence(
-            [encoded.fields[row][name] for row in rows], batch_first=True, padding_value=fill
-        ).to(device)
-    return batch
 
 
 def take(corpus: Corpus, split: str) -> tuple[Example, ...]:

@@ -12,10 +12,11 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from lora.data import Corpus, Encoded, Example, collate, sorted_batches
+from lora.data import Corpus, Example
 from lora.errors import TrainingError
 from lora.losses import task_loss
 from lora.metrics import score
+from lora.tokens import Encoded, prepared, sorted_batches
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,19 @@ def predict(
     """Logits (examples, outputs), float32, on the CPU, in the examples' order. Sets eval mode."""
     device = next(model.parameters()).device
     model.eval()
-    rows: list[int] = []
     logits = []
     order = sorted_batches(encoded.lengths, batch_size)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
     with torch.inference_mode(), autocast(device, dtype):
-        for batch in order:
-            logits.append(model(**collate(encoded, batch, device)).logits.float().cpu())
-            rows += batch
+        for batch in prepared(encoded, order, device):
+            logits.append(model(**batch).logits.float().cpu())
             if progress and bar is not None:
                 progress.advance(bar)
     if progress and bar is not None:
         progress.remove_task(bar)
     found = torch.cat(logits)
     ordered = torch.empty_like(found)
-    ordered[torch.tensor(rows)] = found
+    ordered[torch.tensor([row for batch in order for row in batch])] = found
     return ordered
 
 

@@ -45,11 +45,7 @@ from lora.config import RunConfig, from_table, read_toml, to_table
 from lora.data import (
     Columns,
     Corpus,
-    Encoded,
     Example,
-    batches,
-    collate,
-    encode,
     read,
     read_split,
     take,
@@ -59,6 +55,7 @@ from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingEr
 from lora.evaluate import Evaluation, answers, evaluate, predict
 from lora.injection import check_steps, inject
 from lora.models import Base, load_base
+from lora.tokens import Encoded, batches, collate, encode
 from lora.train import Step, fit, steps_per_epoch
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora.data import Encoded, batches, collate
 from lora.errors import TrainingError
 from lora.evaluate import autocast
 from lora.injection import after_step, check_alive, check_steps, param_groups, penalty
 from lora.losses import task_loss
+from lora.tokens import Encoded, ahead, batches, collate
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda number: slope(number, steps, warmup)
     )
-    for number, (epoch, rows) in enumerate(plan):
+    made = ahead(plan, lambda entry: (*entry, collate(encoded, entry[1], device)))
+    for number, (epoch, rows, batch) in enumerate(made):
         started = time.perf_counter()
         model.train()
-        batch = collate(encoded, rows, device)
         with autocast(device, dtype):
             logits = model(**batch).logits
         loss = task_loss(logits, encoded.targets[rows].to(device), task)
@@ -90,7 +90,7 @@ def fit(
         after_step(model, number + 1, steps)
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(encoded.fields[row]["input_ids"]) for row in rows)
+        tokens = sum(lengths[row] for row in rows)
         yield Step(
             step=number + 1,
             steps=steps,

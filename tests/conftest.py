@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a hub library
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# No test leaves anything in the user's cache, nor finds it there.
+os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-cache-")
+atexit.register(shutil.rmtree, os.environ["LORA_CACHE"], ignore_errors=True)
 
 import pytest
 import torch

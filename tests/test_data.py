@@ -5,22 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import needs_shared
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lora import demo
 from lora.data import (
     Columns,
     Corpus,
-    Encoded,
-    batches,
-    collate,
     read,
     read_file,
     read_predictions,
-    sorted_batches,
     unlabelled,
 )
 from lora.errors import DataError
@@ -213,46 +206,6 @@ def test_predictions_with_one_or_several_references(tmp_path: Path) -> None:
         read_predictions(write(tmp_path / "q.jsonl", '{"prediction": "a"}\n'))
 
 
-@given(
-    st.lists(st.integers(1, 60), min_size=1, max_size=300),
-    st.integers(1, 20),
-    st.integers(0, 5),
-    st.integers(0, 5),
-)
-def test_batches_hold_every_row_once_and_depend_on_seed_and_epoch_alone(
-    lengths: list[int], size: int, seed: int, epoch: int
-) -> None:
-    found = batches(lengths, size, seed, epoch)
-    assert sorted(row for batch in found for row in batch) == list(range(len(lengths)))
-    assert all(0 < len(batch) <= size for batch in found)
-    assert len(found) == -(-len(lengths) // size)
-    torch.manual_seed(epoch)
-    assert batches(lengths, size, seed, epoch) == found
-
-
-def test_batches_differ_by_seed_and_epoch_and_pad_little() -> None:
-    lengths = [4 + (i * 37) % 57 for i in range(1000)]
-    orders = {str(batches(lengths, 16, s, e)) for s in range(3) for e in range(3)}
-    assert len(orders) == 9
-
-    def padding(found: list[list[int]]) -> float:
-        area = sum(len(b) * max(lengths[r] for r in b) for b in found)
-        return 1 - sum(lengths) / area
-
-    assert padding(batches(lengths, 16, 0, 0)) < 0.1
-    assert padding(sorted_batches(lengths, 16)) < 0.05
-    assert padding([list(range(i, min(i + 16, 1000))) for i in range(0, 1000, 16)]) > 0.3
-
-
-def test_collate_pads_to_the_longest_of_the_batch() -> None:
-    rows = [torch.arange(1, n + 1) for n in (3, 5, 2, 9)]
-    fields = tuple({"input_ids": r, "attention_mask": torch.ones_like(r)} for r in rows)
-    encoded = Encoded(fields, torch.zeros(4), pad=7)
-    batch = collate(encoded, [0, 2, 1], torch.device("cpu"))
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 7, 7], [1, 2, 7, 7, 7], [1, 2, 3, 4, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1] * 5]
-
-
 def test_sst2_reads_as_it_lies() -> None:
     corpus = read(str(needs_shared("sst2-sentences")))
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (6920, 872, 1821)
@@ -411,13 +364,3 @@ def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:
 
     for labels in ({"1", "01", "2"}, {"2", "01", "1"}):
         assert _sorted_labels(labels) == ("01", "1", "2")
-
-
-def test_a_mask_is_made_where_the_tokenizer_leaves_it_out() -> None:
-    from lora.data import Example, encode
-    from lora.models import load_base
-
-    tokenizer = load_base("demo", 2, "classification", 0).tokenizer
-    tokenizer.model_input_names = ["input_ids"]
-    found = encode(tokenizer, [Example("a good film", None, None)], [0.0], "classification", 16)
-    assert found.fields[0]["attention_mask"].tolist() == [1] * 5

@@ -26,6 +26,7 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics"},
+    {"tokens"},
     {"evaluate"},
     {"train"},
     {"run"},

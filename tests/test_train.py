@@ -11,9 +11,9 @@ from conftest import distilbert
 from torch import Tensor, nn
 
 import lora
-from lora.data import Encoded, batches, collate
 from lora.errors import TrainingError
 from lora.evaluate import predict
+from lora.tokens import Encoded, batches, collate
 from lora.train import fit, slope
 
 CPU = torch.device("cpu")
@@ -22,11 +22,11 @@ CPU = torch.device("cpu")
 def encoded(rows: int = 37) -> Encoded:
     """Rows of 3 to 19 tokens, with labels of no meaning."""
     generator = torch.Generator().manual_seed(0)
-    fields = []
-    for length in torch.randint(3, 20, (rows,), generator=generator).tolist():
-        ids = torch.randint(1, 99, (length,), generator=generator)
-        fields.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    return Encoded(tuple(fields), torch.randint(0, 2, (rows,), generator=generator), pad=0)
+    lengths = torch.randint(3, 20, (rows,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(1, 99, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+    fields = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Encoded(fields, offsets, torch.randint(0, 2, (rows,), generator=generator), pad=0)
 
 
 def adapted() -> nn.Module:
@@ -122,7 +122,7 @@ def test_predictions_drop_nothing_and_attend_to_no_padding() -> None:
     found = predict(model, data, 8, "float32")
     assert torch.equal(predict(model.train(), data, 8, "float32"), found)
     alone = torch.cat(
-        [predict(model, _row(data, i), 1, "float32") for i in range(len(data.fields))]
+        [predict(model, _row(data, i), 1, "float32") for i in range(len(data.lengths))]
     )
     assert torch.allclose(found, alone, atol=1e-6)
     half = predict(model, data, 8, "bfloat16")
@@ -131,7 +131,9 @@ def test_predictions_drop_nothing_and_attend_to_no_padding() -> None:
 
 
 def _row(data: Encoded, i: int) -> Encoded:
-    return Encoded(data.fields[i : i + 1], data.targets[i : i + 1], data.pad)
+    start, end = data.offsets[i : i + 2].tolist()
+    fields = {name: flat[start:end] for name, flat in data.fields.items()}
+    return Encoded(fields, torch.tensor([0, end - start]), data.targets[i : i + 1], data.pad)
 
 
 def test_steps_count_examples_and_tokens() -> None:
