@@ -65,8 +65,11 @@ class RunConfig(Generic[C]):
     """Norm that gradients are clipped to."""
     max_length: int = 128
     """Tokens per example at most; longer texts are cut. Batches are padded to their longest."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products under autocast, parameters in float32 all the same."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16: matrix products in it, and frozen matrices held in it; what trains, and the
+    optimiser, in float32. auto: bfloat16 where the processor multiplies in it, else float32."""
+    compile: bool = False
+    """torch.compile the model: minutes before the first step, which long runs win back."""
     seed: int = 0
     """Covers the new head, the adapter's start, dropout and the order of the data."""
     limit: int | None = None
@@ -86,8 +89,9 @@ class RunConfig(Generic[C]):
             value = getattr(self, name)
             check(name, value, "a column's name", value is None or isinstance(value, str))
         check("task", self.task, "one of " + ", ".join(get_args(Task)), self.task in get_args(Task))
-        good = self.dtype in ("float32", "bfloat16")
-        check("dtype", self.dtype, "float32 or bfloat16", good)
+        good = self.dtype in ("auto", "float32", "bfloat16")
+        check("dtype", self.dtype, "auto, float32 or bfloat16", good)
+        check("compile", self.compile, "true or false", isinstance(self.compile, bool))
         good = all(isinstance(label, str) for label in self.labels)
         check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
         distinct = len(set(self.labels)) == len(self.labels) != 1

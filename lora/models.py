@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -149,6 +149,11 @@ def bfloat16_here(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+def pick_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What --dtype auto means on the device."""
+    return "bfloat16" if bfloat16_here(device) else "float32"
 
 
 def hold(model: Any, dtype: str) -> None:

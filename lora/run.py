@@ -54,7 +54,7 @@ from lora.data import (
 from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
 from lora.evaluate import Evaluation, answers, evaluate, predict
 from lora.injection import check_steps, inject
-from lora.models import Base, load_base
+from lora.models import Base, hold, load_base, pick_dtype
 from lora.tokens import Encoded, batches, collate, encode
 from lora.train import Step, fit, steps_per_epoch
 
@@ -80,14 +80,17 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         with reading(progress):
             corpus = read_corpus(config)
             base = load_base(config.base, len(corpus.labels) or 1, corpus.task, config.seed)
-            config, said = resolve(config, corpus, base)
             device = pick_device()
+            config, said = resolve(config, corpus, base, device)
             base.model.to(device)
             splits = encode_splits(config, corpus, base.tokenizer)
             shown = calibration(config, splits["train"], device)
             report = inject(base.model, config.adapter, seed=config.seed, batches=shown)
             per_epoch = steps_per_epoch(splits["train"], config.batch_size)
             check_steps(base.model, config.epochs * per_epoch)
+            hold(base.model, config.dtype)
+            if config.compile:
+                base.model.compile(dynamic=True)
         for line in filter(None, (config.note, corpus.note, said)):
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
         progress.console.print(str(report), markup=False, highlight=False, soft_wrap=True)
@@ -303,7 +306,9 @@ def _check_pairs(directory: Path, config: RunConfig[Any], examples: Sequence[Exa
         )
 
 
-def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConfig[Any], str]:
+def resolve(
+    config: RunConfig[Any], corpus: Corpus, base: Base, device: torch.device
+) -> tuple[RunConfig[Any], str]:
     """The configuration with everything decided, and what to tell the user of it."""
     rate = config.learning_rate or METHODS[config.method].learning_rate
     adapter, said = config.adapter, ""
@@ -334,6 +339,7 @@ def resolve(config: RunConfig[Any], corpus: Corpus, base: Base) -> tuple[RunConf
         adapter=adapter,
         base=base_place,
         data=data_place,
+        dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
     return resolved, said if base.new else ""
 
@@ -378,6 +384,7 @@ def reopen(directory: Path) -> Trained:
         raise RunError(f"{path} names no task with its labels: not of a run. Run lora train.")
     base = load_base(config.base, len(config.labels) or 1, config.task, config.seed)
     load(base.model, directory / "adapter")
+    hold(base.model, config.dtype)
     device = pick_device()
     return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
 

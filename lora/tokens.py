@@ -133,8 +133,9 @@ def _alone(path: Path | None) -> Iterator[bool]:
     if path is not None:
         with suppress(OSError):  # read-only, full, or no home: the texts are tokenised each time
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(path.with_suffix(".lock"))
-            lock.acquire()
+            found = filelock.FileLock(path.with_suffix(".lock"))
+            found.acquire()
+            lock = found
     try:
         yield lock is not None
     finally:

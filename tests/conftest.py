@@ -10,9 +10,6 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a hub library
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-# No test leaves anything in the user's cache, nor finds it there.
-os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-cache-")
-atexit.register(shutil.rmtree, os.environ["LORA_CACHE"], ignore_errors=True)
 
 import pytest
 import torch
@@ -20,6 +17,9 @@ import transformers
 from torch import nn
 
 torch.set_num_threads(1)
+# No test leaves anything in the user's cache, nor finds it there.
+os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-cache-")
+atexit.register(shutil.rmtree, os.environ["LORA_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
