@@ -1,4 +1,4 @@
-"""Put the measured tables into README.md, between their markers, from benchmarks/results/.
+"""Put the measured tables into README.md and docs/, between their markers, from results/.
 
 python -m benchmarks.readme [--check]
 """
@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
 from lora.adapter import METHODS
 from lora.compare import markdown, rows
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+WHO = ("ours", "peft")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 
 
 def tables() -> dict[str, str]:
@@ -34,9 +38,68 @@ def tables() -> dict[str, str]:
         "`lora train --help` answers in": seconds["lora train --help"],
         "`import lora`, all of its core, adds to `import torch`":
             seconds["import lora and all its core, added"],
+        "`lora.inject`, r = 16 on all of Llama-2-7B's shape (meta device)":
+            seconds["inject into Llama-2-7B's shape"],
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
-    return found | {"startup": markdown(table), "family": markdown(family())}
+    tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epoch()}
+    found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
+    return found | {"startup": markdown(table)}
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def steps() -> list[tuple[str, ...]]:
+    """A step over the frozen limit's, by setting, with the quartiles of ours."""
+    head = ("rows x tokens", "ours", "ours, dropout 0.1", "peft", "peft, dropout 0.1", "full")
+    found = [head]
+    for name, setting in read("step")["settings"].items():
+        ratios = setting["ratios"]
+        shown = []
+        for contender in ("ours", "ours, dropout", "peft", "peft, dropout", "full"):
+            ratio = ratios[f"{contender} / limit"]
+            spread = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if "ours" in contender else ""
+            shown.append(f"{ratio['median']:.2f}{spread}")
+        found.append((name, *shown))
+    return found
+
+
+def memory() -> list[tuple[str, ...]]:
+    """MiB that forward keeps for backward."""
+    kept = {name: f"{count / 2**20:.0f}" for name, count in read("memory")["bytes"].items()}
+    found = [("kept for backward, MiB", "ours", "peft", "ours, dropout 0.1", "peft, dropout 0.1")]
+    for shown, key in (("LoRA", ""), ("DoRA", " dora"), ("VeRA", " vera"), ("(IA)³", " ia3")):
+        row = [kept.get(f"{who}{key}{end}", "") for end in ("", ", dropout") for who in WHO]
+        found.append((shown, *row))
+    found.append(("full fine-tuning", kept["full"], "", "", ""))
+    found.append(("frozen model", kept["limit"], "", "", ""))
+    return found
+
+
+def epoch() -> list[tuple[str, ...]]:
+    """Seconds and accuracy of one epoch."""
+    result = read("epoch")
+    found = [("one epoch", "seconds", "over ours", "test accuracy")]
+    for name in ("ours", "trainer", "trainer, best"):
+        seconds = statistics.median(row[name]["seconds"] for row in result["seeds"])
+        ratio = result.get(f"{name} / ours", 1.0)
+        accuracy = result[f"{name} accuracy"]
+        found.append((name, f"{seconds:.0f}", f"{ratio:.2f}", f"{100 * accuracy:.2f} %"))
+    return found
+
+
+def parts() -> dict[str, str]:
+    """Marker -> milliseconds of the forms of one question, by the layer's shape."""
+    layers = read("parts")["milliseconds"]
+    found = {}
+    for question, forms in next(iter(layers.values())).items():
+        table = [("ms", *layers)]
+        table += [(form, *(f"{layer[question][form]:.2f}" for layer in layers.values()))
+                  for form in forms]  # fmt: skip
+        found[f"parts: {question}"] = markdown(table)
+    return found
 
 
 def family() -> list[tuple[str, ...]]:
@@ -54,21 +117,31 @@ def family() -> list[tuple[str, ...]]:
     return found
 
 
-def filled(text: str) -> str:
-    """README with every table as measured."""
+def filled() -> dict[Path, str]:
+    """Each page with every table as measured."""
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for name, table in tables().items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, count = re.subn(pattern, lambda m: m[1] + table + m[2], text, flags=re.DOTALL)  # noqa: B023
-        if count != 1:
-            raise SystemExit(f"README.md has {count} places for the table {name!r}, not 1.")
-    return text
+        pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)"
+        total = 0
+        for page, text in pages.items():
+            pages[page], count = re.subn(
+                pattern,
+                lambda m: m[1] + table + m[2],  # noqa: B023
+                text,
+                flags=re.DOTALL,
+            )
+            total += count
+        if total != 1:
+            raise SystemExit(f"the pages have {total} places for the table {name!r}, not 1.")
+    return pages
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    if "--check" in sys.argv:
-        sys.exit("README.md: run python -m benchmarks.readme" if filled(text) != text else 0)
-    README.write_text(filled(text), encoding="utf-8")
+    for page, text in filled().items():
+        if "--check" not in sys.argv:
+            page.write_text(text, encoding="utf-8")
+        elif page.read_text(encoding="utf-8") != text:
+            sys.exit(f"{page.name}: run python -m benchmarks.readme")
 
 
 if __name__ == "__main__":

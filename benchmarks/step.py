@@ -8,9 +8,6 @@ embeddings' output: no adapter can be faster. In bfloat16 the limit and ours hol
 linears in it, as `lora train --dtype bfloat16` does; peft and full fine-tuning keep float32 weights
 under autocast, as their users do. Where the processor has no bfloat16 products, its rows say what
 the fallback does and no more: fewer layers and rounds.
-
-On CUDA: Llama-3-8B's layers instead, bfloat16, 4 x 2048 tokens, r = 16, with and without activation
-checkpointing; `full` is left out, which does not fit.
 """
 
 from __future__ import annotations
@@ -31,6 +28,7 @@ from torch import nn
 import lora
 from benchmarks.machine import write
 from benchmarks.turns import Rounds, median, ratio, shown, take_turns
+from lora.injection import after_step, penalty
 from lora.models import bfloat16_here, hold
 
 LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
@@ -129,9 +127,11 @@ def stepper(model: Any, rows: int, length: int, dtype: str) -> Callable[[], floa
         started = time.perf_counter()
         with mixed:
             loss = model(input_ids=ids, labels=labels).loss
-        loss.backward()
+        extra = penalty(model)
+        (loss if extra is None else loss + extra).backward()
         if optimizer is not None:
             optimizer.step()
+            after_step(model, 1, 100)
             optimizer.zero_grad()
         return time.perf_counter() - started
 

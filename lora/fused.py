@@ -62,6 +62,7 @@ def possible(view: View, x: Tensor) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)  # replaced, as accelerate does to fetch an offloaded weight
         or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
         or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
         or torch._C._get_tracing_state() is not None
@@ -88,12 +89,17 @@ def _weight(view: View, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, again only where its version or its memory is another.
+
+    What is written through weight.data bears no version: write to the weight itself.
+    """
     if weight.is_inference():  # which count no versions
         return weight.to(dtype)
     state = (weight._version, weight.data_ptr(), weight.device, dtype)
     known = _casts.get(weight)
     if known is None or known[0] != state:
-        known = (state, weight.detach().to(dtype))
+        with torch.inference_mode(False):  # an evaluation's cast must serve training too
+            known = (state, weight.detach().to(dtype))
         _casts[weight] = known
     cast: Tensor = known[1]
     return cast
@@ -152,28 +158,27 @@ def _update(
 
 
 def _back(
-    g: Tensor, rows: Tensor, A: Tensor, Bt: Tensor, s: float, start: Start, mask: Mask | None,
-    gx: Tensor | None, needs_A: bool,
+    g: Tensor, rows: Tensor | None, A: Tensor, Bt: Tensor, s: float, start: Start,
+    mask: Mask | None, gx: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """The gradient of A, s (g B)ᵀ (m ∘ rows); gx is written over with gx + s m ∘ g (B A − B₀ A₀).
 
-    The mask is made once for both.
+    Either may be None, which is not wanted then. The mask is made once for both.
     """
     gh = g @ Bt.t()
-    ways = [(gh, A.to(g.dtype), s)]
-    if start is not None:
+    ways = [] if gx is None else [(gh, A.to(g.dtype), s)]
+    if gx is not None and start is not None:
         ways.append((g @ _factor(start[1], g.dtype).t(), start[0].to(g.dtype), -s))
-    if mask is None:
-        if gx is not None:
-            for gh_, A_, s_ in ways:
-                gx.addmm_(gh_, A_, alpha=s_)
-        return _summed(gh, rows, s) if needs_A else None
-    gA = torch.zeros_like(A) if needs_A else None
-    for part, keep in mask.blocks(rows):
-        if gx is not None:
-            for gh_, A_, s_ in ways:
-                gx[part].addcmul_(gh_[part] @ A_, keep, value=s_)
-        if gA is not None:
+    like = gx if rows is None else rows
+    if mask is None or like is None:
+        for gh_, A_, s_ in ways:
+            gx.addmm_(gh_, A_, alpha=s_)  # type: ignore[union-attr]
+        return None if rows is None else _summed(gh, rows, s)
+    gA = None if rows is None else torch.zeros_like(A)
+    for part, keep in mask.blocks(like):
+        for gh_, A_, s_ in ways:
+            gx[part].addcmul_(gh_[part] @ A_, keep, value=s_)  # type: ignore[index]
+        if gA is not None and rows is not None:
             gA.add_(_summed(gh[part], keep.mul_(rows[part]), s))
     return gA
 
@@ -204,28 +209,29 @@ class _LowRank(torch.autograd.Function):
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             Bt = _factor(B, dtype)
             h, y = _update(rows, A, Bt, s, start, mask, y)
-        ctx.save_for_backward(x, W, A, Bt, h, None if mask is None else mask.seed)
+        kept = x if ctx.needs_input_grad[3] else None  # not under LoRA-FA, whose A is frozen
+        ctx.save_for_backward(kept, W, A, Bt, h, None if mask is None else mask.seed)
         ctx.s, ctx.p, ctx.dtype = s, None if mask is None else mask.p, dtype
-        ctx.start = start
+        ctx.start, ctx.shape, ctx.x_dtype = start, x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
         x, W, A, Bt, h, seed = ctx.saved_tensors
-        needs_x, _, needs_b, needs_A, needs_B, *_ = ctx.needs_input_grad
+        needs_x, _, needs_b, _, needs_B, *_ = ctx.needs_input_grad
         mask = None if seed is None else Mask(ctx.p, seed)
         gB = gb = None
-        with _plain(x):
+        with _plain(grads[0]):
             g = _rows(grads[0])
             gx = g @ W if needs_x else None
-            rows = _rows(x).to(ctx.dtype)
-            gA = _back(g, rows, A, Bt, ctx.s, ctx.start, mask, gx, needs_A)
+            rows = None if x is None else _rows(x).to(ctx.dtype)
+            gA = _back(g, rows, A, Bt, ctx.s, ctx.start, mask, gx)
             if needs_B:
                 gB = _summed(h, g, ctx.s).t()
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-        gx = None if gx is None else gx.view(x.shape).to(x.dtype)
+        gx = None if gx is None else gx.view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, gA, gB, None, None, None, None
 
 
@@ -281,8 +287,8 @@ class _DoRA(torch.autograd.Function):
             keep = mask.keep(rows)
             if needs_x:
                 dropped = torch.sub(gz, g, alpha=mask.scale) @ W
-            kept = keep * rows if needs_A else rows
-            gA = _back(gz, kept, A, Bt, ctx.s, ctx.start, None, dropped, needs_A)
+            kept = keep * rows if needs_A else None
+            gA = _back(gz, kept, A, Bt, ctx.s, ctx.start, None, dropped)
             if needs_B:
                 gB = _summed(h, gz, ctx.s).t()
             if needs_b:
@@ -327,7 +333,7 @@ class _VeRA(torch.autograd.Function):
             y = y.addcmul_(u, outer.to(dtype), value=c)
         ctx.save_for_backward(W, A, B, inner, outer, h, u, None if mask is None else mask.seed)
         ctx.c, ctx.p, ctx.dtype = c, None if mask is None else mask.p, dtype
-        ctx.shape, ctx.x_dtype, ctx.device = x.shape, x.dtype, x.device
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

@@ -1,0 +1,223 @@
+"""The fast path: what it keeps, where it stands back, and its first derivatives alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lora
+from lora import fused
+from lora.errors import TrainingError
+
+METHODS = {
+    "lora": {"r": 3, "lora_alpha": 7.0},
+    "lora, pissa": {"r": 3, "lora_alpha": 7.0, "init_lora_weights": "pissa"},
+    "lora, bias": {"r": 3, "bias": "lora_only", "lora_bias": True},
+    "dora": {"r": 3, "lora_alpha": 7.0},
+    "dora, pissa": {"r": 3, "init_lora_weights": "pissa"},
+    "adalora": {"init_r": 3, "target_r": 1},
+    "vera": {"r": 5, "d_initial": 0.7},
+}
+
+
+def adapted(which: str = "lora", dropout: float = 0.0, **more: Any) -> nn.Sequential:
+    """Two layers with a method on both, moved off its start, in training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 10))
+    method = which.partition(",")[0]
+    key = {"vera": "vera_dropout"}.get(method, "lora_dropout")
+    settings = {**METHODS[which], key: dropout, **more}
+    lora.inject(model, lora.METHODS[method].Config(**settings))
+    lora.testing.perturb(model)
+    return model.train()
+
+
+def outcome(model: nn.Module, x: Tensor, plain: bool) -> dict[str, Tensor]:
+    """Output and gradients, with the masks of one seed."""
+    torch.manual_seed(1)
+    x = x.detach().requires_grad_()
+    model.zero_grad()
+    with fused.off() if plain else torch.enable_grad():
+        y = model(x)
+        y.float().square().mean().backward()
+    own = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **own}
+
+
+@pytest.mark.parametrize("which", list(METHODS))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("tokens", [1, 7, 300, 600])  # less than a part, one, and two with a rest
+def test_both_roads_agree_with_the_same_mask(which: str, dropout: float, tokens: int) -> None:
+    model = adapted(which, dropout).double()
+    x = torch.randn(tokens, 12, dtype=torch.float64)
+    fast, slow = outcome(model, x, False), outcome(model, x, True)
+    assert fast.keys() == slow.keys()
+    for name in fast:
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_mask_in_several_blocks_is_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(dropout=0.3).double(), torch.randn(50, 12, dtype=torch.float64)
+    whole = outcome(model, x, False)
+    monkeypatch.setattr("lora.dropout.BLOCK", 100)  # 8 rows of the first layer, 6 of the second
+    for name, found in outcome(model, x, False).items():
+        torch.testing.assert_close(found, whole[name], rtol=1e-12, atol=1e-15)
+
+
+def test_inputs_need_not_lie_in_a_row() -> None:
+    model = adapted(dropout=0.3).double()
+    x = torch.randn(12, 5, 7, dtype=torch.float64).permute(2, 1, 0)
+    y = model(x)
+    assert y.shape == (7, 5, 10)
+    fast, slow = outcome(model, x, False), outcome(model, x, True)
+    for name in fast:
+        torch.testing.assert_close(fast[name], slow[name], rtol=1e-9, atol=1e-12)
+
+
+def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
+    """What autograd keeps."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        forward()
+    return kept
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_keeps_the_input_by_reference_and_what_is_thin(
+    dropout: float, dtype: torch.dtype
+) -> None:
+    layer = adapted(dropout=dropout).to(dtype)[0]
+    layer.adapter("default").float()
+    x = torch.randn(64, 12, dtype=dtype, requires_grad=True)
+    kept = saved_by(lambda: layer(x))
+    wide = [t for t in kept if t.shape[0] == 64 and t.shape[-1] > 3]
+    assert [t.data_ptr() for t in wide] == [x.data_ptr()]
+    assert {t.dtype for t in kept if t.shape == ()} == ({torch.int64} if dropout else set())
+    weights = {layer.base_layer.weight.data_ptr(), layer.adapter("default").lora_A.data_ptr()}
+    rest = [t for t in kept if t.data_ptr() not in weights and t is not x]
+    assert sum(t.numel() for t in rest if t.data_ptr() != x.data_ptr()) <= 64 * 3 + 16 * 3 + 1
+
+
+def test_lora_fa_keeps_no_input() -> None:
+    layer = adapted(use_lorafa=True)[0]
+    x = torch.randn(64, 12, requires_grad=True)
+    assert not [t for t in saved_by(lambda: layer(x)) if t.shape == (64, 12)]
+
+
+def test_a_second_derivative_is_refused_and_the_way_out_works() -> None:
+    model, x = adapted(), torch.randn(4, 12, requires_grad=True)
+    with pytest.raises(TrainingError, match=r"create_graph=True.*lora\.fused\.off\(\)"):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with fused.off():
+        (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+    assert second.abs().sum() > 0
+
+
+def test_hooks_on_the_layer_below_are_heard() -> None:
+    model, heard = adapted(), []
+    handle = model[0].base_layer.register_forward_hook(lambda *_: heard.append(1))
+    x = torch.randn(4, 12)
+    with_hook = model(x)
+    assert heard == [1]
+    handle.remove()
+    torch.testing.assert_close(model(x), with_hook)
+    assert heard == [1]
+
+
+def test_a_replaced_forward_is_called() -> None:
+    """accelerate fetches an offloaded weight in one."""
+    model, heard = adapted(), []
+    layer = model[0].base_layer
+    original = layer.forward
+    layer.forward = lambda x: (heard.append(1), original(x))[1]
+    model(torch.randn(4, 12))
+    assert heard == [1]
+
+
+def test_per_sample_gradients() -> None:
+    """torch.func goes around the Functions."""
+    model, x = adapted(), torch.randn(5, 12)
+    own = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (one[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(own, x)
+    for i in range(5):
+        model.zero_grad()
+        model(x[i : i + 1]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if name in own:
+                torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_summed_in_float32() -> None:
+    """Of 4,096 tokens in bfloat16: nearer the exact sum than bfloat16 could say."""
+    model = adapted().to(torch.bfloat16)
+    layer = model[0]
+    adapter = layer.adapter("default").float()
+    x = torch.randn(4096, 12).bfloat16()
+    layer(x).sum().backward()
+    B = adapter.lora_B.detach().to(torch.bfloat16).double()
+    gh = (torch.ones(4096, 16).double() @ B).to(torch.bfloat16).double()
+    wanted = adapter.scaling * gh.T @ x.double()
+    assert adapter.lora_A.grad.dtype == torch.float32
+    off = (adapter.lora_A.grad - wanted).abs().max() / wanted.abs().max()
+    assert off < 1e-5 < torch.finfo(torch.bfloat16).eps / 8
+
+
+def casts_of(model: nn.Module) -> list[int]:
+    return [fused._casts[layer.base_layer.weight][1].data_ptr() for layer in model]
+
+
+def test_autocast_casts_a_frozen_weight_once() -> None:
+    model, x = adapted(), torch.randn(4, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            model(x)  # an evaluation first: its cast serves training
+        first = casts_of(model)
+        model(x).sum().backward()
+        assert casts_of(model) == first
+        before = model(x).detach()
+        with torch.no_grad():
+            model[0].base_layer.weight.mul_(2)
+        after = model(x)
+    assert casts_of(model)[0] != first[0]
+    assert casts_of(model)[1] == first[1]
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("which", list(METHODS))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_autocast_computes_in_its_dtype_and_backward_within_it_too(
+    which: str, dropout: float
+) -> None:
+    model, x = adapted(which, dropout), torch.randn(40, 12)
+    truth = outcome(model, x, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(model, x, False)
+    assert found["y"].dtype == torch.bfloat16
+    for name, wanted in truth.items():
+        off = (found[name].float() - wanted).abs().max() / wanted.abs().max()
+        assert off < 8 * torch.finfo(torch.bfloat16).eps, name
+        assert name == "y" or found[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("which", ["lora", "dora", "vera"])
+def test_training_with_dropout_compiles_to_one_graph(which: str) -> None:
+    model, x = adapted(which, 0.3), torch.randn(8, 12)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(1)
+    one = compiled(x)
+    two = compiled(x)
+    assert not torch.equal(one, two)  # the mask is no constant of the graph
+    two.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
