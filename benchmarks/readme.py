@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,9 @@ def tables() -> dict[str, str]:
         "`lora train --help` answers in": seconds["lora train --help"],
         "`import lora`, all of its core, adds to `import torch`":
             seconds["import lora and all its core, added"],
-        "`lora.inject`, r = 16 on all of Llama-2-7B's shape (meta device)":
-            seconds["inject into Llama-2-7B's shape"],
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
-    tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epoch()}
+    tables = {"family": family(), "step": steps(), "memory": memory()}
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
 
@@ -75,18 +72,6 @@ def memory() -> list[tuple[str, ...]]:
         found.append((shown, *row))
     found.append(("full fine-tuning", kept["full"], "", "", ""))
     found.append(("frozen model", kept["limit"], "", "", ""))
-    return found
-
-
-def epoch() -> list[tuple[str, ...]]:
-    """Seconds and accuracy of one epoch."""
-    result = read("epoch")
-    found = [("one epoch", "seconds", "over ours", "test accuracy")]
-    for name in ("ours", "trainer", "trainer, best"):
-        seconds = statistics.median(row[name]["seconds"] for row in result["seeds"])
-        ratio = result.get(f"{name} / ours", 1.0)
-        accuracy = result[f"{name} accuracy"]
-        found.append((name, f"{seconds:.0f}", f"{ratio:.2f}", f"{100 * accuracy:.2f} %"))
     return found
 
 
