@@ -170,10 +170,9 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
             if not set(wanted or ()) <= set(value or ()):
                 return False
         elif key in ("base", "data") and value is not None:
-            decided = wanted == "auto" and key == "dtype"
-            if wanted != value and not decided and str(Path(str(wanted)).resolve()) != value:
+            if wanted != value and str(Path(str(wanted)).resolve()) != value:
                 return False
-        elif key in ("task", "labels", "learning_rate", "pair_column"):
+        elif key in ("task", "labels", "learning_rate", "pair_column", "dtype"):
             if wanted not in (None, "auto", value):
                 return False
         elif wanted != value:
