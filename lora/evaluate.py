@@ -16,7 +16,7 @@ from lora.data import Corpus, Example
 from lora.errors import TrainingError
 from lora.losses import task_loss
 from lora.metrics import score
-from lora.tokens import Encoded, prepared, sorted_batches
+from lora.tokens import Encoded, ahead, collate, sorted_batches
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def predict(
     order = sorted_batches(encoded.lengths, batch_size)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
     with torch.inference_mode(), autocast(device, dtype):
-        for batch in prepared(encoded, order, device):
+        for batch in ahead(order, lambda rows: collate(encoded, rows, device)):
             logits.append(model(**batch).logits.float().cpu())
             if progress and bar is not None:
                 progress.advance(bar)

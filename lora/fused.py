@@ -32,6 +32,7 @@ from lora.errors import TrainingError
 from lora.layers import View
 
 Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
+Way = tuple[Tensor, Tensor, float]  # gh (tokens, r), A (r, in), s
 
 PART = 256  # tokens
 
@@ -157,26 +158,31 @@ def _update(
     return h, y.add_(h @ Bt - _dropped(rows, A0, mask) @ Bt0, alpha=s)
 
 
-def _back(
-    g: Tensor, rows: Tensor | None, A: Tensor, Bt: Tensor, s: float, start: Start,
-    mask: Mask | None, gx: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """The gradient of A, s (g B)ᵀ (m ∘ rows); gx is written over with gx + s m ∘ g (B A − B₀ A₀).
+def _ways(g: Tensor, A: Tensor, Bt: Tensor, s: float, start: Start) -> list[Way]:
+    """The ways of g (tokens, out) back through s (B A − B₀ A₀), that of A and B first."""
+    found = [(g @ Bt.t(), A.to(g.dtype), s)]
+    if start is not None:
+        found.append((g @ _factor(start[1], g.dtype).t(), start[0].to(g.dtype), -s))
+    return found
 
-    Either may be None, which is not wanted then. The mask is made once for both.
+
+def _back(
+    ways: list[Way], rows: Tensor | None, mask: Mask | None, gx: Tensor | None
+) -> Tensor | None:
+    """The first way's gradient of A, s ghᵀ (m ∘ rows); gx is written over with gx + m ∘ Σ s gh A.
+
+    Either of rows and gx may be None, which is not wanted then. The mask is made once for both.
     """
-    gh = g @ Bt.t()
-    ways = [] if gx is None else [(gh, A.to(g.dtype), s)]
-    if gx is not None and start is not None:
-        ways.append((g @ _factor(start[1], g.dtype).t(), start[0].to(g.dtype), -s))
+    gh, A, s = ways[0]
     like = gx if rows is None else rows
     if mask is None or like is None:
-        for gh_, A_, s_ in ways:
+        for gh_, A_, s_ in ways if gx is not None else ():
             gx.addmm_(gh_, A_, alpha=s_)  # type: ignore[union-attr]
         return None if rows is None else _summed(gh, rows, s)
-    gA = None if rows is None else torch.zeros_like(A)
+    wide = torch.promote_types(A.dtype, torch.float32)
+    gA = None if rows is None else torch.zeros_like(A, dtype=wide)
     for part, keep in mask.blocks(like):
-        for gh_, A_, s_ in ways:
+        for gh_, A_, s_ in ways if gx is not None else ():
             gx[part].addcmul_(gh_[part] @ A_, keep, value=s_)  # type: ignore[index]
         if gA is not None and rows is not None:
             gA.add_(_summed(gh[part], keep.mul_(rows[part]), s))
@@ -226,7 +232,7 @@ class _LowRank(torch.autograd.Function):
             g = _rows(grads[0])
             gx = g @ W if needs_x else None
             rows = None if x is None else _rows(x).to(ctx.dtype)
-            gA = _back(g, rows, A, Bt, ctx.s, ctx.start, mask, gx)
+            gA = _back(_ways(g, A, Bt, ctx.s, ctx.start), rows, mask, gx)
             if needs_B:
                 gB = _summed(h, g, ctx.s).t()
             if needs_b:
@@ -288,7 +294,7 @@ class _DoRA(torch.autograd.Function):
             if needs_x:
                 dropped = torch.sub(gz, g, alpha=mask.scale) @ W
             kept = keep * rows if needs_A else None
-            gA = _back(gz, kept, A, Bt, ctx.s, ctx.start, None, dropped)
+            gA = _back(_ways(gz, A, Bt, ctx.s, ctx.start), kept, None, dropped)
             if needs_B:
                 gB = _summed(h, gz, ctx.s).t()
             if needs_b:
@@ -351,12 +357,8 @@ class _VeRA(torch.autograd.Function):
             if needs_b:
                 gb = g.sum(0, dtype=wide)
             if needs_x:
-                gx, gh = g @ W, (gv * inner).to(ctx.dtype)
-                if seed is None:
-                    gx.addmm_(gh, A)
-                else:
-                    for part, keep in Mask(ctx.p, seed).blocks(gx):
-                        gx[part].addcmul_(gh[part] @ A, keep)
+                gx, mask = g @ W, None if seed is None else Mask(ctx.p, seed)
+                _back([((gv * inner).to(ctx.dtype), A, 1.0)], None, mask, gx)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, None, None, ginner, gouter, None, None
 

@@ -3,7 +3,7 @@
 encode(...)     -> Encoded: all the split's tokens in a row
 batches(...)    -> lists of row numbers, lengths together, a pure function of (seed, epoch)
 collate(...)    -> tensors (batch, longest of the batch)
-prepared(...)   -> each batch, made while the one before it computes
+ahead(...)      -> each batch, made while the one before it computes
 
 The cache is a file for each split, tokenizer and settings, in the user's cache folder or
 $LORA_CACHE; any of it may be deleted. A file is believed only where its digest is right, and a
@@ -215,13 +215,6 @@ def collate(encoded: Encoded, rows: Sequence[int], device: torch.device) -> dict
             found = found.pin_memory()
         batch[name] = found.to(device, non_blocking=True)
     return batch
-
-
-def prepared(
-    encoded: Encoded, plan: Iterable[Sequence[int]], device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """collate() of each entry of the plan, made in a thread while the one before it computes."""
-    return ahead(plan, lambda rows: collate(encoded, rows, device))
 
 
 def ahead(plan: Iterable[Any], make: Callable[[Any], B]) -> Iterator[B]:
