@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.step import LINEARS
+
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sst2-sentences"
-LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 HEADS = ["pre_classifier", "classifier"]
 CONTENDERS = ("ours", "trainer", "trainer, best")
 RATE, WARMUP = 5e-4, 0.06

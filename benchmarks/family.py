@@ -12,7 +12,6 @@ flowing to the embeddings' output: no adapter can be faster.
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,27 +20,18 @@ from torch import nn
 
 import lora
 from benchmarks.machine import write
-from benchmarks.step import LINEARS, base, stepper
+from benchmarks.step import LINEARS, base, stepper, with_lora, with_peft
 from benchmarks.turns import median, ratio, take_turns
 
 LAYERS = 2
 
 
 def ours(method: str, **settings: Any) -> nn.Module:
-    model = base(LAYERS)
-    config = lora.METHODS[method].Config(target_modules=tuple(LINEARS), **settings)
-    lora.inject(model, config)  # type: ignore[arg-type]
-    return model
+    return with_lora(base(LAYERS), LINEARS, method, **settings)
 
 
 def pefts(kind: str, **settings: Any) -> nn.Module:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = getattr(peft, kind)(target_modules=LINEARS, **settings)
-        model: nn.Module = peft.get_peft_model(base(LAYERS), config)
-    return model
+    return with_peft(base(LAYERS), LINEARS, kind, **settings)
 
 
 def frozen() -> nn.Module:

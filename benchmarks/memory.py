@@ -12,7 +12,6 @@ allocator counts it. `full` trains its bfloat16 weights. No times are taken.
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import transformers
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-import lora
 from benchmarks.machine import write
+from benchmarks.step import embeddings_pass_gradient, with_lora, with_peft
 
 ROWS, LENGTH = 4, 256
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -40,20 +39,11 @@ def base() -> Any:
 
 
 def ours(method: str = "lora", **settings: Any) -> nn.Module:
-    model: nn.Module = base()
-    config = lora.METHODS[method].Config(target_modules=tuple(LINEARS), **settings)
-    lora.inject(model, config)  # type: ignore[arg-type]
-    return model
+    return with_lora(base(), LINEARS, method, **settings)
 
 
 def pefts(kind: str = "LoraConfig", **settings: Any) -> nn.Module:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = getattr(peft, kind)(target_modules=LINEARS, **settings)
-        model: nn.Module = peft.get_peft_model(base(), config)
-    return model
+    return with_peft(base(), LINEARS, kind, **settings)
 
 
 CONTENDERS: dict[str, Callable[[], nn.Module]] = {
@@ -82,8 +72,7 @@ RATIOS = (
 
 def kept(model: Any) -> int:
     """Bytes that forward left allocated, less its logits."""
-    table = model.get_input_embeddings()
-    table.register_forward_hook(lambda _, args, y: y.detach().requires_grad_())
+    embeddings_pass_gradient(model)
     ids = torch.randint(1, 1000, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids[:1, :8])  # for what is made once and stays
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:

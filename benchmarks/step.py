@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,22 +84,42 @@ def full(setting: Setting) -> nn.Module:
     return model
 
 
+def with_lora(
+    model: nn.Module, targets: Sequence[str], method: str = "lora", **settings: Any
+) -> nn.Module:
+    """The model with a method of ours on the targets."""
+    config = lora.METHODS[method].Config(target_modules=tuple(targets), **settings)
+    lora.inject(model, config)  # type: ignore[arg-type]
+    return model
+
+
+def with_peft(
+    model: nn.Module, targets: Sequence[str], kind: str = "LoraConfig", **settings: Any
+) -> nn.Module:
+    """The model with a method of peft's on the targets."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = getattr(peft, kind)(target_modules=list(targets), **settings)
+        adapted: nn.Module = peft.get_peft_model(model, config)
+    return adapted
+
+
+def embeddings_pass_gradient(model: Any) -> None:
+    """Let the gradient flow to the embeddings' output, as it does below a trained layer."""
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda _, args, y: y.detach().requires_grad_())
+
+
 def ours(setting: Setting, dropout: float = 0.0) -> nn.Module:
-    model: nn.Module = base(setting.layers)
-    targets = tuple(LINEARS)
-    lora.inject(model, lora.LoRAConfig(r=8, target_modules=targets, lora_dropout=dropout))
+    model = with_lora(base(setting.layers), LINEARS, r=8, lora_dropout=dropout)
     hold(model, setting.dtype)
     return model
 
 
 def pefts(setting: Setting, dropout: float = 0.0) -> nn.Module:
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = peft.LoraConfig(r=8, target_modules=LINEARS, lora_dropout=dropout)
-        model: nn.Module = peft.get_peft_model(base(setting.layers), config)
-    return model
+    return with_peft(base(setting.layers), LINEARS, r=8, lora_dropout=dropout)
 
 
 CONTENDERS: dict[str, Callable[[Setting], nn.Module]] = {
@@ -114,8 +134,7 @@ CONTENDERS: dict[str, Callable[[Setting], nn.Module]] = {
 
 def stepper(model: Any, rows: int, length: int, dtype: str) -> Callable[[], float]:
     """Seconds of one step, at each call."""
-    table = model.get_input_embeddings()
-    table.register_forward_hook(lambda _, args, y: y.detach().requires_grad_())
+    embeddings_pass_gradient(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
     generator = torch.Generator().manual_seed(0)
