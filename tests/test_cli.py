@@ -252,6 +252,44 @@ def test_bfloat16_trains(base: str, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_what_the_hardware_multiplies(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setattr("lora.models.bfloat16_here", lambda device: native)
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 1)
+    runs = {dtype: tmp_path / dtype for dtype in ("auto", "bfloat16" if native else "float32")}
+    for dtype, run in runs.items():
+        assert lora("train", *arguments, "--dtype", dtype, "--run-dir", run) == 0
+    stated, meant = ((run / "config.toml").read_text() for run in runs.values())
+    assert stated == meant
+    steps = [(run / "predictions.jsonl").read_text() for run in runs.values()]
+    assert steps[0] == steps[1]
+
+
+def test_a_compiled_run_learns_the_same(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the compiler that changes nothing; test_train has the one that users get."""
+    compiled, compile_ = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **how: (compiled.append(how), compile_(self, backend="eager", **how))[1],
+    )
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 2, "--r", 2)
+    losses = {}
+    for flag in ("--compile", "--no-compile"):
+        run = tmp_path / flag
+        assert lora("train", *arguments, "--learning-rate", 0.01, flag, "--run-dir", run) == 0
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[flag] = [line["loss"] for line in lines if line["kind"] == "step"]
+        assert compiled == [{"dynamic": True}]
+    assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=1e-5)
+    for run in (tmp_path / "--compile", tmp_path / "--no-compile"):
+        assert lora("eval", run) == 0
+
+
 def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import lora
 from lora.errors import TrainingError
 from lora.evaluate import predict
+from lora.models import hold
 from lora.tokens import Encoded, batches, collate
 from lora.train import fit, slope
 
@@ -171,3 +173,35 @@ def test_a_loss_that_is_no_number_stops_before_the_step() -> None:
         next(fit(model, encoded(), "classification", **SETTINGS))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.nan_to_num(7), before[name].nan_to_num(7)), name
+
+
+def test_only_frozen_matrices_are_held_in_bfloat16() -> None:
+    model = adapted()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    hold(model, "float32")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    hold(model, "bfloat16")
+    for name, parameter in model.named_parameters():
+        frozen_matrix = re.search(r"(_lin|lin[12]|classifier).*weight$", name)
+        held = bool(frozen_matrix) and not parameter.requires_grad
+        assert parameter.dtype == (torch.bfloat16 if held else torch.float32), name
+        assert torch.equal(parameter.float(), before[name].to(parameter.dtype).float())
+    settings = SETTINGS | {"epochs": 20, "dtype": "bfloat16"}
+    losses = [step.loss for step in fit(model, encoded(), "classification", **settings)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_model_trains_the_same() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    losses = []
+    for compiled in (False, True):
+        model = distilbert(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
+        lora.inject(model, lora.LoRAConfig(r=2, target_modules=("q_lin",)))
+        if compiled:
+            model.compile(dynamic=True)
+        losses.append([s.loss for s in fit(model, encoded(), "classification", **SETTINGS)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert torch._dynamo.utils.counters["inductor"]

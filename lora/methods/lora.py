@@ -136,8 +136,8 @@ class LoRA(LowRank):
         return shift if b is None else b + shift
 
     def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        y = self.updated(view, x, mask)
-        return y if self.lora_B_bias is None else y + self.scaling * self.lora_B_bias
+        y, shift = self.updated(view, x, mask), self.shifted(None)
+        return y if shift is None else y + shift
 
     def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         if not fused.possible(view, x):
