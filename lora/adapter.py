@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
-from lora.fused import autocast_on
+from lora.fused import autocast_on, without_autocast
 from lora.layers import View, apply, views
 
 METHODS: dict[str, type[Method]] = {}
@@ -458,7 +458,7 @@ class AdaptedLayer(nn.Module):
         weight, bias = view.parameters()
         W, b = view.read()
         wide = torch.promote_types(W.dtype, torch.float32)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(W):
             W1, b1 = W.to(wide), None if b is None else b.to(wide)
             for name in self.active:
                 # Active together are additive ones only, so the order does not matter.

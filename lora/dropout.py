@@ -5,8 +5,9 @@
 
 One byte an element, and what p is beyond 1/256 is left to the rows: with p = 0.1 = 25.6/256 a row's
 threshold is 26 with probability 0.6, else 25. So every element is dropped with p to within 2⁻²⁴,
-for half of what two bytes cost, and nothing but the seed is kept for backward: it regenerates the
-mask in a fraction of the time that F.dropout needs for one (docs/performance.md).
+for half of what two bytes cost; those of a row are independent given its threshold. Nothing but the
+seed is kept for backward: it regenerates the mask in a fraction of the time that F.dropout needs
+for one (docs/performance.md).
 
 The seed comes from torch's default generator of x's device, so that recomputation in activation
 checkpointing draws it again.
@@ -41,27 +42,28 @@ class Mask:
 
     def keep(self, x: Tensor) -> Tensor:
         """1 where the element stays and 0 where it is dropped, shape, dtype and device of x."""
-        bytes_, limits = self._bytes(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
-        return bytes_.ge_(limits).to(x.dtype).view(x.shape)
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        return self._keep(rows, 0).view(x.shape)
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """keep(rows) of (tokens, in) in parts that a processor's cache holds, each new memory."""
-        bytes_, limits = self._bytes(rows)
         count = len(rows) if rows.is_cuda else max(1, BLOCK // max(1, rows.shape[1]))
-        for start in range(0, len(rows), count):
+        for start in range(0, max(1, len(rows)), count):  # one part of no rows at least
             part = slice(start, start + count)
-            yield part, bytes_[part].ge_(limits[part]).to(rows.dtype)
+            yield part, self._keep(rows[part], start)
 
-    def _bytes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A byte for each element (tokens, in), and each row's threshold (tokens, 1)."""
-        count = rows.numel()
-        found = words(self.seed, -(-count // 8) + len(rows))
+    def _keep(self, rows: Tensor, before: int) -> Tensor:
+        """Of rows (tokens, in) that come after `before` others: bytes, and a word of threshold."""
+        width = -(-rows.shape[1] // 8) + 1
+        seed = self.seed + torch.full_like(self.seed, before * width) * GAMMA
+        found = words(seed, len(rows) * width).view(len(rows), width)
         sure = int(self.p * 256)
         left = round((self.p * 256 - sure) * 65536)
         # A threshold of 256 is past the range of a byte.
         kind = torch.uint8 if sure < 255 else torch.int16
-        limits = (found[len(found) - len(rows) :] & 0xFFFF).lt(left).to(kind).add_(sure)
-        return found.view(torch.uint8)[:count].view(rows.shape), limits.view(-1, 1)
+        limits = (found[:, -1:] & 0xFFFF).lt(left).to(kind).add_(sure)
+        bytes_ = found[:, :-1].view(torch.uint8)[:, : rows.shape[1]]
+        return bytes_.ge_(limits).to(rows.dtype)
 
     def scaled(self, x: Tensor) -> Tensor:
         """The mask that multiplies x: keep / (1 − p), in float32 at least.
@@ -84,7 +86,8 @@ def drop(x: Tensor, mask: Mask | None) -> Tensor:
 
 def words(seed: Tensor, count: int) -> Tensor:
     """Random bits, (count,) int64, every byte of them uniform: SplitMix64 from its state `seed`."""
-    z = torch.arange(1, count + 1, dtype=torch.int64, device=seed.device).mul_(GAMMA).add_(seed)
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=seed.device)
+    z = torch.add(seed, counter, alpha=GAMMA)
     shifted = torch.empty_like(z)
     for bits, factor in ROUNDS:
         torch.bitwise_right_shift(z, bits, out=shifted)

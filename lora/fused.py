@@ -20,11 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora.dropout import Mask
@@ -36,26 +38,26 @@ Way = tuple[Tensor, Tensor, float]  # gh (tokens, r), A (r, in), s
 
 PART = 256  # tokens
 
-_off = False
+_off: ContextVar[bool] = ContextVar("_off", default=False)
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
 
 @contextmanager
 def off() -> Iterator[None]:
     """Compute by plain operations within: for second derivatives, and for comparison."""
-    global _off
-    before, _off = _off, True
+    before = _off.set(True)
     try:
         yield
     finally:
-        _off = before
+        _off.reset(before)
 
 
 def possible(view: View, x: Tensor) -> bool:
     """Whether a Function can compute the layer, and gives what calling the layer would."""
     module = view.module
     return not (
-        _off
+        torch.compiler.is_compiling()  # the compiler fuses plain operations itself
+        or _off.get()
         or view.of_ids  # ids have no gradient, and a table no product
         or x.is_nested
         or view.parameters()[0].requires_grad
@@ -63,9 +65,10 @@ def possible(view: View, x: Tensor) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         or "forward" in vars(module)  # replaced, as accelerate does to fetch an offloaded weight
-        or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
         or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
+        or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
 
@@ -82,21 +85,27 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _weight(view: View, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """W (out, in) as it is, or under autocast in `dtype`, cast once while it stays what it is."""
+def _weight(view: View, x: Tensor) -> tuple[Tensor, torch.dtype]:
+    """W (out, in) as it is, or under autocast in its dtype, cast once while it stays what it is.
+
+    And the dtype of the products of x.
+    """
     weight, _ = view.parameters()
+    dtype = compute_dtype(x)
     found = _cast(weight, dtype) if autocast_on(x) and weight.dtype != dtype else weight.detach()
-    return found.t() if view.transposed else found
+    return (found.t() if view.transposed else found), dtype
 
 
-def _cast(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in `dtype`, again only where its version or its memory is another.
 
     What is written through weight.data bears no version: write to the weight itself.
     """
     if weight.is_inference():  # which count no versions
         return weight.to(dtype)
-    state = (weight._version, weight.data_ptr(), weight.device, dtype)
+    # The reference to the storage keeps its identity from being given to another.
+    memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    state = (weight._version, memory, weight.storage_offset(), dtype)
     known = _casts.get(weight)
     if known is None or known[0] != state:
         with torch.inference_mode(False):  # an evaluation's cast must serve training too
@@ -106,7 +115,7 @@ def _cast(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
     return cast
 
 
-def _plain(x: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Autocast off: the dtypes are chosen already."""
     return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
 
@@ -114,6 +123,11 @@ def _plain(x: Tensor) -> AbstractContextManager[Any]:
 def _rows(x: Tensor) -> Tensor:
     """(tokens, features)"""
     return x.reshape(-1, x.shape[-1])
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (..., out) of (tokens, out). Outside of the Functions, so that y may be written over."""
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _summed(left: Tensor, right: Tensor, s: float) -> Tensor:
@@ -142,28 +156,26 @@ def _dropped(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
 
 
 def _factor(B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bᵀ (r, out), in memory too: g B by its rows takes half the time of g B by its columns."""
+    """Bᵀ (r, out), in memory too: g B takes half the time by it."""
     return B.t().to(dtype).contiguous()
 
 
 def _update(
-    rows: Tensor, A: Tensor, Bt: Tensor, s: float, start: Start, mask: Mask | None, y: Tensor
+    rows: Tensor, A: Tensor, B: Tensor, s: float, start: Start, mask: Mask | None, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """h (tokens, r), and y + s (m ∘ rows) (B A − B₀ A₀)ᵀ, written over y."""
     h = _dropped(rows, A.to(y.dtype), mask)
     if start is None:
-        return h, y.addmm_(h, Bt, alpha=s)
-    A0, Bt0 = start[0].to(y.dtype), _factor(start[1], y.dtype)
+        return h, y.addmm_(h, B.to(y.dtype).t(), alpha=s)
+    A0, B0 = (factor.to(y.dtype) for factor in start)
     # Apart, so that the two are the same bits at the start, and leave y's as they are.
-    return h, y.add_(h @ Bt - _dropped(rows, A0, mask) @ Bt0, alpha=s)
+    return h, y.add_(h @ B.to(y.dtype).t() - _dropped(rows, A0, mask) @ B0.t(), alpha=s)
 
 
-def _ways(g: Tensor, A: Tensor, Bt: Tensor, s: float, start: Start) -> list[Way]:
+def _ways(g: Tensor, A: Tensor, B: Tensor, s: float, start: Start) -> list[Way]:
     """The ways of g (tokens, out) back through s (B A − B₀ A₀), that of A and B first."""
-    found = [(g @ Bt.t(), A.to(g.dtype), s)]
-    if start is not None:
-        found.append((g @ _factor(start[1], g.dtype).t(), start[0].to(g.dtype), -s))
-    return found
+    factors = [(A, B, s), *([] if start is None else [(*start, -s)])]
+    return [(g @ _factor(B, g.dtype).t(), A.to(g.dtype), s) for A, B, s in factors]
 
 
 def _back(
@@ -173,19 +185,19 @@ def _back(
 
     Either of rows and gx may be None, which is not wanted then. The mask is made once for both.
     """
-    gh, A, s = ways[0]
-    like = gx if rows is None else rows
-    if mask is None or like is None:
-        for gh_, A_, s_ in ways if gx is not None else ():
-            gx.addmm_(gh_, A_, alpha=s_)  # type: ignore[union-attr]
-        return None if rows is None else _summed(gh, rows, s)
-    wide = torch.promote_types(A.dtype, torch.float32)
-    gA = None if rows is None else torch.zeros_like(A, dtype=wide)
-    for part, keep in mask.blocks(like):
-        for gh_, A_, s_ in ways if gx is not None else ():
-            gx[part].addcmul_(gh_[part] @ A_, keep, value=s_)  # type: ignore[index]
-        if gA is not None and rows is not None:
-            gA.add_(_summed(gh[part], keep.mul_(rows[part]), s))
+    like, gA = gx if rows is None else rows, None
+    into = [] if gx is None else [(gx, *way) for way in ways]
+    whole: list[tuple[slice, Tensor | None]] = [(slice(None), None)]
+    for part, keep in whole if mask is None or like is None else mask.blocks(like):
+        for found, gh, A, s in into:
+            if keep is None:
+                found.addmm_(gh, A, alpha=s)
+            else:
+                found[part].addcmul_(gh[part] @ A, keep, value=s)
+        if rows is not None:
+            gh, _, s = ways[0]
+            some = _summed(gh[part], rows if keep is None else keep.mul_(rows[part]), s)
+            gA = some if gA is None else gA + some
     return gA
 
 
@@ -210,29 +222,27 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
         start: Start, mask: Mask | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        with _plain(x):
+        with without_autocast(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
-            Bt = _factor(B, dtype)
-            h, y = _update(rows, A, Bt, s, start, mask, y)
+            h, y = _update(rows, A, B, s, start, mask, y)
         kept = x if ctx.needs_input_grad[3] else None  # not under LoRA-FA, whose A is frozen
-        ctx.save_for_backward(kept, W, A, Bt, h, None if mask is None else mask.seed)
-        ctx.s, ctx.p, ctx.dtype = s, None if mask is None else mask.p, dtype
-        ctx.start, ctx.shape, ctx.x_dtype = start, x.shape, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(kept, W, A, B, h)
+        ctx.s, ctx.start, ctx.mask = s, start, mask
+        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        x, W, A, Bt, h, seed = ctx.saved_tensors
+        x, W, A, B, h = ctx.saved_tensors
         needs_x, _, needs_b, _, needs_B, *_ = ctx.needs_input_grad
-        mask = None if seed is None else Mask(ctx.p, seed)
         gB = gb = None
-        with _plain(grads[0]):
-            g = _rows(grads[0])
+        with without_autocast(grads[0]):
+            g = grads[0]
             gx = g @ W if needs_x else None
             rows = None if x is None else _rows(x).to(ctx.dtype)
-            gA = _back(_ways(g, A, Bt, ctx.s, ctx.start), rows, mask, gx)
+            gA = _back(_ways(g, A, B, ctx.s, ctx.start), rows, ctx.mask, gx)
             if needs_B:
                 gB = _summed(h, g, ctx.s).t()
             if needs_b:
@@ -246,11 +256,10 @@ def low_rank(
     mask: Mask | None, start: Start = None,
 ) -> Tensor:  # fmt: skip
     """x Wᵀ + b + scaling · (m ∘ x) (B A − B₀ A₀)ᵀ, m scaled, in the layer's dtype; start A₀, B₀."""
-    dtype = compute_dtype(x)
-    W = _weight(view, x, dtype)
+    W, dtype = _weight(view, x)
     s = scaling if mask is None else scaling * mask.scale
     y: Tensor = _LowRank.apply(x, W, b, A, B, s, start, mask, dtype)  # type: ignore[no-untyped-call]
-    return y
+    return _shaped(y, x)
 
 
 class _DoRA(torch.autograd.Function):
@@ -267,34 +276,33 @@ class _DoRA(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
         start: Start, f: Tensor, mask: Mask, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        with _plain(x):
+        with without_autocast(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             kept = mask.keep(rows).mul_(rows)
             q = F.linear(kept, W)
-            Bt = _factor(B, dtype)
-            h, z = _update(kept, A, Bt, s, start, None, q.clone())
+            h, z = _update(kept, A, B, s, start, None, q.clone())
             y = (y + mask.scale * (f * z - q)).to(dtype)
-        ctx.save_for_backward(x, W, A, Bt, h, f, z, mask.seed)
-        ctx.s, ctx.p, ctx.dtype, ctx.start = s, mask.p, dtype, start
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h, f, z)
+        ctx.s, ctx.start, ctx.mask = s, start, mask
+        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        x, W, A, Bt, h, f, z, seed = ctx.saved_tensors
-        needs_x, _, needs_b, needs_A, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
-        mask = Mask(ctx.p, seed)
-        gx = dropped = gB = gb = gf = None
-        with _plain(x):
-            g = _rows(grads[0])
+        x, W, A, B, h, f, z = ctx.saved_tensors
+        needs_x, _, needs_b, _, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
+        mask, gx, gB, gb, gf = ctx.mask, None, None, None, None
+        with without_autocast(grads[0]):
+            g = grads[0]
             gz = (mask.scale * f * g).to(ctx.dtype)
-            rows = _rows(x).to(ctx.dtype)
-            keep = mask.keep(rows)
-            if needs_x:
-                dropped = torch.sub(gz, g, alpha=mask.scale) @ W
-            kept = keep * rows if needs_A else None
-            gA = _back(_ways(gz, A, Bt, ctx.s, ctx.start), kept, None, dropped)
+            rows = None if x is None else _rows(x).to(ctx.dtype)
+            dropped = torch.sub(gz, g, alpha=mask.scale) @ W if needs_x else None
+            like = dropped if rows is None else rows
+            keep: Any = None if like is None else mask.keep(like)
+            kept = None if rows is None else rows * keep
+            gA = _back(_ways(gz, A, B, ctx.s, ctx.start), kept, None, dropped)
             if needs_B:
                 gB = _summed(h, gz, ctx.s).t()
             if needs_b:
@@ -302,7 +310,7 @@ class _DoRA(torch.autograd.Function):
             if needs_f:
                 gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
             if dropped is not None:
-                gx = (g @ W).addcmul_(dropped, keep).view(x.shape).to(x.dtype)
+                gx = (g @ W).addcmul_(dropped, keep).view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, gA, gB, None, None, gf, None, None
 
 
@@ -311,10 +319,9 @@ def dora(
     mask: Mask, start: Start = None,
 ) -> Tensor:  # fmt: skip
     """x Wᵀ + b + (factor ∘ (W + scaling · (B A − B₀ A₀)) − W) (m ∘ x), m scaled."""
-    dtype = compute_dtype(x)
-    W = _weight(view, x, dtype)
+    W, dtype = _weight(view, x)
     y: Tensor = _DoRA.apply(x, W, b, A, B, scaling, start, factor, mask, dtype)  # type: ignore[no-untyped-call]
-    return y
+    return _shaped(y, x)
 
 
 class _VeRA(torch.autograd.Function):
@@ -330,26 +337,26 @@ class _VeRA(torch.autograd.Function):
         outer: Tensor, mask: Mask | None, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         c = 1.0 if mask is None else mask.scale
-        with _plain(x):
+        with without_autocast(x):
             rows = _rows(x).to(dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             A, B = A.to(dtype), B.to(dtype)
             h = _dropped(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=c)
-        ctx.save_for_backward(W, A, B, inner, outer, h, u, None if mask is None else mask.seed)
-        ctx.c, ctx.p, ctx.dtype = c, None if mask is None else mask.p, dtype
-        ctx.shape, ctx.x_dtype = x.shape, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(W, A, B, inner, outer, h, u)
+        ctx.c, ctx.mask = c, mask
+        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        W, A, B, inner, outer, h, u, seed = ctx.saved_tensors
+        W, A, B, inner, outer, h, u = ctx.saved_tensors
         needs_x, _, needs_b, *_ = ctx.needs_input_grad
         gx = gb = None
-        with _plain(grads[0]):
-            g = _rows(grads[0])
+        with without_autocast(grads[0]):
+            g = grads[0]
             wide = torch.promote_types(g.dtype, torch.float32)
             gv = (ctx.c * outer * g).to(ctx.dtype) @ B
             ginner = (gv * h).sum(0, dtype=wide)
@@ -357,8 +364,8 @@ class _VeRA(torch.autograd.Function):
             if needs_b:
                 gb = g.sum(0, dtype=wide)
             if needs_x:
-                gx, mask = g @ W, None if seed is None else Mask(ctx.p, seed)
-                _back([((gv * inner).to(ctx.dtype), A, 1.0)], None, mask, gx)
+                gx = g @ W
+                _back([((gv * inner).to(ctx.dtype), A, 1.0)], None, ctx.mask, gx)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, None, None, ginner, gouter, None, None
 
@@ -368,8 +375,6 @@ def vera(
     mask: Mask | None,
 ) -> Tensor:  # fmt: skip
     """x Wᵀ + b + outer ∘ ((inner ∘ ((m ∘ x) Aᵀ)) Bᵀ), m scaled, in the layer's dtype."""
-    dtype = compute_dtype(x)
-    y: Tensor = _VeRA.apply(  # type: ignore[no-untyped-call]
-        x, _weight(view, x, dtype), b, A, B, inner, outer, mask, dtype
-    )
-    return y
+    W, dtype = _weight(view, x)
+    y: Tensor = _VeRA.apply(x, W, b, A, B, inner, outer, mask, dtype)  # type: ignore[no-untyped-call]
+    return _shaped(y, x)

@@ -40,12 +40,16 @@ class View:
         weight, bias = self.parameters()
         return (weight.T if self.transposed else weight), bias
 
-    def parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """The weight and the bias as the module stores them."""
-        weight = self.module.weight
-        bias = self.module._parameters.get("bias")
-        assert isinstance(weight, nn.Parameter)
-        return weight, bias
+    def parameters(self) -> tuple[Any, Any]:
+        """The weight and the bias (or None) as the module stores them: nn.Parameters, or tensors
+        that torch.func or nn.DataParallel put in their place."""
+        found = own_parameters(self.module)
+        return found["weight"], found.get("bias")
+
+
+def own_parameters(module: nn.Module) -> dict[str, Any]:
+    """A module's own parameters by name; the replicas of nn.DataParallel keep them apart."""
+    return getattr(module, "_former_parameters", module._parameters)
 
 
 def kind(module: nn.Module) -> str | None:
@@ -56,14 +60,15 @@ def kind(module: nn.Module) -> str | None:
     NonDynamicallyQuantizableLinear is never called at all: nn.MultiheadAttention reads its
     weight, so that an adapter around it would be dead.
     """
-    weight = module._parameters.get("weight")
+    parameters = own_parameters(module)
+    weight = parameters.get("weight")
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         return None  # parametrized, weight-normed or lazy: W is computed elsewhere, or not yet
     if isinstance(module, nn.Embedding):
         # max_norm writes to the weight at every look-up.
         good = module.max_norm is None and _takes_ids_alone(type(module).forward)
         return "Embedding" if good else None
-    if "bias" not in module._parameters:
+    if "bias" not in parameters:
         return None  # and so is b
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

@@ -99,19 +99,21 @@ def _tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> dict[
 def _place(tokenizer: Any, examples: Sequence[Example], length: int) -> Path | None:
     """The cache's file for these texts; None where the tokenizer does not say all that it is."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
+    kind = type(tokenizer)
+    if backend is None or not kind.__module__.startswith("transformers."):
+        return None  # code of somebody's own may do anything
     state = json.loads(backend.to_str())
     for name in ("truncation", "padding"):  # set by the last call
         state.pop(name, None)
     settings = {
         "tokenizer": state,
-        "class": type(tokenizer).__name__,
+        "class": f"{kind.__module__}.{kind.__qualname__}",
         "special": str(tokenizer.special_tokens_map),
         "fields": list(tokenizer.model_input_names),
-        "sides": [tokenizer.truncation_side, tokenizer.padding_side],
+        "split": tokenizer.split_special_tokens,
+        "side": tokenizer.truncation_side,
         "length": length,
-        "transformers": importlib.metadata.version("transformers"),
+        "versions": [importlib.metadata.version(name) for name in ("transformers", "tokenizers")],
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for example in examples:
@@ -153,7 +155,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 def _read(path: Path) -> dict[str, Tensor] | None:
     """What the file holds, None where it is not there or not whole."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False too where the folder may not be searched
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:

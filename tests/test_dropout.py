@@ -61,10 +61,10 @@ def test_the_rate_is_within_2_to_the_minus_24(p: float) -> None:
     # and the mask goes by those two numbers: a row has one of the two thresholds
     x = torch.empty(20_000, 64)
     seed = torch.tensor(11)
-    rows = words(seed, x.numel() // 8 + len(x))[-len(x) :] & 0xFFFF
-    bytes_ = words(seed, x.numel() // 8).view(torch.uint8).view(x.shape).int()
-    limits = sure + (rows < left).int()
-    assert torch.equal(Mask(p, seed).keep(x), (bytes_ >= limits[:, None]).float())
+    found = words(seed, len(x) * 9).view(len(x), 9)  # eight words of bytes, one of threshold
+    bytes_ = found[:, :8].contiguous().view(torch.uint8).int()
+    limits = sure + (found[:, 8:] & 0xFFFF < left).int()
+    assert torch.equal(Mask(p, seed).keep(x), (bytes_ >= limits).float())
 
 
 def test_masks_of_one_seed_are_one_whatever_the_dtype() -> None:

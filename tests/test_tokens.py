@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 import time
 from pathlib import Path
@@ -127,6 +128,7 @@ def test_whatever_changes_the_ids_is_another_file(cache: Path, tokenizer: Any) -
             lambda: encoded(tokenizer, ["a good film", "not a wasted framed", "ull", *TEXTS[3:]]),
             lambda: (tokenizer.add_tokens(["wasted frame"]), encoded(tokenizer)),
             lambda: (setattr(tokenizer, "truncation_side", "left"), encoded(tokenizer)),
+            lambda: (setattr(tokenizer, "split_special_tokens", True), encoded(tokenizer)),
             lambda: (setattr(tokenizer, "model_input_names", ["input_ids"]), encoded(tokenizer)),
         ),
         1,
@@ -162,6 +164,31 @@ def test_without_a_place_for_the_cache_texts_are_tokenised(
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "file"))
     assert encoded(tokenizer).lengths[0] == 5
+
+
+def test_a_place_that_may_not_be_searched_is_no_place(
+    cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoded(tokenizer)  # there is a file, which only somebody else may see
+    real = os.stat
+
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if str(cache) in str(path):
+            raise PermissionError(13, "Permission denied")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert encoded(tokenizer).lengths[0] == 5
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_cached(cache: Path, tokenizer: Any) -> None:
+    class Shouting(type(tokenizer)):  # type: ignore[misc]
+        pass
+
+    tokenizer.__class__ = Shouting
+    encoded(tokenizer)
+    assert not list(cache.glob("*"))
 
 
 def test_a_full_disk_costs_the_cache_alone(

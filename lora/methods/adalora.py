@@ -30,9 +30,11 @@ class AdaLoRAConfig(AdapterConfig):
     """Settings of AdaLoRA. Steps are optimiser steps."""
 
     training_only: ClassVar[frozenset[str]] = frozenset(
-        {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"}
-        | {"lora_dropout"}
-    )
+        {
+            "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
+            "lora_dropout",
+        }
+    )  # fmt: skip
     written: ClassVar[frozenset[str]] = frozenset({"rank_pattern"})
 
     init_r: int = 12
@@ -125,8 +127,13 @@ class AdaLoRA(Adapter):
         }
     }  # fmt: skip
     neutral: ClassVar = {
-        **{"bias": "none", "r": ..., "fan_in_fan_out": ..., "qalora_group_size": ...},
-        **{"init_lora_weights": True, "megatron_core": ..., "total_step": ...},
+        "bias": "none",
+        "r": ...,
+        "fan_in_fan_out": ...,
+        "qalora_group_size": ...,
+        "init_lora_weights": True,
+        "megatron_core": ...,
+        "total_step": ...,
     }
 
     config: AdaLoRAConfig

@@ -27,7 +27,7 @@ class DoRA(LowRank):
     ‖V‖ (out,) is the length of each row of V; it gets no gradient (section 4.3). b' = b: the bias
     is no part of W, and is not scaled.
     lora_A, lora_B as LoRA's
-    lora_magnitude_vector (out,)  m; ‖W‖, so W' = W at step 0
+    lora_magnitude_vector (out,)  m; ‖W‖ of W at the injection, so W' = W at step 0
     Cost: r·(in+out) + out parameters. The lengths are had without V: 2·r·in·out FLOP a step;
     dropout costs a second product with W.
     """
@@ -70,7 +70,9 @@ class DoRA(LowRank):
 
     def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         W, b = view.read()
-        factor, fast = self.factor(self.lengths(W)), fused.possible(view, x)
+        with fused.without_autocast(W):  # in which a row's length would be off by a percent
+            factor = self.factor(self.lengths(W))
+        fast = fused.possible(view, x)
         own = self.lora_A, self.lora_B, self.scaling
         if mask is not None and fast:
             return fused.dora(view, x, b, *own, factor, mask, self.start)
@@ -95,7 +97,7 @@ class DoRA(LowRank):
         tenth, the rounding of that sum would show: those rows are had from V itself.
         """
         dtype = self.lora_A.dtype
-        if torch.compiler.is_compiling():  # which fuses V into the sum, and follows no data
+        if torch.compiler.is_compiling() or W.is_meta:  # which follow no data
             whole: Tensor = torch.linalg.vector_norm(W + self.update(), dim=1)
             return whole
         A: Tensor = self.lora_A

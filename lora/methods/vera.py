@@ -70,6 +70,9 @@ class VeRA(Adapter):
         "another_seed_other_bits": "the random part follows from projection_prng_key alone"
     }
 
+    vera_A: Tensor  # noqa: N815
+    vera_B: Tensor  # noqa: N815
+
     def __init__(self, view: View, config: VeRAConfig, module: str) -> None:
         super().__init__(view, config, module)
         self.vera_lambda_d = self.new(view, config.r)
@@ -106,8 +109,7 @@ class VeRA(Adapter):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r)."""
-        A, B = self.get_parameter("vera_A"), self.get_parameter("vera_B")
-        return A[:, : self.width], B[: len(self.vera_lambda_b)]
+        return self.vera_A[:, : self.width], self.vera_B[: len(self.vera_lambda_b)]
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B = self.matrices()
