@@ -109,18 +109,25 @@ def _lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
         for clause, value in own.items():
             if value != "held":
                 reasons.setdefault(value, []).append(clause)
-        said = "<br>".join(f"{_short(names)}: {reason}" for reason, names in reasons.items())
+        parts = {_short(names): reason for reason, names in reasons.items()}
+        first, *_ = [*parts, ""]
+        if len(parts) > 1 and sum(map(len, reasons.values())) == len(own):
+            parts = {OTHERS: parts.pop(first)} | parts
+        said = "<br>".join(f"{names}: {reason}" for names, reason in parts.items())
         yield f"| {label} | {held} of {len(own)} | {said} |"
 
 
+OTHERS = "every other clause"  # first in a row, so that the rest of the row says more
 GROUPS = {
+    OTHERS: list(CLAUSES),
     "every clause": list(CLAUSES),
     "all of the wrapped": [c for c in CLAUSES if c in WRAPPING],
 }
 
 
 def _short(names: list[str]) -> str:
-    return next((short for short, group in GROUPS.items() if group == names), ", ".join(names))
+    groups = {short: group for short, group in GROUPS.items() if short != OTHERS}
+    return next((short for short, group in groups.items() if group == names), ", ".join(names))
 
 
 def read_cells(text: str) -> dict[tuple[str, str], str]:

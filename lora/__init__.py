@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lora import errors as errors
+    from lora import nf4 as nf4
     from lora import testing as testing
     from lora.adapter import METHODS as METHODS
     from lora.adapter import Adapter as Adapter
@@ -51,7 +52,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("errors", "testing"):
+    if name in ("errors", "nf4", "testing"):
         return importlib.import_module(f"lora.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
@@ -70,4 +71,4 @@ def __dir__() -> list[str]:
     importlib.import_module("lora.methods")
     methods = importlib.import_module("lora.adapter").METHODS.values()
     configs = {method.Config.__name__ for method in methods}
-    return sorted({*_HOME, *configs, "METHODS", "errors", "testing", "__version__"})
+    return sorted({*_HOME, *configs, "METHODS", "errors", "nf4", "testing", "__version__"})

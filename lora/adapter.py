@@ -371,7 +371,7 @@ class Adapter(Method, nn.Module):
     def new(self, view: View, *shape: int) -> nn.Parameter:
         """An unfilled parameter where the layer is, in float32 at least, whatever its dtype."""
         weight, _ = view.parameters()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(view.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
     def draw_mask(self, x: Tensor) -> Mask | None:

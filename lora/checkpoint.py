@@ -273,7 +273,8 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
         if tensor.is_meta:
             return {}
         values = tensor.detach().reshape(-1)
-        if not values.is_floating_point():
+        packed = values.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)
+        if not values.is_floating_point() and not packed:
             continue
         if values.numel() > 4096:
             # Knuth's multiplier: a stride that divides the width would sample one column only.
@@ -281,7 +282,10 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
             scattered = scattered * 2654435761 % values.numel()
             values = values[scattered.to(values.device)]
         for dtype, digest in list(digests.items()):
-            if values.dtype in (torch.float32, torch.float64, dtype):
+            if packed:
+                digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+                digest.update(values.cpu().numpy().tobytes())
+            elif values.dtype in (torch.float32, torch.float64, dtype):
                 digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
                 sample = values.to(dtype).cpu().contiguous()
                 digest.update(sample.view(torch.uint8).numpy().tobytes())

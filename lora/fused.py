@@ -85,15 +85,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _weight(view: View, x: Tensor) -> tuple[Tensor, torch.dtype]:
-    """W (out, in) as it is, or under autocast in its dtype, cast once while it stays what it is.
+def _stored(view: View, x: Tensor) -> tuple[tuple[Tensor, ...], torch.dtype]:
+    """What W is made of, and the dtype of the products of x.
 
-    And the dtype of the products of x.
+    Under autocast a weight that is not packed is cast to that once, while it stays what it is.
     """
-    weight, _ = view.parameters()
-    dtype = compute_dtype(x)
-    found = _cast(weight, dtype) if autocast_on(x) and weight.dtype != dtype else weight.detach()
-    return (found.t() if view.transposed else found), dtype
+    stored, dtype = view.stored(), compute_dtype(x)
+    if autocast_on(x) and not view.packed:
+        stored = tuple(part if part.dtype == dtype else _cast(part, dtype) for part in stored)
+    return stored, dtype
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,6 +209,46 @@ def _once() -> None:
         )
 
 
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ + b, W frozen and unpacked anew for gx = g W"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, view: View, b: Tensor | None, stored: tuple[Tensor, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        with without_autocast(x):
+            W = view.unpacked(stored, dtype)
+            y = F.linear(_rows(x).to(dtype), W, None if b is None else b.to(dtype))
+        ctx.save_for_backward(*stored)
+        ctx.view, ctx.dtype, ctx.shape, ctx.x_dtype = view, dtype, x.shape, x.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        _once()
+        (g,) = grads
+        needs_x, _, needs_b, *_ = ctx.needs_input_grad
+        gx = gb = None
+        with without_autocast(g):
+            if needs_x:
+                gx = g @ ctx.view.unpacked(ctx.saved_tensors, ctx.dtype)
+                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+            if needs_b:
+                gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        return gx, None, gb, None, None
+
+
+def linear(view: View, x: Tensor) -> Tensor:
+    """x Wᵀ + b of a packed weight, which backward does not keep."""
+    b = view.parameters()[1]
+    if not possible(view, x):
+        W = view.read()[0]
+        return F.linear(x, W if autocast_on(x) else W.to(x.dtype), b)
+    y: Tensor = _Linear.apply(x, view, b, *_stored(view, x))  # type: ignore[no-untyped-call]
+    return _shaped(y, x)
+
+
 class _LowRank(torch.autograd.Function):
     """y = x Wᵀ + b + s (m ∘ x) (B A − B₀ A₀)ᵀ, s with c in it
 
@@ -219,28 +259,28 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
-        start: Start, mask: Mask | None, dtype: torch.dtype,
+        ctx: Any, x: Tensor, view: View, b: Tensor | None, A: Tensor, B: Tensor, s: float,
+        start: Start, mask: Mask | None, stored: tuple[Tensor, ...], dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         with without_autocast(x):
-            rows = _rows(x).to(dtype)
+            rows, W = _rows(x).to(dtype), view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             h, y = _update(rows, A, B, s, start, mask, y)
         kept = x if ctx.needs_input_grad[3] else None  # not under LoRA-FA, whose A is frozen
-        ctx.save_for_backward(kept, W, A, B, h)
-        ctx.s, ctx.start, ctx.mask = s, start, mask
+        ctx.save_for_backward(kept, A, B, h, *stored)
+        ctx.view, ctx.s, ctx.start, ctx.mask = view, s, start, mask
         ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        x, W, A, B, h = ctx.saved_tensors
+        x, A, B, h, *stored = ctx.saved_tensors
         needs_x, _, needs_b, _, needs_B, *_ = ctx.needs_input_grad
         gB = gb = None
         with without_autocast(grads[0]):
             g = grads[0]
-            gx = g @ W if needs_x else None
+            gx = g @ ctx.view.unpacked(stored, ctx.dtype) if needs_x else None
             rows = None if x is None else _rows(x).to(ctx.dtype)
             gA = _back(_ways(g, A, B, ctx.s, ctx.start), rows, ctx.mask, gx)
             if needs_B:
@@ -248,7 +288,7 @@ class _LowRank(torch.autograd.Function):
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         gx = None if gx is None else gx.view(ctx.shape).to(ctx.x_dtype)
-        return gx, None, gb, gA, gB, None, None, None, None
+        return gx, None, gb, gA, gB, None, None, None, None, None
 
 
 def low_rank(
@@ -256,9 +296,8 @@ def low_rank(
     mask: Mask | None, start: Start = None,
 ) -> Tensor:  # fmt: skip
     """x Wᵀ + b + scaling · (m ∘ x) (B A − B₀ A₀)ᵀ, m scaled, in the layer's dtype; start A₀, B₀."""
-    W, dtype = _weight(view, x)
     s = scaling if mask is None else scaling * mask.scale
-    y: Tensor = _LowRank.apply(x, W, b, A, B, s, start, mask, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRank.apply(x, view, b, A, B, s, start, mask, *_stored(view, x))  # type: ignore[no-untyped-call]
     return _shaped(y, x)
 
 
@@ -273,29 +312,29 @@ class _DoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float,
-        start: Start, f: Tensor, mask: Mask, dtype: torch.dtype,
+        ctx: Any, x: Tensor, view: View, b: Tensor | None, A: Tensor, B: Tensor, s: float,
+        start: Start, f: Tensor, mask: Mask, stored: tuple[Tensor, ...], dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         with without_autocast(x):
-            rows = _rows(x).to(dtype)
+            rows, W = _rows(x).to(dtype), view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             kept = mask.keep(rows).mul_(rows)
             q = F.linear(kept, W)
             h, z = _update(kept, A, B, s, start, None, q.clone())
             y = (y + mask.scale * (f * z - q)).to(dtype)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, W, A, B, h, f, z)
-        ctx.s, ctx.start, ctx.mask = s, start, mask
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, A, B, h, f, z, *stored)
+        ctx.view, ctx.s, ctx.start, ctx.mask = view, s, start, mask
         ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        x, W, A, B, h, f, z = ctx.saved_tensors
+        x, A, B, h, f, z, *stored = ctx.saved_tensors
         needs_x, _, needs_b, _, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
         mask, gx, gB, gb, gf = ctx.mask, None, None, None, None
         with without_autocast(grads[0]):
-            g = grads[0]
+            g, W = grads[0], ctx.view.unpacked(stored, ctx.dtype)
             gz = (mask.scale * f * g).to(ctx.dtype)
             rows = None if x is None else _rows(x).to(ctx.dtype)
             dropped = torch.sub(gz, g, alpha=mask.scale) @ W if needs_x else None
@@ -311,7 +350,7 @@ class _DoRA(torch.autograd.Function):
                 gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
             if dropped is not None:
                 gx = (g @ W).addcmul_(dropped, keep).view(ctx.shape).to(ctx.x_dtype)
-        return gx, None, gb, gA, gB, None, None, gf, None, None
+        return gx, None, gb, gA, gB, None, None, gf, None, None, None
 
 
 def dora(
@@ -319,8 +358,9 @@ def dora(
     mask: Mask, start: Start = None,
 ) -> Tensor:  # fmt: skip
     """x Wᵀ + b + (factor ∘ (W + scaling · (B A − B₀ A₀)) − W) (m ∘ x), m scaled."""
-    W, dtype = _weight(view, x)
-    y: Tensor = _DoRA.apply(x, W, b, A, B, scaling, start, factor, mask, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _DoRA.apply(  # type: ignore[no-untyped-call]
+        x, view, b, A, B, scaling, start, factor, mask, *_stored(view, x)
+    )
     return _shaped(y, x)
 
 
@@ -333,26 +373,26 @@ class _VeRA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, inner: Tensor,
-        outer: Tensor, mask: Mask | None, dtype: torch.dtype,
+        ctx: Any, x: Tensor, view: View, b: Tensor | None, A: Tensor, B: Tensor, inner: Tensor,
+        outer: Tensor, mask: Mask | None, stored: tuple[Tensor, ...], dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         c = 1.0 if mask is None else mask.scale
         with without_autocast(x):
-            rows = _rows(x).to(dtype)
+            rows, W = _rows(x).to(dtype), view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             A, B = A.to(dtype), B.to(dtype)
             h = _dropped(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=c)
-        ctx.save_for_backward(W, A, B, inner, outer, h, u)
-        ctx.c, ctx.mask = c, mask
+        ctx.save_for_backward(A, B, inner, outer, h, u, *stored)
+        ctx.view, ctx.c, ctx.mask = view, c, mask
         ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        W, A, B, inner, outer, h, u = ctx.saved_tensors
+        A, B, inner, outer, h, u, *stored = ctx.saved_tensors
         needs_x, _, needs_b, *_ = ctx.needs_input_grad
         gx = gb = None
         with without_autocast(grads[0]):
@@ -364,10 +404,10 @@ class _VeRA(torch.autograd.Function):
             if needs_b:
                 gb = g.sum(0, dtype=wide)
             if needs_x:
-                gx = g @ W
+                gx = g @ ctx.view.unpacked(stored, ctx.dtype)
                 _back([((gv * inner).to(ctx.dtype), A, 1.0)], None, ctx.mask, gx)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
-        return gx, None, gb, None, None, ginner, gouter, None, None
+        return gx, None, gb, None, None, ginner, gouter, None, None, None
 
 
 def vera(
@@ -375,6 +415,5 @@ def vera(
     mask: Mask | None,
 ) -> Tensor:  # fmt: skip
     """x Wᵀ + b + outer ∘ ((inner ∘ ((m ∘ x) Aᵀ)) Bᵀ), m scaled, in the layer's dtype."""
-    W, dtype = _weight(view, x)
-    y: Tensor = _VeRA.apply(x, W, b, A, B, inner, outer, mask, dtype)  # type: ignore[no-untyped-call]
+    y: Tensor = _VeRA.apply(x, view, b, A, B, inner, outer, mask, *_stored(view, x))  # type: ignore[no-untyped-call]
     return _shaped(y, x)

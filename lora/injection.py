@@ -29,7 +29,7 @@ from lora.adapter import (
     initialise,
 )
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.layers import View, inside, kind, views
+from lora.layers import VIEWS, View, inside, kind, views
 from lora.targets import Plan, base_buffers, base_parameters, base_paths, plan_of, unwrapped, walk
 
 
@@ -430,7 +430,11 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Parameters; of a packed weight the values that it stands for."""
+    found = sum(parameter.numel() for parameter in module.parameters())
+    for view in (v for m in module.modules() if type(m) in VIEWS for v in views(m)):
+        found += view.out_features * view.in_features - sum(t.numel() for t in view.stored())
+    return found
 
 
 def inject(
@@ -753,6 +757,12 @@ def _merged(
 
     Where all that share a weight are adapted to the same W', they share that.
     """
+    packed = [name for name, layer in layers.items() if layer.view.packed]
+    if packed:
+        raise MergeError(
+            f"merge: {packed[0]} holds its weight in NF4, which W' would have to be rounded to."
+            " Call lora.nf4.dequantize_layers(model) first, and merge into the dequantised base."
+        )
     merged = {name: layer.merged() for name, layer in layers.items()}
     for name, (weight, bias) in merged.items():
         if bias is not None and layers[name].view.parameters()[1] is None:

@@ -7,6 +7,7 @@ says where a module keeps them and how it applies them, so that no method knows 
     nn.Linear      (out, in)       weight     (..., in)
     HF Conv1D      (in, out)       weight.T   (..., in)   GPT-2's, transformers.pytorch_utils.Conv1D
     nn.Embedding   (vocab, dim)    weight.T   ids (...), which pick columns: in = vocab, out = dim
+    NF4Linear      four bits       unpacked   (..., in)   nf4, which adds itself to VIEWS
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class View:
     in_features: int
     transposed: bool  # True where the module stores (in, out)
     of_ids: bool = False  # True where x is ids (...) and not (..., in)
+    packed: ClassVar[bool] = False  # True where W is made of what is stored, at every use
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in), sharing the module's storage, and b (out,) or None."""
@@ -45,6 +47,27 @@ class View:
         that torch.func or nn.DataParallel put in their place."""
         found = own_parameters(self.module)
         return found["weight"], found.get("bias")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        found: torch.dtype = self.parameters()[0].dtype
+        return found
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """What W is made of, to be kept for backward by reference."""
+        return (self.parameters()[0],)
+
+    def unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """W (out, in) of what stored() gave; it may lie in memory that the next call reuses.
+
+        In `dtype` where it is unpacked at all, else as it is.
+        """
+        (weight,) = stored
+        return weight.t() if self.transposed else weight
+
+
+VIEWS: dict[type[nn.Module], type[View]] = {}  # further kinds of linear layer, from other rooms
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
@@ -60,6 +83,8 @@ def kind(module: nn.Module) -> str | None:
     NonDynamicallyQuantizableLinear is never called at all: nn.MultiheadAttention reads its
     weight, so that an adapter around it would be dead.
     """
+    if type(module) in VIEWS:
+        return type(module).__name__
     parameters = own_parameters(module)
     weight = parameters.get("weight")
     if weight is None or isinstance(weight, nn.UninitializedParameter):
@@ -94,6 +119,9 @@ def views(module: nn.Module) -> list[View]:
             f"no view for {type(module).__name__}: adapters sit on nn.Linear, nn.Embedding and HF"
             " Conv1D."
         )
+    if type(module) in VIEWS:
+        layer: Any = module
+        return [VIEWS[type(module)](module, layer.out_features, layer.in_features, False)]
     rows, columns = module.weight.shape  # type: ignore[misc]
     if found == "Linear":
         return [View(module, int(rows), int(columns), transposed=False)]

@@ -88,7 +88,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
         found = tuple(
             name
             for name, module in free.items()
-            if kind(module) in ("Linear", "Conv1D")
+            if kind(module) not in (None, "Embedding")
             and module is not head
             and inside(name, trunk)
             and not _routes(name, modules)
@@ -319,4 +319,7 @@ _OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
 def _check_trainable(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
-            raise TargetError(f"{name} is {parameter.dtype}, which cannot train.")
+            raise TargetError(
+                f"{name} is {parameter.dtype}, which cannot train. Put an adapter on the layer, or"
+                " load the base without --quantize."
+            )

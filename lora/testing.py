@@ -63,6 +63,7 @@ from lora.injection import (
     wrappers_of,
 )
 from lora.layers import View
+from lora.nf4 import NF4Linear, dequantize_layers
 from lora.targets import base_parameters
 
 
@@ -70,7 +71,7 @@ from lora.targets import base_parameters
 class Case:
     """One layer to put a method on."""
 
-    kind: str  # Linear, Conv1D or Embedding
+    kind: str  # Linear, Conv1D, Embedding or NF4Linear
     bias: bool
     dtype: torch.dtype
 
@@ -124,6 +125,7 @@ def cases() -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
     found = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
     found.append(Case("Linear", True, torch.float16))
+    found += [Case("NF4Linear", bias, dtype) for bias, dtype in zip((True, False), dtypes)]
     found += [Case("Embedding", False, dtype) for dtype in dtypes]
     try:
         import transformers.pytorch_utils  # noqa: F401
@@ -137,8 +139,11 @@ def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case
     reason = method.exemption(name, config, case.bias)
     if reason is not None:
         return Result(name, case, f"exempt: {reason}")
-    if name in WRAPPING and not issubclass(method, Adapter):
-        return Result(name, case, "exempt: wraps no layer")
+    if not issubclass(method, Adapter):
+        if name in WRAPPING:
+            return Result(name, case, "exempt: wraps no layer")
+        if case.kind == "NF4Linear" and not _trains(config, case):
+            return Result(name, case, "exempt: a packed weight does not train")
     if case.kind == "Embedding" and isinstance(config, AdapterConfig):
         config = replace(config, target_modules=("first", "second"))  # all-linear leaves them out
     try:
@@ -187,6 +192,9 @@ class Toy(nn.Module):
             for parameter in self.parameters():
                 width = parameter.shape[0] ** 0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / width)
+        if case.kind == "NF4Linear":
+            for name in ("first", "second"):
+                setattr(self, name, NF4Linear.of(getattr(self, name)))
         self.to(case.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,6 +243,26 @@ def _injected(config: MethodConfig, case: Case, moved: bool = False) -> Toy:
     if moved:
         perturb(model)
     return model.eval()
+
+
+def _mergeable(model: nn.Module) -> None:
+    """Where weights are packed, a merge is refused, and works once they are dequantised."""
+    if any(layer.view.packed for layer in wrappers_of(model)[0].values()):
+        before = snapshot(model)
+        with _raises(MergeError, "merging into a packed weight"):
+            merge(model)
+        _require(unchanged(before, model), "the refused merge changed the model")
+        dequantize_layers(model)
+
+
+def _trains(config: MethodConfig, case: Case) -> bool:
+    """Whether the method takes the case's layers at all, or says what does not train."""
+    try:
+        inject(Toy(case), config)
+    except TargetError as error:
+        _require("cannot train" in str(error), f"refused for another reason: {error}")
+        return False
+    return True
 
 
 def _alone(model: nn.Module) -> bool:
@@ -311,6 +339,7 @@ def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case
 def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) -> None:
     """With moved parameters, which change the output, merging changes it no more."""
     model, x = _injected(config, case, moved=True), _input(case)
+    _mergeable(model)
     before = model(x)
     _require(not torch.equal(before, Toy(case).eval()(x)), "moved parameters change nothing")
     merge(model)
@@ -324,6 +353,7 @@ def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, c
         return
     model, x = _injected(config, case, moved=True), _input(case)
     truth = copy.deepcopy(model).float()(_float(x))
+    _mergeable(model)
     eps = torch.finfo(case.dtype).eps
     for how in ("forward", "merged"):
         if how == "merged":
@@ -365,6 +395,7 @@ def active_together(method: type[Method], config: MethodConfig, case: Case) -> N
     wanted = layer.base_layer(x).float() + shifts[0] + shifts[1]  # type: ignore[operator]
     _near(layer(x), wanted.to(case.dtype), "two active adapters", k=32)
     before = model(x)
+    _mergeable(model)
     merge(model)
     _near(model(x), before, "two merged adapters", k=32)
 
@@ -646,7 +677,8 @@ def another_base_is_found_out(method: type[Method], config: MethodConfig, case: 
         save(model, folder)
         other = Toy(case)
         with torch.no_grad():
-            other.first.weight.mul_(1.1)  # type: ignore[operator]
+            weight: Any = other.first.weight
+            weight.copy_(weight + 1 if case.kind == "NF4Linear" else weight * 1.1)
         with _raises(CheckpointError, "another base"):
             load(other, folder)
 
@@ -685,6 +717,7 @@ def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> 
 def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case) -> None:
     """Five merges and restores leave the model as it was; a second merge is refused."""
     model, x = _injected(config, case, moved=True), _input(case)
+    _mergeable(model)
     wanted, before = model(x), snapshot(model)
     for _ in range(5):
         merge(model)
@@ -701,13 +734,16 @@ def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> 
     """No wrapper is left, the output is the merged one's, everything trains again."""
     model, x = _injected(config, case, moved=True), _input(case)
     if method.keeps_base:
+        _mergeable(model)
         merge(model)
     wanted = model(x)
     eject(model)
     _require([n for n, _ in model.named_modules()] == [n for n, _ in Toy(case).named_modules()],
              "a wrapper is left")  # fmt: skip
     _same(model(x), wanted, "ejected output")
-    _require(all(p.requires_grad for p in model.parameters()), "a parameter is left frozen")
+    trained = {name: p.requires_grad for name, p in Toy(case).named_parameters()}
+    _require(all(p.requires_grad == trained[name] for name, p in model.named_parameters()),
+             "a parameter is left frozen")  # fmt: skip
 
 
 @clause(wrapping=True)
@@ -722,6 +758,7 @@ def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, 
                  "a module reached by two paths was wrapped on one")  # fmt: skip
     perturb(model.eval())
     wanted = model(_input(case))
+    _mergeable(model)
     merge(model)
     _near(model(_input(case)), wanted, "merged output")
     eject(model)
@@ -734,6 +771,8 @@ def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case
     """Refused, or untied on request, the other side unmoved; restore ties again."""
     model = Toy(case)
     model.tied = nn.Module()
+    if case.kind == "NF4Linear":
+        return  # a packed weight is not merged at all, and nothing is tied to one
     model.tied.weight = model.first.weight
     inject(model, config)
     before = snapshot(model)

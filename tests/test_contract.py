@@ -38,8 +38,8 @@ def test_the_page_of_the_methods_is_what_the_code_makes_of_it() -> None:
     assert methods.page(CELLS) == text, "run python -m benchmarks.methods"
 
 
-def test_linear_conv1d_and_embedding_are_the_cases() -> None:
-    assert {case.kind for case in CASES} == {"Linear", "Conv1D", "Embedding"}
+def test_every_kind_of_layer_is_a_case() -> None:
+    assert {case.kind for case in CASES} == {"Linear", "Conv1D", "Embedding", "NF4Linear"}
 
 
 def test_the_report_is_a_table_of_clauses() -> None:

@@ -1,0 +1,371 @@
+"""NF4: weights in four bits, and a linear layer that holds nothing else.
+
+QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3. A weight is cut into blocks of 64 values.
+Each block is scaled by its largest magnitude, absmax, into [-1, 1], where every value becomes the
+number of the nearest of 16 levels. The levels are quantiles of a normal distribution, as trained
+weights nearly are, so that each is used about equally often; 0, -1 and 1 are among them, exactly.
+
+    codes   c_i = the level nearest to w_i / absmax           4 bits a value
+    absmax  a   = max |w_i| of the block                      32 bits a block   -> 4.5 bits a value
+    value   w_i ≈ LEVELS[c_i] a
+
+Double quantisation stores absmax in 8 bits: its mean is subtracted, and what is left is scaled in
+blocks of 256 and given the nearest of 256 levels, dense near 0. 4 + 8/64 + 32/(64·256) = 4.127.
+
+Layout. Two codes share a byte, the first of them in its high four bits; blocks run along the
+flattened weight (out, in), whose last block may be short.
+
+How it differs from bitsandbytes, which made the format: codes, absmax and values are equal bit for
+bit, and its files load. The exception is a block whose absmax is below 1e-38, which it may flush to
+0. There is no CUDA kernel and no C here: a byte is two codes, so that one look-up in a table of 256
+pairs gives two values, and the scale is multiplied onto them. NaN and infinity are refused by name.
+
+The trade-off: a seventh of float32's memory, for a rounding of about a tenth of the values' spread
+and the time to unpack the weight at every product. `NF4Linear` unpacks it into a buffer that all
+layers share and keeps none of it for backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora import fused, layers
+from lora.errors import ConfigError, ModelError
+from lora.layers import View
+
+# Dettmers et al. 2023, appendix E: quantiles of N(0, 1), scaled to [-1, 1].
+LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+NESTED = 256  # values of absmax in a block of double quantisation
+CHUNK = 2**20  # values unpacked or packed at a time on a processor, whose cache holds them
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class NF4:
+    """A tensor in NF4."""
+
+    codes: Tensor  # (⌈values / 2⌉,) uint8, two to a byte, the first in its high bits
+    absmax: Tensor  # (blocks,) float32; uint8 under double quantisation
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of what was quantised
+    block_size: int = 64
+    nested_absmax: Tensor | None = None  # (⌈blocks / 256⌉,) float32
+    offset: Tensor | None = None  # () float32, the mean of absmax
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    def scales(self) -> Tensor:
+        """absmax (blocks,) float32"""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        found = dynamic_map(self.absmax.device)[self.absmax.int()]
+        found = F.pad(found, (0, -len(found) % NESTED)).view(-1, NESTED)
+        found = (found * self.nested_absmax[:, None]).flatten()[: len(self.absmax)]
+        return found + self.offset
+
+
+def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False, name: str = "") -> NF4:
+    """w (...), float32, bfloat16 or float16, in NF4.
+
+    Raises ConfigError for a block size that is no even number, ModelError for another dtype and for
+    values that are not finite; `name` is what the message calls w.
+    """
+    if block_size < 2 or block_size % 2:
+        raise ConfigError(f"block_size must be an even number, found {block_size}. Set 64.")
+    called = name or "the tensor"
+    if w.dtype not in DTYPES:
+        raise ModelError(f"{called} is {w.dtype}; NF4 takes float32, bfloat16 and float16.")
+    flat = w.detach().reshape(-1)
+    count = flat.numel()
+    whole = count - count % block_size
+    codes = torch.empty(-(-count // 2), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=w.device)
+    step = _chunk(block_size, w.device)
+    bounds = midpoints(w.device)
+    for start in range(0, whole, step):
+        some = flat[start : min(start + step, whole)].float().view(-1, block_size)
+        largest = some.abs().amax(1)
+        # The reciprocal, and a quotient for the tail: as bitsandbytes rounds.
+        scaled = some * (1.0 / largest.clamp(min=1e-38))[:, None]
+        absmax[start // block_size :][: len(largest)] = largest
+        codes[start // 2 :][: scaled.numel() // 2] = _packed(scaled.flatten(), bounds)
+    if whole < count:
+        tail = flat[whole:].float()
+        largest = tail.abs().amax().clamp(min=1e-38)
+        absmax[-1] = largest
+        scaled = F.pad(tail / largest, (0, len(tail) % 2))
+        codes[whole // 2 :] = _packed(scaled, bounds)
+    if not bool(absmax.isfinite().all()):
+        raise ModelError(f"{called} holds NaN or infinity, which NF4 has no level for.")
+    found = NF4(codes, absmax, tuple(w.shape), w.dtype, block_size)
+    return _doubly(found) if double_quant else found
+
+
+def _packed(scaled: Tensor, bounds: Tensor) -> Tensor:
+    """Bytes (n / 2,) of values (n,) in [-1, 1]."""
+    found = torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True).to(torch.uint8)
+    return found[::2].bitwise_left_shift_(4).bitwise_or_(found[1::2])
+
+
+def _doubly(q: NF4) -> NF4:
+    """absmax in 8 bits."""
+    offset = q.absmax.mean()
+    centred = q.absmax - offset
+    padded = F.pad(centred, (0, -len(centred) % NESTED)).view(-1, NESTED)
+    largest = padded.abs().amax(1)
+    scaled = padded * (1.0 / largest.clamp(min=1e-38))[:, None]
+    # To 16 bits first, as bitsandbytes does.
+    scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 32767.5 - 1
+    levels = dynamic_map(scaled.device)
+    below = (torch.searchsorted(levels, scaled, right=True) - 1).clamp_(0, 254)
+    nearer = (scaled - levels[below + 1]).abs() < (scaled - levels[below]).abs()
+    found = torch.where(largest[:, None] > 0, below + nearer, 0)
+    codes = found.to(torch.uint8).flatten()[: len(centred)]
+    return replace(q, absmax=codes, nested_absmax=largest, offset=offset)
+
+
+def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """The tensor (shape) in `dtype`, q's own by default; written into `out` where that is given."""
+    dtype = q.dtype if dtype is None else dtype
+    count = math.prod(q.shape)
+    if torch.compiler.is_compiling() or q.codes.is_meta:
+        return reference(q).to(dtype)
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
+    flat = out.view(-1)
+    scales, table = q.scales(), pairs(q.codes.device)
+    whole = count - count % q.block_size
+    step = _chunk(q.block_size, q.codes.device)
+    for start in range(0, whole, step):
+        end = min(start + step, whole)
+        some = flat[start:end].view(-1, q.block_size)
+        scale = scales[start // q.block_size :][: len(some), None]
+        found = _looked_up(q.codes[start // 2 : end // 2], table).view(-1, q.block_size)
+        torch.mul(found, scale, out=some)
+    if whole < count:
+        found = _looked_up(q.codes[whole // 2 :], table)[: count - whole]
+        flat[whole:] = found * scales[-1]
+    return out
+
+
+def reference(q: NF4) -> Tensor:
+    """The equation: LEVELS[codes] · absmax of the block, (shape) in float32."""
+    codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).flatten().int()
+    scales = q.scales().repeat_interleave(q.block_size)
+    count = math.prod(q.shape)
+    levels = torch.tensor(LEVELS, device=codes.device)
+    return (levels[codes[:count]] * scales[:count]).view(q.shape)
+
+
+def _looked_up(codes: Tensor, table: Tensor) -> Tensor:
+    """Levels (2 n,) float32 of bytes (n,)."""
+    return table.index_select(0, codes.int()).view(torch.float32)
+
+
+def _chunk(block_size: int, device: torch.device) -> int:
+    """How many values to take at a time: a multiple of the block."""
+    return (2**40 if device.type != "cpu" else CHUNK) // block_size * block_size
+
+
+@functools.cache
+def pairs(device: torch.device) -> Tensor:
+    """(256,) int64: the two float32 levels of each byte, one after the other in memory."""
+    codes = torch.arange(256)
+    levels = torch.tensor(LEVELS)
+    two = torch.stack([levels[codes >> 4], levels[codes & 15]], dim=1)
+    return two.view(torch.int64).flatten().to(device)
+
+
+@functools.cache
+def midpoints(device: torch.device) -> Tensor:
+    """(15,) float32: where the nearest level changes."""
+    levels = torch.tensor(LEVELS)
+    return ((levels[:-1] + levels[1:]) / 2).to(device)
+
+
+@functools.cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """(256,) float32 levels from -1 to 1 for 8 bits: seven decades of magnitude, each of twice as
+    many steps as the one below.  Dettmers 2015, arXiv:1511.04561, figure 1."""
+    found = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        means = (10 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2)
+        found += [*means.tolist(), *(-means).tolist()]
+    return torch.tensor(sorted(found), dtype=torch.float32).to(device)
+
+
+class NF4Linear(nn.Module):
+    """y = x Wᵀ + b with W (out, in) frozen in NF4.
+
+    x (..., in) -> y (..., out) in x's dtype, or autocast's.
+    weight (⌈out·in / 2⌉,) uint8, absmax, nested_absmax, offset: as in NF4, parameters that never
+    train, so that a state dict, a move and a sharding take them along. bias (out,) or None in
+    `dtype`, that of the layer whose place this takes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.dtype, self.block_size = dtype, block_size
+        count = in_features * out_features
+        blocks = -(-count // block_size)
+
+        def frozen(dtype: torch.dtype, *shape: int) -> nn.Parameter:
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            return nn.Parameter(zeros, requires_grad=False)
+
+        self.weight = frozen(torch.uint8, -(-count // 2))
+        self.absmax = frozen(torch.uint8 if double_quant else torch.float32, blocks)
+        self.nested_absmax = frozen(torch.float32, -(-blocks // NESTED)) if double_quant else None
+        self.offset = frozen(torch.float32) if double_quant else None
+        self.bias = frozen(dtype, out_features) if bias else None
+
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True, name: str = ""
+    ) -> NF4Linear:
+        """The layer with its weight quantised; its bias is taken, not copied."""
+        found = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype,
+            block_size, double_quant, "meta",
+        )  # fmt: skip
+        found.hold(quantize(linear.weight, block_size, double_quant, name))
+        found.bias = linear.bias
+        return found.train(linear.training)
+
+    def hold(self, q: NF4) -> None:
+        """Take a weight that is quantised already, as this layer's settings say."""
+        for name, tensor in (
+            ("weight", q.codes), ("absmax", q.absmax), ("nested_absmax", q.nested_absmax),
+            ("offset", q.offset),
+        ):  # fmt: skip
+            if tensor is not None:
+                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
+    def quantized(self) -> NF4:
+        """W as it is held."""
+        return self._of(self.weight, self.absmax, self.nested_absmax, self.offset)
+
+    def _of(self, *tensors: Tensor | None) -> NF4:
+        codes, absmax, nested_absmax, offset = tensors
+        assert codes is not None
+        assert absmax is not None
+        shape = (self.out_features, self.in_features)
+        return NF4(codes, absmax, shape, self.dtype, self.block_size, nested_absmax, offset)
+
+    def dense(self) -> nn.Linear:
+        """An nn.Linear with the dequantised weight, in this layer's dtype."""
+        device = self.weight.device
+        found = nn.Linear(self.in_features, self.out_features, False, device, self.dtype)
+        found.weight = nn.Parameter(dequantize(self.quantized()), requires_grad=False)
+        found.register_parameter("bias", self.bias)
+        return found.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        # What a cast casts is the layer's dtype and its bias: statistics in 16 bits are others.
+        before = {name: getattr(self, name) for name in ("absmax", "nested_absmax", "offset")}
+        tensors = {name: p.data for name, p in before.items() if p is not None}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in tensors.items():
+            now = getattr(self, name)
+            if now.dtype != tensor.dtype:
+                now.data = tensor.to(now.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        (view,) = layers.views(self)
+        return fused.linear(view, x)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.bias is not None}, block_size={self.block_size},"
+            f" double_quant={self.nested_absmax is not None}"
+        )
+
+
+def dequantize_layers(model: nn.Module) -> int:
+    """Put an nn.Linear with the dequantised weight in the place of every NF4Linear; how many.
+
+    Adapters stay on their layers, and can be merged then: into the dequantised base, which is not
+    the one that was quantised.
+    """
+    fresh: dict[int, nn.Linear] = {}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, NF4Linear):
+                parent._modules[name] = fresh.setdefault(id(child), child.dense())
+    return len(fresh)
+
+
+class NF4View(View):
+    """The face of an NF4Linear: W is unpacked where it is asked for."""
+
+    module: NF4Linear
+    packed = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        return dequantize(self.module.quantized()), self.parameters()[1]
+
+    def stored(self) -> tuple[Tensor, ...]:
+        held = self.module
+        found = (held.weight, held.absmax, held.nested_absmax, held.offset)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    def unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        q = self.module._of(*stored, *[None] * (4 - len(stored)))
+        return dequantize(q, dtype, _buffer(q, dtype))
+
+
+class _Buffers(threading.local):
+    def __init__(self) -> None:
+        self.by_dtype: dict[torch.dtype, Tensor] = {}
+
+
+_buffers = _Buffers()
+
+
+def _buffer(q: NF4, dtype: torch.dtype) -> Tensor | None:
+    """Memory (shape) that the next call hands out again; None where an allocator costs nothing."""
+    if q.codes.device.type != "cpu":
+        return None
+    count = math.prod(q.shape)
+    found = _buffers.by_dtype.get(dtype)
+    if found is None or found.numel() < count:
+        with torch.inference_mode(False):
+            found = _buffers.by_dtype[dtype] = torch.empty(count, dtype=dtype)
+    return found[:count].view(q.shape)
+
+
+layers.VIEWS[NF4Linear] = NF4View

@@ -1,0 +1,216 @@
+"""NF4 against its equation, the paper, and bitsandbytes, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import scipy.stats
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lora
+from lora import fused, nf4
+from lora.errors import ConfigError, ModelError
+from lora.nf4 import NF4Linear, dequantize, quantize, reference
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+functional = pytest.importorskip("bitsandbytes.functional")
+
+
+def inputs() -> dict[str, Tensor]:
+    """What weights are, and what they never are; shapes with whole blocks and with tails."""
+    torch.manual_seed(0)
+    ties = torch.tensor(nf4.LEVELS)
+    ties = torch.cat([ties, (ties[1:] + ties[:-1]) / 2, torch.tensor([1.0])])
+    return {
+        "normal": torch.randn(256, 512),
+        "small normal": torch.randn(64, 64) * 0.02,
+        "uniform": torch.rand(64, 128) - 0.5,
+        "constant": torch.full((32, 64), 0.37),
+        "zeros": torch.zeros(32, 64),
+        "half zeros": torch.randn(32, 64) * (torch.arange(32)[:, None] % 2),
+        "ties": ties.repeat(64).view(32, 64),
+        "huge": torch.randn(64, 64) * 1e4,
+        "outliers": torch.randn(64, 64) * torch.tensor([1.0, 300.0])[torch.arange(64) % 2],
+        "a tail": torch.randn(37, 66),
+        "one short block": torch.randn(3, 10),
+        "many blocks": torch.randn(700, 640),
+    }
+
+
+INPUTS = inputs()
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_it_is_bitsandbytes_bit_for_bit(name: str, dtype: torch.dtype, double_quant: bool) -> None:
+    w = INPUTS[name].to(dtype)
+    found = quantize(w, double_quant=double_quant)
+    codes, state = functional.quantize_4bit(
+        w, quant_type="nf4", blocksize=64, compress_statistics=double_quant
+    )
+    assert torch.equal(found.codes, codes.flatten())
+    assert torch.equal(found.absmax, state.absmax)
+    if double_quant:
+        assert torch.equal(found.nested_absmax, state.state2.absmax)
+        assert torch.equal(found.offset, state.offset)
+        assert torch.equal(nf4.dynamic_map(w.device), state.state2.code)
+    for out in nf4.DTYPES:
+        state.dtype = out
+        theirs = functional.dequantize_4bit(codes, state, quant_type="nf4")
+        assert torch.equal(dequantize(found, out), theirs.view(w.shape)), out
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256, 4096])
+def test_other_block_sizes_are_bitsandbytes_too(block_size: int) -> None:
+    w = INPUTS["many blocks"]
+    found = quantize(w, block_size)
+    codes, state = functional.quantize_4bit(w, quant_type="nf4", blocksize=block_size)
+    assert torch.equal(found.codes, codes.flatten())
+    assert torch.equal(found.absmax, state.absmax)
+
+
+@given(
+    st.integers(0, 40), st.integers(1, 90), st.sampled_from([2, 6, 64]), st.booleans(),
+    st.sampled_from(nf4.DTYPES), st.floats(1e-6, 1e4),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_every_value_becomes_its_nearest_level(
+    rows: int, columns: int, block_size: int, double_quant: bool, dtype: torch.dtype, scale: float
+) -> None:
+    w = (torch.randn(rows, columns) * scale).to(dtype)
+    found = quantize(w, block_size, double_quant and rows > 0)
+    back = dequantize(found)
+    assert back.shape == w.shape
+    assert back.dtype == dtype
+    assert torch.equal(back, reference(found).to(dtype))
+    into = torch.full_like(w, 7.0)
+    assert dequantize(found, out=into) is into
+    assert torch.equal(into, back)
+    if not found.double_quant and rows:
+        padded = nn.functional.pad(w.float().flatten(), (0, -w.numel() % block_size))
+        blocks = padded.view(-1, block_size)
+        largest = blocks.abs().amax(1, keepdim=True)
+        levels = torch.tensor(nf4.LEVELS)
+        nearest = ((blocks / largest.clamp(min=1e-38))[..., None] - levels).abs().amin(-1)
+        off = (reference(found).flatten() - w.float().flatten()).abs()
+        wanted = (nearest * largest).flatten()[: w.numel()]
+        torch.testing.assert_close(off, wanted, rtol=1e-4, atol=1e-6 * float(largest.max()))
+
+
+def test_the_levels_are_quantiles_of_the_normal_distribution() -> None:
+    """Appendix E of the paper: eight steps below zero, nine above, scaled to the largest."""
+    offset = ((1 - 1 / 30) + (1 - 1 / 32)) / 2
+    above = scipy.stats.norm.ppf(numpy.linspace(offset, 0.5, 9)[:-1])
+    below = -scipy.stats.norm.ppf(numpy.linspace(offset, 0.5, 8)[:-1])
+    found = sorted([*above, 0.0, *below])
+    scaled = torch.tensor(found) / max(found)
+    assert len(scaled) == 16
+    assert (scaled - torch.tensor(nf4.LEVELS)).abs().max() < 2e-7
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 70, 129])  # a block's start, middle, and the tail
+def test_what_is_not_finite_is_refused_by_name(bad: float, place: int) -> None:
+    w = torch.randn(130)
+    w[place] = bad
+    with pytest.raises(ModelError, match=r"layer\.3 holds NaN or infinity"):
+        quantize(w, name="layer.3")
+
+
+def test_what_cannot_be_quantised_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"w is torch\.float64; NF4 takes float32"):
+        quantize(torch.zeros(2, dtype=torch.float64), name="w")
+    for size in (0, 3, -2):
+        with pytest.raises(ConfigError, match=f"block_size .* found {size}"):
+            quantize(torch.zeros(2), size)
+
+
+LLAMA_2_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+def test_llama_2_7b_takes_3_341_gb() -> None:
+    """Its decoder's linears, from shapes, as the paper counts; 3.643 GB without double quant."""
+    for double_quant, gigabytes, bits in ((True, 3.341, 4.127), (False, 3.643, 4.5)):
+        held = 0
+        for rows, columns in LLAMA_2_7B:
+            layer = NF4Linear(columns, rows, False, double_quant=double_quant, device="meta")
+            held += sum(p.numel() * p.element_size() for p in layer.parameters())
+        count = 32 * sum(rows * columns for rows, columns in LLAMA_2_7B)
+        assert count == 6_476_005_376
+        assert 32 * held / 1e9 == pytest.approx(gigabytes, abs=5e-4)
+        assert 8 * 32 * held / count == pytest.approx(bits, rel=5e-3)
+
+
+def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[NF4Linear, nn.Linear]:
+    """One, and the dense layer that it stands for."""
+    torch.manual_seed(1)
+    packed = NF4Linear.of(nn.Linear(70, 30, bias).to(dtype))
+    return packed, packed.dense()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layer_is_the_dense_one_on_dequantised_weights(bias: bool, dtype: torch.dtype) -> None:
+    packed, dense = layer(bias, dtype)
+    x = torch.randn(3, 5, 70, dtype=dtype, requires_grad=True)
+    pull = torch.randn(3, 5, 30, dtype=dtype)
+    y, wanted = packed(x), dense(x)
+    assert torch.equal(y, wanted)
+    assert torch.equal(*(torch.autograd.grad(out, x, pull)[0] for out in (y, wanted)))
+    with fused.off():
+        assert torch.equal(packed(x), wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(packed(x), dense(x))
+
+
+def test_no_dense_weight_is_kept_for_backward() -> None:
+    packed, _ = layer()
+    lora.inject(model := nn.Sequential(packed), lora.LoRAConfig(r=2, lora_dropout=0.1))
+    kept: list[Tensor] = []
+    x = torch.randn(4, 70, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        model.train()(x)
+    assert not [t for t in kept if t.numel() >= 70 * 30]
+
+
+def test_a_cast_is_the_layers_dtype_and_leaves_the_statistics() -> None:
+    for double_quant in (True, False):
+        torch.manual_seed(0)
+        packed = NF4Linear.of(nn.Linear(70, 30), double_quant=double_quant)
+        before = copy.deepcopy(packed.state_dict())
+        packed.to(torch.bfloat16)
+        assert packed.dtype == packed.bias.dtype == torch.bfloat16
+        for name, tensor in packed.state_dict().items():
+            if name != "bias":
+                assert torch.equal(tensor, before[name]), name
+        assert packed(torch.randn(2, 70).bfloat16()).dtype == torch.bfloat16
+
+
+def test_it_moves_copies_and_goes_through_a_file(tmp_path: Path) -> None:
+    packed, dense = layer()
+    x = torch.randn(2, 70)
+    assert torch.equal(copy.deepcopy(packed)(x), dense(x))
+    safetensors.torch.save_file(packed.state_dict(), tmp_path / "w.safetensors")
+    other = NF4Linear(70, 30, device="meta").to_empty(device="cpu")
+    other.load_state_dict(safetensors.torch.load_file(tmp_path / "w.safetensors"))
+    assert torch.equal(other(x), dense(x))
+    size = (tmp_path / "w.safetensors").stat().st_size - 8 - 600 - 30 * 4
+    assert 8 * size / (70 * 30) < 4.8  # 17 bytes of header and statistics are much at this size
+
+
+def test_layers_share_one_buffer() -> None:
+    small, large = NF4Linear.of(nn.Linear(8, 8)), NF4Linear.of(nn.Linear(64, 64))
+    x, wide = torch.randn(2, 8), torch.randn(2, 64)
+    one, two = small.dense()(x), large.dense()(wide)
+    for _ in range(2):
+        assert torch.equal(small(x), one)
+        assert torch.equal(large(wide), two)
+    assert nf4._buffers.by_dtype[torch.float32].numel() >= 64 * 64
