@@ -255,8 +255,13 @@ def _methods(arguments: list[str]) -> None:
 
     import lora.methods  # noqa: F401
     from lora.adapter import METHODS
+    from lora.config import NAMES
 
     for name, method in sorted(METHODS.items()):
         first = (inspect.getdoc(method) or "").partition("\n\n")[0]
         print(f"{name:<9} {method.when}")
         print(f"{'':<9} rate {method.learning_rate:g}   {' '.join(first.split())}")
+    for name, (method_name, settings) in NAMES.items():
+        if settings:
+            given = " ".join(f"--{key} {value}" for key, value in settings.items())
+            print(f"{name:<9} is --method {method_name} {given}")

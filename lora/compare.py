@@ -22,9 +22,18 @@ from typing import Any
 
 import tomli_w
 
-from lora.adapter import METHODS, check
+from lora.adapter import check
 from lora.checkpoint import write_together
-from lora.config import RunConfig, parse, parse_run, read_toml, split_config, to_table
+from lora.config import (
+    NAMES,
+    RunConfig,
+    method_named,
+    parse,
+    parse_run,
+    read_toml,
+    split_config,
+    to_table,
+)
 from lora.errors import ConfigError, RunError
 from lora.run import summary_of
 
@@ -64,9 +73,9 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
         seeds=tuple(dict.fromkeys(seeds)),
         run_dir=folder,
     )
-    unknown = [method for method in config.methods if method not in METHODS]
+    unknown = [method for method in config.methods if method not in NAMES]
     if unknown:
-        raise ConfigError(f"--methods {unknown[0]} is unknown. Found: {', '.join(METHODS)}.")
+        raise ConfigError(f"--methods {unknown[0]} is unknown. Found: {', '.join(NAMES)}.")
     runs = []
     for method in config.methods:
         for seed in config.seeds:
@@ -81,7 +90,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
 def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
     """The flags less those that only other compared methods have."""
     names = {
-        m: {field.name for field in fields(METHODS[m].Config)} - METHODS[m].Config.written
+        m: {field.name for field in fields(method_named(m).Config)} - method_named(m).Config.written
         for m in methods
     }
     others = set().union(*names.values()) - names[method]

@@ -23,11 +23,16 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 import tyro
 
 import lora.methods  # noqa: F401  (fills METHODS)
-from lora.adapter import METHODS, MethodConfig, check, is_number, positive, whole_number
+from lora.adapter import METHODS, Method, MethodConfig, check, is_number, positive, whole_number
 from lora.errors import ConfigError
 
 Task = Literal["auto", "classification", "regression"]
 C = TypeVar("C", bound=MethodConfig)
+NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "qlora": ("lora", {"quantize": "nf4"}),
+}
+"""What --method takes: the method that a name means, and the settings of the run it brings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,11 @@ class RunConfig(Generic[C]):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16: matrix products in it, and frozen matrices held in it; what trains, and the
     optimiser, in float32. auto: bfloat16 where the processor multiplies in it, else float32."""
+    quantize: Literal["none", "nf4"] = "none"
+    """nf4: hold the linear layers of the frozen base in four bits each (QLoRA)."""
+    dense: tuple[str, ...] = ()
+    """Layers that --quantize leaves as they are: names, or dotted endings of them. Heads,
+    embeddings and norms always stay."""
     compile: bool = False
     """torch.compile the model: minutes before the first step, which long runs win back."""
     seed: int = 0
@@ -91,6 +101,11 @@ class RunConfig(Generic[C]):
         check("task", self.task, "one of " + ", ".join(get_args(Task)), self.task in get_args(Task))
         good = self.dtype in ("auto", "float32", "bfloat16")
         check("dtype", self.dtype, "auto, float32 or bfloat16", good)
+        check("quantize", self.quantize, "none or nf4", self.quantize in ("none", "nf4"))
+        good = isinstance(self.dense, tuple) and all(isinstance(name, str) for name in self.dense)
+        check("dense", self.dense, "names of layers", good)
+        if self.dense and self.quantize == "none":
+            raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
         check("compile", self.compile, "true or false", isinstance(self.compile, bool))
         good = all(isinstance(label, str) for label in self.labels)
         check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
@@ -111,6 +126,15 @@ class RunConfig(Generic[C]):
         check("seed", self.seed, "a whole number from 0 to 2**63 - 1", good)
 
 
+def method_named(name: Any) -> type[Method]:
+    """The method that --method means. Raises ConfigError."""
+    if not isinstance(name, str) or name not in NAMES:
+        raise ConfigError(
+            f"--method {name!r} is unknown. Found: {', '.join(sorted(NAMES))}. Run lora methods."
+        )
+    return METHODS[NAMES[name][0]]
+
+
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
     """The configuration that a command line, with `--config FILE` in it, asks for.
 
@@ -120,7 +144,7 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     table = read_toml(path) if path else {}
     method = _value_of(own, "--method") or table.get("method", "lora")
     start = from_table(table, method)
-    kind: Any = RunConfig[METHODS[method].Config]  # type: ignore[misc]
+    kind: Any = RunConfig[method_named(method).Config]  # type: ignore[misc]
     config: RunConfig[Any] = parse(
         kind,
         own,
@@ -161,22 +185,18 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
 
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """The configuration that a TOML table states for a method. Raises ConfigError."""
-    if not isinstance(method, str) or method not in METHODS:
-        raise ConfigError(
-            f"--method {method!r} is unknown. Found: {', '.join(sorted(METHODS))}."
-            " Run lora methods."
-        )
+    kind = method_named(method).Config
     tables = table.get("methods", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise ConfigError("methods must be tables: [methods.lora], [methods.full], ...")
-    if strange := set(tables) - set(METHODS):
+    if strange := set(tables) - set(NAMES):
         raise ConfigError(
-            f"[methods.{min(strange)}] is of no method. Found: {', '.join(sorted(METHODS))}."
+            f"[methods.{min(strange)}] is of no method. Found: {', '.join(sorted(NAMES))}."
         )
     values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
+    values = NAMES[method][1] | values
     values |= tables.get(method, {}) | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    kind = METHODS[method].Config
     own = {field.name for field in fields(kind)}
     shared = {field.name for field in fields(RunConfig)} - {"adapter"}
     unknown = [key for key in values if key not in own | shared]

@@ -9,14 +9,21 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lora import demo
-from lora.errors import ModelError
+from lora import demo, nf4
+from lora.errors import LoraError, ModelError
 from lora.layers import backbone, kind
+from lora.methods.lora import LoRAConfig
+from lora.nf4 import NF4Linear
+from lora.targets import targets_of
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -65,17 +72,88 @@ def _probe() -> bool:
         return False
 
 
-def load_base(base: str, labels: int, task: str, seed: int) -> Base:
+def load_base(
+    base: str,
+    labels: int,
+    task: str,
+    seed: int,
+    quantize: str = "none",
+    dense: tuple[str, ...] = (),
+) -> Base:
     """The base with a head of `labels` outputs for `task`; fresh weights are a function of seed.
 
-    Parameters are float32. Raises ModelError where the base is not to be had, or its weights do
-    not fill the backbone.
+    Parameters are float32. With quantize="nf4" the backbone's linear layers are NF4Linear, but for
+    those that `dense` names; each is packed as it is read, so that the whole is never there
+    unpacked. Raises ModelError where the base is not to be had, or its weights do not fill the
+    backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if base == "demo":
-            return _demo_base(labels, task)
-        return _transformers_base(base, labels, task)
+            found = _demo_base(labels, task)
+            if quantize == "nf4":
+                nf4.quantize_layers(found.model, packable(found.model, dense))
+            return found
+        return _transformers_base(base, labels, task, quantize, dense)
+
+
+@register_quantization_config("lora-nf4")
+class _NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """What from_pretrained is told: layers that stay dense, by name or dotted ending."""
+
+    quant_method: Any = "lora-nf4"
+
+    def __init__(self, dense: tuple[str, ...] = (), **given: Any) -> None:
+        self.dense = dense
+
+
+@register_quantizer("lora-nf4")
+class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantises each weight as from_pretrained reads it, tensor by tensor, from its files."""
+
+    is_trainable = True
+
+    def is_serializable(self, **given: Any) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
+        names = packable(model, self.quantization_config.dense)
+        nf4.quantize_layers(model, names, values=False)
+
+    def _process_model_after_weight_loading(self, model: Any, **given: Any) -> None:
+        self.remove_quantization_config(model)  # an NF4Linear needs none of it
+
+    def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
+        path, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize()
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    refused: ClassVar[LoraError | None] = None  # from_pretrained reports an error and drops it
+
+    def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            path = name.rpartition(".")[0]
+            weight = value[0] if isinstance(value, list) else value
+            layer = given["model"].get_submodule(path)
+            if weight.shape != (layer.out_features, layer.in_features):
+                weight = weight.T  # HF Conv1D's
+            try:
+                q = nf4.quantize(weight, layer.block_size, layer.nested_absmax is not None, name)
+            except LoraError as error:
+                _Quantize.refused = error
+                raise
+            found |= {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
+        return found
+
+
+def packable(model: Any, dense: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The layers that --quantize packs: linear ones of the backbone, but the named."""
+    return targets_of(model, LoRAConfig(exclude_modules=dense or None), ())
 
 
 def _head(labels: int, task: str) -> dict[str, Any]:
@@ -101,7 +179,9 @@ def _demo_base(labels: int, task: str) -> Base:
     return Base(model.eval(), tokenizer, ("pre_classifier", "classifier"))
 
 
-def _transformers_base(base: str, labels: int, task: str) -> Base:
+def _transformers_base(
+    base: str, labels: int, task: str, quantize: str, dense: tuple[str, ...]
+) -> Base:
     local = Path(base).is_dir()
     if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
@@ -110,14 +190,19 @@ def _transformers_base(base: str, labels: int, task: str) -> Base:
             f"--base {base} is a name on the hub, which does not answer, and it is not in the"
             " local cache. Run lora train --base demo, or pass the folder of a downloaded model."
         )
+    packed: dict[str, Any] = {"quantization_config": _NF4Config(dense), "dtype": "auto"}
+    _Quantize.refused = None
     try:
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, output_loading_info=True, dtype=torch.float32, ignore_mismatched_sizes=True,
-            **_head(labels, task),
+            base, output_loading_info=True, ignore_mismatched_sizes=True, **_head(labels, task),
+            **(packed if quantize == "nf4" else {"dtype": torch.float32}),
         )  # fmt: skip
+        model.float()  # what is not packed
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    except LoraError:
+        raise
     except Exception as error:  # a damaged folder raises whatever its reader meets first
-        raise ModelError(
+        raise _Quantize.refused or ModelError(
             f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
             " Pass --base demo, a folder with config.json and weights, or a name on the hub."
         ) from error

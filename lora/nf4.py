@@ -211,6 +211,21 @@ def dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(sorted(found), dtype=torch.float32).to(device)
 
 
+def parameters_of(q: NF4) -> dict[str, nn.Parameter]:
+    """What an NF4Linear holds, by its names."""
+    found = {
+        "weight": q.codes,
+        "absmax": q.absmax,
+        "nested_absmax": q.nested_absmax,
+        "offset": q.offset,
+    }
+    return {
+        name: nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in found.items()
+        if tensor is not None
+    }
+
+
 class NF4Linear(nn.Module):
     """y = x Wᵀ + b with W (out, in) frozen in NF4.
 
@@ -233,6 +248,9 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.dtype, self.block_size = dtype, block_size
+        self.nested_absmax: nn.Parameter | None
+        self.offset: nn.Parameter | None
+        self.bias: nn.Parameter | None
         count = in_features * out_features
         blocks = -(-count // block_size)
 
@@ -242,31 +260,36 @@ class NF4Linear(nn.Module):
 
         self.weight = frozen(torch.uint8, -(-count // 2))
         self.absmax = frozen(torch.uint8 if double_quant else torch.float32, blocks)
-        self.nested_absmax = frozen(torch.float32, -(-blocks // NESTED)) if double_quant else None
-        self.offset = frozen(torch.float32) if double_quant else None
-        self.bias = frozen(dtype, out_features) if bias else None
+        nested = frozen(torch.float32, -(-blocks // NESTED)) if double_quant else None
+        self.register_parameter("nested_absmax", nested)
+        self.register_parameter("offset", frozen(torch.float32) if double_quant else None)
+        self.register_parameter("bias", frozen(dtype, out_features) if bias else None)
+
+    @classmethod
+    def like(cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True) -> NF4Linear:
+        """One without values, on the meta device, for the place of an nn.Linear or HF Conv1D."""
+        (view,) = layers.views(layer)
+        _, bias = view.parameters()
+        shape = (view.in_features, view.out_features)
+        found = cls(*shape, bias is not None, view.dtype, block_size, double_quant, "meta")
+        return found.train(layer.training)
 
     @classmethod
     def of(
-        cls, linear: nn.Linear, block_size: int = 64, double_quant: bool = True, name: str = ""
+        cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True, name: str = ""
     ) -> NF4Linear:
-        """The layer with its weight quantised; its bias is taken, not copied."""
-        found = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype,
-            block_size, double_quant, "meta",
-        )  # fmt: skip
-        found.hold(quantize(linear.weight, block_size, double_quant, name))
-        found.bias = linear.bias
-        return found.train(linear.training)
+        """An nn.Linear or HF Conv1D quantised; its bias is taken, not copied."""
+        (view,) = layers.views(layer)
+        W, _ = view.read()
+        found = cls.like(layer, block_size, double_quant)
+        found.hold(quantize(W, block_size, double_quant, name))
+        found.register_parameter("bias", view.parameters()[1])
+        return found
 
     def hold(self, q: NF4) -> None:
         """Take a weight that is quantised already, as this layer's settings say."""
-        for name, tensor in (
-            ("weight", q.codes), ("absmax", q.absmax), ("nested_absmax", q.nested_absmax),
-            ("offset", q.offset),
-        ):  # fmt: skip
-            if tensor is not None:
-                setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        for name, parameter in parameters_of(q).items():
+            setattr(self, name, parameter)
 
     def quantized(self) -> NF4:
         """W as it is held."""
@@ -309,6 +332,31 @@ class NF4Linear(nn.Module):
             f" bias={self.bias is not None}, block_size={self.block_size},"
             f" double_quant={self.nested_absmax is not None}"
         )
+
+
+def quantize_layers(
+    model: nn.Module,
+    names: Sequence[str],
+    block_size: int = 64,
+    double_quant: bool = True,
+    values: bool = True,
+) -> None:
+    """Put an NF4Linear in the place of each named layer, wherever else it is reached from too.
+
+    Without `values` they are on the meta device, to be filled as the weights arrive.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    fresh: dict[int, NF4Linear] = {}
+    for name in names:
+        layer = modules[name]
+        if id(layer) not in fresh:
+            fresh[id(layer)] = (
+                NF4Linear.of(layer, block_size, double_quant, name)
+                if values
+                else NF4Linear.like(layer, block_size, double_quant)
+            )
+        parent, _, leaf = name.rpartition(".")
+        modules[parent]._modules[leaf] = fresh[id(layer)]
 
 
 def dequantize_layers(model: nn.Module) -> int:

@@ -39,9 +39,9 @@ from rich.progress import (
 from torch import Tensor
 
 from lora import __version__
-from lora.adapter import METHODS, Adapter, PartialConfig, is_number
+from lora.adapter import Adapter, PartialConfig, is_number
 from lora.checkpoint import json_object, load, save, write_together, write_whole
-from lora.config import RunConfig, from_table, read_toml, to_table
+from lora.config import RunConfig, from_table, method_named, read_toml, to_table
 from lora.data import (
     Columns,
     Corpus,
@@ -79,7 +79,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
     with progress_bar() as progress, PeakMemory() as memory:
         with reading(progress):
             corpus = read_corpus(config)
-            base = load_base(config.base, len(corpus.labels) or 1, corpus.task, config.seed)
+            base = _base(config, corpus.labels, corpus.task)
             device = pick_device()
             config, said = resolve(config, corpus, base, device)
             base.model.to(device)
@@ -310,7 +310,7 @@ def resolve(
     config: RunConfig[Any], corpus: Corpus, base: Base, device: torch.device
 ) -> tuple[RunConfig[Any], str]:
     """The configuration with everything decided, and what to tell the user of it."""
-    rate = config.learning_rate or METHODS[config.method].learning_rate
+    rate = config.learning_rate or method_named(config.method).learning_rate
     adapter, said = config.adapter, ""
     if isinstance(adapter, PartialConfig):
         named = tuple(dict.fromkeys((*adapter.modules_to_save, *base.new)))
@@ -348,7 +348,7 @@ def calibration(
     config: RunConfig[Any], encoded: Encoded, device: torch.device
 ) -> list[dict[str, Tensor]] | None:
     """The first 8 batches of the training, labels with them, where the method starts from data."""
-    method = METHODS[config.method]
+    method = method_named(config.method)
     if not issubclass(method, Adapter) or not method.needs_batches(config.adapter):
         return None
     order = batches(encoded.lengths, config.batch_size, config.seed, 0)[:8]
@@ -373,6 +373,12 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _base(config: RunConfig[Any], labels: tuple[str, ...], task: str) -> Base:
+    """The base as configured, before anything is put on it."""
+    count = len(labels) or 1
+    return load_base(config.base, count, task, config.seed, config.quantize, config.dense)
+
+
 def reopen(directory: Path) -> Trained:
     """The model of a run directory: its base with its adapter on."""
     path = directory / "config.toml"
@@ -382,7 +388,7 @@ def reopen(directory: Path) -> Trained:
     config = from_table(table, table.get("method", ""))
     if config.task == "auto" or (config.task == "classification") != bool(config.labels):
         raise RunError(f"{path} names no task with its labels: not of a run. Run lora train.")
-    base = load_base(config.base, len(config.labels) or 1, config.task, config.seed)
+    base = _base(config, config.labels, config.task)
     load(base.model, directory / "adapter")
     hold(base.model, config.dtype)
     device = pick_device()

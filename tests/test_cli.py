@@ -252,6 +252,32 @@ def test_bfloat16_trains(base: str, tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
+def test_qlora_is_lora_on_a_packed_base(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 1)
+    for run, flags in {
+        "name": ("--method", "qlora"),
+        "flags": ("--method", "lora", "--quantize", "nf4"),
+        "dense": ("--quantize", "nf4", "--dense", "q_lin"),
+    }.items():
+        assert lora("train", *arguments, *flags, "--run-dir", tmp_path / run) == 0
+        assert lora("eval", tmp_path / run) == 0
+        assert lora("predict", tmp_path / run, "--text", "a good film") == 0
+    answers = {run: (tmp_path / run / "predictions.jsonl").read_text() for run in ("name", "flags")}
+    assert answers["name"] == answers["flags"]
+    written = tomllib.loads((tmp_path / "dense" / "config.toml").read_text())
+    assert (written["quantize"], written["dense"]) == ("nf4", ["q_lin"])
+    capsys.readouterr()
+    assert lora("train", *arguments, "--dense", "q_lin") == 2
+    assert "Set --quantize nf4" in capsys.readouterr().err
+    assert lora("train", *arguments, "--method", "full", "--quantize", "nf4") == 2
+    assert "cannot train" in capsys.readouterr().err
+    compared = ("--methods", "lora", "qlora", "--seeds", 0, "--run-dir", tmp_path / "compare")
+    assert lora("compare", *arguments, *compared) == 0
+    assert "| qlora " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_the_hardware_multiplies(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool

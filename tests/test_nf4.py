@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import safetensors.torch
 import scipy.stats
 import torch
+from conftest import distilbert, gpt2, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import lora
 from lora import fused, nf4
-from lora.errors import ConfigError, ModelError
+from lora.errors import CheckpointError, ConfigError, MergeError, ModelError, TargetError
+from lora.models import load_base, packable
 from lora.nf4 import NF4Linear, dequantize, quantize, reference
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -214,3 +217,105 @@ def test_layers_share_one_buffer() -> None:
         assert torch.equal(small(x), one)
         assert torch.equal(large(wide), two)
     assert nf4._buffers.by_dtype[torch.float32].numel() >= 64 * 64
+
+
+def folder_of(model: Any, folder: Path) -> str:
+    """The model in several files, with a tokenizer."""
+    model.save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_base_is_packed_as_it_is_read(tmp_path: Path) -> None:
+    model = distilbert()
+    place = folder_of(model, tmp_path / "base")
+    found = load_base(place, 2, "classification", 0, "nf4").model
+    packed = {name: m for name, m in found.named_modules() if isinstance(m, NF4Linear)}
+    assert len(packed) == 12  # six linears in each of two layers; no head, no embedding
+    wanted = dict(model.named_modules())
+    for name, layer in packed.items():
+        q = quantize(wanted[name].weight.detach(), double_quant=True)
+        assert torch.equal(dequantize(layer.quantized()), dequantize(q)), name
+        assert torch.equal(layer.bias, wanted[name].bias)
+    for name, parameter in found.named_parameters():
+        if name.rpartition(".")[0] not in packed:
+            assert torch.equal(parameter, model.get_parameter(name)), name
+    nf4.quantize_layers(model, list(packed))
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_layers_are_left_dense_by_name(tmp_path: Path) -> None:
+    place = folder_of(distilbert(), tmp_path / "base")
+    found = load_base(place, 2, "classification", 0, "nf4", ("q_lin", "layer.1.ffn.lin1")).model
+    left = {n for n, m in found.named_modules() if type(m) is nn.Linear and "transformer" in n}
+    path = "distilbert.transformer.layer."
+    assert left == {f"{path}{n}" for n in ("0.attention.q_lin", "1.attention.q_lin", "1.ffn.lin1")}
+    with pytest.raises(TargetError, match="no layer matches exclude_modules entry 'q_linn'"):
+        load_base(place, 2, "classification", 0, "nf4", ("q_linn",))
+
+
+def test_a_weight_that_is_not_finite_is_named_as_it_is_read(tmp_path: Path) -> None:
+    model = distilbert()
+    with torch.no_grad():
+        model.distilbert.transformer.layer[1].ffn.lin2.weight[3, 4] = torch.nan
+    place = folder_of(model, tmp_path / "base")
+    with pytest.raises(ModelError, match=r"layer\.1\.ffn\.lin2\.weight holds NaN or infinity"):
+        load_base(place, 2, "classification", 0, "nf4")
+
+
+def test_conv1d_is_packed_in_its_face() -> None:
+    layer = gpt2().transformer.h[0].attn.c_attn
+    packed = NF4Linear.of(layer)
+    x = torch.randn(3, 32)
+    dense = nn.functional.linear(x, dequantize(quantize(layer.weight.T)), layer.bias)
+    assert torch.allclose(packed(x), dense, atol=2e-2)  # absmax in 8 bits
+    assert (packed.in_features, packed.out_features) == (32, 96)
+
+
+def test_a_layer_reached_twice_is_packed_once() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(8, 8)})
+    model["two"] = model["one"]
+    nf4.quantize_layers(model, ["one", "two"])
+    assert isinstance(model["one"], NF4Linear)
+    assert model["one"] is model["two"]
+    assert nf4.dequantize_layers(model) == 1
+    assert type(model["one"]) is nn.Linear
+    assert model["one"] is model["two"]
+
+
+def test_parameters_are_counted_as_the_values_they_stand_for() -> None:
+    counts = []
+    for packed in (False, True):
+        model = llama()
+        if packed:
+            nf4.quantize_layers(model, packable(model))
+        counts.append(lora.inject(model, lora.LoRAConfig(r=2)).total)
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("make", [distilbert, gpt2, llama])
+def test_an_adapter_trains_saves_loads_and_merges_on_a_packed_base(
+    make: Any, tmp_path: Path
+) -> None:
+    model, ids = make(), torch.arange(1, 13).view(2, 6)
+    nf4.quantize_layers(model, packable(model))
+    lora.inject(model, lora.LoRAConfig(r=2, lora_dropout=0.1))
+    lora.testing.perturb(model)
+    wanted = model.eval()(input_ids=ids).logits
+    lora.save(model, tmp_path / "adapter")
+    other = make()
+    nf4.quantize_layers(other, packable(other))
+    lora.load(other, tmp_path / "adapter")
+    assert torch.equal(other(input_ids=ids).logits, wanted)
+    with pytest.raises(CheckpointError, match="another base"):
+        lora.load(make(), tmp_path / "adapter")
+    with pytest.raises(MergeError, match=r"in NF4.*lora\.nf4\.dequantize_layers\(model\)"):
+        lora.merge(other)
+    assert nf4.dequantize_layers(other) > 0
+    certificate = lora.merge(other, probe={"input_ids": ids})
+    assert certificate.largest_difference is not None
+    lora.eject(other)
+    torch.testing.assert_close(other(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-4)
+    assert not [m for m in other.modules() if isinstance(m, NF4Linear)]
