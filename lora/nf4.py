@@ -151,16 +151,22 @@ def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = No
     flat = out.view(-1)
     scales, table = q.scales(), pairs(q.codes.device)
     whole = count - count % q.block_size
-    step = _chunk(q.block_size, q.codes.device)
-    for start in range(0, whole, step):
+    step = min(_chunk(q.block_size, q.codes.device), whole)
+    # Two float32 values are written as one number of 64 bits, into `out` itself where that can be.
+    straight = dtype == torch.float32 and flat.storage_offset() % 2 == 0
+    room = None if straight else flat.new_empty(step, dtype=torch.float32)
+    for start in range(0, whole, step or 1):
         end = min(start + step, whole)
-        some = flat[start:end].view(-1, q.block_size)
-        scale = scales[start // q.block_size :][: len(some), None]
-        found = _looked_up(q.codes[start // 2 : end // 2], table).view(-1, q.block_size)
-        torch.mul(found, scale, out=some)
+        some = flat[start:end]
+        found = some if room is None else room[: end - start]
+        codes = q.codes[start // 2 : end // 2].int()
+        torch.index_select(table, 0, codes, out=found.view(torch.int64))
+        scale = scales[start // q.block_size : end // q.block_size, None]
+        blocks = (-1, q.block_size)
+        torch.mul(found.view(blocks), scale, out=some.view(blocks))
     if whole < count:
-        found = _looked_up(q.codes[whole // 2 :], table)[: count - whole]
-        flat[whole:] = found * scales[-1]
+        tail = table.index_select(0, q.codes[whole // 2 :].int()).view(torch.float32)
+        flat[whole:] = tail[: count - whole] * scales[-1]
     return out
 
 
@@ -171,11 +177,6 @@ def reference(q: NF4) -> Tensor:
     count = math.prod(q.shape)
     levels = torch.tensor(LEVELS, device=codes.device)
     return (levels[codes[:count]] * scales[:count]).view(q.shape)
-
-
-def _looked_up(codes: Tensor, table: Tensor) -> Tensor:
-    """Levels (2 n,) float32 of bytes (n,)."""
-    return table.index_select(0, codes.int()).view(torch.float32)
 
 
 def _chunk(block_size: int, device: torch.device) -> int:

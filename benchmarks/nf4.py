@@ -1,0 +1,144 @@
+"""NF4 beside bitsandbytes: the codec, a layer's step, and what a packed model takes.
+
+python -m benchmarks.nf4 [--quick] [--json FILE]
+
+A weight of 4096 x 4096. "dequantise" writes into a buffer that is there, but for bitsandbytes,
+which on a processor takes none. The layer is forward and
+backward to its input, 512 tokens, weights doubly quantised. Bits per parameter are of the linear
+layers that are packed in a LLaMA of 12 layers of 768, counted in memory and in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import bitsandbytes.functional as theirs
+import safetensors.torch
+import torch
+import transformers
+
+from benchmarks.machine import write
+from benchmarks.turns import median, ratio, shown, take_turns
+from lora import nf4
+from lora.models import packable
+from lora.nf4 import NF4Linear
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def timed(call: Callable[[], Any]) -> Callable[[], float]:
+    def seconds() -> float:
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+
+    seconds()  # warm
+    return seconds
+
+
+def codec(size: int, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
+    """Packing and unpacking one weight."""
+    w = torch.randn(size, size).to(dtype)
+    ours = nf4.quantize(w)
+    codes, state = theirs.quantize_4bit(w, quant_type="nf4", blocksize=64)
+    out = torch.empty_like(w)
+    return {
+        "quantise, ours": timed(lambda: nf4.quantize(w)),
+        "quantise, bitsandbytes": timed(
+            lambda: theirs.quantize_4bit(w, quant_type="nf4", blocksize=64)
+        ),
+        "dequantise, ours": timed(lambda: nf4.dequantize(ours, out=out)),
+        "dequantise, bitsandbytes": timed(
+            lambda: theirs.dequantize_4bit(codes, state, quant_type="nf4")
+        ),
+    }
+
+
+def layer(size: int, dtype: torch.dtype) -> dict[str, Callable[[], float]]:
+    """Forward and backward of a layer that is packed."""
+    dense = torch.nn.Linear(size, size, bias=False).to(dtype)
+    ours = NF4Linear.of(dense)
+    other = bitsandbytes.nn.Linear4bit(
+        size, size, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4"
+    )
+    other.weight = bitsandbytes.nn.Params4bit(
+        dense.weight.detach().clone(), requires_grad=False, quant_type="nf4"
+    )
+    other = other.to("cpu")
+    x = torch.randn(512, size, dtype=dtype, requires_grad=True)
+
+    def step(module: torch.nn.Module) -> None:
+        x.grad = None
+        module(x).sum().backward()
+
+    return {
+        "layer, ours": timed(lambda: step(ours)),
+        "layer, bitsandbytes": timed(lambda: step(other)),
+        "layer, dense": timed(lambda: step(dense)),
+    }
+
+
+def bits() -> dict[str, float]:
+    """Of a parameter, in memory and in the file, of the layers that are packed."""
+    config = transformers.LlamaConfig(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        vocab_size=1000,
+    )  # fmt: skip
+    found = {}
+    for double_quant in (False, True):
+        model = transformers.LlamaForCausalLM(config)
+        names = packable(model)
+        count = sum(model.get_submodule(name).weight.numel() for name in names)
+        nf4.quantize_layers(model, names, double_quant=double_quant)
+        packed = [model.get_submodule(name) for name in names]
+        held = sum(p.numel() * p.element_size() for m in packed for p in m.parameters())
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, module in zip(names, packed, strict=True)
+            for key, tensor in module.state_dict().items()
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "packed.safetensors"
+            safetensors.torch.save_file(tensors, path)
+            stored = path.stat().st_size
+        how = "double quantisation" if double_quant else "absmax in float32"
+        found |= {f"{how}, memory": 8 * held / count, f"{how}, file": 8 * stored / count}
+    return found
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--quick", action="store_true", help="1024 x 1024, 5 rounds")
+    flags.add_argument("--json", type=Path)
+    given = flags.parse_args()
+    size, count = (1024, 5) if given.quick else (4096, 21)
+    result: dict[str, Any] = {"size": size, "bits": bits(), "milliseconds": {}, "ratios": {}}
+    for dtype in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        contenders = codec(size, dtype)
+        if dtype == torch.float32:
+            contenders |= layer(size, dtype)
+        rounds = take_turns(contenders, count)
+        print(f"{size} x {size}, {name}")
+        for contender in contenders:
+            milliseconds = 1000 * median(rounds, contender)
+            result["milliseconds"][f"{contender}, {name}"] = milliseconds
+            print(f"  {contender:<26} {milliseconds:9.2f} ms")
+        for what in dict.fromkeys(c.partition(",")[0] for c in contenders):
+            found = ratio(rounds, f"{what}, bitsandbytes", f"{what}, ours")
+            result["ratios"][f"{what}, {name}"] = found
+            print(f"  {what}, bitsandbytes / ours {shown(found)}")
+    for what, value in result["bits"].items():
+        print(f"  {what:<32} {value:.4f} bits")
+    if given.json:
+        write(given.json, result)
+
+
+if __name__ == "__main__":
+    main()
