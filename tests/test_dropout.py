@@ -76,6 +76,24 @@ def test_masks_of_one_seed_are_one_whatever_the_dtype() -> None:
         assert torch.equal(mask.keep(x.to(dtype)), wanted.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_scale_is_exact_whatever_the_dtype(dtype: torch.dtype) -> None:
+    x = torch.empty(64, 64, dtype=dtype)
+    mask = draw(0.3, x)
+    assert mask.scale == pytest.approx(1 / 0.7, rel=1e-12)
+    found = mask.scaled(x)
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found, mask.keep(x).to(found.dtype) / 0.7)
+
+
+def test_blocks_are_no_larger_than_they_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora.dropout.BLOCK", 32)
+    rows = torch.empty(10, 8)
+    mask = draw(0.5, rows)
+    assert [len(keep) for _, keep in mask.blocks(rows)] == [4, 4, 2]
+    assert [len(keep) for _, keep in mask.blocks(rows[:0])] == [0]
+
+
 def test_the_seed_comes_from_the_default_generator() -> None:
     x = torch.empty(4, 8)
     torch.manual_seed(3)

@@ -175,6 +175,68 @@ def test_a_replica_of_data_parallel_computes(which: str, monkeypatch: pytest.Mon
         torch.testing.assert_close(replica(x), model(x))
 
 
+def test_a_base_weight_that_trains_gets_its_gradient() -> None:
+    model, x = adapted(), torch.randn(4, 12)
+    for layer in model:
+        layer.base_layer.weight.requires_grad_()
+    fast, slow = outcome(model, x, False), outcome(model, x, True)
+    assert "0.base_layer.weight" in fast
+    assert fast.keys() == slow.keys()
+    for name in fast:
+        torch.testing.assert_close(fast[name], slow[name])
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook"],
+)
+def test_every_kind_of_hook_on_the_layer_below_is_heard(register: str) -> None:
+    model, heard = adapted(), []
+    getattr(model[0].base_layer, register)(lambda *_: heard.append(1))
+    model(torch.randn(4, 12, requires_grad=True)).sum().backward()
+    assert heard
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors are a prototype
+def test_nested_inputs_go_around_the_functions() -> None:
+    view = adapted()[0].view
+    assert fused.possible(view, torch.randn(2, 12))
+    nested = torch.nested.nested_tensor([torch.randn(2, 12), torch.randn(3, 12)])
+    assert not fused.possible(view, nested)
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer's own
+def test_a_trace_goes_around_the_functions() -> None:
+    view, found = adapted()[0].view, []
+
+    def look(x: Tensor) -> Tensor:
+        found.append(fused.possible(view, x))
+        return x * 1
+
+    torch.jit.trace(look, torch.randn(2, 12), check_trace=False)
+    assert found == [False]
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    model, x = adapted().double(), torch.randn(4, 12, dtype=torch.float64)
+    wanted = outcome(model, x, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(model, x, False)
+    assert found["y"].dtype == torch.float64
+    for name in wanted:
+        torch.testing.assert_close(found[name].double(), wanted[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("which", list(METHODS))
+def test_no_tokens_give_gradients_of_zero(which: str) -> None:
+    model = adapted(which, dropout=0.3)
+    model(torch.empty(0, 12)).sum().backward()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, name
+            assert not p.grad.any(), name
+
+
 def test_off_is_off_for_its_own_thread_alone() -> None:
     model, x = adapted(), torch.randn(4, 12, requires_grad=True)
     with fused.off():

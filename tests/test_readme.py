@@ -102,6 +102,8 @@ def test_start_up_is_within_bounds() -> None:
     assert seconds["lora --help"] <= 0.6
     assert seconds["lora train --help"] <= 3.0
     assert seconds["import lora and all its core, added"] < 0.15
+    assert seconds["inject into Llama-2-7B's shape"] <= 1.0
+    assert seconds["inject into Llama-2-7B's shape"] < seconds["peft, the same"]
 
 
 def test_the_table_has_the_columns_that_were_asked_for() -> None:
@@ -124,6 +126,15 @@ def test_a_step_is_within_what_is_claimed() -> None:
         assert ratios["ours / full"] < 1, name
         assert ratios["ours, dropout / full"] < 1, name
         assert ratios["peft, dropout / ours, dropout"] > 1, name
+
+
+def test_an_epoch_is_shorter_and_as_accurate_as_trainers() -> None:
+    """As measured, over three seeds."""
+    found = result("epoch")
+    assert len(found["seeds"]) == 3
+    for name in ("trainer", "trainer, best"):
+        assert found[f"{name} / ours"] > 1
+        assert abs(found[f"{name} accuracy"] - found["ours accuracy"]) < 0.01
 
 
 def test_memory_is_within_its_bounds() -> None:
