@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ def tables() -> dict[str, str]:
         "`lora train --help` answers in": seconds["lora train --help"],
         "`import lora`, all of its core, adds to `import torch`":
             seconds["import lora and all its core, added"],
+        "`lora.inject`, r = 16 on all of Llama-2-7B's shape, without its weights":
+            seconds["inject into Llama-2-7B's shape"],
+        "peft, the same": seconds["peft, the same"],
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
-    tables = {"family": family(), "step": steps(), "memory": memory()}
+    tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs()}
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
 
@@ -61,6 +65,21 @@ def steps() -> list[tuple[str, ...]]:
             shown.append(f"{ratio['median']:.2f}{spread}")
         found.append((name, *shown))
     return found
+
+
+def epochs() -> list[tuple[str, ...]]:
+    """Seconds of an epoch, over ours, and the accuracy after it: medians and means of the seeds."""
+    found = read("epoch")
+    table: list[tuple[str, ...]] = [("one epoch", "seconds", "over ours", "test accuracy")]
+    for shown, name in (
+        ("`lora train`", "ours"),
+        ("transformers.Trainer + peft, defaults", "trainer"),
+        ("the same, rows grouped by length", "trainer, best"),
+    ):
+        seconds = statistics.median(seed[name]["seconds"] for seed in found["seeds"])
+        over = f"{found[f'{name} / ours']:.2f}" if name != "ours" else ""
+        table.append((shown, f"{seconds:.0f}", over, f"{found[f'{name} accuracy']:.2%}"))
+    return table
 
 
 def memory() -> list[tuple[str, ...]]:
