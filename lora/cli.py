@@ -249,6 +249,11 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _methods(arguments: list[str]) -> None:
+    if arguments in (["--help"], ["-h"]):
+        print(
+            "usage: lora methods\n\nList the methods: when to choose each, its rate, its equation."
+        )
+        return
     if arguments:
         raise ConfigError(f"lora methods takes no {arguments[0]}. Run lora methods.")
     import inspect

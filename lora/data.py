@@ -409,8 +409,9 @@ def choose_columns(found: list[str], columns: Columns) -> tuple[str, str | None,
     if all(name.isdigit() for name in found):  # no header: text first, label last
         if len(found) > 2 and columns.text is None:
             raise DataError(
-                f"the file has {len(found)} columns and no header: which is what?"
-                " Set --text-column 0 --label-column 1, and --pair-column for pairs."
+                f"{len(found)} columns, and none that is called text or label: which is what? Set"
+                " --text-column and --label-column to names of the first row, or to numbers from 0"
+                " where there is no header, and --pair-column for pairs."
             )
         if columns.text is None and not free:
             raise DataError(f"column {', '.join(given)} is all there is: no text. Add a column.")
@@ -464,7 +465,12 @@ def _check_labels(corpus: Corpus, examples: Sequence[Example]) -> None:
         elif example.label not in corpus.labels:
             raise DataError(
                 f"{example.place}: label {example.label!r} is outside the set"
-                f" {', '.join(corpus.labels[:12])}. Mend the row, or set --labels."
+                f" {', '.join(corpus.labels[:12])}. "
+                + (
+                    "There are about as many labels as rows: set --text-column and --label-column."
+                    if 2 * len(corpus.labels) > len(corpus.train) > 4
+                    else "Mend the row, or set --labels."
+                )
             )
 
 

@@ -114,7 +114,7 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False, name: 
     if not bool(absmax.isfinite().all()):
         raise ModelError(f"{called} holds NaN or infinity, which NF4 has no level for.")
     found = NF4(codes, absmax, tuple(w.shape), w.dtype, block_size)
-    return _doubly(found) if double_quant else found
+    return _doubly(found) if double_quant and count else found
 
 
 def _packed(scaled: Tensor, bounds: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = No
     dtype = q.dtype if dtype is None else dtype
     count = math.prod(q.shape)
     if torch.compiler.is_compiling() or q.codes.is_meta:
-        return reference(q).to(dtype)
+        found = reference(q).to(dtype)
+        return found if out is None else out.copy_(found)
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
     flat = out.view(-1)
@@ -175,20 +176,24 @@ def reference(q: NF4) -> Tensor:
     codes = torch.stack([q.codes >> 4, q.codes & 15], dim=1).flatten().int()
     scales = q.scales().repeat_interleave(q.block_size)
     count = math.prod(q.shape)
-    levels = torch.tensor(LEVELS, device=codes.device)
+    levels = _levels().to(codes.device)
     return (levels[codes[:count]] * scales[:count]).view(q.shape)
 
 
 def _chunk(block_size: int, device: torch.device) -> int:
     """How many values to take at a time: a multiple of the block."""
-    return (2**40 if device.type != "cpu" else CHUNK) // block_size * block_size
+    return max(1, (CHUNK if device.type == "cpu" else 2**40) // block_size) * block_size
+
+
+def _levels() -> Tensor:
+    """(16,) float32, whatever torch's defaults are."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
 def pairs(device: torch.device) -> Tensor:
     """(256,) int64: the two float32 levels of each byte, one after the other in memory."""
-    codes = torch.arange(256)
-    levels = torch.tensor(LEVELS)
+    codes, levels = torch.arange(256, device="cpu"), _levels()
     two = torch.stack([levels[codes >> 4], levels[codes & 15]], dim=1)
     return two.view(torch.int64).flatten().to(device)
 
@@ -196,8 +201,7 @@ def pairs(device: torch.device) -> Tensor:
 @functools.cache
 def midpoints(device: torch.device) -> Tensor:
     """(15,) float32: where the nearest level changes."""
-    levels = torch.tensor(LEVELS)
-    return ((levels[:-1] + levels[1:]) / 2).to(device)
+    return ((_levels()[:-1] + _levels()[1:]) / 2).to(device)
 
 
 @functools.cache
@@ -206,10 +210,10 @@ def dynamic_map(device: torch.device) -> Tensor:
     many steps as the one below.  Dettmers 2015, arXiv:1511.04561, figure 1."""
     found = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         means = (10 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / 2)
         found += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(found), dtype=torch.float32).to(device)
+    return torch.tensor(sorted(found), dtype=torch.float32, device="cpu").to(device)
 
 
 def parameters_of(q: NF4) -> dict[str, nn.Parameter]:
@@ -413,7 +417,7 @@ def _buffer(q: NF4, dtype: torch.dtype) -> Tensor | None:
     found = _buffers.by_dtype.get(dtype)
     if found is None or found.numel() < count:
         with torch.inference_mode(False):
-            found = _buffers.by_dtype[dtype] = torch.empty(count, dtype=dtype)
+            found = _buffers.by_dtype[dtype] = torch.empty(count, dtype=dtype, device="cpu")
     return found[:count].view(q.shape)
 
 

@@ -44,10 +44,10 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
                 epochs.append({**epoch, "dev": dev})
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error}. Run lora train again.") from None
+    if not epochs:
+        raise RunError(f"{path} has no finished epoch: nothing to draw. Run lora train again.")
     if not any(step["epoch"] == 1 for step in steps) or not all(epoch["dev"] for epoch in epochs):
         raise RunError(f"{path} is damaged: lines are missing. Run lora train again.")
-    if not epochs:
-        raise RunError(f"{path} has no finished epoch: nothing to draw.")
     return steps, epochs
 
 

@@ -316,7 +316,8 @@ def resolve(
         named = tuple(dict.fromkeys((*adapter.modules_to_save, *base.new)))
         adapter = replace(adapter, modules_to_save=named)
         said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
-    length, special = config.max_length, base.tokenizer.num_special_tokens_to_add(True)
+    paired = corpus.train[0].pair is not None
+    length, special = config.max_length, base.tokenizer.num_special_tokens_to_add(paired)
     if length <= special:
         raise ConfigError(
             f"max_length must leave room beside {special} special tokens, found {length}."
@@ -388,6 +389,11 @@ def reopen(directory: Path) -> Trained:
     config = from_table(table, table.get("method", ""))
     if config.task == "auto" or (config.task == "classification") != bool(config.labels):
         raise RunError(f"{path} names no task with its labels: not of a run. Run lora train.")
+    if not (directory / "adapter").is_dir():
+        raise RunError(
+            f"{directory}: the run ended before its first epoch did, and left no adapter. Run lora"
+            f" train --config {path}."
+        )
     base = _base(config, config.labels, config.task)
     load(base.model, directory / "adapter")
     hold(base.model, config.dtype)
@@ -435,7 +441,7 @@ def rows_of(
         yield {
             "text": example.text,
             **{key: value for key, value in known.items() if value is not None},
-            "prediction": answer,
+            "prediction": float(answer) if corpus.task == "regression" else answer,
             **({} if corpus.task == "regression" else {"scores": [round(p, 6) for p in row]}),
         }
 

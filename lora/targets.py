@@ -175,6 +175,8 @@ def _offer(model: nn.Module) -> str:
     """What the model has to adapt, and what to try."""
     trunk = backbone(model)
     layers = [(n, m) for n, m in walk(model) if kind(m)]
+    if kind(model):
+        return f"  The model is a {type(model).__name__} itself. Pass nn.Sequential(model)."
     within = Counter(n.rpartition(".")[2] for n, _ in layers if inside(n, trunk))
     heads = Counter(n for n, _ in layers if not inside(n, trunk))
     listed = [f"{name} ×{many}" for name, many in (within + heads).most_common(12)]

@@ -80,7 +80,7 @@ def test_no_header(tmp_path: Path) -> None:
     corpus = read(folder(tmp_path, train="nice\t1\ndull\t0\n", dev="so so\t1\n"))
     assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
     three = "7\tnice\t1\n8\tdull\t0\n"
-    with pytest.raises(DataError, match="3 columns and no header"):
+    with pytest.raises(DataError, match="3 columns, and none that is called text or label"):
         read(folder(tmp_path, train=three))
     corpus = read(folder(tmp_path, train=three, dev=three), Columns(text="1", label="2"))
     assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]

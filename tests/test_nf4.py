@@ -89,7 +89,7 @@ def test_every_value_becomes_its_nearest_level(
     rows: int, columns: int, block_size: int, double_quant: bool, dtype: torch.dtype, scale: float
 ) -> None:
     w = (torch.randn(rows, columns) * scale).to(dtype)
-    found = quantize(w, block_size, double_quant and rows > 0)
+    found = quantize(w, block_size, double_quant)
     back = dequantize(found)
     assert back.shape == w.shape
     assert back.dtype == dtype
@@ -117,6 +117,26 @@ def test_the_levels_are_quantiles_of_the_normal_distribution() -> None:
     scaled = torch.tensor(found) / max(found)
     assert len(scaled) == 16
     assert (scaled - torch.tensor(nf4.LEVELS)).abs().max() < 2e-7
+
+
+def test_a_block_may_be_larger_than_a_chunk() -> None:
+    w = torch.randn(2**21 + 6)
+    found = quantize(w, 2**21)
+    assert len(found.absmax) == 2
+    assert torch.equal(dequantize(found), reference(found))
+
+
+def test_torchs_defaults_do_not_matter() -> None:
+    w = torch.randn(4, 64)
+    wanted = dequantize(quantize(w, double_quant=True))
+    for cached in (nf4.pairs, nf4.midpoints, nf4.dynamic_map):
+        cached.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(dequantize(quantize(w, double_quant=True)), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
