@@ -282,12 +282,9 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
             scattered = scattered * 2654435761 % values.numel()
             values = values[scattered.to(values.device)]
         for dtype, digest in list(digests.items()):
-            if packed:
+            if packed or values.dtype in (torch.float32, torch.float64, dtype):
                 digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-                digest.update(values.cpu().numpy().tobytes())
-            elif values.dtype in (torch.float32, torch.float64, dtype):
-                digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-                sample = values.to(dtype).cpu().contiguous()
+                sample = (values if packed else values.to(dtype)).cpu().contiguous()
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
             else:
                 del digests[dtype]

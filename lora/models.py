@@ -83,9 +83,9 @@ def load_base(
     """The base with a head of `labels` outputs for `task`; fresh weights are a function of seed.
 
     Parameters are float32. With quantize="nf4" the backbone's linear layers are NF4Linear, but for
-    those that `dense` names; each is packed as it is read, so that the whole is never there
-    unpacked. Raises ModelError where the base is not to be had, or its weights do not fill the
-    backbone.
+    those that `dense` names; of files each is packed as it is read, so that the whole is never
+    there unpacked. Raises ModelError where the base is not to be had, or its weights do not fill
+    the backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -374,7 +374,9 @@ def dequantize_layers(model: nn.Module) -> int:
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if isinstance(child, NF4Linear):
-                parent._modules[name] = fresh.setdefault(id(child), child.dense())
+                if id(child) not in fresh:
+                    fresh[id(child)] = child.dense()
+                parent._modules[name] = fresh[id(child)]
     return len(fresh)
 
 
