@@ -34,7 +34,9 @@ def ours(seed: int, limit: int | None, folder: str) -> dict[str, float]:
     from lora.config import RunConfig
     from lora.methods.lora import LoRAConfig
     from lora.run import run
+    from lora.scratch import keep_freed_memory
 
+    keep_freed_memory()  # as `lora train` does
     adapter = LoRAConfig(r=8, lora_alpha=8, lora_dropout=0.1, target_modules=tuple(LINEARS))
     config: RunConfig[Any] = RunConfig(
         data=str(DATA), epochs=1, batch_size=16, learning_rate=RATE, warmup=WARMUP, seed=seed,

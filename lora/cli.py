@@ -96,7 +96,9 @@ def _train(arguments: list[str]) -> None:
 
     config = parse_run(arguments)
     from lora.run import run
+    from lora.scratch import keep_freed_memory
 
+    keep_freed_memory()
     summary = run(config)
     scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
     print(f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}  {scores}")

@@ -2,10 +2,10 @@
 
 What autograd would keep of an update is a copy of the input for every cast and every dropout, and
 what it would do is add whole activations that a product could have been added into. Here forward
-keeps x by reference, h = x Aᵀ (tokens, r), and for dropout the mask's seed; backward makes the rest
-again. A frozen weight gets no gradient; those of A and B are summed in float32 whatever the base's
-dtype is. Under autocast everything is computed in its dtype, from frozen weights that are cast once
-and not at every step.
+keeps x by reference, h = x Aᵀ (tokens, r), the two thin factors as it multiplied with them, and for
+dropout a bit an element; backward makes the rest again. A frozen weight gets no gradient; those of
+A and B are summed in float32 whatever the base's dtype is. Under autocast everything is computed in
+its dtype, from frozen weights that are cast once and not at every step.
 
 The specification is lora.adapter's; the contract holds values and gradients to it. Where a Function
 cannot go the composition of plain operations does the work, knowingly: `possible`. Its first
@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora.dropout import Mask
+from lora.dropout import Mask, drop_, dropped
 from lora.errors import TrainingError
 from lora.layers import View
 
 Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
-Way = tuple[Tensor, Tensor, float]  # gh (tokens, r), A (r, in), s
+Factors = tuple[tuple[Tensor, Tensor], ...]  # A (r, in) and s Bᵀ (r, out), by way
+Way = tuple[Tensor, Tensor]  # gh (tokens, r), A (r, in)
 
 PART = 256  # tokens
 
@@ -130,19 +132,25 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _summed(left: Tensor, right: Tensor, s: float) -> Tensor:
-    """s leftᵀ right, over all tokens, in float32 at least."""
-    if left.dtype.itemsize == 2:
-        left, right = left.float(), right.float()
+def _summed(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right, over all tokens, in float32 at least."""
+    if right.dtype == torch.bfloat16 and right.device.type == "cpu":
+        # Summed in float32, rounded where it is written: the second product is what that dropped.
+        # A copy of right in float32 would cost more than both.
+        found = left.t() @ right
+        rest = torch.addmm(found, left.t(), right, beta=-1)
+        return found.float().add_(rest)
+    wide = torch.promote_types(right.dtype, torch.float32)
+    left, right = left.to(wide), right.to(wide)
     parts = len(left) // PART
     if parts < 2 or left.is_cuda:
-        return (left.t() @ right).mul_(s)
+        return left.t() @ right
     # Two thirds of the time of one product over all of them: a part stays in the cache.
     whole = parts * PART
     found = torch.bmm(
         left[:whole].view(parts, PART, -1).mT, right[:whole].view(parts, PART, -1)
     ).sum(0)
-    return found.addmm_(left[whole:].t(), right[whole:]).mul_(s)
+    return found if whole == len(left) else found.addmm_(left[whole:].t(), right[whole:])
 
 
 def _dropped(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
@@ -150,55 +158,76 @@ def _dropped(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
     if mask is None:
         return rows @ A.t()
     h = rows.new_empty(len(rows), len(A))
-    for part, keep in mask.blocks(rows):
-        torch.mm(keep.mul_(rows[part]), A.t(), out=h[part])
+    for part, keep in mask.blocks(len(rows), rows.dtype):
+        torch.mm(dropped(rows[part], keep, rows.dtype), A.t(), out=h[part])
     return h
 
 
-def _factor(B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bᵀ (r, out), in memory too: g B takes half the time by it."""
-    return B.t().to(dtype).contiguous()
+def _factors(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtype) -> Factors:
+    """A and s Bᵀ, A₀ and −s B₀ᵀ: what both forward and backward multiply with.
+
+    The transposed one in memory too: the products with it take half the time.
+    """
+    found = [(A, B, s), *([] if start is None else [(*start, -s)])]
+    return tuple((A.to(dtype), (s * B).to(dtype).t().contiguous()) for A, B, s in found)
 
 
-def _update(
-    rows: Tensor, A: Tensor, B: Tensor, s: float, start: Start, mask: Mask | None, y: Tensor
-) -> tuple[Tensor, Tensor]:
+def _update(rows: Tensor, factors: Factors, mask: Mask | None, y: Tensor) -> tuple[Tensor, Tensor]:
     """h (tokens, r), and y + s (m ∘ rows) (B A − B₀ A₀)ᵀ, written over y."""
-    h = _dropped(rows, A.to(y.dtype), mask)
-    if start is None:
-        return h, y.addmm_(h, B.to(y.dtype).t(), alpha=s)
-    A0, B0 = (factor.to(y.dtype) for factor in start)
+    (A, up), *start = factors
+    h = _dropped(rows, A, mask)
+    if not start:
+        return h, y.addmm_(h, up)
+    ((A0, up0),) = start
     # Apart, so that the two are the same bits at the start, and leave y's as they are.
-    return h, y.add_(h @ B.to(y.dtype).t() - _dropped(rows, A0, mask) @ B0.t(), alpha=s)
+    return h, y.add_(h @ up + _dropped(rows, A0, mask) @ up0)
 
 
-def _ways(g: Tensor, A: Tensor, B: Tensor, s: float, start: Start) -> list[Way]:
+def _ways(g: Tensor, factors: Factors) -> list[Way]:
     """The ways of g (tokens, out) back through s (B A − B₀ A₀), that of A and B first."""
-    factors = [(A, B, s), *([] if start is None else [(*start, -s)])]
-    return [(g @ _factor(B, g.dtype).t(), A.to(g.dtype), s) for A, B, s in factors]
+    return [(g @ up.t(), A) for A, up in factors]
 
 
 def _back(
     ways: list[Way], rows: Tensor | None, mask: Mask | None, gx: Tensor | None
 ) -> Tensor | None:
-    """The first way's gradient of A, s ghᵀ (m ∘ rows); gx is written over with gx + m ∘ Σ s gh A.
+    """The first way's gradient of A, ghᵀ (m ∘ rows); gx is written over with gx + m ∘ Σ gh A.
 
-    Either of rows and gx may be None, which is not wanted then. The mask is made once for both.
+    Either of rows and gx may be None, which is not wanted then.
     """
-    like, gA = gx if rows is None else rows, None
     into = [] if gx is None else [(gx, *way) for way in ways]
-    whole: list[tuple[slice, Tensor | None]] = [(slice(None), None)]
-    for part, keep in whole if mask is None or like is None else mask.blocks(like):
-        for found, gh, A, s in into:
-            if keep is None:
-                found.addmm_(gh, A, alpha=s)
-            else:
-                found[part].addcmul_(gh[part] @ A, keep, value=s)
+    first, gA = ways[0][0], None
+    if mask is None:
+        for found, gh, A in into:
+            found.addmm_(gh, A)
+        return None if rows is None else _summed(first, rows)
+    for part, keep in mask.blocks(len(first), first.dtype):
+        for found, gh, A in into:
+            found[part].add_(drop_(gh[part] @ A, keep))
         if rows is not None:
-            gh, _, s = ways[0]
-            some = _summed(gh[part], rows if keep is None else keep.mul_(rows[part]), s)
-            gA = some if gA is None else gA + some
+            some = _summed(first[part], dropped(rows[part], keep, first.dtype))
+            gA = some if gA is None else gA.add_(some)
     return gA
+
+
+def _save(
+    ctx: Any, view: View, x: Tensor, dtype: torch.dtype, stored: tuple[Tensor, ...],
+    mask: Mask | None, factors: Factors, *others: Tensor | None,
+) -> None:  # fmt: skip
+    """Keep what backward needs; tensors by autograd's hands, so that a checkpoint drops them."""
+    ctx.view, ctx.dtype, ctx.shape, ctx.x_dtype = view, dtype, x.shape, x.dtype
+    ctx.p, bits = (0.0, None) if mask is None else (mask.p, mask.bits)
+    ctx.others, ctx.stored = len(others), len(stored)
+    pairs = [factor for pair in factors for factor in pair]
+    ctx.save_for_backward(*others, bits, *stored, *pairs)
+
+
+def _saved(ctx: Any) -> tuple[tuple[Any, ...], Mask | None, tuple[Tensor, ...], Factors]:
+    """others, mask, stored and factors as _save() had them."""
+    found = iter(ctx.saved_tensors)
+    others, bits = tuple(islice(found, ctx.others)), next(found)
+    mask, stored = None if bits is None else Mask(ctx.p, bits), tuple(islice(found, ctx.stored))
+    return others, mask, stored, tuple(zip(found, found, strict=True))
 
 
 def _once() -> None:
@@ -220,8 +249,7 @@ class _Linear(torch.autograd.Function):
         with without_autocast(x):
             W = view.unpacked(stored, dtype)
             y = F.linear(_rows(x).to(dtype), W, None if b is None else b.to(dtype))
-        ctx.save_for_backward(*stored)
-        ctx.view, ctx.dtype, ctx.shape, ctx.x_dtype = view, dtype, x.shape, x.dtype
+        _save(ctx, view, x, dtype, stored, None, ())
         return y
 
     @staticmethod
@@ -232,7 +260,8 @@ class _Linear(torch.autograd.Function):
         gx = gb = None
         with without_autocast(g):
             if needs_x:
-                gx = g @ ctx.view.unpacked(ctx.saved_tensors, ctx.dtype)
+                _, _, stored, _ = _saved(ctx)
+                gx = g @ ctx.view.unpacked(stored, ctx.dtype)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
@@ -265,26 +294,24 @@ class _LowRank(torch.autograd.Function):
         with without_autocast(x):
             rows, W = _rows(x).to(dtype), view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
-            h, y = _update(rows, A, B, s, start, mask, y)
+            factors = _factors(A, B, s, start, dtype)
+            h, y = _update(rows, factors, mask, y)
         kept = x if ctx.needs_input_grad[3] else None  # not under LoRA-FA, whose A is frozen
-        ctx.save_for_backward(kept, A, B, h, *stored)
-        ctx.view, ctx.s, ctx.start, ctx.mask = view, s, start, mask
-        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        _save(ctx, view, x, dtype, stored, mask, factors, kept, h)
+        ctx.s = s
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        x, A, B, h, *stored = ctx.saved_tensors
+        (g,), ((x, h), mask, stored, factors) = grads, _saved(ctx)
         needs_x, _, needs_b, _, needs_B, *_ = ctx.needs_input_grad
         gB = gb = None
-        with without_autocast(grads[0]):
-            g = grads[0]
+        with without_autocast(g):
             gx = g @ ctx.view.unpacked(stored, ctx.dtype) if needs_x else None
-            rows = None if x is None else _rows(x).to(ctx.dtype)
-            gA = _back(_ways(g, A, B, ctx.s, ctx.start), rows, ctx.mask, gx)
+            gA = _back(_ways(g, factors), None if x is None else _rows(x), mask, gx)
             if needs_B:
-                gB = _summed(h, g, ctx.s).t()
+                gB = ctx.s * _summed(h, g).t().contiguous()
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         gx = None if gx is None else gx.view(ctx.shape).to(ctx.x_dtype)
@@ -318,32 +345,32 @@ class _DoRA(torch.autograd.Function):
         with without_autocast(x):
             rows, W = _rows(x).to(dtype), view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
-            kept = mask.keep(rows).mul_(rows)
+            kept, factors = mask.keep(rows).mul_(rows), _factors(A, B, s, start, dtype)
             q = F.linear(kept, W)
-            h, z = _update(kept, A, B, s, start, None, q.clone())
+            h, z = _update(kept, factors, None, q.clone())
             y = (y + mask.scale * (f * z - q)).to(dtype)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, A, B, h, f, z, *stored)
-        ctx.view, ctx.s, ctx.start, ctx.mask = view, s, start, mask
-        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        own = x if ctx.needs_input_grad[3] else None
+        _save(ctx, view, x, dtype, stored, mask, factors, own, h, f, z)
+        ctx.s = s
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        x, A, B, h, f, z, *stored = ctx.saved_tensors
+        (g,), ((x, h, f, z), mask, stored, factors) = grads, _saved(ctx)
         needs_x, _, needs_b, _, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
-        mask, gx, gB, gb, gf = ctx.mask, None, None, None, None
-        with without_autocast(grads[0]):
-            g, W = grads[0], ctx.view.unpacked(stored, ctx.dtype)
-            gz = (mask.scale * f * g).to(ctx.dtype)
+        gx = gB = gb = gf = None
+        assert mask is not None
+        with without_autocast(g):
+            W, gz = ctx.view.unpacked(stored, ctx.dtype), (mask.scale * f * g).to(ctx.dtype)
             rows = None if x is None else _rows(x).to(ctx.dtype)
             dropped = torch.sub(gz, g, alpha=mask.scale) @ W if needs_x else None
             like = dropped if rows is None else rows
             keep: Any = None if like is None else mask.keep(like)
             kept = None if rows is None else rows * keep
-            gA = _back(_ways(gz, A, B, ctx.s, ctx.start), kept, None, dropped)
+            gA = _back(_ways(gz, factors), kept, None, dropped)
             if needs_B:
-                gB = _summed(h, gz, ctx.s).t()
+                gB = ctx.s * _summed(h, gz).t().contiguous()
             if needs_b:
                 gb = g.sum(0, dtype=f.dtype)
             if needs_f:
@@ -384,19 +411,17 @@ class _VeRA(torch.autograd.Function):
             h = _dropped(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=c)
-        ctx.save_for_backward(A, B, inner, outer, h, u, *stored)
-        ctx.view, ctx.c, ctx.mask = view, c, mask
-        ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+        _save(ctx, view, x, dtype, stored, mask, ((A, B),), inner, outer, h, u)
+        ctx.c = c
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        A, B, inner, outer, h, u, *stored = ctx.saved_tensors
+        (g,), ((inner, outer, h, u), mask, stored, ((A, B),)) = grads, _saved(ctx)
         needs_x, _, needs_b, *_ = ctx.needs_input_grad
         gx = gb = None
-        with without_autocast(grads[0]):
-            g = grads[0]
+        with without_autocast(g):
             wide = torch.promote_types(g.dtype, torch.float32)
             gv = (ctx.c * outer * g).to(ctx.dtype) @ B
             ginner = (gv * h).sum(0, dtype=wide)
@@ -405,7 +430,7 @@ class _VeRA(torch.autograd.Function):
                 gb = g.sum(0, dtype=wide)
             if needs_x:
                 gx = g @ ctx.view.unpacked(stored, ctx.dtype)
-                _back([((gv * inner).to(ctx.dtype), A, 1.0)], None, ctx.mask, gx)
+                _back([((gv * inner).to(ctx.dtype), A)], None, mask, gx)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, None, None, ginner, gouter, None, None, None
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from lora import fused, layers
 from lora.errors import ConfigError, ModelError
 from lora.layers import View
+from lora.scratch import scratch
 
 # Dettmers et al. 2023, appendix E: quantiles of N(0, 1), scaled to [-1, 1].
 LEVELS = (
@@ -400,27 +400,7 @@ class NF4View(View):
 
     def unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         q = self.module._of(*stored, *[None] * (4 - len(stored)))
-        return dequantize(q, dtype, _buffer(q, dtype))
-
-
-class _Buffers(threading.local):
-    def __init__(self) -> None:
-        self.by_dtype: dict[torch.dtype, Tensor] = {}
-
-
-_buffers = _Buffers()
-
-
-def _buffer(q: NF4, dtype: torch.dtype) -> Tensor | None:
-    """Memory (shape) that the next call hands out again; None where an allocator costs nothing."""
-    if q.codes.device.type != "cpu":
-        return None
-    count = math.prod(q.shape)
-    found = _buffers.by_dtype.get(dtype)
-    if found is None or found.numel() < count:
-        with torch.inference_mode(False):
-            found = _buffers.by_dtype[dtype] = torch.empty(count, dtype=dtype, device="cpu")
-    return found[:count].view(q.shape)
+        return dequantize(q, dtype, scratch("weight", q.shape, dtype, q.codes.device))
 
 
 layers.VIEWS[NF4Linear] = NF4View

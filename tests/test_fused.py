@@ -66,7 +66,7 @@ def test_both_roads_agree_with_the_same_mask(which: str, dropout: float, tokens:
 def test_a_mask_in_several_blocks_is_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(dropout=0.3).double(), torch.randn(50, 12, dtype=torch.float64)
     whole = outcome(model, x, False)
-    monkeypatch.setattr("lora.dropout.BLOCK", 100)  # 8 rows of the first layer, 6 of the second
+    monkeypatch.setattr("lora.dropout.BLOCK", 800)  # 8 rows of the first layer, 4 of the second
     for name, found in outcome(model, x, False).items():
         torch.testing.assert_close(found, whole[name], rtol=1e-12, atol=1e-15)
 
@@ -101,9 +101,13 @@ def test_it_keeps_the_input_by_reference_and_what_is_thin(
     wide = [t for t in kept if t.dim() == 2 and t.shape[0] == 64 and t.shape[1] > 3]
     assert [t.data_ptr() for t in wide] == [x.data_ptr()]
     known = {p.data_ptr() for p in (*layer.parameters(), x)}
-    assert sum(t.numel() for t in kept if t.data_ptr() not in known) == 64 * 3
-    (function, _), *_ = layer(x).grad_fn.next_functions
-    assert (function.mask.seed.shape if dropout else function.mask) == (() if dropout else None)
+    others = [t for t in kept if t.data_ptr() not in known]
+    bits = [t for t in others if t.dtype == torch.int16]
+    assert [t.shape for t in bits] == ([(64 // 16, 12)] if dropout else [])  # one an element
+    # h, and the factors as they are multiplied with: fewer than the optimiser keeps of them
+    factors = 3 * 16 + (3 * 12 if dtype == torch.bfloat16 else 0)
+    assert sum(t.numel() for t in others if t.dtype == dtype) == 64 * 3 + factors
+    assert len(others) == (3 if dtype == torch.bfloat16 else 2) + len(bits)
 
 
 def test_lora_fa_keeps_no_input() -> None:
@@ -304,9 +308,9 @@ def test_gradients_are_summed_in_float32() -> None:
     adapter = layer.adapter("default").float()
     x = torch.randn(4096, 12).bfloat16()
     layer(x).sum().backward()
-    B = adapter.lora_B.detach().to(torch.bfloat16).double()
+    B = (adapter.scaling * adapter.lora_B.detach()).to(torch.bfloat16).double()
     gh = (torch.ones(4096, 16).double() @ B).to(torch.bfloat16).double()
-    wanted = adapter.scaling * gh.T @ x.double()
+    wanted = gh.T @ x.double()
     assert adapter.lora_A.grad.dtype == torch.float32
     off = (adapter.lora_A.grad - wanted).abs().max() / wanted.abs().max()
     assert off < 1e-5 < torch.finfo(torch.bfloat16).eps / 8

@@ -16,7 +16,7 @@ import lora
 # Each room may import from those above it, and from its own line.
 LADDER = [
     {"errors"},
-    {"layers"},
+    {"layers", "scratch"},
     {"dropout"},
     {"fused"},
     {"nf4"},
@@ -37,6 +37,7 @@ LADDER = [
 CORE = {
     "errors",
     "layers",
+    "scratch",
     "dropout",
     "fused",
     "nf4",
