@@ -2,14 +2,16 @@
 
 python -m benchmarks.parts [--quick] [--json FILE]
 
-2,048 tokens, float32, r = 8, layers of DistilBERT-base. Before each measurement a product with the
-layer's weight runs, as it does in a step, so that the operands lie where they would. Milliseconds,
-medians; the forms of one question take turns.
+2,048 tokens, r = 8, layers of DistilBERT-base, in float32, and in bfloat16 where the processor has
+its products. Before each measurement a product with the layer's weight runs, as it does in a step,
+so that the operands lie where they would. Milliseconds, medians; the forms of one question take
+turns. The process keeps the memory that it frees, as `lora train` does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,23 +23,40 @@ from torch import Tensor
 
 from benchmarks.machine import write
 from benchmarks.turns import median, take_turns
-from lora.dropout import draw
+from lora.dropout import draw, dropped
 from lora.fused import _summed
+from lora.models import bfloat16_here
+from lora.scratch import keep_freed_memory
 
 TOKENS, R = 2048, 8
+SHAPES = ((768, 768), (768, 3072), (3072, 768))
 
 
-def questions(inside: int, outside: int) -> dict[str, dict[str, Callable[[], Any]]]:
+def questions(
+    inside: int, outside: int, dtype: torch.dtype
+) -> dict[str, dict[str, Callable[[], Any]]]:
     """By question, the forms that answer it."""
     torch.manual_seed(0)
-    x, g = torch.randn(TOKENS, inside), torch.randn(TOKENS, outside)
-    W, b = torch.randn(outside, inside), torch.randn(outside)
-    A, B = torch.randn(R, inside), torch.randn(outside, R)
-    Bt, h = B.T.contiguous(), torch.randn(TOKENS, R)
-    three = [torch.randn(R, inside) for _ in range(3)]
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, g = random(TOKENS, inside), random(TOKENS, outside)
+    W, b = random(outside, inside), random(outside)
+    A, B = random(R, inside), random(outside, R)
+    Bt, h = B.T.contiguous(), random(TOKENS, R)
+    three = [random(R, inside) for _ in range(3)]
     stacked = torch.cat(three)
-    y, gx = torch.empty(TOKENS, outside), torch.empty(TOKENS, inside)
-    mask = draw(0.1, x)
+    y, gx = torch.zeros(TOKENS, outside, dtype=dtype), torch.zeros(TOKENS, inside, dtype=dtype)
+    mask, words = draw(0.1, x), torch.empty(x.numel() // 8, dtype=torch.int64)
+
+    def applied() -> None:
+        for part, keep in mask.blocks(TOKENS, dtype):
+            dropped(x[part], keep, dtype)
+
+    def parts() -> Tensor:
+        left, right = h.float().view(-1, 256, R), g.float().view(-1, 256, outside)
+        return torch.bmm(left.mT, right).sum(0)
 
     def split() -> Tensor:
         found = F.linear(x, W, b)
@@ -46,8 +65,10 @@ def questions(inside: int, outside: int) -> dict[str, dict[str, Callable[[], Any
     return {
         "dropout": {
             "F.dropout": lambda: F.dropout(x, 0.1),
-            "the mask, from its seed": lambda: mask.keep(x),
-            "the mask from torch's bernoulli_": lambda: torch.empty_like(x).bernoulli_(0.9),
+            "a mask of bits": lambda: draw(0.1, x),
+            "the mask, applied": applied,
+            "the bytes from torch's random_": lambda: words.random_(-(2**63), None),
+            "a mask from torch's bernoulli_": lambda: torch.empty_like(x).bernoulli_(0.9),
         },
         "order of products, forward": {
             "x Wᵀ alone": lambda: F.linear(x, W, b),
@@ -61,8 +82,9 @@ def questions(inside: int, outside: int) -> dict[str, dict[str, Callable[[], Any
         },
         "g B": {"by columns of B": lambda: g @ B, "by rows of Bᵀ": lambda: g @ Bt.T},
         "hᵀ g": {
-            "one product": lambda: h.T @ g,
-            "in parts of 256 tokens": lambda: _summed(h, g, 1.0),
+            "one product, rounded to the dtype": lambda: h.T @ g,
+            "in float32, in parts of 256 tokens": parts,
+            "as the fused path has it": lambda: _summed(h, g),
         },
         "h for three layers of one input": {
             "three products": lambda: [x @ one.T for one in three],
@@ -82,8 +104,12 @@ def main() -> None:
     flags.add_argument("--json", type=Path)
     given = flags.parse_args()
     result: dict[str, dict[str, dict[str, float]]] = {}
-    for inside, outside in ((768, 768), (768, 3072), (3072, 768)):
-        layer = result[f"{inside} -> {outside}"] = {}
+    keep_freed_memory()
+    dtypes = [torch.float32]
+    dtypes += [torch.bfloat16] if bfloat16_here(torch.device("cpu")) else []
+    for (inside, outside), dtype in itertools.product(SHAPES, dtypes):
+        shape = f"{inside} -> {outside}" + (", bfloat16" if dtype == torch.bfloat16 else "")
+        layer = result[shape] = {}
         warm, weight = torch.randn(TOKENS, inside), torch.randn(outside, inside)
 
         def timed(form: Callable[[], Any], warm: Tensor = warm, weight: Tensor = weight) -> float:
@@ -92,8 +118,8 @@ def main() -> None:
             form()
             return time.perf_counter() - started
 
-        print(f"{inside} -> {outside}")
-        for question, forms in questions(inside, outside).items():
+        print(shape)
+        for question, forms in questions(inside, outside, dtype).items():
             contenders = {name: (lambda form=form: timed(form)) for name, form in forms.items()}
             rounds = take_turns(contenders, 7 if given.quick else 41)
             layer[question] = {name: 1000 * median(rounds, name) for name in forms}
