@@ -120,7 +120,10 @@ def main() -> None:
             found = ours(*call) if given.one == "ours" else trainer(*call, "best" in given.one)
         print(json.dumps(found))
         return
+    import torch
+
     from benchmarks.machine import write
+    from lora.models import bfloat16_here
 
     seeds, limit = (1, 160) if given.quick else (given.seeds, None)
     rounds: list[dict[str, dict[str, float]]] = []
@@ -139,7 +142,8 @@ def main() -> None:
         result[f"{name} accuracy"] = statistics.mean(row[name]["accuracy"] for row in rounds)
         print(f"{name} accuracy: {result[f'{name} accuracy']:.2%}")
     if given.json:
-        write(given.json, result)
+        native = bfloat16_here(torch.device("cpu"))
+        write(given.json, {"bfloat16 in hardware": native, **result})
 
 
 if __name__ == "__main__":
