@@ -43,7 +43,8 @@ def tables() -> dict[str, str]:
         "peft, the same": seconds["peft, the same"],
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
-    tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs()}
+    tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
+              "compiled": compiled()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
 
@@ -70,16 +71,28 @@ def steps() -> list[tuple[str, ...]]:
 def epochs() -> list[tuple[str, ...]]:
     """Seconds of an epoch, over ours, and the accuracy after it: medians and means of the seeds."""
     found = read("epoch")
+    best = "bfloat16, " if found["bfloat16 in hardware"] else ""
     table: list[tuple[str, ...]] = [("one epoch", "seconds", "over ours", "test accuracy")]
     for shown, name in (
         ("`lora train`", "ours"),
         ("transformers.Trainer + peft, defaults", "trainer"),
-        ("the same, rows grouped by length", "trainer, best"),
+        (f"the same at its best: {best}rows grouped by length", "trainer, best"),
     ):
         seconds = statistics.median(seed[name]["seconds"] for seed in found["seeds"])
         over = f"{found[f'{name} / ours']:.2f}" if name != "ours" else ""
         table.append((shown, f"{seconds:.0f}", over, f"{found[f'{name} accuracy']:.2%}"))
     return table
+
+
+def compiled() -> list[tuple[str, ...]]:
+    """A compiled step over a plain one, and what the compiling took."""
+    found = [("16 x 128 tokens", "compiled / plain step", "seconds to compile")]
+    for name, setting in read("compiled")["settings"].items():
+        ratio = setting["compiled / plain"]
+        spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        shown = name.removeprefix("16x128 ")
+        found.append((shown, spread, f"{setting['seconds to compile']:.0f}"))
+    return found
 
 
 def memory() -> list[tuple[str, ...]]:

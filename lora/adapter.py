@@ -32,6 +32,7 @@ from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
 from lora.fused import autocast_on, without_autocast
 from lora.layers import View, apply, views
+from lora.nf4 import NF4
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -326,6 +327,20 @@ class Adapter(Method, nn.Module):
         """Fill what needs data: each adapter with its view in the model, which is as it was
         before the injection and has to be so again. forward() passes a batch through it."""
         raise NotImplementedError
+
+    @classmethod
+    def takes_up(cls, config: Any) -> bool:
+        """Whether its start takes up what packing the base leaves: pack() needs W as it was."""
+        return False
+
+    @classmethod
+    def needs_packing(cls, config: Any) -> bool:
+        """Whether its start is of no meaning on a base that is not packed with it."""
+        return False
+
+    def pack(self, W: Tensor, quantize: Callable[[Tensor], NF4]) -> NF4:
+        """What is to lie beneath it in W's place, once its parameters are filled."""
+        return quantize(W)
 
     def param_groups(self) -> dict[float, list[nn.Parameter]]:
         """What trains, by the multiple of the learning rate that it trains at."""

@@ -19,6 +19,7 @@ VERBS = {
     "predict": "label texts with a run's model",
     "compare": "methods x seeds on one data set, one table",
     "plot": "draw the curves of runs",
+    "merge": "write a run's model as a plain one, which needs no adapter",
     "convert": "turn a checkpoint of loralib into an adapter in PEFT's format",
     "methods": "list the methods",
 }
@@ -209,6 +210,31 @@ def _predict(arguments: list[str]) -> None:
     from lora.run import asked, predict_texts
 
     predict_texts(config.run, config.text, config.pair, config.data, config.output, asked(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Write a run's model as a plain one: W' in W's place, a folder that from_pretrained reads."""
+
+    run: Path
+    """A run directory."""
+    output: Path
+    """The folder to make."""
+    dequantize: bool = False
+    """Merge into the dequantised base, of a run on a base in four bits: not the one that was
+    quantised."""
+    untie: bool = False
+    """Give a layer whose weight is tied to another's one of its own, where it is merged into."""
+
+
+def _merge(arguments: list[str]) -> None:
+    from lora.config import parse
+
+    config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
+    from lora.run import merge_run
+
+    print(merge_run(config.run, config.output, config.dequantize, config.untie))
+    print(f"written: {config.output}")
 
 
 def _plot(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import math
@@ -65,6 +66,14 @@ class Corpus:
     def held_out(self) -> tuple[str, tuple[Example, ...]]:
         """The split that results are reported on: test, or dev where there is none."""
         return ("test", self.test) if self.test else ("dev", self.dev)
+
+    def digest(self) -> str:
+        """SHA-256 of every split's texts and labels, in their order."""
+        found = hashlib.sha256()
+        for split in (self.train, self.dev, self.test):
+            rows = [(example.text, example.pair, example.label) for example in split]
+            found.update(json.dumps(rows).encode())
+        return found.hexdigest()
 
     def targets(self, examples: Sequence[Example]) -> list[float]:
         """Labels as numbers: class indices, or the values of a regression."""
@@ -207,7 +216,7 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[Placed]:
     text = _text_of(path)
     if path.suffix == ".jsonl":
         return [
-            (f"{path}, line {number}", {str(k): _cell(v) for k, v in row.items() if v is not None})
+            (f"{path}, line {number}", {k: _cell(v) for k, v in row.items() if _is_plain(v)})
             for number, row in _json_lines(path, text)
         ]
     if path.suffix == ".tsv":  # quotes mean nothing there, as in GLUE
@@ -223,6 +232,13 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[Placed]:
                 f"{path}, line {reader.line_num}: {error}. Mend the quotes, or save it as .tsv."
             ) from None
     header = cells[0][1]
+    for mark in (";", "\t") if path.suffix == ".csv" and len(cells) > 1 else ():
+        marks = {len(line) == 1 and line[0].count(mark) for _, line in cells}
+        if len(marks) == 1 and max(marks) > 0:
+            raise DataError(
+                f"{path}: one column, {header[0]!r}, with {max(marks)} {mark!r} in every row. A"
+                " CSV's columns lie between commas. Save it so, or with tabs as .tsv."
+            )
     named, numbered = _is_header(header, columns)
     if named:
         cells = cells[1:]
@@ -284,6 +300,11 @@ def _json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
                 f"{path}, line {number}: no JSON object: {error}. Mend the line."
             ) from None
     return rows
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a JSON value is a text or a number, and no list, object or null."""
+    return value is not None and not isinstance(value, list | dict)
 
 
 def _cell(value: object) -> str:
@@ -379,7 +400,10 @@ def _examples(rows: list[Placed], columns: Columns) -> list[Example]:
     for place, row in rows:
         lacking = [name for name in (text, pair) if name is not None and name not in row]
         if lacking:
-            raise DataError(f"{place}: no column {lacking[0]!r}, found {', '.join(row)}.")
+            raise DataError(
+                f"{place}: no column {lacking[0]!r} with a text, found {', '.join(row) or 'none'}."
+                " A row's text may not be absent, null, a list or an object. Mend the line."
+            )
         example = Example(
             text=row[text].strip(),
             pair=None if pair is None else row[pair].strip(),

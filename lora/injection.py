@@ -9,14 +9,16 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora import nf4
 from lora.adapter import (
     AdaptedLayer,
     Adapter,
@@ -30,6 +32,7 @@ from lora.adapter import (
 )
 from lora.errors import ConfigError, MergeError, TargetError
 from lora.layers import VIEWS, View, inside, kind, views
+from lora.nf4 import NF4Linear, put
 from lora.targets import Plan, base_buffers, base_parameters, base_paths, plan_of, unwrapped, walk
 
 
@@ -142,11 +145,16 @@ def _check_room(plan: Plan, targets: Mapping[str, nn.Module]) -> None:
         (view,) = views(module)
         if path not in plan.further and view.parameters()[0].device.type == "cpu":
             need += 4 * plan.method.size(view, plan.config, path)  # float32
+    check_memory(need, f"no adapter can be made: {plan.method.name} needs")
+
+
+def check_memory(need: int, what: str) -> None:
+    """Raise ConfigError where `what` needs more bytes than the machine has."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > there:
         raise ConfigError(
-            f"no adapter can be made: {plan.method.name} needs {need / 2**30:,.0f} GiB as set, the"
-            f" machine has {there / 2**30:,.0f}. Lower --r."
+            f"{what} {need / 2**30:,.0f} GiB as set, the machine has {there / 2**30:,.0f}."
+            " Train less: lower --r, fewer --target-modules, or another --method."
         )
 
 
@@ -443,13 +451,15 @@ def inject(
     name: str = "default",
     seed: int = 0,
     batches: Iterable[Any] | None = None,
+    pack: Sequence[str] = (),
 ) -> Report:
     """Put a method's adapters on the layers that config names, in place, and freeze all else.
 
     The initial values are a function of (seed, layer's name) alone, and of `batches` where the
     start is had from data (eva, lora_ga): mappings, tuples or tensors that the model takes. A head
-    never trains by itself: name it in modules_to_save. Raises TargetError or ConfigError, the
-    model untouched.
+    never trains by itself: name it in modules_to_save. `pack` names linear layers to hold in NF4
+    from here on, adapted or not: a start may take up what their rounding leaves (pissa, olora,
+    loftq). Raises TargetError, ConfigError or ModelError, the model untouched.
     """
     check_name(name)
     check_seed(seed)
@@ -461,6 +471,11 @@ def inject(
         said = "takes no batches as set: leave out batches"
         said = "starts from data: pass batches=[...]" if needs else said
         raise ConfigError(f"{planned.method.name} {said}.")
+    if issubclass(planned.method, Adapter) and planned.method.needs_packing(config) and not pack:
+        raise ConfigError(
+            f"{planned.method.name} starts from a base that is packed with it, as set. Pass"
+            " --quantize nf4, or in Python pack=[names of layers]."
+        )
     parts = build(model, planned)
     placed = list(with_views(model, parts.adapters).values())
     for adapter, view in placed:
@@ -469,8 +484,38 @@ def inject(
         assert issubclass(planned.method, Adapter)
         with evaluating(model):
             planned.method.calibrate(placed, model, batches)
+    packed = _packed(model, placed, pack)
     wrap(model, planned, parts, name)
+    put(model, packed)
+    if packed:  # codes take no gradient, when eject gives the model back either
+        required = model.__dict__["lora_required"]
+        for path, parameter in base_paths(model):
+            required[path] = parameter.is_floating_point() and required.get(path, False)
     return report_of(model, name, _note(model, planned))
+
+
+@torch.no_grad()
+def _packed(
+    model: nn.Module, placed: Sequence[tuple[Adapter, View]], names: Sequence[str]
+) -> dict[int, nn.Module]:
+    """The named layers in NF4, by the id of each; adapters' starts take up what that leaves."""
+    over = {id(view.module): adapter for adapter, view in placed}
+    found: dict[int, nn.Module] = {}
+    modules = dict(walk(model))
+    for path in names:
+        if path not in modules:
+            raise TargetError(f"pack: the model has no layer {path!r}.")
+        module = modules[path]
+        if id(module) in found:
+            continue
+        (view,) = views(module)
+        if view.of_ids or view.packed:
+            raise TargetError(f"pack: {path} is {kind(module)}. Name linear layers.")
+        quantize = partial(nf4.quantize, double_quant=True, name=path)
+        W, adapter = view.read()[0], over.get(id(module))
+        q = quantize(W) if adapter is None else adapter.pack(W, quantize)
+        found[id(module)] = NF4Linear.over(module, q)
+    return found
 
 
 @contextmanager

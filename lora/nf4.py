@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -284,10 +284,15 @@ class NF4Linear(nn.Module):
         cls, layer: nn.Module, block_size: int = 64, double_quant: bool = True, name: str = ""
     ) -> NF4Linear:
         """An nn.Linear or HF Conv1D quantised; its bias is taken, not copied."""
+        W, _ = layers.views(layer)[0].read()
+        return cls.over(layer, quantize(W, block_size, double_quant, name))
+
+    @classmethod
+    def over(cls, layer: nn.Module, q: NF4) -> NF4Linear:
+        """One for the layer's place that holds q, of W's shape; the bias is taken, not copied."""
         (view,) = layers.views(layer)
-        W, _ = view.read()
-        found = cls.like(layer, block_size, double_quant)
-        found.hold(quantize(W, block_size, double_quant, name))
+        found = cls.like(layer, q.block_size, q.double_quant)
+        found.hold(q)
         found.register_parameter("bias", view.parameters()[1])
         return found
 
@@ -350,18 +355,16 @@ def quantize_layers(
 
     Without `values` they are on the meta device, to be filled as the weights arrive.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
     fresh: dict[int, NF4Linear] = {}
     for name in names:
-        layer = modules[name]
+        layer = model.get_submodule(name)
         if id(layer) not in fresh:
             fresh[id(layer)] = (
                 NF4Linear.of(layer, block_size, double_quant, name)
                 if values
                 else NF4Linear.like(layer, block_size, double_quant)
             )
-        parent, _, leaf = name.rpartition(".")
-        modules[parent]._modules[leaf] = fresh[id(layer)]
+    put(model, fresh)
 
 
 def dequantize_layers(model: nn.Module) -> int:
@@ -370,14 +373,17 @@ def dequantize_layers(model: nn.Module) -> int:
     Adapters stay on their layers, and can be merged then: into the dequantised base, which is not
     the one that was quantised.
     """
-    fresh: dict[int, nn.Linear] = {}
+    fresh = {id(m): m.dense() for m in model.modules() if isinstance(m, NF4Linear)}
+    put(model, fresh)
+    return len(fresh)
+
+
+def put(model: nn.Module, fresh: Mapping[int, nn.Module]) -> None:
+    """Put each module in the place of the one whose id it is under, wherever that is reached."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, NF4Linear):
-                if id(child) not in fresh:
-                    fresh[id(child)] = child.dense()
+            if id(child) in fresh:
                 parent._modules[name] = fresh[id(child)]
-    return len(fresh)
 
 
 class NF4View(View):

@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from lora import __version__
+from lora import __version__, nf4
 from lora.adapter import Adapter, PartialConfig, is_number
 from lora.checkpoint import json_object, load, save, write_together, write_whole
 from lora.config import RunConfig, from_table, method_named, read_toml, to_table
@@ -53,10 +53,10 @@ from lora.data import (
 )
 from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
 from lora.evaluate import Evaluation, answers, evaluate, predict
-from lora.injection import check_steps, inject
-from lora.models import Base, hold, load_base, pick_dtype
+from lora.injection import Report, check_steps, eject, inject, merge
+from lora.models import Base, hold, load_base, packable, pick_dtype
 from lora.tokens import Encoded, batches, collate, encode
-from lora.train import Step, fit, steps_per_epoch
+from lora.train import Step, check_room, fit, steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,10 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             base.model.to(device)
             splits = encode_splits(config, corpus, base.tokenizer)
             shown = calibration(config, splits["train"], device)
-            report = inject(base.model, config.adapter, seed=config.seed, batches=shown)
+            report = _injected(config, base, shown)
             per_epoch = steps_per_epoch(splits["train"], config.batch_size)
             check_steps(base.model, config.epochs * per_epoch)
+            check_room(base.model)
             hold(base.model, config.dtype)
             if config.compile:
                 base.model.compile(dynamic=True)
@@ -95,10 +96,13 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
         progress.console.print(str(report), markup=False, highlight=False, soft_wrap=True)
 
-        create(directory, config)
+        create(directory, config, corpus)
         with recorder(directory) as metrics:
             epochs, final = _train(config, base, corpus, splits, directory, metrics, progress)
         memory.sample()
+        bad = _diverged(epochs)
+        if bad:
+            progress.console.print(f"note: {bad}", soft_wrap=True)
     name, held_out = corpus.held_out
     write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
     summary = {
@@ -107,7 +111,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         "base": given.base,
         "data": given.data,
         "seed": config.seed,
-        "note": " ".join(filter(None, (config.note, corpus.note))),
+        "note": " ".join(filter(None, (config.note, corpus.note, bad))),
         "trainable": report.trainable,
         "adapter_parameters": report.adapter_parameters,
         "parameters": report.total,
@@ -178,6 +182,7 @@ def _train(
                 {
                     "epoch": step.epoch,
                     "loss": sum(s.loss * s.examples for s in steps) / seen,
+                    "first_loss": steps[0].loss,
                     "seconds": sum(s.seconds for s in steps),
                     "padding": 1 - tokens / padded,
                     "dev_loss": dev.loss,
@@ -210,32 +215,44 @@ def _train(
         raise KeyboardInterrupt(f"Last good state: {good}.") from None
 
 
+def _diverged(epochs: Sequence[Mapping[str, Any]]) -> str:
+    """What to say of a training that ended far above where it began, "" of any other."""
+    began, ended = epochs[0]["first_loss"], epochs[-1]["loss"]
+    if ended <= 2 * began:
+        return ""
+    return (
+        f"the loss began at {began:.3g} and ended at {ended:.3g}: the training diverged. Run again"
+        " with a lower --learning-rate."
+    )
+
+
 def default_directory(config: RunConfig[Any]) -> Path:
     """runs/TIME-METHOD, a name that no earlier run has."""
     return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
 
 
-def check_free(directory: Path) -> None:
-    """Raise RunError where a run directory exists or could not be made; makes nothing."""
+def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> None:
+    """Raise RunError where a folder to make exists or could not be made; makes nothing."""
     try:
         there = os.path.lexists(directory)
     except (OSError, ValueError) as error:
-        raise RunError(f"--run-dir cannot be made: {error}. Pass another.") from None
+        raise RunError(f"{flag} cannot be made: {error}. Pass another.") from None
     if there:
         raise RunError(
-            f"--run-dir {directory} exists: no run is written over. Pass another, or remove it."
+            f"{flag} {directory} exists: no {what} is written over. Pass another, or remove it."
         )
     parent = next(path for path in directory.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "not writable" if parent.is_dir() else "no folder"
-        raise RunError(f"--run-dir {directory} cannot be made: {parent} is {why}. Pass another.")
+        raise RunError(f"{flag} {directory} cannot be made: {parent} is {why}. Pass another.")
 
 
-def create(directory: Path, config: RunConfig[Any]) -> None:
+def create(directory: Path, config: RunConfig[Any], corpus: Corpus) -> None:
     """Make the directory, with config.toml and environment.json in it or not at all."""
+    around = environment() | {"data": corpus.digest()}
     files = {
         "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
-        "environment.json": json.dumps(environment(), indent=2).encode(),
+        "environment.json": json.dumps(around, indent=2).encode(),
     }
     making = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
@@ -374,14 +391,34 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _takes_up(config: RunConfig[Any]) -> bool:
+    """Whether the base is packed with the injection, whose start needs its weights as they were."""
+    method = method_named(config.method)
+    adapts = issubclass(method, Adapter) and method.takes_up(config.adapter)
+    return adapts and config.quantize == "nf4"
+
+
 def _base(config: RunConfig[Any], labels: tuple[str, ...], task: str) -> Base:
     """The base as configured, before anything is put on it."""
-    count = len(labels) or 1
-    return load_base(config.base, count, task, config.seed, config.quantize, config.dense)
+    count, quantize = len(labels) or 1, "none" if _takes_up(config) else config.quantize
+    return load_base(config.base, count, task, config.seed, quantize, config.dense)
+
+
+def _injected(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
+    """The base with the adapter put on it, and packed where that has to wait for it."""
+    names = packable(base.model, config.dense) if _takes_up(config) else ()
+    return inject(base.model, config.adapter, seed=config.seed, batches=shown, pack=names)
 
 
 def reopen(directory: Path) -> Trained:
-    """The model of a run directory: its base with its adapter on."""
+    """The model of a run directory: its base with its adapter on, held as it was in training."""
+    trained = _reopened(directory)
+    hold(trained.model, trained.config.dtype)
+    return trained
+
+
+def _reopened(directory: Path) -> Trained:
+    """The model of a run directory, in the dtype of its base."""
     path = directory / "config.toml"
     if not path.is_file():
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
@@ -395,8 +432,10 @@ def reopen(directory: Path) -> Trained:
             f" train --config {path}."
         )
     base = _base(config, config.labels, config.task)
+    if _takes_up(config):  # the base that training began with, packed under the start that it had
+        _injected(config, base)
+        eject(base.model)
     load(base.model, directory / "adapter")
-    hold(base.model, config.dtype)
     device = pick_device()
     return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
 
@@ -556,6 +595,12 @@ def rescore(
             if data is None:
                 corpus = read_corpus(config)
                 name = split or corpus.held_out[0]
+                if _learned_from(directory) not in (None, corpus.digest()):
+                    progress.console.print(
+                        f"note: {config.data} is not as it was when {directory} was trained: rows"
+                        f" of {name} may be among those that it learned from.",
+                        soft_wrap=True, markup=False,
+                    )  # fmt: skip
             else:
                 where = _columns(config, columns)
                 corpus, name = read_split(data, where, config.task, config.labels, split)
@@ -566,11 +611,70 @@ def rescore(
     return {"loss": found.loss, **found.metrics}
 
 
+def _learned_from(directory: Path) -> str | None:
+    """The digest of a run's data, None where the run has none to tell."""
+    try:
+        found = json_object((directory / "environment.json").read_bytes()).get("data")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def _encoded(
     trained: Trained, corpus: Corpus, examples: Sequence[Example], targets: Sequence[float]
 ) -> Encoded:
     length = trained.config.max_length
     return encode(trained.tokenizer, examples, targets, corpus.task, length)
+
+
+def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> str:
+    """Write a run's model as a plain one into a new folder; what was merged, and how far that moved
+    the logits of the run's first texts."""
+    check_free(output, "--output", "model")
+    with progress_bar() as progress, reading(progress):
+        trained = _reopened(directory)
+        model, probe = trained.model, _probe(trained, directory)
+        packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
+        if packed and not dequantize:
+            raise RunError(
+                f"{directory} has its base in NF4, whose 16 levels cannot hold a merged weight. Run"
+                f" lora merge {directory} --dequantize: into the dequantised base."
+            )
+        if dequantize and not packed:
+            raise ConfigError(f"--dequantize: {directory} has no base in NF4. Leave it out.")
+        said = f"into the base {trained.config.base}"
+        if packed:
+            nf4.dequantize_layers(model)
+            said = f"into {packed} dequantised layers, not the original ones of the base"
+        if method_named(trained.config.method).keeps_base:
+            said = f"{merge(model, untie, probe)}; {said}"
+        else:
+            said = f"nothing to merge: {trained.config.method} trained the base itself"
+        eject(model)
+        if trained.config.labels:
+            model.config.id2label = dict(enumerate(trained.config.labels))
+            model.config.label2id = {label: i for i, label in enumerate(trained.config.labels)}
+        making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+        try:
+            model.save_pretrained(making)
+            trained.tokenizer.save_pretrained(making)
+            making.rename(output)
+        except OSError as error:
+            raise _unwritable(output, error) from error
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return said
+
+
+def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
+    """The first texts that the run predicted, as one batch; before the last epoch, a text."""
+    path = directory / "predictions.jsonl"
+    whole = path.read_text(encoding="utf-8") if path.is_file() else '{"text": "a"}'
+    rows = [json_object(line) for line in whole.splitlines()[:8]]
+    corpus = Corpus(str(path), trained.config.task, trained.config.labels, (), (), ())
+    examples = [Example(str(row["text"]), row.get("pair"), None) for row in rows]
+    encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
+    return collate(encoded, range(len(examples)), trained.device)
 
 
 def predict_texts(

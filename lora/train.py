@@ -13,7 +13,14 @@ from torch import nn
 
 from lora.errors import TrainingError
 from lora.evaluate import autocast
-from lora.injection import after_step, check_alive, check_steps, param_groups, penalty
+from lora.injection import (
+    after_step,
+    check_alive,
+    check_memory,
+    check_steps,
+    param_groups,
+    penalty,
+)
 from lora.losses import task_loss
 from lora.tokens import Encoded, ahead, batches, collate
 
@@ -60,6 +67,7 @@ def fit(
     per_epoch = steps_per_epoch(encoded, batch_size)
     steps = epochs * per_epoch
     check_steps(model, steps)
+    check_room(model)
     plan = ((e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
@@ -104,6 +112,14 @@ def fit(
             seconds=time.perf_counter() - started,
             epoch_ends=(number + 1) % per_epoch == 0,
         )
+
+
+def check_room(model: nn.Module) -> None:
+    """Raise ConfigError where the machine cannot hold what trains: its values, its gradients, and
+    AdamW's two moments."""
+    trained = [p for p in model.parameters() if p.requires_grad and p.device.type == "cpu"]
+    need = sum(4 * p.numel() * p.element_size() for p in trained)
+    check_memory(need, "training cannot begin: gradients and optimiser need")
 
 
 def steps_per_epoch(encoded: Encoded, batch_size: int) -> int:

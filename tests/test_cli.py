@@ -113,6 +113,8 @@ FAMILY = {
     "lora eva": "--r 2 --init-lora-weights eva --use-rslora",
     "lora lora_ga": "--r 2 --init-lora-weights lora_ga --loraplus-lr-ratio 16",
     "lora pissa": "--r 2 --init-lora-weights pissa --use-lorafa",
+    "lora pissa in nf4": "--r 2 --init-lora-weights pissa --quantize nf4 --dense lin1",
+    "lora loftq": "--r 2 --init-lora-weights loftq_2 --quantize nf4 --target-modules q_lin lin2",
 }
 
 
@@ -185,6 +187,80 @@ def test_eval_repeats_the_summary_and_scores_the_predictions(
     assert "accuracy" in capsys.readouterr().out
     assert lora("eval", trained, "--predictions", "x.jsonl") == 2
     assert lora("eval") == 2
+
+
+def plain_scores(folder: Path, texts: list[str]) -> Any:
+    """What the folder's model says of the texts, by transformers alone."""
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    return logits.softmax(-1), model.config.id2label
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "full", "qlora"])
+def test_merge_writes_a_plain_model(
+    method: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    given = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    assert lora("train", *given, "--method", method, "--dtype", "float32") == 0
+    how = ("--dequantize",) if method == "qlora" else ()
+    capsys.readouterr()
+    if how:
+        assert lora("merge", run, "--output", out) == 2
+        assert f"lora merge {run} --dequantize" in capsys.readouterr().err
+        assert not out.exists()
+    assert lora("merge", run, "--output", out, *how) == 0
+    said = capsys.readouterr().out
+    assert {"full": "nothing to merge", "qlora": "12 dequantised layers"}.get(
+        method, f"into the base {base}"
+    ) in said
+    assert ("outputs moved by" in said) == (method != "full")
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    scores, names = plain_scores(out, [row["text"] for row in rows])
+    for row, found in zip(rows, scores.tolist(), strict=True):
+        assert found == pytest.approx(row["scores"], abs=2e-4)
+        assert names[max(range(2), key=found.__getitem__)] == row["prediction"]
+    assert lora("merge", run, "--output", out, *how) == 2
+    assert "exists: no model is written over" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "run", "out"}
+
+
+def test_dequantize_is_of_a_packed_base(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("merge", trained, "--output", tmp_path / "out", "--dequantize") == 2
+    assert "has no base in NF4" in capsys.readouterr().err
+
+
+def test_eval_says_where_the_data_is_not_what_the_run_learned_from(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(data(tmp_path / "data"))
+    run = tmp_path / "run"
+    assert lora("train", "--base", base, "--data", folder, "--run-dir", run, "--epochs", 1) == 0
+    assert lora("eval", run) == 0
+    assert "not as it was" not in capsys.readouterr().err
+    (file,) = folder.glob("train.*")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([lines[0], *lines[2:]]))
+    assert lora("eval", run) == 0
+    assert "not as it was" in capsys.readouterr().err
+    (run / "environment.json").unlink()  # of a run that does not say
+    assert lora("eval", run) == 0
+
+
+def test_a_training_that_diverged_is_called_so(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    assert lora("train", *arguments, "--learning-rate", 1e4, "--warmup", 0) == 0
+    assert "the training diverged" in capsys.readouterr().err
+    assert "diverged" in json.loads((run / "summary.json").read_text())["note"]
 
 
 def test_eval_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

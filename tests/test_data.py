@@ -364,3 +364,31 @@ def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:
 
     for labels in ({"1", "01", "2"}, {"2", "01", "1"}):
         assert _sorted_labels(labels) == ("01", "1", "2")
+
+
+@pytest.mark.parametrize("value", ['{"a": 1}', '["a"]', "null"])
+def test_a_text_is_no_object_no_list_and_not_null(tmp_path: Path, value: str) -> None:
+    rows = f'{{"text": "a", "label": 1}}\n{{"text": {value}, "label": 0}}\n'
+    with pytest.raises(
+        DataError, match=r"line 2: no column 'text' with a text, found label\. A row"
+    ):
+        read(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_without_commas_is_named(tmp_path: Path, mark: str) -> None:
+    rows = f"text{mark}label\na{mark}1\nb{mark}0\n"
+    with pytest.raises(DataError, match="one column, 'text.label', with 1 .* in every row.*commas"):
+        read(folder(tmp_path, train=rows, dev=rows, end="csv"))
+    texts_alone = write(tmp_path / "t.csv", "text\nwell; it is good\nbad\n")
+    assert [row["text"] for _, row in read_file(texts_alone)] == ["well; it is good", "bad"]
+
+
+def test_the_digest_is_of_texts_and_labels_in_their_splits(tmp_path: Path) -> None:
+    rows = "text\tlabel\na\t1\nb\t0\n"
+    one = read(folder(tmp_path / "1", train=rows, dev=rows)).digest()
+    assert read(folder(tmp_path / "2", train=rows, dev=rows)).digest() == one
+    others = [(rows.replace("a", "c"), rows), (rows + "c\t1\n", rows)]
+    others += [(rows, rows.replace("\t1", "\t0")), (rows + "a\t1\n", rows.replace("a\t1\n", ""))]
+    for number, (train, dev) in enumerate(others):
+        assert read(folder(tmp_path / f"other{number}", train=train, dev=dev)).digest() != one

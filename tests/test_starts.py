@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,9 @@ from conftest import distilbert, gpt2, tokens
 from torch import Tensor, nn
 
 import lora
+from lora import nf4
 from lora.injection import trained_parameters, wrapper_at
+from lora.models import packable
 from lora.testing import perturb, snapshot, unchanged
 
 TARGETS = ("q_lin", "lin2")
@@ -187,7 +190,7 @@ def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
         ("eva", [tokens(1, 2)], "saw 2 directions"),
         ("lora_ga", [tokens()], "no loss. Pass labels"),
         ("lora_ga", [], "got no gradient"),
-        ("loftq", None, "NF4"),
+        ("loftq", None, "starts from a base that is packed with it.*--quantize nf4"),
         ("bogus", None, "must be default, gaussian"),
     ],
 )
@@ -295,3 +298,117 @@ def test_lora_plus_and_fa_train_what_they_say() -> None:
     assert report.trainable == sum(p.numel() for p in trained_parameters(model, "default").values())
     assert report.trainable == report.adapter_parameters == sum(row[3] for row in report.rows)
     assert {k.rpartition("lora_")[2] for k in trained_parameters(model, "default")} == {"B.weight"}
+
+
+def start_of(init: str, weights: dict[str, Tensor], r: int) -> dict[str, float]:
+    """How far each W lies from the packed layer and its adapter's start, in nuclear norm."""
+    model = nn.ModuleDict({name: nn.Linear(W.shape[1], W.shape[0]) for name, W in weights.items()})
+    with torch.no_grad():
+        for name, W in weights.items():
+            model[name].weight.copy_(W)
+    config = lora.LoRAConfig(r=r, lora_alpha=2 * r, init_lora_weights=init)
+    lora.inject(model, config, pack=list(weights))
+    found = {}
+    for name, layer in model.items():
+        assert isinstance(layer.base_layer, nf4.NF4Linear)
+        merged, _ = layer.adapter("default").merged(*layer.view.read())
+        found[name] = torch.linalg.svdvals(weights[name] - merged.detach()).sum().item()
+    return found
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "loftq_4"])
+def test_a_start_takes_up_what_packing_leaves(init: str) -> None:
+    torch.manual_seed(0)
+    weights = {"wide": torch.randn(96, 160) / 10, "tall": torch.randn(128, 64) / 10}
+    plain, better = start_of("default", weights, 24), start_of(init, weights, 24)
+    for name, W in weights.items():
+        left = (W - nf4.dequantize(nf4.quantize(W, double_quant=True))).double()
+        assert plain[name] == pytest.approx(torch.linalg.svdvals(left).sum().item(), rel=1e-4)
+        assert better[name] < plain[name]
+    if init == "loftq_4":
+        once = start_of("loftq", weights, 24)
+        assert sum(better.values()) < sum(once.values())
+
+
+def test_loftq_is_the_best_of_its_rank_for_what_rounding_left() -> None:
+    """Li et al. 2023, algorithm 1, written out."""
+    torch.manual_seed(0)
+    W, r = torch.randn(48, 32), 5
+    update = torch.zeros_like(W)
+    for _ in range(3):
+        Q = nf4.dequantize(nf4.quantize(W - update, double_quant=True))
+        U, S, Vh = torch.linalg.svd(W - Q, full_matrices=False)
+        update = U[:, :r] * S[:r] @ Vh[:r]
+    model = nn.Sequential(nn.Linear(32, 48))
+    with torch.no_grad():
+        model[0].weight.copy_(W)
+    lora.inject(model, lora.LoRAConfig(r=r, lora_alpha=3, init_lora_weights="loftq_3"), pack=["0"])
+    adapter = model[0].adapter("default")
+    assert torch.equal(nf4.dequantize(model[0].base_layer.quantized()), Q)
+    torch.testing.assert_close(adapter.update(), update, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["default", "pissa", "loftq", "lora_ga"])
+def test_a_base_packed_with_the_injection_is_trained_filed_and_had_again(
+    init: str, tmp_path
+) -> None:
+    config = lora.LoRAConfig(r=3, target_modules=("q_lin", "lin2"), init_lora_weights=init)
+    shown = batches() if init == "lora_ga" else None
+
+    def packed() -> nn.Module:
+        model = distilbert()
+        lora.inject(model, config, batches=shown, pack=packable(model))
+        return model
+
+    model = packed()
+    names = {n for n, m in model.named_modules() if isinstance(m, nf4.NF4Linear)}
+    assert len(names) == 12  # the layers without an adapter too
+    perturb(model)
+    wanted = model(**tokens()).logits
+    wanted.sum().backward()
+    lora.save(model, tmp_path / "adapter")
+    filed = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert filed["r"] == (6 if init == "lora_ga" else 3)  # what took up the rest starts from it
+    other = packed()
+    lora.eject(other)
+    assert not any(p.requires_grad for n, p in other.named_parameters() if p.dtype == torch.uint8)
+    lora.load(other, tmp_path / "adapter")
+    assert torch.equal(other(**tokens()).logits, wanted)
+
+
+def test_what_takes_up_nothing_begins_as_the_packed_base() -> None:
+    model, plain = distilbert(), distilbert()
+    nf4.quantize_layers(plain, packable(plain))
+    lora.inject(model, lora.LoRAConfig(r=3), pack=packable(model))
+    assert torch.equal(model(**tokens()).logits, plain(**tokens()).logits)
+
+
+def test_a_packed_start_is_not_made_again() -> None:
+    model = distilbert()
+    config = lora.LoRAConfig(r=3, init_lora_weights="pissa")
+    lora.inject(model, config, pack=packable(model))
+    with pytest.raises(lora.ConfigError, match="packed for the start that it had"):
+        lora.init(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        (["nowhere"], "the model has no layer 'nowhere'"),
+        (["distilbert.embeddings.word_embeddings"], "is Embedding. Name linear layers"),
+        (["distilbert.transformer"], "no view for Transformer"),
+    ],
+)
+def test_what_cannot_be_packed_is_named_and_the_model_left_alone(names, match: str) -> None:
+    model = distilbert()
+    before = snapshot(model)
+    with pytest.raises(lora.LoraError, match=match):
+        lora.inject(model, lora.LoRAConfig(target_modules=TARGETS), pack=names)
+    assert unchanged(before, model)
+    with torch.no_grad():
+        lin2 = model.distilbert.transformer.layer[1].ffn.lin2
+        lin2.weight[0, 0] = torch.nan
+    with pytest.raises(lora.LoraError, match="lin2 holds NaN"):
+        lora.inject(model, lora.LoRAConfig(target_modules=TARGETS), pack=packable(model))
+    assert not any(isinstance(m, nf4.NF4Linear) for m in model.modules())
+    assert not lora.injection.injected(model)

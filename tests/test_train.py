@@ -12,11 +12,11 @@ from conftest import distilbert
 from torch import Tensor, nn
 
 import lora
-from lora.errors import TrainingError
+from lora.errors import ConfigError, TrainingError
 from lora.evaluate import predict
 from lora.models import hold
 from lora.tokens import Encoded, batches, collate
-from lora.train import fit, slope
+from lora.train import check_room, fit, slope
 
 CPU = torch.device("cpu")
 
@@ -205,3 +205,16 @@ def test_a_compiled_model_trains_the_same() -> None:
         losses.append([s.loss for s in fit(model, encoded(), "classification", **SETTINGS)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert torch._dynamo.utils.counters["inductor"]
+
+
+def test_what_the_optimiser_needs_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(10, 10)  # 440 bytes, four times of it in training
+    for pages, fits in ((176, True), (175, False)):
+        monkeypatch.setattr(
+            "lora.injection.os.sysconf", lambda name, n=pages: n if "PHYS" in name else 10
+        )
+        if fits:
+            check_room(model)
+        else:
+            with pytest.raises(ConfigError, match="gradients and optimiser need .* GiB"):
+                check_room(model)

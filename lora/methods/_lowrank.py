@@ -8,11 +8,16 @@
     olora                Q R = W: A = R[:r], B = Q[:, :r]                         arXiv:2406.01775
     eva                  A = the main directions of the layer's inputs, B zeros   arXiv:2410.07170
     lora_ga              A, B = singular vectors of W's gradient                  arXiv:2407.05000
+    loftq, loftq_N       A, B = the largest r of W − Q, Q = W − sBA packed, N times   arXiv:2310.08659
 
 Of a start away from zero (pissa, olora, lora_ga) the product B₀A₀ is subtracted again, so that the
 model begins as the base, whose bits stay: W' = W + s(BA − B₀A₀), where those papers move W. An
 Embedding starts by default or gaussian, A zeros and B N(0, 1), whatever the others do (as in PEFT).
 Filed, such an update is the plain one that it equals, of rank 2r: [A; A₀] and [B, −B₀].
+
+Where the base is packed in NF4 with the injection (inject(..., pack=names)), pissa, olora and loftq
+take up what the rounding leaves: Q = W − sB₀A₀ packed, or loftq's Q, lies beneath, W' = Q + sBA, and
+no start is subtracted. The model then begins nearer to W than Q alone would be, and not as Q.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from lora.adapter import (
 from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
+from lora.nf4 import NF4, dequantize
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -67,7 +73,8 @@ class LowRankConfig(AdapterConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """lora_alpha of single layers, likewise."""
     init_lora_weights: str = "default"
-    """Where training starts: default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga."""
+    """Where training starts: default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga; on a
+    base in four bits also loftq or loftq_N."""
     bias: Bias = "none"
     """Biases of the base that train too: none, those of adapted layers (lora_only), or all."""
     use_lorafa: bool = False
@@ -93,15 +100,11 @@ class LowRankConfig(AdapterConfig):
         if init is True:  # as PEFT writes the default
             init = "default"
             object.__setattr__(self, "init_lora_weights", init)
-        if init == "loftq":
-            raise ConfigError(
-                "init_lora_weights='loftq' starts from a base in NF4, which is not built yet."
-                " Set --init-lora-weights pissa."
-            )
         good = isinstance(init, str) and re.fullmatch(
-            "default|gaussian|pissa|pissa_niter_[1-9][0-9]*|olora|eva|lora_ga", init
+            "default|gaussian|pissa(_niter_[1-9][0-9]*)?|olora|eva|lora_ga|loftq(_[1-9][0-9]*)?",
+            init,
         )
-        wanted = "default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga"
+        wanted = "default, gaussian, pissa, pissa_niter_N, olora, eva, lora_ga, loftq or loftq_N"
         check("init_lora_weights", init, wanted, bool(good))
         check("bias", self.bias, "one of " + ", ".join(get_args(Bias)), self.bias in get_args(Bias))
         positive("loraplus_lr_ratio", self.loraplus_lr_ratio)
@@ -156,6 +159,7 @@ class LowRank(Adapter):
         if view.of_ids and self.init != "gaussian":
             self.init = "default"
         self.starts_away = self.init.startswith(("pissa", "olora", "lora_ga"))
+        self.took_up = False
         if self.init not in ("default", "gaussian"):
             most = min(view.in_features, view.out_features)
             most = most // 2 if self.init == "lora_ga" else most
@@ -172,6 +176,11 @@ class LowRank(Adapter):
         self.frozen = frozenset({self.random} if config.use_lorafa else ())
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+        if self.took_up:
+            raise ConfigError(
+                f"{self.module_name}: the base was packed for the start that it had. Load the base"
+                " anew, and inject into that."
+            )
         W, _ = view.read()
         if self.starts_away and self.init != "lora_ga":  # which calibrate fills
             self.begin(*self.decompose(W.to(self.lora_A.dtype), generator("lora_A")))
@@ -189,16 +198,39 @@ class LowRank(Adapter):
             start.copy_(parameter)
 
     def decompose(self, W: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A, B of pissa and olora for W."""
+        """A, B of pissa and olora for W, and of loftq for what its rounding left."""
         if self.init == "olora":
             Q, R = torch.linalg.qr(W)
             return R[: self.r], Q[:, : self.r]
-        if self.init == "pissa":
+        if self.init == "pissa" or self.init.startswith("loftq"):
             U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         else:
             U, S, Vh = svd_lowrank(W, self.r, int(self.init.rpartition("_")[2]), generator)
         root = (S[: self.r] / self.scaling).sqrt()
         return root[:, None] * Vh[: self.r], U[:, : self.r] * root
+
+    @classmethod
+    def takes_up(cls, config: LowRankConfig) -> bool:
+        return config.init_lora_weights.startswith(("pissa", "olora", "loftq"))
+
+    @classmethod
+    def needs_packing(cls, config: LowRankConfig) -> bool:
+        return config.init_lora_weights.startswith("loftq")
+
+    def pack(self, W: Tensor, quantize: Callable[[Tensor], NF4]) -> NF4:
+        if not self.init.startswith(("pissa", "olora", "loftq")):
+            return quantize(W)
+        W = W.to(self.lora_A.dtype)
+        self.took_up, self.starts_away = True, False
+        if not self.init.startswith("loftq"):
+            del self.start_A, self.start_B
+            return quantize(W - self.update())
+        for _ in range(int(self.init.partition("_")[2] or 1)):
+            q = quantize(W - self.update())  # of W itself at first: B is zero
+            A, B = self.decompose(W - dequantize(q, W.dtype), torch.Generator())
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+        return q
 
     @classmethod
     def size(cls, view: View, config: Any, module: str) -> int:
