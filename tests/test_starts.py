@@ -364,7 +364,7 @@ def test_a_base_packed_with_the_injection_is_trained_filed_and_had_again(
     names = {n for n, m in model.named_modules() if isinstance(m, nf4.NF4Linear)}
     assert len(names) == 12  # the layers without an adapter too
     perturb(model)
-    wanted = model(**tokens()).logits
+    wanted = model(tokens()).logits
     wanted.sum().backward()
     lora.save(model, tmp_path / "adapter")
     filed = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -373,14 +373,18 @@ def test_a_base_packed_with_the_injection_is_trained_filed_and_had_again(
     lora.eject(other)
     assert not any(p.requires_grad for n, p in other.named_parameters() if p.dtype == torch.uint8)
     lora.load(other, tmp_path / "adapter")
-    assert torch.equal(other(**tokens()).logits, wanted)
+    found = other(tokens()).logits
+    if init == "lora_ga":  # filed as the plain update of twice the rank
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(found, wanted)
 
 
 def test_what_takes_up_nothing_begins_as_the_packed_base() -> None:
     model, plain = distilbert(), distilbert()
     nf4.quantize_layers(plain, packable(plain))
     lora.inject(model, lora.LoRAConfig(r=3), pack=packable(model))
-    assert torch.equal(model(**tokens()).logits, plain(**tokens()).logits)
+    assert torch.equal(model(tokens()).logits, plain(tokens()).logits)
 
 
 def test_a_packed_start_is_not_made_again() -> None:

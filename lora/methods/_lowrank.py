@@ -8,7 +8,7 @@
     olora                Q R = W: A = R[:r], B = Q[:, :r]                         arXiv:2406.01775
     eva                  A = the main directions of the layer's inputs, B zeros   arXiv:2410.07170
     lora_ga              A, B = singular vectors of W's gradient                  arXiv:2407.05000
-    loftq, loftq_N       A, B = the largest r of W − Q, Q = W − sBA packed, N times   arXiv:2310.08659
+    loftq, loftq_N       A, B = pissa's of W − Q, Q = W − sBA in NF4, N times     arXiv:2310.08659
 
 Of a start away from zero (pissa, olora, lora_ga) the product B₀A₀ is subtracted again, so that the
 model begins as the base, whose bits stay: W' = W + s(BA − B₀A₀), where those papers move W. An
@@ -16,8 +16,8 @@ Embedding starts by default or gaussian, A zeros and B N(0, 1), whatever the oth
 Filed, such an update is the plain one that it equals, of rank 2r: [A; A₀] and [B, −B₀].
 
 Where the base is packed in NF4 with the injection (inject(..., pack=names)), pissa, olora and loftq
-take up what the rounding leaves: Q = W − sB₀A₀ packed, or loftq's Q, lies beneath, W' = Q + sBA, and
-no start is subtracted. The model then begins nearer to W than Q alone would be, and not as Q.
+take up what the rounding leaves: Q = W − sB₀A₀ in NF4, or loftq's Q, lies beneath, W' = Q + sBA,
+and no start is subtracted. The model begins nearer to W than W in NF4 would be, and not as that.
 """
 
 from __future__ import annotations
