@@ -334,7 +334,7 @@ class LowRank(Adapter):
         init = found.get("init_lora_weights")
         if init in (None, False, "gaussian", "orthogonal", "eva"):  # these leave W alone
             found["init_lora_weights"] = "default"
-        elif isinstance(init, str) and (init.startswith("pissa_niter_") or init == "lora_ga"):
+        elif isinstance(init, str) and init.startswith(("pissa_niter_", "lora_ga", "loftq")):
             raise ConfigError(
                 f"init_lora_weights={init!r} moved the base by a product that is not in the file."
                 " Save it there with path_initial_model_for_weight_conversion."
