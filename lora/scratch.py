@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -30,8 +31,13 @@ _held = _Held()
 def scratch(
     use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """Memory (shape) of this thread, as its last call for the same use and dtype left it."""
-    if torch.device(device).type != "cpu":
+    """Memory (shape) of this thread, as its last call for the same use and dtype left it.
+
+    New where the allocator keeps what was freed, and where what is computed is a tracer's or a
+    mode's (FakeTensorMode), which must not be found there later.
+    """
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    if torch.device(device).type != "cpu" or traced:
         return torch.empty(shape, dtype=dtype, device=device)
     count, key = math.prod(shape), (use, dtype)
     found = _held.by_use.get(key)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import lora
 from lora import fused
 from lora.errors import TrainingError
+from lora.scratch import scratch
 
 METHODS = {
     "lora": {"r": 3, "lora_alpha": 7.0},
@@ -143,6 +144,22 @@ def test_forward_mode_goes_around_the_functions() -> None:
         dual = model(torch.autograd.forward_ad.make_dual(x, t))
         found = torch.autograd.forward_ad.unpack_dual(dual).tangent
     torch.testing.assert_close(found, model(x + t) - model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_scratch_is_one_but_what_a_mode_makes_is_not_found_later() -> None:
+    """Tensors without values, as of a memory estimate, between two steps."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        assert type(scratch("a test", (4,), torch.float32, "cpu")) is not Tensor
+    first = scratch("a test", (2, 3), torch.float32, "cpu")
+    with FakeTensorMode():
+        assert type(scratch("a test", (4,), torch.float32, "cpu")) is not Tensor
+    again = scratch("a test", (3,), torch.float32, "cpu")
+    assert type(first) is type(again) is Tensor
+    assert first.data_ptr() == again.data_ptr()
+    assert scratch("another", (3,), torch.float32, "cpu").data_ptr() != again.data_ptr()
+    assert scratch("a test", (3,), torch.float32, "meta").is_meta
 
 
 def test_several_gradients_at_once() -> None:
