@@ -123,7 +123,7 @@ def errors(ranks: Sequence[int]) -> dict[str, float]:
     def error(init: str, r: int) -> float:
         model = load_base("demo", 2, "classification", 0).model
         weights = {name: model.get_submodule(name).weight.detach() for name in packable(model)}
-        config = lora.LoRAConfig(r=r, init_lora_weights=init)
+        config = lora.LoRAConfig(r=r, lora_alpha=r, init_lora_weights=init)
         lora.inject(model, config, pack=list(weights))
         total = 0.0
         for name, W in weights.items():
