@@ -340,3 +340,15 @@ def test_an_adapter_trains_saves_loads_and_merges_on_a_packed_base(
     lora.eject(other)
     torch.testing.assert_close(other(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-4)
     assert not [m for m in other.modules() if isinstance(m, NF4Linear)]
+
+
+@pytest.mark.slow
+def test_what_the_starts_take_up_of_minilms_rounding() -> None:
+    """At r = 64, in nuclear norm, over plain QLoRA's."""
+    from benchmarks.nf4 import errors
+
+    found = errors((64,))
+    assert found["pissa, r = 64"] >= 1.4
+    assert found["olora, r = 64"] >= 1.25
+    assert found["loftq, r = 64"] >= 1.35
+    assert found["loftq_5, r = 64"] > found["loftq, r = 64"]
