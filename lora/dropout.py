@@ -5,7 +5,7 @@
     m = u ∧ m where d is 0,   m = ¬u ∨ m where d is 1   (u is as random as ¬u, and stands for it)
 
 Bits that decide for one element in 256 need not be its own: u₉ … u₁₆ are shared by its row. So an
-element is dropped with p to within 2⁻¹⁷, the elements of a row are independent but for that, and an
+element is dropped with p to within 2⁻¹⁶, the elements of a row are independent but for that, and an
 element costs eight random bits and one to keep: F.dropout needs ten times the time for its mask,
 and keeps a byte (docs/performance.md).
 

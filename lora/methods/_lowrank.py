@@ -218,7 +218,7 @@ class LowRank(Adapter):
         return config.init_lora_weights.startswith("loftq")
 
     def pack(self, W: Tensor, quantize: Callable[[Tensor], NF4]) -> NF4:
-        if not self.init.startswith(("pissa", "olora", "loftq")):
+        if not self.takes_up(self.config):
             return quantize(W)
         W = W.to(self.lora_A.dtype)
         self.took_up, self.starts_away = True, False
