@@ -19,6 +19,8 @@ import copy
 import hashlib
 import math
 import re
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,9 +30,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora.dropout import Mask, draw, drop
+from lora import fused
+from lora.dropout import Mask, draw, drop, seed
 from lora.errors import ConfigError, MergeError
-from lora.fused import autocast_on, without_autocast
+from lora.fused import Update, autocast_on, without_autocast
 from lora.layers import View, apply, views
 from lora.nf4 import NF4
 
@@ -389,14 +392,17 @@ class Adapter(Method, nn.Module):
         dtype = torch.promote_types(view.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
-    def draw_mask(self, x: Tensor) -> Mask | None:
-        """The dropout mask for x; None where nothing is dropped.
+    def drops(self, x: Tensor) -> bool:
+        """Whether elements of x are dropped now.
 
         Ids have no element to drop: on an Embedding dropout does nothing, as in PEFT.
         """
-        if not self.training or self.dropout == 0.0 or not x.is_floating_point():
-            return None
-        return draw(self.dropout, x)
+        return self.training and self.dropout > 0.0 and x.is_floating_point()
+
+    def draw_mask(self, x: Tensor, again: bool = False) -> Mask | None:
+        """The dropout mask for x, None where nothing is dropped; with `again` the next mask that
+        anyone draws has the same bits."""
+        return draw(self.dropout, x, again) if self.drops(x) else None
 
     def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         """(W' − W)(m ∘ x) + b' − b: what an additive method adds to the base layer's output."""
@@ -415,9 +421,17 @@ class Adapter(Method, nn.Module):
         # Autocast has chosen a linear layer's dtype already, as it does for the base layer.
         return y if autocast_on(x) and not view.of_ids else y.to(W.dtype)
 
+    def low_rank(self, view: View) -> Update | None:
+        """B, A where the method only adds scaling · (B A − B₀ A₀) to W, which the fused path then
+        computes; None of any other."""
+        return None
+
     def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         """The adapted layer's output y (..., out): of an additive method the base layer's plus
         delta(). Override for speed, never for another result."""
+        update = self.low_rank(view) if fused.possible(view, x) else None
+        if update is not None:
+            return fused.low_rank(x, [update], mask)[0]
         if not self.additive:
             return self.reference(view, x, mask)
         y: Tensor = view.module(x)
@@ -440,6 +454,8 @@ class AdaptedLayer(nn.Module):
         self.enabled = True
         # the base's own, while merged
         self.kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        # the layers that the model calls one after the other with one input, it among them
+        self.siblings: tuple[AdaptedLayer, ...] = ()
 
     @property
     def view(self) -> View:
@@ -456,15 +472,54 @@ class AdaptedLayer(nn.Module):
         if not self.active or not self.enabled or self.kept is not None:
             output: Tensor = self.base_layer(x)
             return output
-        view = self.view
-        adapters = [self.adapter(name) for name in self.active]
-        if len(adapters) == 1:
-            return adapters[0].compute(view, x, adapters[0].draw_mask(x))
+        if len(self.active) == 1:
+            return self._alone(x)
         output = self.base_layer(x)
         y = output
-        for adapter in adapters:
-            y = y + adapter.delta(view, x, adapter.draw_mask(x))
+        for name in self.active:
+            adapter = self.adapter(name)
+            y = y + adapter.delta(self.view, x, adapter.draw_mask(x))
         return y.to(output.dtype)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """y under the one active adapter, computed with the siblings' where that can be."""
+        (name,) = self.active
+        adapter, group = self.adapter(name), self._alike()
+        last = self is group[-1]
+        y = _waiting.take(self, x)
+        if y is not None:
+            if last and adapter.drops(x):
+                seed()  # as though it had drawn the mask
+            return y
+        mask = adapter.draw_mask(x, again=not last)
+        if len(group) > 1 and self is group[0] and not x.is_inference():
+            updates = [
+                layer.adapter(name).low_rank(layer.view)
+                for layer in group
+                if fused.possible(layer.view, x)
+            ]
+            found = [update for update in updates if update is not None]
+            if len(found) == len(group) and len({update.start is None for update in found}) == 1:
+                y, *others = fused.low_rank(x, found, mask)
+                _waiting.put(x, dict(zip(group[1:], others, strict=True)))
+                return y
+        return adapter.compute(self.view, x, mask)
+
+    def _alike(self) -> list[AdaptedLayer]:
+        """The siblings that act as this layer does now, in the order of their calls; itself
+        alone where it is none of them (a replica of nn.DataParallel)."""
+        if torch.compiler.is_compiling() or not any(layer is self for layer in self.siblings):
+            return [self]
+        (name,) = self.active
+        own = self.adapter(name)
+        found = []
+        for layer in self.siblings:
+            if layer.active == self.active and layer.enabled and layer.kept is None:
+                other = layer.adapter(name)
+                settings = (type(other), other.training, other.dropout, layer.in_features)
+                if settings == (type(own), own.training, own.dropout, self.in_features):
+                    found.append(layer)
+        return found
 
     def merged(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         """W' and b' of the active adapters as the layer stores them, in the base's dtype, computed
@@ -526,6 +581,37 @@ class AdaptedLayer(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+
+class _Waiting(threading.local):
+    """What the first of some siblings computed for the others, until the model calls them.
+
+    It is theirs only where they are called as the first was: with the same tensor, unwritten since,
+    under the same modes, and with the same eyes on what autograd keeps (activation checkpointing).
+    Else a layer computes by itself.
+    """
+
+    def __init__(self) -> None:
+        self.ys: dict[AdaptedLayer, Tensor] = {}
+        self.state: tuple[Any, ...] = ()
+
+    def put(self, x: Tensor, ys: dict[AdaptedLayer, Tensor]) -> None:
+        self.ys, self.state = ys, (weakref.ref(x), *self._modes(x))
+
+    def take(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
+        if not self.ys:
+            return None
+        y = self.ys.pop(layer, None)
+        if y is None or self.state[0]() is not x or self.state[1:] != self._modes(x):
+            return None
+        return y
+
+    def _modes(self, x: Tensor) -> tuple[Any, ...]:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return x._version, torch.is_grad_enabled(), fused.compute_dtype(x), hooks
+
+
+_waiting = _Waiting()
 
 
 class SavedModule(nn.Module):

@@ -18,10 +18,11 @@ derivatives are all there are: a second backward is a TrainingError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -172,20 +173,18 @@ def _factors(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtype) -
     return tuple((A.to(dtype), (s * B).to(dtype).t().contiguous()) for A, B, s in found)
 
 
-def _update(rows: Tensor, factors: Factors, mask: Mask | None, y: Tensor) -> tuple[Tensor, Tensor]:
-    """h (tokens, r), and y + s (m ∘ rows) (B A − B₀ A₀)ᵀ, written over y."""
-    (A, up), *start = factors
-    h = _dropped(rows, A, mask)
+def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _updated(y: Tensor, ways: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """y (tokens, out) written over with y + h s Bᵀ − h₀ s B₀ᵀ; a way is h (tokens, r), s Bᵀ."""
+    (h, up), *start = ways
     if not start:
-        return h, y.addmm_(h, up)
-    ((A0, up0),) = start
+        return y.addmm_(h, up)
+    ((h0, up0),) = start
     # Apart, so that the two are the same bits at the start, and leave y's as they are.
-    return h, y.add_(h @ up + _dropped(rows, A0, mask) @ up0)
-
-
-def _ways(g: Tensor, factors: Factors) -> list[Way]:
-    """The ways of g (tokens, out) back through s (B A − B₀ A₀), that of A and B first."""
-    return [(g @ up.t(), A) for A, up in factors]
+    return y.add_(h @ up + h0 @ up0)
 
 
 def _back(
@@ -211,23 +210,21 @@ def _back(
 
 
 def _save(
-    ctx: Any, view: View, x: Tensor, dtype: torch.dtype, stored: tuple[Tensor, ...],
-    mask: Mask | None, factors: Factors, *others: Tensor | None,
-) -> None:  # fmt: skip
+    ctx: Any, x: Tensor, dtype: torch.dtype, mask: Mask | None, *groups: Sequence[Tensor | None]
+) -> None:
     """Keep what backward needs; tensors by autograd's hands, so that a checkpoint drops them."""
-    ctx.view, ctx.dtype, ctx.shape, ctx.x_dtype = view, dtype, x.shape, x.dtype
+    ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
     ctx.p, bits = (0.0, None) if mask is None else (mask.p, mask.bits)
-    ctx.others, ctx.stored = len(others), len(stored)
-    pairs = [factor for pair in factors for factor in pair]
-    ctx.save_for_backward(*others, bits, *stored, *pairs)
+    ctx.sizes = [len(group) for group in groups]
+    ctx.save_for_backward(bits, *chain.from_iterable(groups))
 
 
-def _saved(ctx: Any) -> tuple[tuple[Any, ...], Mask | None, tuple[Tensor, ...], Factors]:
-    """others, mask, stored and factors as _save() had them."""
-    found = iter(ctx.saved_tensors)
-    others, bits = tuple(islice(found, ctx.others)), next(found)
-    mask, stored = None if bits is None else Mask(ctx.p, bits), tuple(islice(found, ctx.stored))
-    return others, mask, stored, tuple(zip(found, found, strict=True))
+def _saved(ctx: Any) -> tuple[Mask | None, list[tuple[Any, ...]]]:
+    """The mask, and the groups as _save() had them."""
+    bits, *rest = ctx.saved_tensors
+    found = iter(rest)
+    groups = [tuple(islice(found, size)) for size in ctx.sizes]
+    return None if bits is None else Mask(ctx.p, bits), groups
 
 
 def _once() -> None:
@@ -249,7 +246,8 @@ class _Linear(torch.autograd.Function):
         with without_autocast(x):
             W = view.unpacked(stored, dtype)
             y = F.linear(_rows(x).to(dtype), W, None if b is None else b.to(dtype))
-        _save(ctx, view, x, dtype, stored, None, ())
+        _save(ctx, x, dtype, None, stored)
+        ctx.view = view
         return y
 
     @staticmethod
@@ -260,7 +258,7 @@ class _Linear(torch.autograd.Function):
         gx = gb = None
         with without_autocast(g):
             if needs_x:
-                _, _, stored, _ = _saved(ctx)
+                _, (stored,) = _saved(ctx)
                 gx = g @ ctx.view.unpacked(stored, ctx.dtype)
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
             if needs_b:
@@ -278,54 +276,91 @@ def linear(view: View, x: Tensor) -> Tensor:
     return _shaped(y, x)
 
 
-class _LowRank(torch.autograd.Function):
-    """y = x Wᵀ + b + s (m ∘ x) (B A − B₀ A₀)ᵀ, s with c in it
+@dataclass(frozen=True)
+class Update:
+    """A layer's low-rank update, scaling · (B A − B₀ A₀) onto W; b takes its bias's place."""
 
-    h  = (m ∘ x) Aᵀ                      (tokens, r)
+    view: View
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+    scaling: float
+    start: Start = None
+
+
+class _LowRank(torch.autograd.Function):
+    """y = x Wᵀ + b + s (m ∘ x) (B A − B₀ A₀)ᵀ of every layer that reads this x, s with c in it
+
+    Their A lie one below the other, so that one product with x is for all; so do their A₀.
+    h  = (m ∘ x) Aᵀ                       (tokens, Σ r)
     gA = s (g B)ᵀ (m ∘ x)   gB = s gᵀ h   gb = Σ g
-    gx = g W + s m ∘ (g (B A − B₀ A₀))
+    gx = Σ g W + m ∘ Σ s g (B A − B₀ A₀)  Σ over the layers
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, view: View, b: Tensor | None, A: Tensor, B: Tensor, s: float,
-        start: Start, mask: Mask | None, stored: tuple[Tensor, ...], dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, x: Tensor, updates: Sequence[Update], mask: Mask | None, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # an output may be of no use to anyone
+        stored, dtypes = zip(*(_stored(u.view, x) for u in updates), strict=True)
+        c, dtype = 1.0 if mask is None else mask.scale, dtypes[0]
+        ctx.layers = [(u.view, c * u.scaling) for u in updates]
+        ctx.ranks = [len(u.A) for u in updates]
         with without_autocast(x):
-            rows, W = _rows(x).to(dtype), view.unpacked(stored, dtype)
-            y = F.linear(rows, W, None if b is None else b.to(dtype))
-            factors = _factors(A, B, s, start, dtype)
-            h, y = _update(rows, factors, mask, y)
-        kept = x if ctx.needs_input_grad[3] else None  # not under LoRA-FA, whose A is frozen
-        _save(ctx, view, x, dtype, stored, mask, factors, kept, h)
-        ctx.s = s
-        return y
+            rows, ys = _rows(x).to(dtype), []
+            factors = [_factors(u.A, u.B, c * u.scaling, u.start, dtype) for u in updates]
+            downs = [_stacked([A for A, _ in way], 0) for way in zip(*factors, strict=True)]
+            hs = [_dropped(rows, A, mask) for A in downs]
+            own = zip(*(torch.split(h, ctx.ranks, 1) for h in hs), strict=True)
+            ups = [[up for _, up in ways] for ways in factors]
+            for u, held, up, h in zip(updates, stored, ups, own, strict=True):
+                W, b = u.view.unpacked(held, dtype), None if u.b is None else u.b.to(dtype)
+                ys.append(_updated(F.linear(rows, W, b), list(zip(h, up, strict=True))))
+        needs_A = any(ctx.needs_input_grad[4::3])  # not under LoRA-FA
+        kept = x if needs_A else None
+        _save(ctx, x, dtype, mask, (kept, hs[0]), downs, *ups, *stored)
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _once()
-        (g,), ((x, h), mask, stored, factors) = grads, _saved(ctx)
-        needs_x, _, needs_b, _, needs_B, *_ = ctx.needs_input_grad
-        gB = gb = None
-        with without_autocast(g):
-            gx = g @ ctx.view.unpacked(stored, ctx.dtype) if needs_x else None
-            gA = _back(_ways(g, factors), None if x is None else _rows(x), mask, gx)
-            if needs_B:
-                gB = ctx.s * _summed(h, g).t().contiguous()
-            if needs_b:
-                gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        mask, ((x, h), downs, *rest) = _saved(ctx)
+        ups, stored = rest[: len(grads)], rest[len(grads) :]
+        needs_x, _, _, *needs = ctx.needs_input_grad
+        gx: Tensor | None = None
+        found: list[Tensor | None] = [None] * len(needs)  # of b, A and B, layer by layer
+        ghs: list[list[Tensor]] = [[] for _ in downs]
+        with without_autocast(h):
+            for i, (g, own) in enumerate(zip(grads, torch.split(h, ctx.ranks, 1), strict=True)):
+                if g is None:
+                    for gh in ghs:
+                        gh.append(torch.zeros_like(own))
+                    continue
+                view, s = ctx.layers[i]
+                if needs_x:
+                    W = view.unpacked(stored[i], ctx.dtype)
+                    gx = g @ W if gx is None else gx.addmm_(g, W)
+                for gh, up in zip(ghs, ups[i], strict=True):
+                    gh.append(g @ up.t())
+                if needs[3 * i]:
+                    found[3 * i] = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+                if needs[3 * i + 2]:
+                    found[3 * i + 2] = s * _summed(own, g).t().contiguous()
+            ways = [(_stacked(gh, 1), A) for gh, A in zip(ghs, downs, strict=True)]
+            gA = _back(ways, None if x is None else _rows(x), mask, gx)
+        if gA is not None:
+            parts = zip(grads, torch.split(gA, ctx.ranks), strict=True)
+            found[1::3] = [None if g is None else part for g, part in parts]
         gx = None if gx is None else gx.view(ctx.shape).to(ctx.x_dtype)
-        return gx, None, gb, gA, gB, None, None, None, None, None
+        return gx, None, None, *found
 
 
-def low_rank(
-    view: View, x: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float,
-    mask: Mask | None, start: Start = None,
-) -> Tensor:  # fmt: skip
-    """x Wᵀ + b + scaling · (m ∘ x) (B A − B₀ A₀)ᵀ, m scaled, in the layer's dtype; start A₀, B₀."""
-    s = scaling if mask is None else scaling * mask.scale
-    y: Tensor = _LowRank.apply(x, view, b, A, B, s, start, mask, *_stored(view, x))  # type: ignore[no-untyped-call]
-    return _shaped(y, x)
+def low_rank(x: Tensor, updates: Sequence[Update], mask: Mask | None) -> list[Tensor]:
+    """x Wᵀ + b + scaling · (m ∘ x) (B A − B₀ A₀)ᵀ of each layer that reads x, m scaled, in the
+    layer's dtype. Their starts are given for all or for none."""
+    tensors = [tensor for u in updates for tensor in (u.b, u.A, u.B)]
+    ys = _LowRank.apply(x, updates, mask, *tensors)  # type: ignore[no-untyped-call]
+    return [_shaped(y, x) for y in ys]
 
 
 class _DoRA(torch.autograd.Function):
@@ -347,17 +382,18 @@ class _DoRA(torch.autograd.Function):
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             kept, factors = mask.keep(rows).mul_(rows), _factors(A, B, s, start, dtype)
             q = F.linear(kept, W)
-            h, z = _update(kept, factors, None, q.clone())
+            hs = [kept @ A.t() for A, _ in factors]
+            z = _updated(q.clone(), [(h, up) for h, (_, up) in zip(hs, factors, strict=True)])
             y = (y + mask.scale * (f * z - q)).to(dtype)
         own = x if ctx.needs_input_grad[3] else None
-        _save(ctx, view, x, dtype, stored, mask, factors, own, h, f, z)
-        ctx.s = s
+        _save(ctx, x, dtype, mask, (own, hs[0], f, z), stored, *factors)
+        ctx.view, ctx.s = view, s
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        (g,), ((x, h, f, z), mask, stored, factors) = grads, _saved(ctx)
+        (g,), (mask, ((x, h, f, z), stored, *factors)) = grads, _saved(ctx)
         needs_x, _, needs_b, _, needs_B, _, _, needs_f, *_ = ctx.needs_input_grad
         gx = gB = gb = gf = None
         assert mask is not None
@@ -368,7 +404,7 @@ class _DoRA(torch.autograd.Function):
             like = dropped if rows is None else rows
             keep: Any = None if like is None else mask.keep(like)
             kept = None if rows is None else rows * keep
-            gA = _back(_ways(gz, factors), kept, None, dropped)
+            gA = _back([(gz @ up.t(), A) for A, up in factors], kept, None, dropped)
             if needs_B:
                 gB = ctx.s * _summed(h, gz).t().contiguous()
             if needs_b:
@@ -411,14 +447,14 @@ class _VeRA(torch.autograd.Function):
             h = _dropped(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=c)
-        _save(ctx, view, x, dtype, stored, mask, ((A, B),), inner, outer, h, u)
-        ctx.c = c
+        _save(ctx, x, dtype, mask, (inner, outer, h, u, A, B), stored)
+        ctx.view, ctx.c = view, c
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         _once()
-        (g,), ((inner, outer, h, u), mask, stored, ((A, B),)) = grads, _saved(ctx)
+        (g,), (mask, ((inner, outer, h, u, A, B), stored)) = grads, _saved(ctx)
         needs_x, _, needs_b, *_ = ctx.needs_input_grad
         gx = gb = None
         with without_autocast(g):

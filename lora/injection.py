@@ -33,7 +33,17 @@ from lora.adapter import (
 from lora.errors import ConfigError, MergeError, TargetError
 from lora.layers import VIEWS, View, inside, kind, views
 from lora.nf4 import NF4Linear, put
-from lora.targets import Plan, base_buffers, base_parameters, base_paths, plan_of, unwrapped, walk
+from lora.targets import (
+    READ_TOGETHER,
+    TWO_INPUTS,
+    Plan,
+    base_buffers,
+    base_parameters,
+    base_paths,
+    plan_of,
+    unwrapped,
+    walk,
+)
 
 
 @dataclass(frozen=True)
@@ -203,10 +213,21 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
             held.adapters[name] = adapters[id(held.base_layer)]
         else:
             held.copies[name] = copies[id(held.original_module)]
+    _join_siblings(modules)
     if parts.selected:
         model.__dict__["lora_selected"] = Selected(parts.selected, plan.method.keeps_base)
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
     activate(model, name)
+
+
+def _join_siblings(modules: Mapping[str, nn.Module]) -> None:
+    """Let the adapted layers know each other that their parent's forward calls with one input."""
+    for path, parent in modules.items():
+        for names in READ_TOGETHER if not TWO_INPUTS.search(path) else ():
+            held = [parent._modules.get(name) for name in names]
+            found = tuple(layer for layer in held if isinstance(layer, AdaptedLayer))
+            for layer in found:
+                layer.siblings = found
 
 
 def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:

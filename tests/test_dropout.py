@@ -61,7 +61,7 @@ def test_an_element_stays_where_its_sixteen_bits_are_below_1_minus_p(
     """So the rate is that of the numbers below, of 65,536: nearer to p than that fraction."""
     x = torch.empty(1600, 24)
     given = random(2 * 100 * 25, x.device)
-    monkeypatch.setattr("lora.dropout.random", lambda count, device: given.clone()[:count])
+    monkeypatch.setattr("lora.dropout.random", lambda count, *_: given.clone()[:count])
     kept = draw(p, x).keep(x)
     words_ = given.view(torch.int16)
     rows, own = words_[:800].view(8, 100, 1), words_[800:].view(8, 100, 24)

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora import fused
 from lora.adapter import (
     Adapter,
     AdapterConfig,
@@ -22,6 +21,7 @@ from lora.adapter import (
 )
 from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
+from lora.fused import Update
 from lora.layers import View, apply
 
 
@@ -185,11 +185,9 @@ class AdaLoRA(Adapter):
         h = apply(view, drop(x, mask), self.lora_E * self.lora_A)
         return self.scaling * F.linear(h, self.lora_B)
 
-    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        if not fused.possible(view, x):
-            return super().compute(view, x, mask)
+    def low_rank(self, view: View) -> Update:
         A, (_, b) = self.lora_E * self.lora_A, view.parameters()
-        return fused.low_rank(view, x, b, A, self.lora_B, self.scaling, mask)
+        return Update(view, b, A, self.lora_B, self.scaling)
 
     @classmethod
     def penalty(cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig) -> Tensor | None:

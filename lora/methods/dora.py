@@ -82,7 +82,7 @@ class DoRA(LowRank):
             found = y + (factor - 1) * apply(view, drop(x, mask), W)
             return (found + factor * self.updated(view, x, mask)).to(y.dtype)
         if fast:
-            y = fused.low_rank(view, x, None, *own, None, self.start)
+            (y,) = fused.low_rank(x, [fused.Update(view, None, *own, self.start)], None)
             found = factor * y
         else:
             y = apply(view, x, W)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora import fused
 from lora.adapter import Adapter, check
 from lora.dropout import Mask
 from lora.errors import ConfigError
+from lora.fused import Update
 from lora.layers import View
 from lora.methods._lowrank import LowRank, LowRankConfig
 from lora.methods._tokens import Make, token_layers
@@ -139,9 +139,6 @@ class LoRA(LowRank):
         y, shift = self.updated(view, x, mask), self.shifted(None)
         return y if shift is None else y + shift
 
-    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        if not fused.possible(view, x):
-            return super().compute(view, x, mask)
+    def low_rank(self, view: View) -> Update:
         b = self.shifted(view.parameters()[1])
-        A, B = self.lora_A, self.lora_B
-        return fused.low_rank(view, x, b, A, B, self.scaling, mask, self.start)
+        return Update(view, b, self.lora_A, self.lora_B, self.scaling, self.start)
