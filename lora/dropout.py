@@ -34,7 +34,7 @@ GAMMA = 0x9E3779B97F4A7C15 - 2**64  # int64 wraps around, as the source's uint64
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
 PLANES = 16  # bits of a word
-BLOCK = 2**22  # bytes
+BLOCK = 2**23  # bytes
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
@@ -51,21 +51,23 @@ class Mask:
         return 1.0 / (1.0 - self.p)
 
     def blocks(self, tokens: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, in) int16 by parts, in memory that the next uses: −1 what stays, 0 the others.
+        """(rows, in) by parts, in memory that the next uses: −1 what stays, 0 the others.
 
-        The parts of x in `dtype` are of a size for a processor's cache.
+        Integers of the size of `dtype`, whose parts of x are of a size for a processor's cache.
         """
         groups, width = self.bits.shape
+        kind, size = INTEGERS[dtype.itemsize], 8 * dtype.itemsize
+        bits = self.bits.to(kind)
         device, most = self.bits.device, BLOCK // max(1, groups * width * dtype.itemsize)
         some = max(1, min(PLANES, most)) if device.type == "cpu" else PLANES
         for first in range(0, PLANES, some):
             start, stop = first * groups, min((first + some) * groups, tokens)
             if start < stop or first == 0:  # one part of no rows at least
-                last = PLANES - 1 - first  # the bit of a plane becomes the sign, then all bits
-                left = torch.arange(last, last - some, -1, dtype=torch.int16, device=device)
-                keep = scratch("mask", (some, groups, width), torch.int16, device)
-                torch.bitwise_left_shift(self.bits, left[:, None, None], out=keep)
-                keep >>= PLANES - 1
+                last = size - 1 - first  # the bit of a plane becomes the sign, then all bits
+                left = torch.arange(last, last - some, -1, dtype=kind, device=device)
+                keep = scratch("mask", (some, groups, width), kind, device)
+                torch.bitwise_left_shift(bits, left[:, None, None], out=keep)
+                keep >>= size - 1
                 yield slice(start, stop), keep.view(some * groups, width)[: stop - start]
 
     def keep(self, x: Tensor) -> Tensor:
@@ -103,16 +105,18 @@ def drop(x: Tensor, mask: Mask | None) -> Tensor:
 
 def dropped(rows: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """keep ∘ rows (tokens, in), keep a part of blocks(), in memory that the next call uses."""
-    return drop_(scratch("rows", rows.shape, dtype, rows.device).copy_(rows), keep)
+    found = scratch("rows", rows.shape, dtype, rows.device)
+    if rows.dtype != dtype:
+        return drop_(found.copy_(rows), keep)
+    torch.bitwise_and(rows.view(keep.dtype), keep, out=found.view(keep.dtype))
+    return found
 
 
 def drop_(rows: Tensor, keep: Tensor) -> Tensor:
     """Zeros over the rows (tokens, in) where keep, a part of blocks(), is 0."""
     if torch._C._functorch.is_legacy_batchedtensor(rows):  # batched gradients show no bits
         return rows.mul_(-keep)
-    bits = rows.view(INTEGERS[rows.dtype.itemsize])
-    if bits.dtype != keep.dtype:
-        keep = scratch("mask", keep.shape, bits.dtype, keep.device).copy_(keep)
+    bits = rows.view(keep.dtype)
     bits &= keep
     return rows
 

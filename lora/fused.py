@@ -188,25 +188,25 @@ def _updated(y: Tensor, ways: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _back(
-    ways: list[Way], rows: Tensor | None, mask: Mask | None, gx: Tensor | None
-) -> Tensor | None:
-    """The first way's gradient of A, ghᵀ (m ∘ rows); gx is written over with gx + m ∘ Σ gh A.
-
-    Either of rows and gx may be None, which is not wanted then.
-    """
-    into = [] if gx is None else [(gx, *way) for way in ways]
-    first, gA = ways[0][0], None
+    ways: Sequence[Way], rows: Tensor | None, mask: Mask | None, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The first way's gradient of A, ghᵀ (m ∘ rows), where there are rows; and m ∘ Σ gh A (tokens,
+    in), which is for g W to be added onto: that costs less than the other way round."""
+    (gh, A), *more = ways
+    gx = gA = None
+    if needs_x:
+        gx = gh @ A
+        for other, A0 in more:
+            gx.addmm_(other, A0)
     if mask is None:
-        for found, gh, A in into:
-            found.addmm_(gh, A)
-        return None if rows is None else _summed(first, rows)
-    for part, keep in mask.blocks(len(first), first.dtype):
-        for found, gh, A in into:
-            found[part].add_(drop_(gh[part] @ A, keep))
+        return None if rows is None else _summed(gh, rows), gx
+    for part, keep in mask.blocks(len(gh), gh.dtype):
+        if gx is not None:
+            drop_(gx[part], keep)
         if rows is not None:
-            some = _summed(first[part], dropped(rows[part], keep, first.dtype))
+            some = _summed(gh[part], dropped(rows[part], keep, gh.dtype))
             gA = some if gA is None else gA.add_(some)
-    return gA
+    return gA, gx
 
 
 def _save(
@@ -327,7 +327,6 @@ class _LowRank(torch.autograd.Function):
         mask, ((x, h), downs, *rest) = _saved(ctx)
         ups, stored = rest[: len(grads)], rest[len(grads) :]
         needs_x, _, _, *needs = ctx.needs_input_grad
-        gx: Tensor | None = None
         found: list[Tensor | None] = [None] * len(needs)  # of b, A and B, layer by layer
         ghs: list[list[Tensor]] = [[] for _ in downs]
         with without_autocast(h):
@@ -336,18 +335,17 @@ class _LowRank(torch.autograd.Function):
                     for gh in ghs:
                         gh.append(torch.zeros_like(own))
                     continue
-                view, s = ctx.layers[i]
-                if needs_x:
-                    W = view.unpacked(stored[i], ctx.dtype)
-                    gx = g @ W if gx is None else gx.addmm_(g, W)
                 for gh, up in zip(ghs, ups[i], strict=True):
                     gh.append(g @ up.t())
                 if needs[3 * i]:
                     found[3 * i] = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
                 if needs[3 * i + 2]:
-                    found[3 * i + 2] = s * _summed(own, g).t().contiguous()
+                    found[3 * i + 2] = ctx.layers[i][1] * _summed(own, g).t().contiguous()
             ways = [(_stacked(gh, 1), A) for gh, A in zip(ghs, downs, strict=True)]
-            gA = _back(ways, None if x is None else _rows(x), mask, gx)
+            gA, gx = _back(ways, None if x is None else _rows(x), mask, needs_x)
+            for g, (view, _), held in zip(grads, ctx.layers, stored, strict=True):
+                if gx is not None and g is not None:
+                    gx.addmm_(g, view.unpacked(held, ctx.dtype))
         if gA is not None:
             parts = zip(grads, torch.split(gA, ctx.ranks), strict=True)
             found[1::3] = [None if g is None else part for g, part in parts]
@@ -400,19 +398,21 @@ class _DoRA(torch.autograd.Function):
         with without_autocast(g):
             W, gz = ctx.view.unpacked(stored, ctx.dtype), (mask.scale * f * g).to(ctx.dtype)
             rows = None if x is None else _rows(x).to(ctx.dtype)
-            dropped = torch.sub(gz, g, alpha=mask.scale) @ W if needs_x else None
-            like = dropped if rows is None else rows
-            keep: Any = None if like is None else mask.keep(like)
-            kept = None if rows is None else rows * keep
-            gA = _back([(gz @ up.t(), A) for A, up in factors], kept, None, dropped)
+            ways = [(gz @ up.t(), A) for A, up in factors]
+            gA, _ = _back(ways, rows, mask, False)
+            if needs_x:
+                _, dropped = _back(ways, None, None, True)
+                assert dropped is not None
+                dropped.addmm_(torch.sub(gz, g, alpha=mask.scale), W)
+                for part, keep in mask.blocks(len(dropped), dropped.dtype):
+                    drop_(dropped[part], keep)
+                gx = dropped.addmm_(g, W).view(ctx.shape).to(ctx.x_dtype)
             if needs_B:
                 gB = ctx.s * _summed(h, gz).t().contiguous()
             if needs_b:
                 gb = g.sum(0, dtype=f.dtype)
             if needs_f:
                 gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
-            if dropped is not None:
-                gx = (g @ W).addcmul_(dropped, keep).view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, gA, gB, None, None, gf, None, None, None
 
 
@@ -464,9 +464,9 @@ class _VeRA(torch.autograd.Function):
             gouter = ctx.c * (g * u).sum(0, dtype=wide)
             if needs_b:
                 gb = g.sum(0, dtype=wide)
-            if needs_x:
-                gx = g @ ctx.view.unpacked(stored, ctx.dtype)
-                _back([((gv * inner).to(ctx.dtype), A)], None, mask, gx)
+            _, gx = _back([((gv * inner).to(ctx.dtype), A)], None, mask, needs_x)
+            if gx is not None:
+                gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
         return gx, None, gb, None, None, ginner, gouter, None, None, None
 
