@@ -4,11 +4,12 @@ python -m benchmarks.nf4 [--quick] [--json FILE]
 
 A weight of 4096 x 4096. "dequantise" writes into a buffer that is there, but for bitsandbytes,
 which on a processor takes none. So it is measured twice: as a process starts, where the system
-clears the pages of each new tensor, and with freed memory kept, as `lora train` does it for whatever
-runs in it. The layer is forward and backward to its input, 512 tokens, weights doubly quantised. Bits per parameter are of the linear layers that are packed in a LLaMA of 12
-layers of 768, counted in memory and in the file. The initial error is the nuclear norm of W less
-what the packed layer and its adapter's start compute, over MiniLM's linear layers: plain QLoRA's
-over that of each start which takes up what the rounding leaves.
+clears the pages of each new tensor, and with freed memory kept, as `lora train` does it for all
+that runs in it. The layer is forward and backward to its input, 512 tokens, weights doubly
+quantised. Bits per parameter are of the linear layers that are packed in a LLaMA of 12 layers of
+768, counted in memory and in the file. The initial error is the nuclear norm of W less what the
+packed layer and its adapter's start compute, over MiniLM's linear layers: plain QLoRA's over that
+of each start which takes up what the rounding leaves.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import lora
 import lora.methods
 from benchmarks import methods
 from lora.adapter import METHODS, Adapter
-from lora.dropout import Mask, drop
+from lora.dropout import Mask, draw, drop
 from lora.layers import View
 from lora.methods.lora import LoRA, LoRAConfig
 from lora.testing import CLAUSES, cases, check_method, run_clause
@@ -226,8 +226,10 @@ def mask_lost_on_the_road_of_several(cls: type[LoRA]) -> None:
 
 
 def one_mask_for_ever(cls: type[LoRA]) -> None:
-    def draw_mask(self: LoRA, x: Tensor) -> Mask | None:
-        return Mask(self.dropout, torch.tensor(0)) if self.training and self.dropout else None
+    def draw_mask(self: LoRA, x: Tensor, again: bool = False) -> Mask | None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return draw(self.dropout, x, again) if self.drops(x) else None
 
     cls.draw_mask = draw_mask
 
