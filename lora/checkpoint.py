@@ -5,8 +5,10 @@
     README.md                   a card
 
 The safetensors metadata carries, under `lora_from_scratch`, a fingerprint of the base and a digest
-of the settings that change the mathematics: PEFT ignores it, we hold the file to it. For a file of
-PEFT's own neither can be checked, and the report says so.
+of the settings that change the mathematics: PEFT ignores it, we hold the file to it. Of a base in
+NF4 it also says which layers were packed: the base that it was packed from is packed anew to be
+known, and the report says that it is not rounded. For a file of PEFT's own nothing can be checked,
+and the report says so.
 
 `load` reads and checks everything before it touches the model.
 """
@@ -31,6 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora import nf4
 from lora.adapter import (
     METHODS,
     AdaptedLayer,
@@ -40,7 +43,7 @@ from lora.adapter import (
     config_fields,
     initialise,
 )
-from lora.errors import CheckpointError, ConfigError
+from lora.errors import CheckpointError, ConfigError, LoraError
 from lora.injection import (
     Report,
     build,
@@ -58,6 +61,7 @@ from lora.injection import (
     wrap,
 )
 from lora.layers import fits, inside, kind, views
+from lora.nf4 import NF4Linear
 from lora.targets import (
     Plan,
     base_buffers,
@@ -107,6 +111,12 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
     mark = {"config": config_digest(planned.method, settings)}
     if planned.method.keeps_base:
         mark |= fingerprint(model, planned.saved)
+        packed = {
+            name: [module.block_size, module.nested_absmax is not None]
+            for name, module in walk(model)
+            if isinstance(module, NF4Linear)
+        }
+        mark |= {"packed": json.dumps(packed)} if packed else {}
     stored = {whole_key(key): t.detach().cpu().contiguous() for key, t in found.items()}
     # Of tensors that share memory (a tied weight inside a saved module) each is written.
     shared = Counter(t.untyped_storage().data_ptr() for t in stored.values())
@@ -253,28 +263,37 @@ def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]:
+def fingerprint(
+    model: nn.Module, saved: tuple[str, ...] = (), packed: Mapping[str, tuple[int, bool]] = {}
+) -> dict[str, str]:
     """What tells one base from another: SHA-256 of names, shapes and sampled values.
 
     Up to 4,096 values of each parameter and persistent floating buffer, scattered over it. One
     digest of the values rounded to bfloat16 and one of those rounded to float16, so that a base
     held in float32 is known again where it is held in either; a tensor held in one of them has no
     digest in the other. Modules trained as a whole do not count: their originals never act. On
-    the meta device there are no values, and no digest.
+    the meta device there are no values, and no digest. The layers in `packed` are taken as they
+    would be in NF4, of that block_size and double_quant.
     """
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
     for part, selected in selections(model):
         if part is model:
             base |= selected.originals
+    modules = dict(walk(model)) if packed else {}
+    for name, (block_size, double_quant) in packed.items():
+        W, _ = views(modules[name])[0].read()
+        del base[f"{name}.weight"]
+        held = nf4.parameters_of(nf4.quantize(W, block_size, double_quant, name))
+        base |= {f"{name}.{leaf}": parameter for leaf, parameter in held.items()}
     for name, tensor in sorted(base.items()):
         if any(inside(name, module) for module in saved):
             continue
         if tensor.is_meta:
             return {}
         values = tensor.detach().reshape(-1)
-        packed = values.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)
-        if not values.is_floating_point() and not packed:
+        codes = values.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)
+        if not values.is_floating_point() and not codes:
             continue
         if values.numel() > 4096:
             # Knuth's multiplier: a stride that divides the width would sample one column only.
@@ -282,9 +301,9 @@ def fingerprint(model: nn.Module, saved: tuple[str, ...] = ()) -> dict[str, str]
             scattered = scattered * 2654435761 % values.numel()
             values = values[scattered.to(values.device)]
         for dtype, digest in list(digests.items()):
-            if packed or values.dtype in (torch.float32, torch.float64, dtype):
+            if codes or values.dtype in (torch.float32, torch.float64, dtype):
                 digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-                sample = (values if packed else values.to(dtype)).cpu().contiguous()
+                sample = (values if codes else values.to(dtype)).cpu().contiguous()
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
             else:
                 del digests[dtype]
@@ -647,6 +666,10 @@ def verify(
         return "base not verifiable: it was held in another dtype when the adapter was saved"
     # One is enough: a base that was rounded to 16 bits and held in float32 again is the same.
     if not any(here[key] == mark[key] for key in common):
+        with suppress(ValueError, TypeError, KeyError, LoraError):  # no such layers here
+            packed = fingerprint(model, planned.saved, json.loads(mark["packed"]))
+            if any(packed[key] == mark[key] for key in common):
+                return "trained on this base in NF4, whose weights are not rounded here"
         key = common[0]
         base = settings.get("base_model_name_or_path") or "its base"
         raise CheckpointError(

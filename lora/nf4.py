@@ -119,8 +119,8 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False, name: 
 def _packed(scaled: Tensor) -> Tensor:
     """Bytes (n / 2,) of values (n,) in [-1, 1].
 
-    A code is how many midpoints lie below the value. All fifteen comparisons cost less than a search
-    (torch.bucketize), which no processor does on several values at once.
+    A code is how many midpoints lie below the value. All fifteen comparisons cost less than a
+    search (torch.bucketize), which no processor does on several values at once.
     """
     found = torch.zeros(scaled.shape, dtype=torch.uint8, device=scaled.device)
     above = scratch("above", scaled.shape, torch.bool, scaled.device)

@@ -330,8 +330,18 @@ def test_an_adapter_trains_saves_loads_and_merges_on_a_packed_base(
     nf4.quantize_layers(other, packable(other))
     lora.load(other, tmp_path / "adapter")
     assert torch.equal(other(input_ids=ids).logits, wanted)
+    whole = make()  # the base that it was packed from
+    assert (
+        "in NF4, whose weights are not rounded here" in lora.load(whole, tmp_path / "adapter").note
+    )
+    assert 0 < (whole(input_ids=ids).logits - wanted).abs().max() < 0.3 * wanted.abs().max()
+    another = make()
+    with torch.no_grad():
+        another.get_submodule(packable(another)[-1]).weight.mul_(1.01)
+    before = {name: tensor.clone() for name, tensor in another.state_dict().items()}
     with pytest.raises(CheckpointError, match="another base"):
-        lora.load(make(), tmp_path / "adapter")
+        lora.load(another, tmp_path / "adapter")
+    assert all(torch.equal(before[name], t) for name, t in another.state_dict().items())
     with pytest.raises(MergeError, match=r"in NF4.*lora\.nf4\.dequantize_layers\(model\)"):
         lora.merge(other)
     assert nf4.dequantize_layers(other) > 0
@@ -340,6 +350,15 @@ def test_an_adapter_trains_saves_loads_and_merges_on_a_packed_base(
     lora.eject(other)
     torch.testing.assert_close(other(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-4)
     assert not [m for m in other.modules() if isinstance(m, NF4Linear)]
+
+
+def test_an_adapter_that_took_up_the_rounding_is_of_the_packed_base_alone(tmp_path: Path) -> None:
+    model = llama()
+    config = lora.LoRAConfig(r=2, init_lora_weights="pissa")
+    lora.inject(model, config, pack=packable(model))
+    lora.save(model, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="another base"):
+        lora.load(llama(), tmp_path / "adapter")
 
 
 @pytest.mark.slow
