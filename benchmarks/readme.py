@@ -44,7 +44,7 @@ def tables() -> dict[str, str]:
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
     tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
-              "compiled": compiled()}  # fmt: skip
+              "compiled": compiled(), "nf4": four_bits(), "nf4 errors": errors()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
 
@@ -57,7 +57,8 @@ def steps() -> list[tuple[str, ...]]:
     """A step over the frozen limit's, by setting, with the quartiles of ours."""
     head = ("rows x tokens", "ours", "ours, dropout 0.1", "peft", "peft, dropout 0.1", "full")
     found = [head]
-    for name, setting in read("step")["settings"].items():
+    measured = read("step-bfloat16")["settings"]
+    for name, setting in (read("step")["settings"] | measured).items():
         ratios = setting["ratios"]
         shown = []
         for contender in ("ours", "ours, dropout", "peft", "peft, dropout", "full"):
@@ -82,6 +83,30 @@ def epochs() -> list[tuple[str, ...]]:
         over = f"{found[f'{name} / ours']:.2f}" if name != "ours" else ""
         table.append((shown, f"{seconds:.0f}", over, f"{found[f'{name} accuracy']:.2%}"))
     return table
+
+
+def four_bits() -> list[tuple[str, ...]]:
+    """Milliseconds of the codec and of a layer beside bitsandbytes', by what becomes of memory."""
+    found, kinds = read("nf4"), ("as started", "freed memory kept")
+    head = [f"{who}, {kind}" for kind in kinds for who in ("ours", "bitsandbytes")]
+    table: list[tuple[str, ...]] = [("ms", *head)]
+    for what in found[kinds[0]]["bitsandbytes / ours"]:
+        part, dtype = what.split(", ")
+        shown = [
+            f"{found[kind]['milliseconds'][f'{part}, {who}, {dtype}']:.1f}"
+            for kind in kinds
+            for who in ("ours", "bitsandbytes")
+        ]
+        table.append((what, *shown))
+    return table
+
+
+def errors() -> list[tuple[str, ...]]:
+    """Plain QLoRA's initial error over each start's, by rank."""
+    found = read("nf4")["initial error"]
+    starts, ranks = (list(dict.fromkeys(key.split(", ")[i] for key in found)) for i in (0, 1))
+    rows = [(start, *(f"{found[f'{start}, {rank}']:.3f}" for rank in ranks)) for start in starts]
+    return [("start", *ranks), *rows]
 
 
 def compiled() -> list[tuple[str, ...]]:

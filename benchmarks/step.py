@@ -1,14 +1,14 @@
 """One training step over that of a frozen model, ours beside peft's and full fine-tuning.
 
-python -m benchmarks.step [--quick] [--json FILE]
+python -m benchmarks.step [--quick] [--dtype DTYPE] [--json FILE]
 
 DistilBERT-base's shapes with random weights, r = 8 on all six linears of each layer; a step is
 forward, backward, AdamW. "limit" has every weight frozen and the gradient flowing to the
 embeddings' output: no adapter can be faster. In bfloat16 the limit and ours hold their frozen
 linears in it, as `lora train --dtype bfloat16` does; peft and full fine-tuning keep float32 weights
 under autocast, as their users do. The process keeps the memory that it frees, as `lora train` does,
-so that no contender pays for pages that another gave back. Where the processor has no bfloat16
-products, its rows say what the fallback does and no more: fewer layers and rounds.
+so that no contender pays for pages that another gave back. Without --dtype bfloat16 is measured
+where the processor has its products; elsewhere it would say what the fallback does and no more.
 """
 
 from __future__ import annotations
@@ -56,15 +56,10 @@ class Setting:
         return f"{self.rows}x{self.length} {self.dtype}"
 
 
-def settings(quick: bool) -> Iterator[Setting]:
-    """The settings that the machine can take."""
-    for length in (128, 32):
-        yield Setting(16, length, "float32", 1 if quick else 6, 5 if quick else 11)
-    for length in (128, 32):
-        if bfloat16_here(torch.device("cpu")):
-            yield Setting(16, length, "bfloat16", 1 if quick else 6, 5 if quick else 11)
-        elif not quick:
-            yield Setting(16, length, "bfloat16", 1, 5)
+def settings(quick: bool, dtypes: Sequence[str]) -> Iterator[Setting]:
+    for dtype in dtypes:
+        for length in (128, 32):
+            yield Setting(16, length, dtype, 1 if quick else 6, 5 if quick else 11)
 
 
 def base(layers: int) -> Any:
@@ -179,13 +174,15 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--quick", action="store_true", help="float32, one layer, 5 rounds")
+    native = bfloat16_here(torch.device("cpu"))
+    flags.add_argument("--quick", action="store_true", help="one layer, 5 rounds")
+    flags.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
+                       default=["float32", "bfloat16"] if native else ["float32"])  # fmt: skip
     flags.add_argument("--json", type=Path)
     given = flags.parse_args()
     keep_freed_memory()
-    result = {setting.name: measure(setting) for setting in settings(given.quick)}
+    result = {setting.name: measure(setting) for setting in settings(given.quick, given.dtype)}
     if given.json:
-        native = bfloat16_here(torch.device("cpu"))
         write(given.json, {"bfloat16 in hardware": native, "settings": result})
 
 
