@@ -530,7 +530,12 @@ def _packed(
         if id(module) in found:
             continue
         (view,) = views(module)
-        if view.of_ids or view.packed:
+        if view.packed:
+            raise TargetError(
+                f"pack: {path} is in NF4 already, and what its rounding left is not known. Load the"
+                " base as it was before, or leave pack out."
+            )
+        if view.of_ids:
             raise TargetError(f"pack: {path} is {kind(module)}. Name linear layers.")
         quantize = partial(nf4.quantize, double_quant=True, name=path)
         W, adapter = view.read()[0], over.get(id(module))

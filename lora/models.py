@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import demo, nf4
 from lora.errors import LoraError, ModelError
-from lora.layers import backbone, kind
+from lora.layers import backbone, inside, kind
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
 from lora.targets import targets_of
@@ -84,8 +84,9 @@ def load_base(
 
     Parameters are float32. With quantize="nf4" the backbone's linear layers are NF4Linear, but for
     those that `dense` names; of files each is packed as it is read, so that the whole is never
-    there unpacked. Raises ModelError where the base is not to be had, or its weights do not fill
-    the backbone.
+    there unpacked. What bitsandbytes saved in NF4 is held as it is saved, whatever `quantize`: in
+    the backbone as NF4Linear, in the head dense. Raises ModelError where the base is not to be had,
+    is packed in another way, or its weights do not fill the backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -109,7 +110,10 @@ class _NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer("lora-nf4")
 class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Quantises each weight as from_pretrained reads it, tensor by tensor, from its files."""
+    """Quantises each weight as from_pretrained reads it, tensor by tensor, from its files.
+
+    pre_quantized, where the files are bitsandbytes', it takes what they hold.
+    """
 
     is_trainable = True
 
@@ -117,11 +121,18 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
-        names = packable(model, self.quantization_config.dense)
-        nf4.quantize_layers(model, names, values=False)
+        if not self.pre_quantized:
+            names = packable(model, self.quantization_config.dense)
+            nf4.quantize_layers(model, names, values=False)
 
     def _process_model_after_weight_loading(self, model: Any, **given: Any) -> None:
         self.remove_quantization_config(model)  # an NF4Linear needs none of it
+        if self.pre_quantized:  # save_pretrained would go back over what was done to the keys
+            model._weight_conversions = [
+                one
+                for one in model._weight_conversions
+                if not any(isinstance(op, _Take) for op in getattr(one, "operations", ()))
+            ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
         path, _, leaf = param_name.rpartition(".")
@@ -129,6 +140,10 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        take = WeightConverter(list(_Take.KEYS), "weight", [_Take()])
+        return [take] if self.pre_quantized else []
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
@@ -149,6 +164,50 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
                 raise
             found |= {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
         return found
+
+
+class _Take(ConversionOps):  # type: ignore[misc]
+    """Puts what bitsandbytes saved of a layer in its place, as it is read."""
+
+    KEYS = tuple(
+        f"weight{rest}$"
+        for rest in (
+            ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4", ".absmax",
+            ".quant_map", ".nested_absmax", ".nested_quant_map", "",
+        )
+    )  # fmt: skip
+    hf_quantizer = True  # by it from_pretrained reads each tensor in the dtype that it is saved in
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **given: Any
+    ) -> dict[str, Any]:
+        tensors = {key.removesuffix("$"): values[0] for key, values in input_dict.items()}
+        if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
+            return {full_layer_name: tensors["weight"]}
+        path = full_layer_name.rpartition(".")[0]
+        layer = model.get_submodule(path)
+        try:
+            q = nf4.from_bitsandbytes(tensors, full_layer_name)
+            if kind(layer) not in ("Linear", "Conv1D"):
+                raise ModelError(
+                    f"{path} is {type(layer).__name__}, in NF4 in its files; only linear layers are"
+                    " held so. Pass the weights as they were before, with --quantize nf4."
+                )
+            if not inside(path, backbone(model)):  # a head of another size is a new head
+                W = nf4.dequantize(q, torch.float32)
+                return {full_layer_name: W.T if kind(layer) == "Conv1D" else W}
+            fresh = NF4Linear.over(layer, q)
+            if q.shape != (fresh.out_features, fresh.in_features):
+                raise ModelError(
+                    f"{full_layer_name} is {q.shape} in its files and"
+                    f" {(fresh.out_features, fresh.in_features)} in the model that config.json"
+                    " states. Pass the config.json that belongs to the weights."
+                )
+        except LoraError as error:
+            _Quantize.refused = error
+            raise
+        nf4.put(model, {id(layer): fresh})
+        return {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
 
 
 def packable(model: Any, dense: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -179,6 +238,27 @@ def _demo_base(labels: int, task: str) -> Base:
     return Base(model.eval(), tokenizer, ("pre_classifier", "classifier"))
 
 
+def _bitsandbytes(base: str, config: Any, dense: tuple[str, ...]) -> bool:
+    """Whether config.json says that bitsandbytes packed the weights. Raises ModelError where it did
+    so in 8 bits, or `dense` asks for layers as they were before."""
+    said = getattr(config, "quantization_config", None) or {}
+    bits = [n for n in (4, 8) if said.get(f"load_in_{n}bit")]
+    if not bits and said.get("quant_method") != "bitsandbytes":
+        return False
+    before = "the weights as they were before bitsandbytes, with --quantize nf4"
+    if 8 in bits:
+        raise ModelError(
+            f"--base {base} was saved by bitsandbytes in 8 bits; what loads is its 4 bits in NF4."
+            f" Pass {before}."
+        )
+    if dense:
+        raise ModelError(
+            f"--dense {dense[0]}: --base {base} was saved in 4 bits, its layers with it. Leave"
+            f" --dense out, or pass {before}."
+        )
+    return True
+
+
 def _transformers_base(
     base: str, labels: int, task: str, quantize: str, dense: tuple[str, ...]
 ) -> Base:
@@ -190,13 +270,18 @@ def _transformers_base(
             f"--base {base} is a name on the hub, which does not answer, and it is not in the"
             " local cache. Run lora train --base demo, or pass the folder of a downloaded model."
         )
-    packed: dict[str, Any] = {"quantization_config": _NF4Config(dense), "dtype": "auto"}
+    how: dict[str, Any] = {"dtype": torch.float32}
     _Quantize.refused = None
     try:
+        config = transformers.AutoConfig.from_pretrained(base, **_head(labels, task))
+        packed = _bitsandbytes(base, config, dense)
+        if packed:
+            config.quantization_config = {"quant_method": "lora-nf4"}
+        elif quantize == "nf4":
+            how = {"dtype": "auto", "quantization_config": _NF4Config(dense)}
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, output_loading_info=True, ignore_mismatched_sizes=True, **_head(labels, task),
-            **(packed if quantize == "nf4" else {"dtype": torch.float32}),
-        )  # fmt: skip
+            base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
         model.float()  # what is not packed
         tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     except LoraError:
@@ -210,6 +295,14 @@ def _transformers_base(
         raise ModelError(
             f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
             " tokenizer_config.json."
+        )
+    odd = [key for key in loading["unexpected_keys"] if ".weight." in key]
+    if packed and (odd or not any(isinstance(module, NF4Linear) for module in model.modules())):
+        found = f"hold {odd[0]}, which is not of its format" if odd else "hold no layer in 4 bits"
+        raise ModelError(
+            f"--base {base} was saved by bitsandbytes, says its config.json, but its files {found}."
+            " Take quantization_config out of a config.json that is not theirs, or pass the weights"
+            " as they were before."
         )
     model.config.pad_token_id = tokenizer.pad_token_id
     trunk = backbone(model)

@@ -16,9 +16,10 @@ Layout. Two codes share a byte, the first of them in its high four bits; blocks 
 flattened weight (out, in), whose last block may be short.
 
 How it differs from bitsandbytes, which made the format: codes, absmax and values are equal bit for
-bit, and its files load. The exception is a block whose absmax is below 1e-38, which it may flush to
-0. There is no CUDA kernel and no C here: a byte is two codes, so that one look-up in a table of 256
-pairs gives two values, and the scale is multiplied onto them. NaN and infinity are refused by name.
+bit, and what it saved is read as it is, without it (from_bitsandbytes). The exception is a block
+whose absmax is below 1e-38, which it may flush to 0. There is no CUDA kernel and no C here: a byte
+is two codes, so that one look-up in a table of 256 pairs gives two values, and the scale is
+multiplied onto them. NaN and infinity are refused by name.
 
 The trade-off: a seventh of float32's memory, for a rounding of about a tenth of the values' spread
 and the time to unpack the weight at every product. `NF4Linear` unpacks it into a buffer that all
@@ -28,6 +29,7 @@ layers share and keeps none of it for backward.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +54,7 @@ NESTED = 256  # values of absmax in a block of double quantisation
 CHUNK = 2**20  # values unpacked or packed at a time on a processor, whose cache holds them
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE = "weight.quant_state.bitsandbytes__nf4"  # of bitsandbytes' files: what is no tensor, in JSON
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,85 @@ def _doubly(q: NF4) -> NF4:
     found = torch.where(largest[:, None] > 0, below + nearer, 0)
     codes = found.to(torch.uint8).flatten()[: len(centred)]
     return replace(q, absmax=codes, nested_absmax=largest, offset=offset)
+
+
+def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "") -> NF4:
+    """A layer's weight as bitsandbytes saves it in NF4, bit for bit; no tensor is copied.
+
+    By their keys in its files, less the layer's name: weight (⌈values / 2⌉, 1) uint8, or the same
+    bytes in the dtype of its quant_storage; weight.absmax (blocks,) float32; weight.quant_map (16,)
+    float32; STATE, JSON as uint8. Doubly quantised weight.absmax is uint8, and there are
+    weight.nested_absmax (⌈blocks / 256⌉,) and weight.nested_quant_map (256,), float32.
+
+    Raises ModelError for anything else: FP4, 8 bits, other levels or blocks, tensors that are
+    missing, further or of another shape; `name` is what the message calls the weight.
+    """
+
+    def refused(found: str) -> ModelError:
+        return ModelError(
+            f"{name or 'the weight'} is not in NF4 as bitsandbytes saves it: {found}. Pass the"
+            " weights as they were before, with --quantize nf4 (in Python, lora.nf4.quantize)."
+        )
+
+    if STATE not in tensors:
+        raise refused(f"no {STATE}, found {', '.join(sorted(tensors))}")
+    try:
+        state = json.loads(bytes(tensors[STATE].flatten().tolist()))
+    except (ValueError, TypeError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise refused(f"{STATE} is no JSON object")
+    double = "weight.nested_absmax" in tensors
+    keys = {"weight", "weight.absmax", "weight.quant_map", STATE}
+    fields = {"quant_type", "blocksize", "dtype", "shape"}
+    if double:
+        keys |= {"weight.nested_absmax", "weight.nested_quant_map"}
+        fields |= {"nested_blocksize", "nested_dtype", "nested_offset"}
+    odd = [*sorted(keys ^ tensors.keys()), *sorted(fields ^ state.keys())]
+    if odd:
+        raise refused(f"{odd[0]} is {'missing' if odd[0] in keys | fields else 'one too many'}")
+
+    block_size, shape, offset = state["blocksize"], state["shape"], state.get("nested_offset", 0.0)
+    dtype = next((one for one in DTYPES if str(one) == f"torch.{state['dtype']}"), None)
+    whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    even = type(block_size) is int and block_size >= 2 and block_size % 2 == 0
+    for field, good, wanted in (
+        ("quant_type", state["quant_type"] == "nf4", "nf4"),
+        ("blocksize", even, "an even number"),
+        ("dtype", dtype is not None, "float32, bfloat16 or float16"),
+        ("shape", whole, "whole numbers from 1"),
+        ("nested_blocksize", state.get("nested_blocksize", NESTED) == NESTED, str(NESTED)),
+        ("nested_dtype", state.get("nested_dtype", "float32") == "float32", "float32"),
+        ("nested_offset", type(offset) is float, "a number with a point"),
+    ):
+        if not good:
+            raise refused(f"{field} must be {wanted}, found {state[field]!r:.60}")
+    assert dtype is not None
+
+    weight, count = tensors["weight"], math.prod(shape)
+    blocks = -(-count // block_size)
+    sizes = {
+        "weight": (weight.dtype, -(-count // (2 * weight.element_size())), 1),
+        "weight.absmax": (torch.uint8 if double else torch.float32, blocks),
+        "weight.quant_map": (torch.float32, len(LEVELS)),
+        "weight.nested_absmax": (torch.float32, -(-blocks // NESTED)),
+        "weight.nested_quant_map": (torch.float32, 256),
+    }
+    for key in sorted(keys - {STATE}):
+        found = (tensors[key].dtype, *tensors[key].shape)
+        if found != sizes[key]:
+            raise refused(f"{key} must be {sizes[key]}, found {found}")
+    cpu = torch.device("cpu")
+    levels = {"weight.quant_map": _levels(), "weight.nested_quant_map": dynamic_map(cpu)}
+    for key in sorted(keys & levels.keys()):
+        if not torch.equal(tensors[key].to(cpu), levels[key]):
+            raise refused(f"{key} holds other levels")
+    mean = torch.tensor(offset, dtype=torch.float32, device=weight.device) if double else None
+    codes, nested = weight.view(torch.uint8).flatten(), tensors.get("weight.nested_absmax")
+    q = NF4(codes, tensors["weight.absmax"], tuple(shape), dtype, block_size, nested, mean)
+    if not bool(q.scales().isfinite().all()):
+        raise refused("its absmax holds NaN or infinity")
+    return q
 
 
 def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:

@@ -336,5 +336,5 @@ def _check_trainable(parameters: dict[str, nn.Parameter]) -> None:
         if not parameter.is_floating_point():
             raise TargetError(
                 f"{name} is {parameter.dtype}, which cannot train. Put an adapter on the layer, or"
-                " load the base without --quantize."
+                " load a base that is not in four bits, without --quantize."
             )
