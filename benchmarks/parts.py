@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.machine import write
 from benchmarks.turns import median, take_turns
-from lora.dropout import draw, dropped
+from lora.dropout import draw, drop_, dropped
 from lora.fused import _summed
 from lora.models import bfloat16_here
 from lora.scratch import keep_freed_memory
@@ -53,6 +53,18 @@ def questions(
     def applied() -> None:
         for part, keep in mask.blocks(TOKENS, dtype):
             dropped(x[part], keep, dtype)
+
+    def thin_last() -> Tensor:
+        found = g @ W
+        for part, keep in mask.blocks(TOKENS, dtype):
+            found[part].add_(drop_(h[part] @ A, keep))
+        return found
+
+    def thin_first() -> Tensor:
+        found = h @ A
+        for part, keep in mask.blocks(TOKENS, dtype):
+            drop_(found[part], keep)
+        return found.addmm_(g, W)
 
     def parts() -> Tensor:
         left, right = h.float().view(-1, 256, R), g.float().view(-1, 256, outside)
@@ -95,6 +107,14 @@ def questions(
             "a product, then a sum": lambda: y + h @ Bt,
         },
         "gx": {"(g B) A onto it": lambda: gx.addmm_(h, A)},
+        "gx under dropout": {
+            "g W, then m ∘ (g B) A summed onto it": thin_last,
+            "m ∘ (g B) A, then g W onto it": thin_first,
+        },
+        "gx of three layers of one input": {
+            "three, summed": lambda: g @ W + g @ W + g @ W,
+            "each onto the one before": lambda: (g @ W).addmm_(g, W).addmm_(g, W),
+        },
     }
 
 

@@ -134,9 +134,15 @@ def memory() -> list[tuple[str, ...]]:
 
 def parts() -> dict[str, str]:
     """Marker -> milliseconds of the forms of one question, by the layer's shape."""
-    layers = read("parts")["milliseconds"]
+    measured = {
+        shape: layer
+        for name, bfloat16 in (("parts", False), ("parts-bfloat16", True))
+        for shape, layer in read(name)["milliseconds"].items()
+        if shape.endswith("bfloat16") == bfloat16
+    }
     found = {}
-    for question, forms in next(iter(layers.values())).items():
+    for question, forms in next(iter(measured.values())).items():
+        layers = {shape: layer for shape, layer in measured.items() if question in layer}
         table = [("ms", *layers)]
         table += [(form, *(f"{layer[question][form]:.2f}" for layer in layers.values()))
                   for form in forms]  # fmt: skip

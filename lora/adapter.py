@@ -19,8 +19,6 @@ import copy
 import hashlib
 import math
 import re
-import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -31,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from lora import fused
-from lora.dropout import Mask, draw, drop, seed
+from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
 from lora.fused import Update, autocast_on, without_autocast
 from lora.layers import View, apply, views
 from lora.nf4 import NF4
+from lora.siblings import plain, reading_of, unseen
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -392,17 +391,14 @@ class Adapter(Method, nn.Module):
         dtype = torch.promote_types(view.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
-    def drops(self, x: Tensor) -> bool:
-        """Whether elements of x are dropped now.
+    def draw_mask(self, x: Tensor) -> Mask | None:
+        """The dropout mask for x; None where nothing is dropped.
 
         Ids have no element to drop: on an Embedding dropout does nothing, as in PEFT.
         """
-        return self.training and self.dropout > 0.0 and x.is_floating_point()
-
-    def draw_mask(self, x: Tensor, again: bool = False) -> Mask | None:
-        """The dropout mask for x, None where nothing is dropped; with `again` the next mask that
-        anyone draws has the same bits."""
-        return draw(self.dropout, x, again) if self.drops(x) else None
+        if not self.training or self.dropout == 0.0 or not x.is_floating_point():
+            return None
+        return draw(self.dropout, x)
 
     def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         """(W' − W)(m ∘ x) + b' − b: what an additive method adds to the base layer's output."""
@@ -454,8 +450,6 @@ class AdaptedLayer(nn.Module):
         self.enabled = True
         # the base's own, while merged
         self.kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        # the layers that the model calls one after the other with one input, it among them
-        self.siblings: tuple[AdaptedLayer, ...] = ()
 
     @property
     def view(self) -> View:
@@ -482,44 +476,42 @@ class AdaptedLayer(nn.Module):
         return y.to(output.dtype)
 
     def _alone(self, x: Tensor) -> Tensor:
-        """y under the one active adapter, computed with the siblings' where that can be."""
-        (name,) = self.active
-        adapter, group = self.adapter(name), self._alike()
-        last = self is group[-1]
-        y = _waiting.take(self, x)
-        if y is not None:
-            if last and adapter.drops(x):
-                seed()  # as though it had drawn the mask
-            return y
-        mask = adapter.draw_mask(x, again=not last)
-        if len(group) > 1 and self is group[0] and not x.is_inference():
-            updates = [
-                layer.adapter(name).low_rank(layer.view)
-                for layer in group
-                if fused.possible(layer.view, x)
-            ]
-            found = [update for update in updates if update is not None]
-            if len(found) == len(group) and len({update.start is None for update in found}) == 1:
-                y, *others = fused.low_rank(x, found, mask)
-                _waiting.put(x, dict(zip(group[1:], others, strict=True)))
+        """y under the one active adapter; made with those of its siblings, where that can be."""
+        (name,), reading = self.active, reading_of(self)
+        adapter, view = self.adapter(name), self.view
+        if reading is not None and fused.possible(view, x):
+            y = reading.take(self, x)
+            if y is not None:
                 return y
-        return adapter.compute(self.view, x, mask)
+        mask = adapter.draw_mask(x)
+        group = [] if reading is None or reading.begun else self._alike(reading.layers, x)
+        updates = [layer.adapter(name).low_rank(layer.view) for layer in group]
+        found = [update for update in updates if update is not None]
+        if reading is not None:
+            reading.begun = True
+        if reading is None or len(found) < 2 or len({u.start is None for u in found}) > 1:
+            return adapter.compute(view, x, mask)
+        ys = list(zip(group, fused.low_rank(x, found, mask), strict=True))
+        reading.put(x, [(layer, y) for layer, y in ys if layer is not self])
+        return next(y for layer, y in ys if layer is self)
 
-    def _alike(self) -> list[AdaptedLayer]:
-        """The siblings that act as this layer does now, in the order of their calls; itself
-        alone where it is none of them (a replica of nn.DataParallel)."""
-        if torch.compiler.is_compiling() or not any(layer is self for layer in self.siblings):
-            return [self]
-        (name,) = self.active
+    def _alike(self, layers: Sequence[nn.Module], x: Tensor) -> list[AdaptedLayer]:
+        """Those of the layers that do now what this one does, itself among them."""
+        (name,), found = self.active, {}
         own = self.adapter(name)
-        found = []
-        for layer in self.siblings:
-            if layer.active == self.active and layer.enabled and layer.kept is None:
+        settings = (type(own), own.training, own.dropout, self.in_features)
+        for layer in layers if plain() else ():
+            if isinstance(layer, AdaptedLayer) and layer.active == self.active:
                 other = layer.adapter(name)
-                settings = (type(other), other.training, other.dropout, layer.in_features)
-                if settings == (type(own), own.training, own.dropout, self.in_features):
-                    found.append(layer)
-        return found
+                if (
+                    settings == (type(other), other.training, other.dropout, layer.in_features)
+                    and layer.enabled
+                    and layer.kept is None
+                    and unseen(layer)
+                    and fused.possible(layer.view, x)
+                ):
+                    found[id(layer)] = layer
+        return list(found.values()) if id(self) in found else []
 
     def merged(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         """W' and b' of the active adapters as the layer stores them, in the base's dtype, computed
@@ -581,37 +573,6 @@ class AdaptedLayer(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
-
-
-class _Waiting(threading.local):
-    """What the first of some siblings computed for the others, until the model calls them.
-
-    It is theirs only where they are called as the first was: with the same tensor, unwritten since,
-    under the same modes, and with the same eyes on what autograd keeps (activation checkpointing).
-    Else a layer computes by itself.
-    """
-
-    def __init__(self) -> None:
-        self.ys: dict[AdaptedLayer, Tensor] = {}
-        self.state: tuple[Any, ...] = ()
-
-    def put(self, x: Tensor, ys: dict[AdaptedLayer, Tensor]) -> None:
-        self.ys, self.state = ys, (weakref.ref(x), *self._modes(x))
-
-    def take(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
-        if not self.ys:
-            return None
-        y = self.ys.pop(layer, None)
-        if y is None or self.state[0]() is not x or self.state[1:] != self._modes(x):
-            return None
-        return y
-
-    def _modes(self, x: Tensor) -> tuple[Any, ...]:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-        return x._version, torch.is_grad_enabled(), fused.compute_dtype(x), hooks
-
-
-_waiting = _Waiting()
 
 
 class SavedModule(nn.Module):

@@ -111,9 +111,10 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
     mark = {"config": config_digest(planned.method, settings)}
     if planned.method.keeps_base:
         mark |= fingerprint(model, planned.saved)
+        held = {id(m): (name, m) for name, m in reversed(list(walk(model)))}  # by its first path
         packed = {
             name: [module.block_size, module.nested_absmax is not None]
-            for name, module in walk(model)
+            for name, module in held.values()
             if isinstance(module, NF4Linear)
         }
         mark |= {"packed": json.dumps(packed)} if packed else {}
@@ -273,7 +274,7 @@ def fingerprint(
     held in float32 is known again where it is held in either; a tensor held in one of them has no
     digest in the other. Modules trained as a whole do not count: their originals never act. On
     the meta device there are no values, and no digest. The layers in `packed` are taken as they
-    would be in NF4, of that block_size and double_quant.
+    would be in NF4, of that block_size and double_quant, packed from the dtype that they have here.
     """
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
@@ -666,7 +667,10 @@ def verify(
         return "base not verifiable: it was held in another dtype when the adapter was saved"
     # One is enough: a base that was rounded to 16 bits and held in float32 again is the same.
     if not any(here[key] == mark[key] for key in common):
-        with suppress(ValueError, TypeError, KeyError, LoraError):  # no such layers here
+        # A mark that was tampered with, or that names layers which are not here
+        with suppress(
+            ValueError, TypeError, LookupError, AttributeError, RecursionError, LoraError
+        ):
             packed = fingerprint(model, planned.saved, json.loads(mark["packed"]))
             if any(packed[key] == mark[key] for key in common):
                 return "trained on this base in NF4, whose weights are not rounded here"

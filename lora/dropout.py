@@ -12,11 +12,9 @@ and keeps a byte (docs/performance.md).
     bits (n, in) int16, n = ⌈tokens / 16⌉, where bit k of row i is for the token k n + i: two shifts
     make the mask of n rows of it, as −1, all of whose bits are 1, or 0
 
-On a CPU the random bits are SplitMix64's, which all threads make; elsewhere those of the device's
-own generator. Either starts from a seed that torch's default generator draws, so that recomputation
-in activation checkpointing makes the same mask. Layers that read one input share a mask: each draws
-the same seed, and only the last lets the generator go on. So a layer that is recomputed by itself
-has its mask too.
+On a CPU the random bits are SplitMix64's, which all threads make, from a seed that torch's default
+generator draws; elsewhere they are that generator's own. Recomputation in activation checkpointing
+draws them again.
 """
 
 from __future__ import annotations
@@ -86,10 +84,10 @@ class Mask:
         return self.keep(x).to(wide) * self.scale
 
 
-def draw(p: float, x: Tensor, again: bool = False) -> Mask:
-    """A mask for x, from random bits of its own; with `again` the next one has the same bits."""
+def draw(p: float, x: Tensor) -> Mask:
+    """A mask for x, from random bits of its own."""
     groups, width = -(-math.prod(x.shape[:-1]) // PLANES), x.shape[-1]
-    found = random(2 * groups * (width + 1), x.device, again).view(torch.int16)
+    found = random(2 * groups * (width + 1), x.device).view(torch.int16)
     rows, elements = found[: 8 * groups].view(8, groups, 1), found[8 * groups :]
     digits = min(round((1 - p) * 2**16), 2**16 - 1)
     bits = torch.zeros_like(rows[0])
@@ -121,23 +119,11 @@ def drop_(rows: Tensor, keep: Tensor) -> Tensor:
     return rows
 
 
-def random(count: int, device: torch.device, again: bool = False) -> Tensor:
-    """Random bits, (count,) int64, from a seed of torch's default generator."""
-    if device.type == "cpu":
-        return words(seed(again), count)
-    found, generator = torch.empty(count, dtype=torch.int64, device=device), None
-    if device.type != "meta" and not torch.compiler.is_compiling():
-        generator = torch.Generator(device).manual_seed(int(seed(again)))
-    return found.random_(-(2**63), None, generator=generator)
-
-
-def seed(again: bool = False) -> Tensor:
-    """() int64 of torch's default generator; with `again` the next one is the same."""
-    state = torch.default_generator.get_state() if again else None
-    found = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
-    if state is not None:
-        torch.default_generator.set_state(state)
-    return found
+def random(count: int, device: torch.device) -> Tensor:
+    """Random bits, (count,) int64, by torch's default generator of the device."""
+    if device.type != "cpu":
+        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
+    return words(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"), count)
 
 
 def words(seed: Tensor, count: int) -> Tensor:

@@ -135,7 +135,7 @@ def _shaped(y: Tensor, x: Tensor) -> Tensor:
 
 def _summed(left: Tensor, right: Tensor) -> Tensor:
     """leftᵀ right, over all tokens, in float32 at least."""
-    if right.dtype == torch.bfloat16 and right.device.type == "cpu":
+    if right.dtype == left.dtype == torch.bfloat16 and right.device.type == "cpu":
         # Summed in float32, rounded where it is written: the second product is what that dropped.
         # A copy of right in float32 would cost more than both.
         found = left.t() @ right

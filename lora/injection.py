@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora import nf4
+from lora import nf4, siblings
 from lora.adapter import (
     AdaptedLayer,
     Adapter,
@@ -34,8 +34,6 @@ from lora.errors import ConfigError, MergeError, TargetError
 from lora.layers import VIEWS, View, inside, kind, views
 from lora.nf4 import NF4Linear, put
 from lora.targets import (
-    READ_TOGETHER,
-    TWO_INPUTS,
     Plan,
     base_buffers,
     base_parameters,
@@ -213,21 +211,13 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
             held.adapters[name] = adapters[id(held.base_layer)]
         else:
             held.copies[name] = copies[id(held.original_module)]
-    _join_siblings(modules)
+    for path, module in modules.items():
+        adapted = [n for n, m in module._modules.items() if isinstance(m, AdaptedLayer)]
+        siblings.join(module, path, adapted)
     if parts.selected:
         model.__dict__["lora_selected"] = Selected(parts.selected, plan.method.keeps_base)
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
     activate(model, name)
-
-
-def _join_siblings(modules: Mapping[str, nn.Module]) -> None:
-    """Let the adapted layers know each other that their parent's forward calls with one input."""
-    for path, parent in modules.items():
-        for names in READ_TOGETHER if not TWO_INPUTS.search(path) else ():
-            held = [parent._modules.get(name) for name in names]
-            found = tuple(layer for layer in held if isinstance(layer, AdaptedLayer))
-            for layer in found:
-                layer.siblings = found
 
 
 def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -933,6 +923,8 @@ def eject(model: nn.Module) -> None:
             assert isinstance(child, SavedModule)
             plain = child.current if is_merged else child.original_module
         parent._modules[leaf] = plain
+    for _, parent in walk(model):
+        siblings.part(parent)
     for _, selected in selections(model):
         _place(model, selected, is_merged and selected.active)
     required = model.__dict__.pop("lora_required")

@@ -232,7 +232,8 @@ def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = No
     """The tensor (shape) in `dtype`, q's own by default; written into `out` where that is given."""
     dtype = q.dtype if dtype is None else dtype
     count = math.prod(q.shape)
-    if torch.compiler.is_compiling() or q.codes.is_meta:
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if traced or q.codes.is_meta:
         found = reference(q).to(dtype)
         return found if out is None else out.copy_(found)
     if out is None:

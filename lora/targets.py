@@ -28,19 +28,6 @@ from lora.adapter import (
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, backbone, fits, inside, kind
 
-# What a module's forward calls one after the other, in this order, with one and the same input.
-READ_TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("query", "key", "value"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("wi_0", "wi_1"),
-    ("w1", "w3"),
-)
-TWO_INPUTS = re.compile("cross|encoder_attn|encdec", re.IGNORECASE)  # in the path: not there
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +351,55 @@ def test_an_adapter_trains_saves_loads_and_merges_on_a_packed_base(
     lora.eject(other)
     torch.testing.assert_close(other(input_ids=ids).logits, wanted, rtol=1e-3, atol=1e-4)
     assert not [m for m in other.modules() if isinstance(m, NF4Linear)]
+
+
+def test_functional_transforms_work_on_packed_weights() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    nf4.quantize_layers(model, ["0"])
+    lora.inject(model, lora.LoRAConfig(r=2, target_modules=("0",)))
+    lora.testing.perturb(model)
+    x = torch.randn(3, 16)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(trained: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, trained, (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_layer_that_is_shared_is_known_again_unpacked(tmp_path: Path) -> None:
+    def shared() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        model.append(model[0])
+        return model
+
+    model = shared()
+    nf4.quantize_layers(model, ["0"])
+    lora.inject(model, lora.LoRAConfig(r=2))
+    lora.save(model, tmp_path / "adapter")
+    assert "in NF4" in lora.load(shared(), tmp_path / "adapter").note
+
+
+@pytest.mark.parametrize("packed", ["[]", "3", "null", '"a"', "[" * 200_000, '{"a": 1}', "{"])
+def test_a_mark_that_says_nonsense_of_the_packing_is_another_base(
+    packed: str, tmp_path: Path
+) -> None:
+    model = llama()
+    nf4.quantize_layers(model, packable(model))
+    lora.inject(model, lora.LoRAConfig(r=2))
+    path = lora.save(model, tmp_path / "adapter") / "adapter_model.safetensors"
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    mark = json.loads(metadata["lora_from_scratch"]) | {"packed": packed}
+    metadata["lora_from_scratch"] = json.dumps(mark)
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata)
+    with pytest.raises(CheckpointError, match="another base"):
+        lora.load(llama(), tmp_path / "adapter")
 
 
 def test_an_adapter_that_took_up_the_rounding_is_of_the_packed_base_alone(tmp_path: Path) -> None:
