@@ -1,10 +1,11 @@
 """The grid behind recipes/sst2.toml: settings on sst2-sentences, chosen by dev alone.
 
-python -m benchmarks.tune_sst2 [--data DIR] [--runs DIR] [--jobs N] [--only NAME ...] [--json FILE]
+python -m benchmarks.tune_sst2 [--data DIR] [--runs DIR] [--jobs N] [--only NAME ...]
+    [--seeds N ...] [--json FILE]
 
-Every setting is run with three seeds; the best mean accuracy on dev after the last epoch is the
-recipe's. The test split is not in what the runs see. A run that is complete is taken as it is,
-one that was cut off starts again.
+Every setting is run with three seeds, QLoRA's and BitFit's with one; the best mean accuracy on dev
+after the last epoch is the recipe's. The test split is not in what the runs see. A run that is
+complete is taken as it is, one that was cut off starts again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 from benchmarks.machine import write
 from lora.run import summary_of
 
-SEEDS = (0, 1, 2)
 NORMS = "--modules-to-save sa_layer_norm output_layer_norm"
 GRID = {
     "full-1e4": "--method full --learning-rate 1e-4",
@@ -31,6 +31,12 @@ GRID = {
     "lora-r8a16-1e3-norms": f"--r 8 --lora-alpha 16 --learning-rate 1e-3 {NORMS}",
     "lora-r16a32-5e4-norms": f"--r 16 --lora-alpha 32 --learning-rate 5e-4 {NORMS}",
     "full-5e5": "--method full --learning-rate 5e-5",
+    "qlora-r8a32-5e4": "--method qlora --r 8 --lora-alpha 32 --learning-rate 5e-4",
+    "qlora-r8a32-25e5": "--method qlora --r 8 --lora-alpha 32 --learning-rate 2.5e-4",
+    "qlora-r8a32-1e3": "--method qlora --r 8 --lora-alpha 32 --learning-rate 1e-3",
+    "bitfit-1e3": "--method bitfit --learning-rate 1e-3",
+    "bitfit-2e3": "--method bitfit --learning-rate 2e-3",
+    "bitfit-5e3": "--method bitfit --learning-rate 5e-3",
 }
 
 
@@ -55,6 +61,7 @@ def main() -> None:
     flags.add_argument("--runs", type=Path, default=Path("runs/tune-sst2"))
     flags.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     flags.add_argument("--only", nargs="+", choices=GRID, default=list(GRID))
+    flags.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     flags.add_argument("--json", type=Path)
     given = flags.parse_args()
     seen = given.runs / "data"
@@ -72,11 +79,11 @@ def main() -> None:
                 threads,
             )
             for name in given.only
-            for seed in SEEDS
+            for seed in given.seeds
         }
         found = {}
         for name in given.only:
-            ends = [runs[name, seed].result() for seed in SEEDS]
+            ends = [runs[name, seed].result() for seed in given.seeds]
             accuracy = [[epoch["dev"]["accuracy"] for epoch in end["epochs"]] for end in ends]
             found[name] = {
                 "flags": GRID[name],
@@ -87,7 +94,7 @@ def main() -> None:
             }
             print(f"{name:<24} mean         {found[name]['mean_dev_accuracy']:.4f}", flush=True)
     if given.json:
-        write(given.json, {"seeds": SEEDS, "grid": found})
+        write(given.json, {"seeds": given.seeds, "grid": found})
 
 
 if __name__ == "__main__":
