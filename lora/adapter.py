@@ -484,23 +484,25 @@ class AdaptedLayer(nn.Module):
             if y is not None:
                 return y
         mask = adapter.draw_mask(x)
-        group = [] if reading is None or reading.begun else self._alike(reading.layers, x)
-        updates = [layer.adapter(name).low_rank(layer.view) for layer in group]
-        found = [update for update in updates if update is not None]
-        if reading is not None:
+        if reading is not None and not reading.begun:
             reading.begun = True
-        if reading is None or len(found) < 2 or len({u.start is None for u in found}) > 1:
-            return adapter.compute(view, x, mask)
-        ys = list(zip(group, fused.low_rank(x, found, mask), strict=True))
-        reading.put(x, [(layer, y) for layer, y in ys if layer is not self])
-        return next(y for layer, y in ys if layer is self)
+            group = self._alike(reading.layers, x)
+            updates = [layer.adapter(name).low_rank(layer.view) for layer in group]
+            found = [update for update in updates if update is not None]
+            one_kind = len({update.start is None for update in found}) == 1
+            if one_kind and len(group) == len(found) > 1:
+                own, *others = fused.low_rank(x, found, mask)
+                reading.put(x, list(zip(group[1:], others, strict=True)))
+                return own
+        return adapter.compute(view, x, mask)
 
     def _alike(self, layers: Sequence[nn.Module], x: Tensor) -> list[AdaptedLayer]:
-        """Those of the layers that do now what this one does, itself among them."""
-        (name,), found = self.active, {}
+        """This layer, and those of the others that do now what it does."""
+        (name,), found = self.active, {id(self): self}
         own = self.adapter(name)
         settings = (type(own), own.training, own.dropout, self.in_features)
-        for layer in layers if plain() else ():
+        alone = not plain() or not unseen(self) or not fused.possible(self.view, x)
+        for layer in () if alone else layers:
             if isinstance(layer, AdaptedLayer) and layer.active == self.active:
                 other = layer.adapter(name)
                 if (
@@ -511,7 +513,7 @@ class AdaptedLayer(nn.Module):
                     and fused.possible(layer.view, x)
                 ):
                     found[id(layer)] = layer
-        return list(found.values()) if id(self) in found else []
+        return list(found.values())
 
     def merged(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         """W' and b' of the active adapters as the layer stores them, in the base's dtype, computed

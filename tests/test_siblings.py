@@ -283,6 +283,13 @@ def test_written_between_two_calls_or_hooked_is_by_itself() -> None:
     model[0].k_proj.register_forward_pre_hook(lambda *_: (weight.data.copy_(kept), None)[1])
     torch.testing.assert_close(model(x), wanted)
 
+    seen: list[Tensor] = []
+    for name in NAMES:
+        layer = adapted()[0]
+        layer.get_submodule(name).base_layer.register_forward_hook(lambda *a: seen.append(a[2]))
+        layer(x)
+    assert len(seen) == 3
+
 
 def test_a_copy_a_file_and_an_end(tmp_path: Path) -> None:
     model, x = adapted(), torch.randn(5, 12, dtype=torch.float64)
