@@ -23,6 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import write
 from benchmarks.step import embeddings_pass_gradient, with_lora, with_peft
+from lora import nf4
+from lora.models import packable
 
 ROWS, LENGTH = 4, 256
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -42,6 +44,13 @@ def ours(method: str = "lora", **settings: Any) -> nn.Module:
     return with_lora(base(), LINEARS, method, **settings)
 
 
+def packed(**settings: Any) -> nn.Module:
+    """QLoRA."""
+    model = base()
+    nf4.quantize_layers(model, packable(model))
+    return with_lora(model, LINEARS, **settings)
+
+
 def pefts(kind: str = "LoraConfig", **settings: Any) -> nn.Module:
     return with_peft(base(), LINEARS, kind, **settings)
 
@@ -51,6 +60,8 @@ CONTENDERS: dict[str, Callable[[], nn.Module]] = {
     "full": base,
     "ours": lambda: ours(r=8),
     "ours, dropout": lambda: ours(r=8, lora_dropout=0.1),
+    "ours nf4": lambda: packed(r=8),
+    "ours nf4, dropout": lambda: packed(r=8, lora_dropout=0.1),
     "peft": lambda: pefts(r=8),
     "peft, dropout": lambda: pefts(r=8, lora_dropout=0.1),
     "ours dora": lambda: ours("dora", r=8),
@@ -66,7 +77,8 @@ RATIOS = (
     ("ours", "full"), ("ours, dropout", "full"), ("peft", "full"), ("peft, dropout", "full"),
     ("peft", "ours"), ("peft, dropout", "ours, dropout"), ("ours", "limit"), ("full", "limit"),
     ("peft dora", "ours dora"), ("peft dora, dropout", "ours dora, dropout"),
-    ("peft vera", "ours vera"), ("peft ia3", "ours ia3"),
+    ("peft vera", "ours vera"), ("peft ia3", "ours ia3"), ("ours nf4", "ours"),
+    ("ours nf4, dropout", "ours, dropout"),
 )  # fmt: skip
 
 

@@ -127,6 +127,7 @@ def memory() -> list[tuple[str, ...]]:
     for shown, key in (("LoRA", ""), ("DoRA", " dora"), ("VeRA", " vera"), ("(IA)³", " ia3")):
         row = [kept.get(f"{who}{key}{end}", "") for end in ("", ", dropout") for who in WHO]
         found.append((shown, *row))
+    found.insert(2, ("LoRA on NF4", kept["ours nf4"], "", kept["ours nf4, dropout"], ""))
     found.append(("full fine-tuning", kept["full"], "", "", ""))
     found.append(("frozen model", kept["limit"], "", "", ""))
     return found

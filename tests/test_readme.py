@@ -157,6 +157,8 @@ def test_memory_is_within_its_bounds() -> None:
     assert ratios["ours, dropout / full"] <= 1.05
     assert ratios["peft / ours"] >= 1.35
     assert ratios["peft, dropout / ours, dropout"] >= 1.9
+    assert ratios["ours nf4 / ours"] <= 1.0
+    assert ratios["ours nf4, dropout / ours, dropout"] <= 1.0
 
 
 def test_a_base_is_never_there_unpacked() -> None:
