@@ -121,49 +121,107 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
-        if not self.pre_quantized:
-            names = packable(model, self.quantization_config.dense)
-            nf4.quantize_layers(model, names, values=False)
+        self.stated = model.state_dict()  # on the meta device: shapes and dtypes
+        self.names: tuple[str, ...] = ()
+        if self.pre_quantized:  # each tensor is read in the dtype that it is saved in
+            model._get_dtype_plan = lambda dtype: {"*": None}
+        else:
+            self.names = packable(model, self.quantization_config.dense)
 
     def _process_model_after_weight_loading(self, model: Any, **given: Any) -> None:
         self.remove_quantization_config(model)  # an NF4Linear needs none of it
-        if self.pre_quantized:  # save_pretrained would go back over what was done to the keys
+        for name, tensor in model.state_dict().items():
+            path, _, leaf = name.rpartition(".")
+            packed = leaf == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+            stated = tensor if packed else self.stated.get(name, tensor)
+            if tensor.shape != stated.shape:
+                raise _another_shape(name, tensor.shape, stated.shape)
+        if self.pre_quantized:
+            del model._get_dtype_plan
+            # save_pretrained would go back over what was done to the keys.
             model._weight_conversions = [
                 one
                 for one in model._weight_conversions
-                if not any(isinstance(op, _Take) for op in getattr(one, "operations", ()))
+                if not any(isinstance(op, _Take | _Fit) for op in getattr(one, "operations", ()))
             ]
 
     def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
+        # The op sees to the shape of all others too, but for those in a dtype of their own: what
+        # goes through it is cast to the model's.
+        if self.pre_quantized or param_name not in self.stated:
+            return False
         path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+        packed = leaf == "weight" and path in self.names
+        return packed or bool(self.stated[param_name].dtype == model.config.dtype)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize()
+        return _Quantize(self.names)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
         take = WeightConverter(list(_Take.KEYS), "weight", [_Take()])
-        return [take] if self.pre_quantized else []
+        return [take, WeightConverter("bias$", "bias", [_Fit()])]
+
+
+def _fitting(model: Any, name: str, tensor: Any) -> dict[str, Any]:
+    """What to put in place of a tensor that was read: itself, or nothing where the model has
+    another shape, so that it counts as missing. Under a quantiser transformers 5.17 asks no such
+    question, and a head of another size would pass."""
+    path, _, leaf = name.rpartition(".")
+    stated = getattr(model.get_submodule(path), leaf)
+    return {name: tensor} if stated is None or tensor.shape == stated.shape else {}
+
+
+def _another_shape(name: str, found: Any, stated: Any) -> ModelError:
+    return ModelError(
+        f"{name} is {tuple(found)} in its files and {tuple(stated)} in the model that config.json"
+        " states. Pass the config.json that belongs to the weights."
+    )
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]
+    """Packs the weights of the named layers; each is dense and without values until then, since
+    transformers 5.17 casts what it reads to the dtype of what it finds."""
+
     refused: ClassVar[LoraError | None] = None  # from_pretrained reports an error and drops it
 
-    def convert(self, input_dict: dict[str, Any], **given: Any) -> dict[str, Any]:
+    def __init__(self, names: tuple[str, ...] = ()) -> None:
+        self.names = names
+
+    def convert(self, input_dict: dict[str, Any], model: Any, **given: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in input_dict.items():
-            path = name.rpartition(".")[0]
-            weight = value[0] if isinstance(value, list) else value
-            layer = given["model"].get_submodule(path)
-            if weight.shape != (layer.out_features, layer.in_features):
-                weight = weight.T  # HF Conv1D's
+            read = _fitting(model, name, value[0] if isinstance(value, list) else value)
+            path, _, leaf = name.rpartition(".")
+            if not read or leaf != "weight" or path not in self.names:
+                found |= read
+                continue
+            layer = model.get_submodule(path)
+            weight = read[name].T if kind(layer) == "Conv1D" else read[name]
             try:
-                q = nf4.quantize(weight, layer.block_size, layer.nested_absmax is not None, name)
+                q = nf4.quantize(weight, double_quant=True, name=name)
             except LoraError as error:
                 _Quantize.refused = error
                 raise
-            found |= {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
+            found |= _put(model, path, NF4Linear.over(layer, q), q)
         return found
+
+
+def _put(model: Any, path: str, fresh: NF4Linear, q: nf4.NF4) -> dict[str, Any]:
+    """Puts it in the layer's place; its tensors by their names in the model."""
+    nf4.put(model, {id(model.get_submodule(path)): fresh})
+    return {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
+
+
+class _Fit(ConversionOps):  # type: ignore[misc]
+    """Takes a tensor of the stated shape, and leaves any other out."""
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **given: Any
+    ) -> dict[str, Any]:
+        ((tensor,),) = input_dict.values()
+        return _fitting(model, full_layer_name, tensor)
 
 
 class _Take(ConversionOps):  # type: ignore[misc]
@@ -176,14 +234,13 @@ class _Take(ConversionOps):  # type: ignore[misc]
             ".quant_map", ".nested_absmax", ".nested_quant_map", "",
         )
     )  # fmt: skip
-    hf_quantizer = True  # by it from_pretrained reads each tensor in the dtype that it is saved in
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **given: Any
     ) -> dict[str, Any]:
         tensors = {key.removesuffix("$"): values[0] for key, values in input_dict.items()}
         if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
-            return {full_layer_name: tensors["weight"]}
+            return _fitting(model, full_layer_name, tensors["weight"])
         path = full_layer_name.rpartition(".")[0]
         layer = model.get_submodule(path)
         try:
@@ -195,19 +252,16 @@ class _Take(ConversionOps):  # type: ignore[misc]
                 )
             if not inside(path, backbone(model)):  # a head of another size is a new head
                 W = nf4.dequantize(q, torch.float32)
-                return {full_layer_name: W.T if kind(layer) == "Conv1D" else W}
+                W = W.T if kind(layer) == "Conv1D" else W
+                return _fitting(model, full_layer_name, W)
             fresh = NF4Linear.over(layer, q)
             if q.shape != (fresh.out_features, fresh.in_features):
-                raise ModelError(
-                    f"{full_layer_name} is {q.shape} in its files and"
-                    f" {(fresh.out_features, fresh.in_features)} in the model that config.json"
-                    " states. Pass the config.json that belongs to the weights."
-                )
+                stated = (fresh.out_features, fresh.in_features)
+                raise _another_shape(full_layer_name, q.shape, stated)
         except LoraError as error:
             _Quantize.refused = error
             raise
-        nf4.put(model, {id(layer): fresh})
-        return {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
+        return _put(model, path, fresh, q)
 
 
 def packable(model: Any, dense: tuple[str, ...] = ()) -> tuple[str, ...]:

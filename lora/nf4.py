@@ -439,21 +439,13 @@ def quantize_layers(
     names: Sequence[str],
     block_size: int = 64,
     double_quant: bool = True,
-    values: bool = True,
 ) -> None:
-    """Put an NF4Linear in the place of each named layer, wherever else it is reached from too.
-
-    Without `values` they are on the meta device, to be filled as the weights arrive.
-    """
+    """Put an NF4Linear in the place of each named layer, wherever else it is reached from too."""
     fresh: dict[int, NF4Linear] = {}
     for name in names:
         layer = model.get_submodule(name)
         if id(layer) not in fresh:
-            fresh[id(layer)] = (
-                NF4Linear.of(layer, block_size, double_quant, name)
-                if values
-                else NF4Linear.like(layer, block_size, double_quant)
-            )
+            fresh[id(layer)] = NF4Linear.of(layer, block_size, double_quant, name)
     put(model, fresh)
 
 

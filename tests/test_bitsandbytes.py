@@ -137,6 +137,7 @@ def test_a_backbone_of_any_model_and_a_head_of_any_size(tmp_path: Path) -> None:
     base = load_base(str(tmp_path / "three" / "packed"), 3, "classification", 0)
     assert base.new == ("classifier",)
     assert base.model.classifier.weight.shape == (3, 32)
+    assert base.model.classifier.bias.shape == (3,)
     again = load_base(str(tmp_path / "three" / "packed"), 3, "classification", 0)
     assert torch.equal(base.model.classifier.weight, again.model.classifier.weight)
 

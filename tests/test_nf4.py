@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import scipy.stats
 import torch
-from conftest import distilbert, gpt2, llama
+from conftest import bert_lm, distilbert, gpt2, llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lora
 from lora import fused, nf4
 from lora.errors import CheckpointError, ConfigError, MergeError, ModelError, TargetError
-from lora.models import load_base, packable
+from lora.models import _NF4Config, _NF4Quantizer, load_base, packable
 from lora.nf4 import NF4Linear, dequantize, quantize, reference
 from lora.scratch import scratch
 
@@ -249,8 +249,9 @@ def folder_of(model: Any, folder: Path) -> str:
     return str(folder)
 
 
-def test_a_base_is_packed_as_it_is_read(tmp_path: Path) -> None:
-    model = distilbert()
+@pytest.mark.parametrize("dtype", nf4.DTYPES)
+def test_a_base_is_packed_as_it_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = distilbert().to(dtype)
     place = folder_of(model, tmp_path / "base")
     found = load_base(place, 2, "classification", 0, "nf4").model
     packed = {name: m for name, m in found.named_modules() if isinstance(m, NF4Linear)}
@@ -258,14 +259,66 @@ def test_a_base_is_packed_as_it_is_read(tmp_path: Path) -> None:
     wanted = dict(model.named_modules())
     for name, layer in packed.items():
         q = quantize(wanted[name].weight.detach(), double_quant=True)
-        assert torch.equal(dequantize(layer.quantized()), dequantize(q)), name
-        assert torch.equal(layer.bias, wanted[name].bias)
+        assert torch.equal(layer.weight, q.codes), name
+        assert torch.equal(dequantize(layer.quantized()), dequantize(q, torch.float32)), name
+        assert torch.equal(layer.bias, wanted[name].bias.float())
     for name, parameter in found.named_parameters():
         if name.rpartition(".")[0] not in packed:
-            assert torch.equal(parameter, model.get_parameter(name)), name
+            assert torch.equal(parameter, model.get_parameter(name).float()), name
     nf4.quantize_layers(model, list(packed))
+    model.float()
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(found(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_square_conv1d_is_turned_as_any_other_is(tmp_path: Path) -> None:
+    model = gpt2()
+    found = load_base(folder_of(model, tmp_path / "base"), 2, "classification", 0, "nf4").model
+    packed = {name: m for name, m in found.named_modules() if isinstance(m, NF4Linear)}
+    assert len(packed) == 8
+    for name, layer in packed.items():
+        W = model.get_submodule(name).weight.detach().T
+        assert torch.equal(layer.weight, quantize(W, double_quant=True).codes), name
+
+
+def test_what_is_not_in_the_files_is_new_and_dense(tmp_path: Path) -> None:
+    place = folder_of(bert_lm(), tmp_path / "base")
+    dense, base = (load_base(place, 2, "classification", 0, how) for how in ("none", "nf4"))
+    assert base.new == dense.new == ("bert.pooler.dense", "classifier")
+    for name in base.new:
+        assert torch.equal(
+            base.model.get_submodule(name).weight, dense.model.get_submodule(name).weight
+        )
+    assert len([m for m in base.model.modules() if isinstance(m, NF4Linear)]) == 12
+
+
+def test_a_head_of_another_size_is_new(tmp_path: Path) -> None:
+    place = folder_of(distilbert(), tmp_path / "base")
+    dense, base = (load_base(place, 3, "classification", 0, how) for how in ("none", "nf4"))
+    assert base.new == dense.new == ("classifier",)
+    assert base.model.classifier.weight.shape == (3, 32)
+    assert base.model.classifier.bias.shape == (3,)
+    assert torch.equal(base.model.classifier.weight, dense.model.classifier.weight)
+
+
+@pytest.mark.parametrize("field", ["hidden_dim", "vocab_size", "max_position_embeddings"])
+def test_a_config_of_another_shape_is_refused(field: str, tmp_path: Path) -> None:
+    place = Path(folder_of(distilbert(), tmp_path / "base")) / "config.json"
+    config = json.loads(place.read_text())
+    place.write_text(json.dumps(config | {field: config[field] + 8}))
+    for how in ("none", "nf4"):
+        with pytest.raises(ModelError, match="tensors of the backbone are not in its files"):
+            load_base(str(place.parent), 2, "classification", 0, how)
+
+
+def test_whatever_was_read_in_another_shape_is_refused_by_name() -> None:
+    model = distilbert()
+    quantizer = _NF4Quantizer(_NF4Config(), pre_quantized=False)
+    quantizer._process_model_before_weight_loading(model)
+    model.distilbert.embeddings.LayerNorm.bias = nn.Parameter(torch.zeros(3))
+    said = r"embeddings\.LayerNorm\.bias is \(3,\) in its files and \(32,\) in the model"
+    with pytest.raises(ModelError, match=said):
+        quantizer._process_model_after_weight_loading(model)
 
 
 def test_layers_are_left_dense_by_name(tmp_path: Path) -> None:
