@@ -7,6 +7,7 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -79,14 +80,16 @@ def load_base(
     seed: int,
     quantize: str = "none",
     dense: tuple[str, ...] = (),
+    packed: Callable[[int, int], None] = lambda done, layers: None,
 ) -> Base:
     """The base with a head of `labels` outputs for `task`; fresh weights are a function of seed.
 
     Parameters are float32. With quantize="nf4" the backbone's linear layers are NF4Linear, but for
     those that `dense` names; of files each is packed as it is read, so that the whole is never
-    there unpacked. What bitsandbytes saved in NF4 is held as it is saved, whatever `quantize`: in
-    the backbone as NF4Linear, in the head dense. Raises ModelError where the base is not to be had,
-    is packed in another way, or its weights do not fill the backbone.
+    there unpacked, and `packed` is told how many are so far, of how many. What bitsandbytes saved
+    in NF4 is held as it is saved, whatever `quantize`: in the backbone as NF4Linear, in the head
+    dense. Raises ModelError where the base is not to be had, is packed in another way, or its
+    weights do not fill the backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -95,6 +98,7 @@ def load_base(
             if quantize == "nf4":
                 nf4.quantize_layers(found.model, packable(found.model, dense))
             return found
+        _Quantize.packed, _Quantize.done = packed, 0
         return _transformers_base(base, labels, task, quantize, dense)
 
 
@@ -185,6 +189,8 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     transformers 5.17 casts what it reads to the dtype of what it finds."""
 
     refused: ClassVar[LoraError | None] = None  # from_pretrained reports an error and drops it
+    packed: ClassVar[Callable[[int, int], None]]
+    done: ClassVar[int]  # from_pretrained makes an op for each weight
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
@@ -205,6 +211,8 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
                 _Quantize.refused = error
                 raise
             found |= _put(model, path, NF4Linear.over(layer, q), q)
+            _Quantize.done += 1
+            _Quantize.packed(_Quantize.done, len(self.names))
         return found
 
 

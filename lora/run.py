@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,9 +77,9 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
     directory = config.run_dir or default_directory(config)
     check_free(directory)
     with progress_bar() as progress, PeakMemory() as memory:
-        with reading(progress):
+        with reading(progress) as packed:
             corpus = read_corpus(config)
-            base = _base(config, corpus.labels, corpus.task)
+            base = _base(config, corpus.labels, corpus.task, packed)
             device = pick_device()
             config, said = resolve(config, corpus, base, device)
             base.model.to(device)
@@ -398,10 +398,15 @@ def _takes_up(config: RunConfig[Any]) -> bool:
     return adapts and config.quantize == "nf4"
 
 
-def _base(config: RunConfig[Any], labels: tuple[str, ...], task: str) -> Base:
-    """The base as configured, before anything is put on it."""
+def _base(
+    config: RunConfig[Any],
+    labels: tuple[str, ...],
+    task: str,
+    packed: Callable[[int, int], None] = lambda done, layers: None,
+) -> Base:
+    """The base as configured, before anything is put on it; `packed` is told of its packing."""
     count, quantize = len(labels) or 1, "none" if _takes_up(config) else config.quantize
-    return load_base(config.base, count, task, config.seed, quantize, config.dense)
+    return load_base(config.base, count, task, config.seed, quantize, config.dense, packed)
 
 
 def _injected(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
@@ -535,10 +540,12 @@ def progress_bar() -> Progress:
 
 
 @contextmanager
-def reading(progress: Progress) -> Iterator[None]:
-    """A bar without an end: how long a base or a data set takes is not known before."""
+def reading(progress: Progress) -> Iterator[Callable[[int, int], None]]:
+    """A bar without an end, since how long a base or a data set takes is not known before; what it
+    yields is to be told of a base that is packed, layer by layer."""
     task = progress.add_task("reading data and base", total=None)
-    yield
+    said = "packing the base, in layers"
+    yield lambda done, layers: progress.update(task, total=layers, completed=done, description=said)
     progress.remove_task(task)
 
 

@@ -323,7 +323,13 @@ def test_whatever_was_read_in_another_shape_is_refused_by_name() -> None:
 
 def test_layers_are_left_dense_by_name(tmp_path: Path) -> None:
     place = folder_of(distilbert(), tmp_path / "base")
-    found = load_base(place, 2, "classification", 0, "nf4", ("q_lin", "layer.1.ffn.lin1")).model
+    told: list[tuple[int, int]] = []
+    dense = ("q_lin", "layer.1.ffn.lin1")
+    found = load_base(
+        place, 2, "classification", 0, "nf4", dense, lambda *counts: told.append(counts)
+    ).model
+    count = sum(isinstance(module, NF4Linear) for module in found.modules())
+    assert told == [(i + 1, count) for i in range(count)]
     left = {n for n, m in found.named_modules() if type(m) is nn.Linear and "transformer" in n}
     path = "distilbert.transformer.layer."
     assert left == {f"{path}{n}" for n in ("0.attention.q_lin", "1.attention.q_lin", "1.ffn.lin1")}
