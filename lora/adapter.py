@@ -486,7 +486,8 @@ class AdaptedLayer(nn.Module):
         mask = adapter.draw_mask(x)
         if reading is not None and not reading.begun:
             reading.begun = True
-            group = self._alike(reading.layers, x)
+            shares = torch.is_grad_enabled() or mask is None
+            group = self._alike(reading.layers, x) if shares else [self]
             updates = [layer.adapter(name).low_rank(layer.view) for layer in group]
             found = [update for update in updates if update is not None]
             one_kind = len({update.start is None for update in found}) == 1
@@ -501,7 +502,7 @@ class AdaptedLayer(nn.Module):
         (name,), found = self.active, {id(self): self}
         own = self.adapter(name)
         settings = (type(own), own.training, own.dropout, self.in_features)
-        alone = not plain() or not unseen(self) or not fused.possible(self.view, x)
+        alone = not plain(x) or not unseen(self) or not fused.possible(self.view, x)
         for layer in () if alone else layers:
             if isinstance(layer, AdaptedLayer) and layer.active == self.active:
                 other = layer.adapter(name)

@@ -8,7 +8,8 @@ nothing outlives the forward that it was made in, and who calls a layer by itsel
 It is a guess at what the parent's forward will do, from the names in READ_TOGETHER. Where it was
 wrong (a layer was not called, or with another input) the layer computed by itself, and the guess is
 not made again. And it is made in a plain forward only: under activation checkpointing a layer may
-be recomputed alone, and would not find the mask that it shared.
+be recomputed alone, and would not find the mask that it shared. Some checkpoints show in that their
+forward takes no gradients: there it is made where nothing is dropped.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ class Reading:
             if owner is layer:
                 del self.ys[index]
                 of, state = self.of
-                if x is of and state == self._state(x) and plain():
+                if x is of and state == self._state(x) and plain(x):
                     return y
                 self.missed = True
         return None
 
     def _state(self, x: Tensor) -> tuple[Any, ...]:
-        return x._version, x.requires_grad, compute_dtype(x)
+        return x._version, x.requires_grad, compute_dtype(x), torch.is_grad_enabled()
 
 
 class _Open(threading.local):
@@ -75,13 +76,13 @@ class _Open(threading.local):
 _open = _Open()
 
 
-def plain() -> bool:
-    """Whether this is a forward that nobody will run again in parts: no checkpoint's, which runs
-    under hooks on what autograd keeps, without gradients, or again within backward."""
+def plain(x: Tensor) -> bool:
+    """Whether x is read in a forward that no checkpoint runs, under hooks on what autograd keeps,
+    nor runs again, within backward; and shows whether it was written since."""
     return (
-        torch.is_grad_enabled()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        torch._C._autograd._top_saved_tensors_default_hooks(True) is None
         and torch._C._current_graph_task_id() == -1
+        and not x.is_inference()
     )
 
 

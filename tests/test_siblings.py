@@ -248,6 +248,21 @@ def test_nothing_outlives_the_forward_it_was_made_in() -> None:
             torch.testing.assert_close(grads[name], wanted[name])
 
 
+def test_the_same_bits_with_gradients_and_without() -> None:
+    model, x = adapted(dropout=0.5).float().eval(), torch.randn(64, 12)
+    with torch.no_grad():
+        without = model(x)
+    assert torch.equal(model(x), without)
+    model.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        dropped = model(x)  # each by itself
+    torch.manual_seed(0)
+    assert not torch.equal(apart(model)(x), without)
+    torch.manual_seed(0)
+    assert torch.equal(apart(model)(x), dropped)
+
+
 def test_layers_called_by_themselves_wait_for_nobody() -> None:
     block, x = adapted()[0], torch.randn(5, 12, dtype=torch.float64)
     block.q_proj(x).sum().backward()
