@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from lora import fused
 from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
-from lora.fused import Update, autocast_on, without_autocast
+from lora.fused import Update, autocast_on, unseen, without_autocast
 from lora.layers import View, apply, views
 from lora.nf4 import NF4
-from lora.siblings import plain, reading_of, unseen
+from lora.siblings import plain, reading_of
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -479,15 +479,15 @@ class AdaptedLayer(nn.Module):
         """y under the one active adapter; made with those of its siblings, where that can be."""
         (name,), reading = self.active, reading_of(self)
         adapter, view = self.adapter(name), self.view
-        if reading is not None and fused.possible(view, x):
-            y = reading.take(self, x)
-            if y is not None:
-                return y
+        possible = reading is not None and fused.possible(view, x)
+        y = reading.take(self, x) if reading is not None and possible else None
+        if y is not None:
+            return y
         mask = adapter.draw_mask(x)
         if reading is not None and not reading.begun:
             reading.begun = True
-            shares = torch.is_grad_enabled() or mask is None
-            group = self._alike(reading.layers, x) if shares else [self]
+            shares = possible and plain(x) and (torch.is_grad_enabled() or mask is None)
+            group = self._alike(reading.layers, x) if shares and unseen(self) else [self]
             updates = [layer.adapter(name).low_rank(layer.view) for layer in group]
             found = [update for update in updates if update is not None]
             one_kind = len({update.start is None for update in found}) == 1
@@ -502,8 +502,7 @@ class AdaptedLayer(nn.Module):
         (name,), found = self.active, {id(self): self}
         own = self.adapter(name)
         settings = (type(own), own.training, own.dropout, self.in_features)
-        alone = not plain(x) or not unseen(self) or not fused.possible(self.view, x)
-        for layer in () if alone else layers:
+        for layer in layers:
             if isinstance(layer, AdaptedLayer) and layer.active == self.active:
                 other = layer.adapter(name)
                 if (

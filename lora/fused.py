@@ -57,22 +57,27 @@ def off() -> Iterator[None]:
 
 def possible(view: View, x: Tensor) -> bool:
     """Whether a Function can compute the layer, and gives what calling the layer would."""
-    module = view.module
-    return not (
+    return unseen(view.module) and not (
         torch.compiler.is_compiling()  # the compiler fuses plain operations itself
         or _off.get()
         or view.of_ids  # ids have no gradient, and a table no product
         or x.is_nested
         or view.parameters()[0].requires_grad
-        or module._forward_hooks  # somebody looks at the layer's own output
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        or "forward" in vars(module)  # replaced, as accelerate does to fetch an offloaded weight
         or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+    )
+
+
+def unseen(module: nn.Module) -> bool:
+    """Whether nothing happens at a call of the module but its class's forward."""
+    return not (
+        module._forward_hooks  # somebody looks at its output
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)  # replaced, as accelerate does to fetch an offloaded weight
     )
 
 

@@ -86,17 +86,6 @@ def plain(x: Tensor) -> bool:
     )
 
 
-def unseen(module: nn.Module) -> bool:
-    """Whether nothing happens at a call of the module but its class's forward."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
-
-
 def reading_of(layer: nn.Module) -> Reading | None:
     """The group of the layer in the forward that calls it; None outside of one."""
     if torch.compiler.is_compiling() or not _open.forwards:
