@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lora.errors import LoraError
 from lora.plots import draw
-from lora.run import newest_runs
+from lora.trained import newest_runs
 
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)

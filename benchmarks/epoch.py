@@ -37,10 +37,10 @@ def ours(seed: int, limit: int | None, folder: str) -> dict[str, float]:
     from lora.scratch import keep_freed_memory
 
     keep_freed_memory()  # as `lora train` does
-    adapter = LoRAConfig(r=8, lora_alpha=8, lora_dropout=0.1, target_modules=tuple(LINEARS))
+    settings = LoRAConfig(r=8, lora_alpha=8, lora_dropout=0.1, target_modules=tuple(LINEARS))
     config: RunConfig[Any] = RunConfig(
         data=str(DATA), epochs=1, batch_size=16, learning_rate=RATE, warmup=WARMUP, seed=seed,
-        limit=limit, run_dir=Path(folder) / "run", adapter=adapter,
+        limit=limit, run_dir=Path(folder) / "run", settings=settings,
     )  # fmt: skip
     found = run(config)
     return {"seconds": found["train_seconds"], "accuracy": found["metrics"]["accuracy"]}

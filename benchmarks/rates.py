@@ -52,7 +52,7 @@ def main() -> None:
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
             summary = json.loads((run / "summary.json").read_text())
-            score = summary["epochs"][-1]["dev"]["accuracy"]
+            score = summary["evaluations"][-1]["dev"]["accuracy"]
             found.setdefault(method, {})[rate] = score
             print(f"{method:<8} {rate:>5}  dev accuracy {score:.4f}")
     if given.json:

@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import write
-from lora.run import summary_of
+from lora.trained import summary_of
 
 NORMS = "--modules-to-save sa_layer_norm output_layer_norm"
 GRID = {
@@ -84,12 +84,12 @@ def main() -> None:
         found = {}
         for name in given.only:
             ends = [runs[name, seed].result() for seed in given.seeds]
-            accuracy = [[epoch["dev"]["accuracy"] for epoch in end["epochs"]] for end in ends]
+            accuracy = [[row["dev"]["accuracy"] for row in end["evaluations"]] for end in ends]
             found[name] = {
                 "flags": GRID[name],
                 "dev_accuracy": accuracy,
-                "dev_loss": [[epoch["dev_loss"] for epoch in end["epochs"]] for end in ends],
-                "train_loss": [[epoch["loss"] for epoch in end["epochs"]] for end in ends],
+                "dev_loss": [[row["dev_loss"] for row in end["evaluations"]] for end in ends],
+                "train_loss": [[row["loss"] for row in end["evaluations"]] for end in ends],
                 "mean_dev_accuracy": mean(run[-1] for run in accuracy),
             }
             print(f"{name:<24} mean         {found[name]['mean_dev_accuracy']:.4f}", flush=True)

@@ -267,6 +267,8 @@ class Adapter(Method, nn.Module):
     """Parameters that do not train."""
     leader: str | None = None
     """The layer whose adapter's parameters it takes, since its own is tied to that."""
+    remembers: ClassVar[tuple[str, ...]] = ()
+    """Attributes besides tensors that training changes, of JSON's kinds."""
 
     def __init__(self, view: View, config: AdapterConfig, module: str) -> None:
         super().__init__()

@@ -372,6 +372,14 @@ def load(
     return report_of(model, name, "\n".join(filter(None, [*said, note])))
 
 
+def settings_of(directory: str | os.PathLike[str]) -> tuple[type[Method], MethodConfig]:
+    """The method of the adapter in a folder, and its config as the file states it."""
+    folder = find_folder(directory)
+    settings = read_json(folder / CONFIG)
+    method = method_for(settings, folder)
+    return method, read_config(method, settings, folder)
+
+
 def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[Plan, list[str]]:
     """The plan with the base's weights that the file brings for adapted layers; those that are the
     model's own already leave `stored`, the others replace them. Returns what to tell of them."""

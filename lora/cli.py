@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from lora import __version__
-from lora.errors import ConfigError, LoraError
+from lora.errors import ConfigError, LoraError, StoppedError
 
 VERBS = {
     "train": "train one method on one data set",
@@ -41,7 +41,8 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 done, 2 asked for what cannot be, 130 interrupted."""
+    """Run a verb. Exit codes: 0 done, 2 asked for what cannot be, 130 and 143 stopped by SIGINT and
+    SIGTERM."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else ""
     for stream in (sys.stdout, sys.stderr):
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(verb, given)
         if sys.stdout is not None:  # None where it was closed: `lora ... >&-`
             sys.stdout.flush()
+    except StoppedError as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return 128 + stop.signal
     except LoraError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -93,14 +97,17 @@ def _run(verb: str, given: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from lora.config import parse_run
+    from lora.config import parse_run, value_of
 
-    config = parse_run(arguments)
-    from lora.run import run
+    directory = value_of(arguments, "--resume")
+    if directory is not None and len(arguments) > (1 if "=" in arguments[0] else 2):
+        raise ConfigError("--resume takes its settings from the run. Leave the other flags out.")
+    config = parse_run(arguments) if directory is None else None
+    from lora.run import resume, run
     from lora.scratch import keep_freed_memory
 
     keep_freed_memory()
-    summary = run(config)
+    summary = run(config) if config is not None else resume(Path(directory or ""))
     scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
     print(f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}  {scores}")
     print(f"recorded in {summary['run_dir']}")
@@ -166,14 +173,15 @@ def _eval(arguments: list[str]) -> None:
     if config.predictions is not None:
         from lora.data import read_predictions
         from lora.metrics import score
-        from lora.run import summary_of
+        from lora.trained import summary_of
 
         task = config.task or "classification"
         if config.task is None and (config.predictions.parent / "summary.json").is_file():
             task = summary_of(config.predictions.parent)["task"]
         metrics = score(task, *read_predictions(config.predictions))
     else:
-        from lora.run import asked, rescore
+        from lora.run import asked
+        from lora.trained import rescore
 
         assert config.run is not None
         metrics = rescore(config.run, config.data, config.split, asked(config))
@@ -207,7 +215,8 @@ def _predict(arguments: list[str]) -> None:
     from lora.config import parse
 
     config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
-    from lora.run import asked, predict_texts
+    from lora.run import asked
+    from lora.trained import predict_texts
 
     predict_texts(config.run, config.text, config.pair, config.data, config.output, asked(config))
 
@@ -231,7 +240,7 @@ def _merge(arguments: list[str]) -> None:
     from lora.config import parse
 
     config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
-    from lora.run import merge_run
+    from lora.trained import merge_run
 
     print(merge_run(config.run, config.output, config.dequantize, config.untie))
     print(f"written: {config.output}")

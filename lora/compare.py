@@ -1,15 +1,14 @@
 """Methods x seeds on one base and one data set: each run a process of its own, one table.
 
 A process each, so that peak memory is the run's own and no run inherits another's state. A run
-that is complete already, under the same configuration, is taken as it is: an interrupted
-comparison goes on where it stopped.
+that is complete already, under the same configuration, is taken as it is, and one that was cut off
+is resumed: an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
@@ -34,8 +33,8 @@ from lora.config import (
     split_config,
     to_table,
 )
-from lora.errors import ConfigError, RunError
-from lora.run import summary_of
+from lora.errors import ConfigError, RunError, StoppedError
+from lora.trained import summary_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +111,11 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[
     with _alone(config.run_dir) as lock:
         for number, run in enumerate(runs, 1):
             assert run.run_dir is not None
-            done = complete(run)
-            said = ": complete, taken as it is" if done else ""
-            head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}{said}"
+            stands = standing(run)
+            head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}{SAID[stands]}"
             print(head, file=sys.stderr, flush=True)
-            if not done:
-                _spawn(run, lock)
+            if stands != "complete":
+                _spawn(run, lock, stands == "cut off")
             summaries.append(summary_of(run.run_dir))
         files = {
             "comparison.json": json.dumps(summaries, indent=2).encode(),
@@ -147,14 +145,22 @@ def _alone(folder: Path) -> Iterator[int]:
         raise RunError(f"--run-dir {folder} cannot be written: {error.strerror}.") from None
 
 
-def complete(run: RunConfig[Any]) -> bool:
-    """Whether the run's directory holds its result; what is left of a run cut off is removed.
+Standing = Literal["new", "cut off", "complete"]
+SAID: dict[Standing, str] = {
+    "new": "",
+    "cut off": ": was cut off, goes on",
+    "complete": ": complete, taken as it is",
+}
+
+
+def standing(run: RunConfig[Any]) -> Standing:
+    """How far the run in the directory of that name is; a damaged result is removed.
 
     Raises RunError where the directory holds anything else.
     """
     assert run.run_dir is not None
     if not run.run_dir.exists():
-        return False
+        return "new"
     path = run.run_dir / "config.toml"
     if not path.is_file():
         raise RunError(f"{run.run_dir} is no run: no config.toml. Remove it, or pass another.")
@@ -165,10 +171,9 @@ def complete(run: RunConfig[Any]) -> bool:
         )
     with suppress(RunError):
         summary_of(run.run_dir)
-        return True
-    print(f"{run.run_dir}: a run that was cut off, done anew", file=sys.stderr, flush=True)
-    shutil.rmtree(run.run_dir)
-    return False
+        return "complete"
+    (run.run_dir / "summary.json").unlink(missing_ok=True)
+    return "cut off"
 
 
 def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
@@ -178,7 +183,7 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
         if key == "modules_to_save":  # the new head joins what was asked
             if not set(wanted or ()) <= set(value or ()):
                 return False
-        elif key in ("base", "data") and value is not None:
+        elif key in ("base", "data", "adapter") and value is not None:
             if wanted != value and str(Path(str(wanted)).resolve()) != value:
                 return False
         elif key in ("task", "labels", "learning_rate", "pair_column", "dtype"):
@@ -189,14 +194,26 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
     return True
 
 
-def _spawn(run: RunConfig[Any], lock: int) -> None:
-    """`lora train` in a process of its own, its messages passed on."""
+def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
+    """`lora train` in a process of its own, its messages passed on.
+
+    A Ctrl-C reaches it too, and it saves: that is waited for.
+    """
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder) / "run.toml"
         asked.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
-        command = [sys.executable, "-m", "lora", "train", "--config", str(asked)]
-        command += ["--run-dir", str(run.run_dir)]
-        code = subprocess.run(command, check=False, pass_fds=[lock]).returncode
+        command = [sys.executable, "-m", "lora", "train"]
+        if resumed:
+            command += ["--resume", str(run.run_dir)]
+        else:
+            command += ["--config", str(asked), "--run-dir", str(run.run_dir)]
+        with subprocess.Popen(command, pass_fds=[lock]) as process:
+            while process.returncode is None:
+                with suppress(KeyboardInterrupt):
+                    process.wait()
+        code = process.returncode
+    if code in (130, 143):
+        raise StoppedError("the same command goes on with the comparison.", code - 128)
     if code:
         raise RunError(f"{run.method}, seed {run.seed} failed with exit code {code}: see above.")
 
@@ -207,11 +224,11 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
         return []
     metric = next(iter(summaries[0]["metrics"]))
     split = f"{summaries[0]['split']} {metric}"
-    head = ("method", "trainable", "share", "rate", "loss per epoch", split, "train s", "peak MiB")
+    head = ("method", "trainable", "share", "rate", "train loss", split, "train s", "peak MiB")
     found: list[tuple[str, ...]] = [head]
     for method in dict.fromkeys(s["method"] for s in summaries):
         own = [s for s in summaries if s["method"] == method]
-        losses = zip(*([e["loss"] for e in s["epochs"]] for s in own), strict=True)
+        losses = zip(*([e["loss"] for e in s["evaluations"]] for s in own), strict=True)
         scale = 100 if metric == "accuracy" else 1
         scores = [scale * s["metrics"][metric] for s in own]
         spread = (

@@ -24,9 +24,16 @@ import tyro
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import METHODS, Method, MethodConfig, check, is_number, positive, whole_number
+from lora.checkpoint import settings_of
 from lora.errors import ConfigError
 
 Task = Literal["auto", "classification", "regression"]
+Schedule = Literal["linear", "cosine", "constant"]
+Final = Literal["last", "best"]
+ABOUT = """Train one method on one data set.
+
+Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, and takes
+no other flags."""
 C = TypeVar("C", bound=MethodConfig)
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -46,6 +53,9 @@ class RunConfig(Generic[C]):
     data set on the hub such as glue/sst2."""
     method: str = "lora"
     """What trains; `lora methods` lists them."""
+    adapter: Path | None = None
+    """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
+    those of its file."""
     text_column: str | None = None
     """Column of the text: a name, or a number from 0 in a file without header."""
     pair_column: str | None = None
@@ -59,13 +69,19 @@ class RunConfig(Generic[C]):
     epochs: int = 3
     """Passes over the training split."""
     batch_size: int = 16
-    """Examples per step."""
+    """Examples per optimiser step, over all devices."""
+    micro_batch_size: int | None = None
+    """Examples computed at a time on a device, whose gradients add up to the step's. Less needs
+    less memory and changes the result by rounding and the dropout's masks only. Default: its share
+    of batch_size."""
     learning_rate: float | None = None
     """Peak rate of AdamW. Default: the method's own (`lora methods` shows it)."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW, on matrices only."""
     warmup: float = 0.06
-    """Share of the steps in which the rate rises to its peak; it falls linearly to 0 after."""
+    """Share of the steps in which the rate rises to its peak."""
+    schedule: Schedule = "linear"
+    """Of the rate after that: down to 0 along a line or half a cosine, or constant."""
     max_grad_norm: float = 1.0
     """Norm that gradients are clipped to."""
     max_length: int = 128
@@ -80,6 +96,18 @@ class RunConfig(Generic[C]):
     embeddings and norms always stay."""
     compile: bool = False
     """torch.compile the model: minutes before the first step, which long runs win back."""
+    eval_steps: int | None = None
+    """Optimiser steps from one evaluation on dev to the next. Default: an epoch."""
+    save_steps: int | None = None
+    """Optimiser steps from one checkpoint to the next, besides those of the evaluations."""
+    keep_last: int = 1
+    """Newest checkpoints that stay; 0: none once the run is complete."""
+    keep_best: int = 0
+    """Best checkpoints on dev that stay, by the task's first metric and then by the loss."""
+    early_stopping: int | None = None
+    """Evaluations in a row without a better one after which training ends."""
+    final: Final = "last"
+    """Which adapter is scored on the held-out split and handed on."""
     seed: int = 0
     """Covers the new head, the adapter's start, dropout and the order of the data."""
     limit: int | None = None
@@ -88,7 +116,7 @@ class RunConfig(Generic[C]):
     """A remark for the run's summary."""
     run_dir: Path | None = None
     """Where the run is recorded. Default: runs/TIME-METHOD."""
-    adapter: C
+    settings: C
     """The method's own settings."""
 
     def __post_init__(self) -> None:
@@ -107,12 +135,19 @@ class RunConfig(Generic[C]):
         if self.dense and self.quantize == "none":
             raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
         check("compile", self.compile, "true or false", isinstance(self.compile, bool))
+        for name, kinds in (("schedule", Schedule), ("final", Final)):
+            value = getattr(self, name)
+            check(name, value, "one of " + ", ".join(get_args(kinds)), value in get_args(kinds))
+        for name in ("keep_last", "keep_best"):
+            whole_number(name, getattr(self, name), least=0)
         good = all(isinstance(label, str) for label in self.labels)
         check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
         distinct = len(set(self.labels)) == len(self.labels) != 1
         check("labels", self.labels, "distinct, and two at least", distinct)
-        for name in ("epochs", "batch_size", "max_length", "limit"):
-            if name != "limit" or self.limit is not None:
+        for name in ("epochs", "batch_size", "max_length"):
+            whole_number(name, getattr(self, name))
+        for name in ("limit", "micro_batch_size", "eval_steps", "save_steps", "early_stopping"):
+            if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
         if self.learning_rate is not None:
             positive("learning_rate", self.learning_rate)
@@ -142,7 +177,19 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     """
     path, own = split_config(arguments)
     table = read_toml(path) if path else {}
-    method = _value_of(own, "--method") or table.get("method", "lora")
+    if folder := value_of(own, "--adapter"):
+        table["adapter"] = folder
+    method = value_of(own, "--method") or table.get("method")
+    if "adapter" in table:
+        found, filed = settings_of(table["adapter"])
+        if method not in (None, found.name) and NAMES.get(method, ("",))[0] != found.name:
+            raise ConfigError(
+                f"--method {method}: the adapter in {table['adapter']} is of {found.name}. Leave"
+                " --method out."
+            )
+        method = method or found.name
+        table = {field.name: getattr(filed, field.name) for field in fields(filed)} | table
+    method = method or "lora"
     start = from_table(table, method)
     kind: Any = RunConfig[method_named(method).Config]  # type: ignore[misc]
     config: RunConfig[Any] = parse(
@@ -150,10 +197,19 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         own,
         prog,
         default=start,
-        description="Train one method on one data set. Flags may stand in --config FILE.toml.",
+        description=ABOUT,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
-    return replace(config, adapter=_plain_name_is_a_name(config.adapter))
+    config = replace(config, settings=_plain_name_is_a_name(config.settings))
+    if config.adapter is not None:
+        for field in fields(filed):
+            asked, there = getattr(config.settings, field.name), getattr(filed, field.name)
+            if asked != there:
+                flag = "--" + field.name.replace("_", "-")
+                raise ConfigError(
+                    f"{flag} {asked}: the adapter in {config.adapter} has {there}. Leave it out."
+                )
+    return config
 
 
 def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
@@ -198,7 +254,7 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     values |= tables.get(method, {}) | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     own = {field.name for field in fields(kind)}
-    shared = {field.name for field in fields(RunConfig)} - {"adapter"}
+    shared = {field.name for field in fields(RunConfig)} - {"settings"}
     unknown = [key for key in values if key not in own | shared]
     if unknown:
         near = difflib.get_close_matches(unknown[0], own | shared, n=1)
@@ -207,11 +263,12 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     for name in ("text_column", "pair_column", "label_column"):
         if isinstance(values.get(name), int):
             values[name] = str(values[name])
-    if "run_dir" in values:
-        values["run_dir"] = Path(str(values["run_dir"]))
-    adapter = kind(**{k: v for k, v in values.items() if k in own})
+    for name in ("run_dir", "adapter"):
+        if name in values:
+            values[name] = Path(str(values[name]))
+    settings = kind(**{k: v for k, v in values.items() if k in own})
     shared_values = {k: v for k, v in values.items() if k in shared}
-    return RunConfig(adapter=_plain_name_is_a_name(adapter), **shared_values)
+    return RunConfig(settings=_plain_name_is_a_name(settings), **shared_values)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
@@ -227,7 +284,7 @@ def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return None, rest
 
 
-def _value_of(arguments: Sequence[str], flag: str) -> str | None:
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
     value = None
     for index, argument in enumerate(arguments):
         if argument == flag and index + 1 < len(arguments):
@@ -237,16 +294,16 @@ def _value_of(arguments: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _plain_name_is_a_name(adapter: MethodConfig) -> MethodConfig:
+def _plain_name_is_a_name(settings: MethodConfig) -> MethodConfig:
     """One plain word after --target-modules is a name; a string in the config is a pattern."""
     plain = {
         field.name: (value,)
-        for field in fields(adapter)
+        for field in fields(settings)
         if str(field.type).startswith("str | tuple[str")
-        and isinstance(value := getattr(adapter, field.name), str)
+        and isinstance(value := getattr(settings, field.name), str)
         and re.fullmatch(r"[\w.]+", value)
     }
-    return replace(adapter, **plain)
+    return replace(settings, **plain)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -261,7 +318,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def to_table(config: RunConfig[Any]) -> dict[str, Any]:
     """The configuration as a TOML table that reads back to the same; None is left out."""
     table: dict[str, Any] = {}
-    for source in (config, config.adapter):
+    for source in (config, config.settings):
         for field in fields(source):
             value = getattr(source, field.name)
             if is_dataclass(value) or value is None or value in ((), "", {}):

@@ -9,7 +9,8 @@ LoraError
 ├── ModelError       a base model or its tokenizer is not to be had
 ├── DataError        a data set cannot be read as asked
 ├── RunError         a run directory cannot be written, or is not what it should be
-└── TrainingError    training cannot go on
+├── TrainingError    training cannot go on
+└── StoppedError     a signal stopped a run, which is saved
 
 A message says what was asked, what was found, and the next command.
 """
@@ -53,3 +54,9 @@ class RunError(LoraError):
 
 class TrainingError(LoraError):
     pass
+
+
+class StoppedError(LoraError):
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal

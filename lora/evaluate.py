@@ -69,7 +69,7 @@ def evaluate(
     Raises TrainingError where the loss is not finite: there is nothing to score then.
     """
     logits = predict(model, encoded, batch_size, dtype, progress)
-    loss = float(task_loss(logits, encoded.targets, corpus.task))
+    loss = float(task_loss(logits, encoded.targets, corpus.task)) / len(examples)
     if not math.isfinite(loss):
         raise TrainingError(
             f"loss {loss} over {len(examples)} rows: there is nothing to score. Check the labels"

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from lora.checkpoint import json_object, write_together
 from lora.errors import RunError
-from lora.run import summary_of
+from lora.trained import summary_of
 
 # Distinct for readers who tell few colours apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -1,29 +1,34 @@
-"""One training run, from its configuration to its directory, and back from there to a model.
+"""One training run, from its configuration to its directory.
 
 config.toml        the configuration as resolved: reads back with `lora train --config`
 environment.json   versions, machine, command
-metrics.jsonl      one line per step and per epoch, as they happen
-adapter/           the adapter after the last whole epoch, in PEFT's format
+metrics.jsonl      one line per step and per evaluation, as they happen
+checkpoints/       what `lora train --resume` goes on from (lora.state)
+adapter/           the adapter of the last step, or the best, in PEFT's format
 predictions.jsonl  the answers on the held-out split
 summary.json       the result; there only when the run is complete
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import platform
 import secrets
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import rich
 import tomli_w
@@ -38,54 +43,63 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from lora import __version__, nf4
-from lora.adapter import Adapter, PartialConfig, is_number
+from lora import __version__, state
+from lora.adapter import Adapter, PartialConfig
 from lora.checkpoint import json_object, load, save, write_together, write_whole
 from lora.config import RunConfig, from_table, method_named, read_toml, to_table
-from lora.data import (
-    Columns,
-    Corpus,
-    Example,
-    read,
-    read_split,
-    take,
-    unlabelled,
+from lora.data import Columns, Corpus, Example, read
+from lora.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    RunError,
+    StoppedError,
+    TrainingError,
 )
-from lora.errors import ConfigError, DataError, ModelError, RunError, TrainingError
-from lora.evaluate import Evaluation, answers, evaluate, predict
-from lora.injection import Report, check_steps, eject, inject, merge
+from lora.evaluate import Evaluation, answers, evaluate
+from lora.injection import Report, check_steps, inject
+from lora.layers import inside
 from lora.models import Base, hold, load_base, packable, pick_dtype
+from lora.state import Training
 from lora.tokens import Encoded, batches, collate, encode
-from lora.train import Step, check_room, fit, steps_per_epoch
+from lora.train import Step, begin, check_room, fit, steps_per_epoch
 
-
-@dataclass(frozen=True)
-class Trained:
-    """A model and all that its answers need."""
-
-    config: RunConfig[Any]
-    model: Any
-    tokenizer: Any
-    device: torch.device
+CHECKPOINTS = "checkpoints"
 
 
 def run(config: RunConfig[Any]) -> dict[str, Any]:
     """Train, evaluate, record. Returns the summary. Raises LoraError, no directory left behind
     unless training had begun."""
-    started = time.perf_counter()
-    given = config
     directory = config.run_dir or default_directory(config)
     check_free(directory)
+    return _run(config, directory, resumed=False)
+
+
+def resume(directory: Path) -> dict[str, Any]:
+    """Go on with a run that was cut off, from its newest whole checkpoint. Returns the summary."""
+    config = config_of(directory)
+    if (directory / "summary.json").is_file():
+        raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
+    return _run(config, directory, resumed=True)
+
+
+def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    given = config
     with progress_bar() as progress, PeakMemory() as memory:
+
+        def say(text: str) -> None:
+            progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
         with reading(progress) as packed:
             corpus = read_corpus(config)
-            base = _base(config, corpus.labels, corpus.task, packed)
+            base = base_of(config, corpus.labels, corpus.task, packed)
             device = pick_device()
             config, said = resolve(config, corpus, base, device)
             base.model.to(device)
             splits = encode_splits(config, corpus, base.tokenizer)
             shown = calibration(config, splits["train"], device)
-            report = _injected(config, base, shown)
+            report = put_on(config, base, shown)
             per_epoch = steps_per_epoch(splits["train"], config.batch_size)
             check_steps(base.model, config.epochs * per_epoch)
             check_room(base.model)
@@ -93,16 +107,21 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
             if config.compile:
                 base.model.compile(dynamic=True)
         for line in filter(None, (config.note, corpus.note, said)):
-            progress.console.print(f"note: {line}", soft_wrap=True, markup=False)
-        progress.console.print(str(report), markup=False, highlight=False, soft_wrap=True)
+            say(f"note: {line}")
+        say(str(report))
 
-        create(directory, config, corpus)
-        with recorder(directory) as metrics:
-            epochs, final = _train(config, base, corpus, splits, directory, metrics, progress)
+        assert config.learning_rate is not None
+        training = begin(base.model, config.learning_rate, config.weight_decay, config.seed)
+        if not resumed:
+            create(directory, config, corpus)
+        with alone(directory):
+            length = _go_on(training, directory, corpus, say) if resumed else 0
+            with recorder(directory, length) as record, stopping() as stop:
+                final = _train(config, training, corpus, splits, directory, record, progress, stop)
         memory.sample()
-        bad = _diverged(epochs)
+        bad = _diverged(record.evaluations)
         if bad:
-            progress.console.print(f"note: {bad}", soft_wrap=True)
+            say(f"note: {bad}")
     name, held_out = corpus.held_out
     write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
     summary = {
@@ -116,108 +135,352 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         "adapter_parameters": report.adapter_parameters,
         "parameters": report.total,
         "learning_rate": config.learning_rate,
-        "epochs": epochs,
+        "evaluations": record.evaluations,
+        "step": training.step,
         "split": name,
         "rows": len(held_out),
         "loss": final.loss,
         "metrics": final.metrics,
-        "train_seconds": sum(epoch["seconds"] for epoch in epochs),
+        "train_seconds": sum(row["seconds"] for row in record.evaluations),
         "seconds": time.perf_counter() - started,
         "peak_bytes": memory.peak(device),
     }
-    _write(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+    write_file(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
     return summary | {"run_dir": str(directory)}
+
+
+def _go_on(training: Training, directory: Path, corpus: Corpus, say: Callable[[str], None]) -> int:
+    """Bring back the newest whole checkpoint of a run, if there is one; the length in bytes of what
+    was recorded by then."""
+    try:
+        then = json_object((directory / "environment.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{directory}: environment.json cannot be read: {error}. Run anew."
+        ) from None
+    if then.get("data") != corpus.digest():
+        raise RunError(
+            f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
+            f" run anew: lora train --config {directory / 'config.toml'}."
+        )
+    now = environment()
+    for key in ("python", "torch", "transformers", "processor", "threads", "device"):
+        if then.get(key) != now[key]:
+            say(f"note: {key} was {then.get(key)}, is {now[key]}: last bits may differ.")
+    path, said = state.find(directory / CHECKPOINTS)
+    for line in said:
+        say(f"note: {line}")
+    if path is None:
+        say(f"resuming {directory} from its start: it has no whole checkpoint.")
+        return 0
+    if (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
+        raise RunError(
+            f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
+        )
+    length: int = state.restore(training, path)["recorded"]
+    say(f"resuming {directory} from step {training.step}.")
+    return length
 
 
 def _train(
     config: RunConfig[Any],
-    base: Base,
+    training: Training,
     corpus: Corpus,
     splits: dict[str, Encoded],
     directory: Path,
-    metrics: TextIO,
+    record: Record,
     progress: Progress,
-) -> tuple[list[dict[str, Any]], Evaluation]:
-    """The epochs: train, evaluate on dev, save; then the held-out split.
+    stop: Callable[[], int],
+) -> Evaluation:
+    """Train, evaluate and save from where the training is to its end; then the held-out split."""
+    folder = directory / CHECKPOINTS
+    written = (directory / "config.toml").read_bytes()
+    per_epoch = steps_per_epoch(splits["train"], config.batch_size)
+    total = config.epochs * per_epoch
+    shown = Shown(progress, config.epochs, total, training.step)
+    where = ""
 
-    Returns a record of each epoch, and the last evaluation.
-    """
-    epochs: list[dict[str, Any]] = []
-    steps: list[Step] = []
-    good, where = "none: no epoch was finished", ""
-    bar = progress.add_task("training", total=None)
+    def evaluates(step: int) -> bool:
+        return step % (config.eval_steps or per_epoch) == 0 or step == total
+
+    def saves(step: int) -> bool:
+        return evaluates(step) or (config.save_steps is not None and step % config.save_steps == 0)
+
+    def checkpoint() -> None:
+        state.save(training, folder, written, {"recorded": record.length()})
+        state.prune(folder, _kept(config, folder, record.evaluations, max(1, config.keep_last)))
+
+    def score() -> bool:
+        """Evaluate on dev; whether that was enough."""
+        nonlocal where
+        where = f"evaluating after step {training.step}: "
+        dev = evaluate(
+            training.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
+        )
+        where = ""
+        row = record.evaluation(training.step, training.step / per_epoch, dev)
+        shown.evaluation(row)
+        at_best = best(record.evaluations)["step"]
+        since = sum(later["step"] > at_best for later in record.evaluations)
+        return config.early_stopping is not None and since >= config.early_stopping
+
     try:
-        assert config.learning_rate is not None
-        for step in fit(
-            base.model,
-            splits["train"],
-            corpus.task,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup=config.warmup,
-            max_grad_norm=config.max_grad_norm,
-            dtype=config.dtype,
-            seed=config.seed,
-        ):
-            steps.append(step)
-            said = f"epoch {step.epoch}/{config.epochs} loss {step.loss:.3f}"
-            progress.update(bar, total=step.steps, completed=step.step, description=said)
-            record(metrics, {"kind": "step", **asdict(step)})
-            if not step.epoch_ends:
-                continue
-            where = (
-                f"evaluating after step {step.step} (epoch {step.epoch},"
-                f" learning rate {step.learning_rate:.2e}): "
-            )
-            dev = evaluate(
-                base.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
-            )
-            where = ""
-            seen = sum(s.examples for s in steps)
-            tokens = sum(s.tokens for s in steps)
-            padded = sum(s.tokens / (1 - s.padding) for s in steps)
-            epochs.append(
-                {
-                    "epoch": step.epoch,
-                    "loss": sum(s.loss * s.examples for s in steps) / seen,
-                    "first_loss": steps[0].loss,
-                    "seconds": sum(s.seconds for s in steps),
-                    "padding": 1 - tokens / padded,
-                    "dev_loss": dev.loss,
-                    "dev": dev.metrics,
-                }
-            )
-            record(metrics, {"kind": "epoch", **epochs[-1]})
-            save(base.model, directory / "adapter")
-            good = f"epoch {step.epoch}, in {directory / 'adapter'}"
-            scores = "  ".join(f"{k} {v:.4f}" for k, v in dev.metrics.items())
-            progress.console.print(
-                f"epoch {step.epoch}/{config.epochs}  loss {epochs[-1]['loss']:.4f}"
-                f"  dev loss {dev.loss:.4f}  {scores}  {epochs[-1]['seconds']:.1f} s",
-                highlight=False,
-                soft_wrap=True,
-            )
-            steps.clear()
-        progress.remove_task(bar)
+        # A run that was cut off behind the checkpoint owes the evaluation of its step.
+        enough = training.step > 0 and evaluates(training.step) and score()
+        for step in () if enough else fit(
+            training, splits["train"], corpus.task, config.epochs, config.batch_size,
+            config.micro_batch_size, config.warmup, config.schedule, config.max_grad_norm,
+            config.dtype, config.seed,
+        ):  # fmt: skip
+            record.step(step)
+            shown.step(step)
+            stopped = stop()
+            if stopped or saves(step.step):
+                checkpoint()
+            if stopped:
+                raise StoppedError(
+                    f"{signal.Signals(stopped).name} after step {step.step} of {total}, which is"
+                    f" saved. Go on with lora train --resume {directory}",
+                    stopped,
+                )
+            if evaluates(step.step) and score():
+                progress.console.print(
+                    f"no better for {config.early_stopping} evaluations: enough."
+                )
+                break
+        shown.done()
+        chosen = best(record.evaluations)["step"]
+        if config.final == "best" and chosen != training.step:
+            state.restore(training, state.place(folder, chosen))
+            progress.console.print(f"the best is that of step {chosen}.")
+        save(training.model, directory / "adapter")
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
-        return epochs, evaluate(
-            base.model, corpus, splits[name], held_out, 64, config.dtype, progress
-        )
-    except TrainingError as error:
+        final = evaluate(training.model, corpus, splits[name], held_out, 64, config.dtype, progress)
+    except (TrainingError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, TrainingError) and not out_of_memory(error):
+            raise
+        if where:  # what cannot be scored is not to be gone on from
+            state.prune(folder, set(state.steps(folder)) - {training.step})
+        path, _ = state.find(folder)
         raise TrainingError(
-            f"{where}{error} Last good state: {good}."
-            f" Run again with a lower --learning-rate than {config.learning_rate:g}."
+            f"{where}{_told(error, training.step + 1, config)}"
+            f" Last good checkpoint: {path or 'none'}."
         ) from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"Last good state: {good}.") from None
+    state.prune(folder, _kept(config, folder, record.evaluations, config.keep_last))
+    with suppress(OSError):  # of a run that keeps none
+        folder.rmdir()
+    return final
 
 
-def _diverged(epochs: Sequence[Mapping[str, Any]]) -> str:
+def _kept(
+    config: RunConfig[Any], folder: Path, evaluations: Sequence[Mapping[str, Any]], last: int
+) -> set[int]:
+    """The steps whose checkpoints stay: the newest, and the best."""
+    newest = state.steps(folder)[::-1][:last]
+    few = max(config.keep_best, 1 if config.final == "best" else 0)
+    return {*newest, *(row["step"] for row in ranked(evaluations)[:few])}
+
+
+def ranked(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The best on dev first, by the first metric and then by the loss; of equals the earlier."""
+
+    def rank(row: Mapping[str, Any]) -> tuple[float, float]:
+        score = next(iter(row["dev"].values()))
+        return (-math.inf if math.isnan(score) else score), -row["dev_loss"]
+
+    return sorted(evaluations, key=rank, reverse=True)
+
+
+def best(evaluations: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The first of ranked()."""
+    return ranked(evaluations)[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is short; torch's CPU allocator has no type for it."""
+    typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return typed or "can't allocate memory" in str(error)
+
+
+def _told(error: BaseException, step: int, config: RunConfig[Any]) -> str:
+    """What went wrong, and what to change."""
+    if isinstance(error, TrainingError):
+        return f"{error} Run again with a lower --learning-rate than {config.learning_rate:g}."
+    reason = str(error).strip().partition("\n")[0]
+    return (
+        f"step {step}: out of memory ({reason}). Run again with --micro-batch-size"
+        f" {max(1, (config.micro_batch_size or config.batch_size) // 2)}, a smaller --max-length,"
+        " or --quantize nf4."
+    )
+
+
+class Shown:
+    """A training as its user sees it: a bar on a terminal, elsewhere a line now and then."""
+
+    EVERY = 30.0  # seconds
+
+    def __init__(self, progress: Progress, epochs: int, total: int, done: int) -> None:
+        self.progress, self.epochs = progress, epochs
+        self.bar = progress.add_task("training", total=total, completed=done)
+        self.recent: deque[Step] = deque(maxlen=20)
+        self.said = time.monotonic()
+
+    def step(self, step: Step) -> None:
+        self.recent.append(step)
+        seconds = sum(s.seconds for s in self.recent)
+        tokens = sum(s.tokens for s in self.recent)
+        places = sum(s.tokens / (1 - s.padding) for s in self.recent)
+        text = (
+            f"epoch {step.epoch}/{self.epochs} loss {step.loss:.3f} rate {step.learning_rate:.1e}"
+            f" {tokens / seconds:,.0f} tokens/s padding {1 - tokens / places:.0%}"
+        )
+        self.progress.update(self.bar, completed=step.step, description=text)
+        now = time.monotonic()
+        if self.progress.disable and now - self.said >= self.EVERY:
+            self.said = now
+            left = (step.steps - step.step) * seconds / len(self.recent)
+            clock = time.strftime("%H:%M:%S", time.gmtime(left))
+            self.say(f"step {step.step}/{step.steps} {text} left {clock}")
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in row["dev"].items())
+        self.say(
+            f"epoch {row['epoch']:.3g}/{self.epochs}  loss {row['loss']:.4f}"
+            f"  dev loss {row['dev_loss']:.4f}  {scores}  {row['seconds']:.1f} s"
+        )
+
+    def done(self) -> None:
+        self.progress.remove_task(self.bar)
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
+
+
+class Record:
+    """metrics.jsonl, and what it says so far: the evaluations, and the steps since the last."""
+
+    def __init__(self, file: BinaryIO, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.file = file
+        self.evaluations: list[dict[str, Any]] = []
+        self.steps: list[Mapping[str, Any]] = []
+        for row in rows:
+            self._take(row)
+
+    def step(self, step: Step) -> None:
+        self._write({"kind": "step", **asdict(step)})
+
+    def evaluation(self, step: int, epoch: float, dev: Evaluation) -> Mapping[str, Any]:
+        """The training since the last evaluation, and what it has led to."""
+        seen = sum(s["examples"] for s in self.steps)
+        tokens = sum(s["tokens"] for s in self.steps)
+        places = sum(s["tokens"] / (1 - s["padding"]) for s in self.steps)
+        self._write(
+            {
+                "kind": "evaluation",
+                "step": step,
+                "epoch": epoch,
+                "loss": sum(s["loss"] * s["examples"] for s in self.steps) / seen,
+                "first_loss": self.steps[0]["loss"],
+                "seconds": sum(s["seconds"] for s in self.steps),
+                "padding": 1 - tokens / places,
+                "dev_loss": dev.loss,
+                "dev": dev.metrics,
+            }
+        )
+        return self.evaluations[-1]
+
+    def length(self) -> int:
+        """Bytes, on disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """One line, at once, so that a reader sees the run as it goes."""
+        self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self.file.flush()
+        self._take(row)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        if row["kind"] == "step":
+            self.steps.append(row)
+        else:
+            self.evaluations.append({k: v for k, v in row.items() if k != "kind"})
+            self.steps = []
+
+
+@contextmanager
+def recorder(directory: Path, length: int) -> Iterator[Record]:
+    """metrics.jsonl from its first `length` bytes on; what follows them is done again."""
+    path = directory / "metrics.jsonl"
+    try:
+        with path.open("r+b" if length else "wb") as file:
+            written = file.read(length) if length else b""
+            if len(written) < length:
+                raise RunError(
+                    f"{path} is shorter than at its checkpoint. Bring it back, or run anew."
+                )
+            file.truncate()
+            try:
+                rows = [json_object(line) for line in written.splitlines()]
+                record = Record(file, rows)
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{path} is damaged: {error}. Bring it back, or run anew.") from None
+            yield record
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """A run's directory to oneself: no two processes go on with one run."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{directory}: another process is at work on this run. Wait.") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], int]]:
+    """Within, a first SIGINT or SIGTERM waits for the step to end; a second one ends the process.
+
+    Yields what tells the signal that came, 0 before.
+    """
+    came = 0
+    before: dict[int, Any] = {}
+
+    def keep(number: int, frame: Any) -> None:
+        nonlocal came
+        came = int(number)
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
+        text = (
+            f"{signal.Signals(number).name}: finishing the step and saving; once more to stop now\n"
+        )
+        with suppress(OSError):
+            os.write(2, text.encode())
+
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(one) is not signal.SIG_IGN:  # nohup, a job in the background
+                before[one] = signal.signal(one, keep)
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _diverged(evaluations: Sequence[Mapping[str, Any]]) -> str:
     """What to say of a training that ended far above where it began, "" of any other."""
-    began, ended = epochs[0]["first_loss"], epochs[-1]["loss"]
+    began, ended = evaluations[0]["first_loss"], evaluations[-1]["loss"]
     if ended <= 2 * began:
         return ""
     return (
@@ -305,33 +568,15 @@ def asked(config: Any) -> Columns:
     return Columns(config.text_column, config.pair_column, config.label_column)
 
 
-def _columns(config: RunConfig[Any], other: Columns) -> Columns:
-    """The columns of a file that is not the run's own: what is asked, else the run's."""
-    own = asked(config)
-    return Columns(other.text or own.text, other.pair or own.pair, other.label or own.label)
-
-
-def _check_pairs(directory: Path, config: RunConfig[Any], examples: Sequence[Example]) -> None:
-    """Raise DataError where pairs go to a model of single texts, or the other way round."""
-    found = any(example.pair is not None for example in examples)
-    if found != (config.pair_column is not None):
-        was = "pairs" if config.pair_column else "single texts"
-        raise DataError(
-            f"{directory} was trained on {was}, found {'pairs' if found else 'single texts'}."
-            " Pass what it was trained on: --pair for a pair's second text, and in a file"
-            " --text-column and --pair-column."
-        )
-
-
 def resolve(
     config: RunConfig[Any], corpus: Corpus, base: Base, device: torch.device
 ) -> tuple[RunConfig[Any], str]:
     """The configuration with everything decided, and what to tell the user of it."""
     rate = config.learning_rate or method_named(config.method).learning_rate
-    adapter, said = config.adapter, ""
-    if isinstance(adapter, PartialConfig):
-        named = tuple(dict.fromkeys((*adapter.modules_to_save, *base.new)))
-        adapter = replace(adapter, modules_to_save=named)
+    settings, said = config.settings, ""
+    if isinstance(settings, PartialConfig) and config.adapter is None and base.new:
+        named = tuple(dict.fromkeys((*settings.modules_to_save, *base.new)))
+        settings = replace(settings, modules_to_save=named)
         said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
     paired = corpus.train[0].pair is not None
     length, special = config.max_length, base.tokenizer.num_special_tokens_to_add(paired)
@@ -354,12 +599,13 @@ def resolve(
         task=corpus.task,
         labels=corpus.labels,
         pair_column=corpus.pair,
-        adapter=adapter,
+        adapter=config.adapter.resolve() if config.adapter else None,
+        settings=settings,
         base=base_place,
         data=data_place,
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
-    return resolved, said if base.new else ""
+    return resolved, said
 
 
 def calibration(
@@ -367,7 +613,7 @@ def calibration(
 ) -> list[dict[str, Tensor]] | None:
     """The first 8 batches of the training, labels with them, where the method starts from data."""
     method = method_named(config.method)
-    if not issubclass(method, Adapter) or not method.needs_batches(config.adapter):
+    if not issubclass(method, Adapter) or not method.needs_batches(config.settings):
         return None
     order = batches(encoded.lengths, config.batch_size, config.seed, 0)[:8]
     return [
@@ -391,39 +637,55 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _takes_up(config: RunConfig[Any]) -> bool:
+def takes_up(config: RunConfig[Any]) -> bool:
     """Whether the base is packed with the injection, whose start needs its weights as they were."""
     method = method_named(config.method)
-    adapts = issubclass(method, Adapter) and method.takes_up(config.adapter)
+    adapts = issubclass(method, Adapter) and method.takes_up(config.settings)
     return adapts and config.quantize == "nf4"
 
 
-def _base(
+def base_of(
     config: RunConfig[Any],
     labels: tuple[str, ...],
     task: str,
     packed: Callable[[int, int], None] = lambda done, layers: None,
 ) -> Base:
     """The base as configured, before anything is put on it; `packed` is told of its packing."""
-    count, quantize = len(labels) or 1, "none" if _takes_up(config) else config.quantize
+    count, quantize = len(labels) or 1, "none" if takes_up(config) else config.quantize
     return load_base(config.base, count, task, config.seed, quantize, config.dense, packed)
 
 
-def _injected(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
-    """The base with the adapter put on it, and packed where that has to wait for it."""
-    names = packable(base.model, config.dense) if _takes_up(config) else ()
-    return inject(base.model, config.adapter, seed=config.seed, batches=shown, pack=names)
+def put_on(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
+    """The base with the adapter put on it, and packed where that has to wait for it; or with the
+    adapter that training goes on from."""
+    if config.adapter is not None:
+        return _given(config.adapter, config, base)
+    names = packable(base.model, config.dense) if takes_up(config) else ()
+    return inject(base.model, config.settings, seed=config.seed, batches=shown, pack=names)
 
 
-def reopen(directory: Path) -> Trained:
-    """The model of a run directory: its base with its adapter on, held as it was in training."""
-    trained = _reopened(directory)
-    hold(trained.model, trained.config.dtype)
-    return trained
+def _given(folder: Path, config: RunConfig[Any], base: Base) -> Report:
+    """An adapter of a folder on the base, to be trained on. Raises ModelError or DataError where
+    its head is not of this task."""
+    report = load(base.model, folder, trainable=True)
+    lost = [one for one in base.new if not any(inside(one, path) for path in report.plan.saved)]
+    if lost and isinstance(config.settings, PartialConfig):
+        raise ModelError(
+            f"--adapter {folder}: {lost[0]} of --base {config.base} is new, and the adapter brings"
+            " none. Pass a base that has its head, or an adapter with modules_to_save."
+        )
+    own = folder.parent / "config.toml"  # where it is that of a run
+    labels = tuple(read_toml(own).get("labels", ())) if own.is_file() else ()
+    if labels and config.labels and labels != config.labels:
+        raise DataError(
+            f"--adapter {folder} was trained on the labels {', '.join(labels)}, found"
+            f" {', '.join(config.labels)}. Pass --labels {' '.join(labels)}, or data of those."
+        )
+    return report
 
 
-def _reopened(directory: Path) -> Trained:
-    """The model of a run directory, in the dtype of its base."""
+def config_of(directory: Path) -> RunConfig[Any]:
+    """The configuration of a run directory, as resolved. Raises RunError where it is of no run."""
     path = directory / "config.toml"
     if not path.is_file():
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
@@ -431,48 +693,7 @@ def _reopened(directory: Path) -> Trained:
     config = from_table(table, table.get("method", ""))
     if config.task == "auto" or (config.task == "classification") != bool(config.labels):
         raise RunError(f"{path} names no task with its labels: not of a run. Run lora train.")
-    if not (directory / "adapter").is_dir():
-        raise RunError(
-            f"{directory}: the run ended before its first epoch did, and left no adapter. Run lora"
-            f" train --config {path}."
-        )
-    base = _base(config, config.labels, config.task)
-    if _takes_up(config):  # the base that training began with, packed under the start that it had
-        _injected(config, base)
-        eject(base.model)
-    load(base.model, directory / "adapter")
-    device = pick_device()
-    return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
-
-
-def summary_of(directory: Path) -> dict[str, Any]:
-    """The result of a complete run. Raises RunError where there is none, or it is damaged."""
-    path = directory / "summary.json"
-    if not path.is_file():
-        raise RunError(f"{directory} holds no complete run: no summary.json. Run lora train.")
-    kinds = {"method": str, "task": str, "metrics": dict, "epochs": list}
-    try:
-        found = json_object(path.read_bytes())
-        odd = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]
-        if odd or not all(map(is_number, found["metrics"].values())):
-            raise ValueError(f"{', '.join(odd) or 'metrics'} not as a run writes it")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}. Remove {directory}, run it again.") from None
-    return found
-
-
-def newest_runs(folder: Path = Path("runs")) -> list[Path]:
-    """The newest complete run of each method under a folder."""
-    found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    newest: dict[str, Path] = {}
-    for path in found:
-        with suppress(RunError):  # a damaged run is no reason to hide the others
-            newest[str(summary_of(path.parent)["method"])] = path.parent
-    if not newest:
-        raise RunError(
-            f"no complete run under {folder}/. Run python scripts/train_lora_distilbert.py."
-        )
-    return list(newest.values())
+    return config
 
 
 def rows_of(
@@ -492,36 +713,19 @@ def rows_of(
 
 def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def _write(path: Path, payload: bytes) -> None:
+def write_file(path: Path, payload: bytes) -> None:
     try:
         write_whole(path, payload)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> RunError:
+def unwritable(path: Path, error: OSError) -> RunError:
     reason = error.strerror or error
     return RunError(f"{path} cannot be written: {reason}. Free space, or pass another folder.")
-
-
-@contextmanager
-def recorder(directory: Path) -> Iterator[TextIO]:
-    """metrics.jsonl, open for record()."""
-    path = directory / "metrics.jsonl"
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def record(metrics: TextIO, row: dict[str, Any]) -> None:
-    """One line, on disk at once, so that a reader sees the run as it goes."""
-    metrics.write(json.dumps(row, allow_nan=False) + "\n")
-    metrics.flush()
 
 
 def progress_bar() -> Progress:
@@ -589,137 +793,3 @@ class PeakMemory:
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
         return self.most - self.start
-
-
-def rescore(
-    directory: Path, data: str | None, split: str | None, columns: Columns
-) -> dict[str, float]:
-    """A run's scores on a split of its own data or of other data."""
-    with progress_bar() as progress:
-        with reading(progress):
-            trained = reopen(directory)
-            config = trained.config
-            if data is None:
-                corpus = read_corpus(config)
-                name = split or corpus.held_out[0]
-                if _learned_from(directory) not in (None, corpus.digest()):
-                    progress.console.print(
-                        f"note: {config.data} is not as it was when {directory} was trained: rows"
-                        f" of {name} may be among those that it learned from.",
-                        soft_wrap=True, markup=False,
-                    )  # fmt: skip
-            else:
-                where = _columns(config, columns)
-                corpus, name = read_split(data, where, config.task, config.labels, split)
-            examples = take(corpus, name)
-            _check_pairs(directory, config, examples)
-            encoded = _encoded(trained, corpus, examples, corpus.targets(examples))
-        found = evaluate(trained.model, corpus, encoded, examples, 64, config.dtype, progress)
-    return {"loss": found.loss, **found.metrics}
-
-
-def _learned_from(directory: Path) -> str | None:
-    """The digest of a run's data, None where the run has none to tell."""
-    try:
-        found = json_object((directory / "environment.json").read_bytes()).get("data")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, str) else None
-
-
-def _encoded(
-    trained: Trained, corpus: Corpus, examples: Sequence[Example], targets: Sequence[float]
-) -> Encoded:
-    length = trained.config.max_length
-    return encode(trained.tokenizer, examples, targets, corpus.task, length)
-
-
-def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> str:
-    """Write a run's model as a plain one into a new folder; what was merged, and how far that moved
-    the logits of the run's first texts."""
-    check_free(output, "--output", "model")
-    with progress_bar() as progress, reading(progress):
-        trained = _reopened(directory)
-        model, probe = trained.model, _probe(trained, directory)
-        packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
-        if packed and not dequantize:
-            raise RunError(
-                f"{directory} has its base in NF4, whose 16 levels cannot hold a merged weight. Run"
-                f" lora merge {directory} --dequantize: into the dequantised base."
-            )
-        if dequantize and not packed:
-            raise ConfigError(f"--dequantize: {directory} has no base in NF4. Leave it out.")
-        said = f"into the base {trained.config.base}"
-        if packed:
-            nf4.dequantize_layers(model)
-            said = f"into {packed} dequantised layers, not the original ones of the base"
-        if method_named(trained.config.method).keeps_base:
-            said = f"{merge(model, untie, probe)}; {said}"
-        else:
-            said = f"nothing to merge: {trained.config.method} trained the base itself"
-        eject(model)
-        if trained.config.labels:
-            model.config.id2label = dict(enumerate(trained.config.labels))
-            model.config.label2id = {label: i for i, label in enumerate(trained.config.labels)}
-        making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-        try:
-            model.save_pretrained(making)
-            trained.tokenizer.save_pretrained(making)
-            making.rename(output)
-        except OSError as error:
-            raise _unwritable(output, error) from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
-    return said
-
-
-def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
-    """The first texts that the run predicted, as one batch; before the last epoch, a text."""
-    path = directory / "predictions.jsonl"
-    whole = path.read_text(encoding="utf-8") if path.is_file() else '{"text": "a"}'
-    rows = [json_object(line) for line in whole.splitlines()[:8]]
-    corpus = Corpus(str(path), trained.config.task, trained.config.labels, (), (), ())
-    examples = [Example(str(row["text"]), row.get("pair"), None) for row in rows]
-    encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
-    return collate(encoded, range(len(examples)), trained.device)
-
-
-def predict_texts(
-    directory: Path,
-    texts: Sequence[str],
-    pairs: Sequence[str],
-    data: str | None,
-    output: Path | None,
-    columns: Columns,
-) -> None:
-    """Label texts, or the rows of a file, with a run's model."""
-    if (data is None) == (not texts):
-        raise DataError("one of --text and --data FILE is needed.")
-    if data is None and columns != Columns():
-        raise ConfigError("columns are of --data. Leave --text-column and its like out.")
-    if pairs and len(pairs) != len(texts):
-        raise DataError(f"{len(texts)} texts and {len(pairs)} pairs. Pass one --pair per --text.")
-    if output is not None and output.exists():
-        raise RunError(f"--output {output} exists. Pass another, or remove it.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
-    with progress_bar() as progress:
-        with reading(progress):
-            trained = reopen(directory)
-            config = trained.config
-            if data is not None:
-                examples = unlabelled(data, _columns(config, columns))
-            else:
-                examples = [
-                    Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
-                ]
-            _check_pairs(directory, config, examples)
-            corpus = Corpus(str(data), config.task, config.labels, (), (), ())
-            encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
-        logits = predict(trained.model, encoded, 64, config.dtype, progress)
-    rows = rows_of(corpus, examples, logits)
-    if output is not None:
-        write_lines(output, rows)
-    else:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))

@@ -117,6 +117,22 @@ def part(parent: nn.Module) -> None:
             parent._forward_hooks_always_called.pop(key, None)
 
 
+def groups(model: nn.Module) -> dict[str, list[list[str]]]:
+    """What each parent's children may read together now, by its path: fewer than at the start where
+    a guess was wrong. It decides last bits."""
+    return {
+        path: [list(names) for names in module.__dict__[GROUPS]]
+        for path, module in model.named_modules()
+        if GROUPS in module.__dict__
+    }
+
+
+def set_groups(model: nn.Module, found: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    """Bring back what groups() gave."""
+    for path, names in found.items():
+        model.get_submodule(path).__dict__[GROUPS] = tuple(map(tuple, names))
+
+
 def _begin(parent: nn.Module, args: tuple[Any, ...]) -> None:
     if not torch.compiler.is_compiling():
         readings = [Reading(names, parent._modules) for names in parent.__dict__.get(GROUPS, ())]

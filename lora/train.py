@@ -1,7 +1,17 @@
-"""The loop: fit() on one screen."""
+"""The loop: fit() on one screen.
+
+    begin(model, rate)      a Training: the model, AdamW, no step done
+    fit(training, data)     one optimiser step at each `next`, from the step that it is at
+
+The batch of an optimiser step is computed in parts of `micro_batch_size` rows: their losses are
+summed and divided once by the batch's examples, so that the parts' gradients are the batch's. A
+step is a function of the seed and its number, but for dropout, which draws from torch's generator:
+what lora.state keeps of a Training goes on bit for bit.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -11,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora.config import Schedule
 from lora.errors import TrainingError
 from lora.evaluate import autocast
 from lora.injection import (
@@ -22,6 +33,7 @@ from lora.injection import (
     penalty,
 )
 from lora.losses import task_loss
+from lora.state import Training
 from lora.tokens import Encoded, ahead, batches, collate
 
 
@@ -42,76 +54,104 @@ class Step:
     epoch_ends: bool
 
 
+def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int = 0) -> Training:
+    """A training of what requires a gradient, by AdamW; seeds torch's generator."""
+    torch.manual_seed(seed)
+    check_room(model)
+    optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
+    return Training(model, optimizer, learning_rate)
+
+
 def fit(
-    model: Any,
+    training: Training,
     encoded: Encoded,
     task: str,
     epochs: int,
     batch_size: int,
-    learning_rate: float,
-    weight_decay: float = 0.0,
+    micro_batch_size: int | None = None,
     warmup: float = 0.06,
+    schedule: Schedule = "linear",
     max_grad_norm: float = 1.0,
     dtype: str = "float32",
     seed: int = 0,
 ) -> Iterator[Step]:
-    """Train what requires a gradient, one optimiser step at each `next`.
+    """Train from the step that the training is at to the last of `epochs`.
 
-    AdamW with a rate that rises linearly over `warmup` of the steps and falls linearly to 0.
     Raises TrainingError at a loss or gradient that is not finite, before the step is taken, and
     TargetError at an adapter that the first backward does not reach.
     """
+    model, optimizer, first = training.model, training.optimizer, training.step
     device = next(model.parameters()).device
-    torch.manual_seed(seed)
-    lengths = encoded.lengths
     per_epoch = steps_per_epoch(encoded, batch_size)
     steps = epochs * per_epoch
     check_steps(model, steps)
-    check_room(model)
-    plan = ((e, rows) for e in range(epochs) for rows in batches(lengths, batch_size, seed, e))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda number: slope(number, steps, warmup)
-    )
-    made = ahead(plan, lambda entry: (*entry, collate(encoded, entry[1], device)))
-    for number, (epoch, rows, batch) in enumerate(made):
+
+    def make(entry: tuple[int, list[int]]) -> Any:
+        epoch, rows = entry
+        some = micro_batch_size or len(rows)
+        parts = [rows[i : i + some] for i in range(0, len(rows), some)]
+        return epoch, rows, [(part, collate(encoded, part, device)) for part in parts]
+
+    plan = plan_of(encoded.lengths, batch_size, epochs, seed, first)
+    for number, (epoch, rows, parts) in enumerate(ahead(plan, make), first):
         started = time.perf_counter()
         model.train()
-        with autocast(device, dtype):
-            logits = model(**batch).logits
-        loss = task_loss(logits, encoded.targets[rows].to(device), task)
-        extra = penalty(model)
-        if loss.requires_grad:  # not where every adapter is dead, which check_alive names
-            (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
-        if number == 0:
+        value, positions = 0.0, 0
+        for part, batch in parts:
+            with autocast(device, dtype):
+                logits = model(**batch).logits
+            loss = task_loss(logits, encoded.targets[part].to(device), task) / len(rows)
+            extra = penalty(model) if positions == 0 else None
+            positions += batch["input_ids"].numel()
+            if loss.requires_grad:  # not where every adapter is dead, which check_alive names
+                (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+            value += loss.item()
+        if number == first:
             check_alive(model)
-        norm = nn.utils.clip_grad_norm_(trained, max_grad_norm)
-        rate = learning_rate * slope(number, steps, warmup)
-        value = loss.item()
-        if not math.isfinite(value) or not math.isfinite(float(norm)):
-            raise TrainingError(
-                f"step {number + 1} of {steps} (epoch {epoch + 1}, learning rate {rate:.2e}):"
-                f" loss {value}, gradient norm {float(norm)}."
-            )
+        norm = float(nn.utils.clip_grad_norm_(trained, max_grad_norm))
+        share = slope(number, steps, warmup, schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+        rate = share * training.learning_rate
+        check_finite(value, norm, f"step {number + 1} of {steps} (epoch {epoch + 1}, ", rate)
         optimizer.step()
         after_step(model, number + 1, steps)
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens = sum(lengths[row] for row in rows)
+        training.step = number + 1
+        tokens = sum(encoded.lengths[row] for row in rows)
         yield Step(
             step=number + 1,
             steps=steps,
             epoch=epoch + 1,
             loss=value,
             learning_rate=rate,
-            gradient_norm=float(norm),
+            gradient_norm=norm,
             examples=len(rows),
             tokens=tokens,
-            padding=1 - tokens / batch["input_ids"].numel(),
+            padding=1 - tokens / positions,
             seconds=time.perf_counter() - started,
             epoch_ends=(number + 1) % per_epoch == 0,
         )
+
+
+def plan_of(
+    lengths: list[int], batch_size: int, epochs: int, seed: int, first: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """The epoch, from 0, and the rows of each step, from the step `first` on."""
+    per_epoch = math.ceil(len(lengths) / batch_size)
+    began, within = divmod(first, per_epoch)
+    plan = (
+        (e, rows) for e in range(began, epochs) for rows in batches(lengths, batch_size, seed, e)
+    )
+    return itertools.islice(plan, within, None)
+
+
+def check_finite(loss: float, norm: float, where: str, rate: float) -> None:
+    """Raise TrainingError where a step is not to be taken."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        found = f"loss {loss}, gradient norm {norm}"
+        raise TrainingError(f"{where}learning rate {rate:.2e}): {found}.")
 
 
 def check_room(model: nn.Module) -> None:
@@ -127,18 +167,22 @@ def steps_per_epoch(encoded: Encoded, batch_size: int) -> int:
     return math.ceil(len(encoded.lengths) / batch_size)
 
 
-def slope(number: int, steps: int, warmup: float) -> float:
-    """The share of the peak rate at step `number` from 0: up over the warm-up, then down to 0."""
+def slope(number: int, steps: int, warmup: float, schedule: Schedule = "linear") -> float:
+    """The share of the peak rate at step `number` from 0: up over the warm-up, then down to 0 along
+    a line or half a cosine, or constant."""
     rise = math.ceil(warmup * steps)
     if number < rise:
         return (number + 1) / rise
-    return (steps - number) / max(1, steps - rise)
+    if schedule == "constant":
+        return 1.0
+    left = (steps - number) / max(1, steps - rise)
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """What trains, at the rate of its method; matrices decay, biases and norms do not."""
     return [
-        {"params": found, "lr": multiple * learning_rate, "weight_decay": decay}
+        {"params": found, "peak": multiple * learning_rate, "weight_decay": decay}
         for parameters, multiple in param_groups(model)
         for found, decay in (
             ([p for p in parameters if p.dim() > 1], weight_decay),

@@ -19,7 +19,6 @@ from conftest import ROOT
 import lora.methods
 from lora.adapter import METHODS
 from lora.cli import VERBS, main
-from lora.errors import TrainingError
 
 REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
 
@@ -69,24 +68,24 @@ def trained(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_all_its_files(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
-        "adapter", "config.toml", "environment.json", "metrics.jsonl", "predictions.jsonl",
-        "summary.json",
+        "adapter", "checkpoints", "config.toml", "environment.json", "metrics.jsonl",
+        "predictions.jsonl", "summary.json",
     }  # fmt: skip
     assert {path.name for path in (trained / "adapter").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
-    epochs = [line for line in lines if line["kind"] == "epoch"]
+    scores = [line for line in lines if line["kind"] == "evaluation"]
     assert [s["step"] for s in steps] == [1, 2, 3, 4]
-    assert [e["epoch"] for e in epochs] == [1, 2]
+    assert [(e["step"], e["epoch"]) for e in scores] == [(2, 1), (4, 2)]
     assert all(0 <= s["padding"] < 1 and s["tokens"] > 0 for s in steps)
     first = [s for s in steps if s["epoch"] == 1]
     mean = sum(s["loss"] * s["examples"] for s in first) / sum(s["examples"] for s in first)
-    assert epochs[0]["loss"] == pytest.approx(mean)
+    assert scores[0]["loss"] == pytest.approx(mean)
     summary = json.loads((trained / "summary.json").read_text())
-    assert summary["epochs"] == [
-        {k: v for k, v in epoch.items() if k != "kind"} for epoch in epochs
+    assert summary["evaluations"] == [
+        {k: v for k, v in row.items() if k != "kind"} for row in scores
     ]
     assert summary["split"] == "test"
     assert summary["rows"] == 24
@@ -142,7 +141,7 @@ def test_a_run_of_every_method_repeats_and_comes_back(
 
 def reopened_loss(run: Path) -> float:
     from lora.data import Columns
-    from lora.run import rescore
+    from lora.trained import rescore
 
     return rescore(run, None, None, Columns())["loss"]
 
@@ -430,11 +429,11 @@ def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
     assert (runs / "full-1" / "summary.json").read_bytes() == before
     assert lora(*arguments, "--lora-alpha", 5) == 2
     assert "lora-0 holds a run of other settings" in capsys.readouterr().err
-    # a run that was cut off is done anew, to the same result
+    # a run that was cut off goes on, to the same result
     (runs / "lora-0" / "summary.json").unlink()
     adapter = (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert lora(*arguments, "--lora-alpha", 4) == 0
-    assert "a run that was cut off, done anew" in capsys.readouterr().err
+    assert "was cut off, goes on" in capsys.readouterr().err
     assert (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     with (runs / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -536,8 +535,8 @@ def test_a_regression_that_diverges_stops_the_run(
     arguments = ("--base", base, "--data", tmp_path / "data", "--epochs", 1, "--run-dir", run)
     assert lora("train", *arguments, "--batch-size", 20, "--learning-rate", "1e30") == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "TrainingError: evaluating after step 1 (epoch 1, learning rate 1.00e+30): loss" in err
-    assert "Last good state: none" in err
+    assert "TrainingError: evaluating after step 1: loss" in err
+    assert "Last good checkpoint: " in err
 
 
 def test_a_damaged_summary_is_called_so_and_the_run_done_anew(
@@ -555,7 +554,7 @@ def test_a_damaged_summary_is_called_so_and_the_run_done_anew(
         assert lora("eval", "--predictions", runs / "lora-0" / "predictions.jsonl") == 2
         assert "summary.json is damaged" in capsys.readouterr().err
     assert lora(*arguments) == 0
-    assert "done anew" in capsys.readouterr().err
+    assert "was cut off, goes on" in capsys.readouterr().err
     assert json.loads(path.read_text())["metrics"] == whole["metrics"]
     (runs / "lora-0" / "config.toml").unlink()
     assert lora(*arguments) == 2
@@ -621,41 +620,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     err = " ".join(capsys.readouterr().err.split())
     assert err.count("TrainingError: step") == 1
     assert "learning rate" in err
-    assert "Last good state: " in err
+    assert "Last good checkpoint: " in err
     assert "lower --learning-rate than 1e+12" in err
-    assert not (run / "summary.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("stop", "code", "said"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted. Last good state: epoch 1, in"),
-        (TrainingError("step 4 of 6: loss nan."), 2,
-         "TrainingError: step 4 of 6: loss nan. Last good state: epoch 1, in"),
-    ],
-    ids=["interrupted", "diverged"],
-)  # fmt: skip
-def test_a_run_that_stops_says_what_is_good(
-    stop: BaseException, code: int, said: str,
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    import lora.run
-
-    real = lora.run.fit
-
-    def stopped(*args: object, **kwargs: object):
-        for step in real(*args, **kwargs):
-            if step.step == 4:
-                raise stop
-            yield step
-
-    monkeypatch.setattr(lora.run, "fit", stopped)
-    run = tmp_path / "run"
-    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
-    assert main(list(map(str, ("train", *arguments)))) == code
-    err = capsys.readouterr().err
-    assert said in err
-    assert (run / "adapter" / "adapter_model.safetensors").is_file()
     assert not (run / "summary.json").exists()
 
 
@@ -788,8 +754,8 @@ def test_an_evaluation_that_is_not_finite_is_no_result(
     arguments = (*arguments, "--learning-rate", "1e30", "--batch-size", 99, "--epochs", 1)
     assert lora("train", *arguments) == 2
     err = " ".join(capsys.readouterr().err.split())
-    assert "TrainingError: evaluating after step 1 (epoch 1, learning rate 1.00e+30): loss" in err
-    assert "Last good state: none" in err
+    assert "TrainingError: evaluating after step 1: loss" in err
+    assert "Last good checkpoint: " in err
     assert not (run / "adapter").exists()
 
 
@@ -835,7 +801,7 @@ def test_curves_of_a_run_that_was_cut_off(
     (run / "metrics.jsonl").write_text(text + '{"kind": "st')
     assert lora("plot", run) == 0
     assert (run / "loss.png").is_file()
-    (run / "metrics.jsonl").write_text('{"kind": "epoch"}\n42\n')
+    (run / "metrics.jsonl").write_text('{"kind": "evaluation"}\n42\n')
     assert lora("plot", run) == 2
     assert "is damaged" in capsys.readouterr().err
 
@@ -898,7 +864,7 @@ def test_predictions_are_scored_as_the_run_beside_them_was(
     )
     assert lora("eval", "--predictions", predictions) == 0
     assert "accuracy" in capsys.readouterr().out
-    summary = {"method": "lora", "task": "regression", "metrics": {}, "epochs": []}
+    summary = {"method": "lora", "task": "regression", "metrics": {}, "evaluations": []}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     assert lora("eval", "--predictions", predictions) == 0
     assert "mse 0.1250" in capsys.readouterr().out

@@ -27,10 +27,11 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics"},
-    {"tokens"},
+    {"tokens", "state"},
     {"evaluate"},
     {"train"},
     {"run"},
+    {"trained"},
     {"compare", "plots"},
     {"cli"},
 ]

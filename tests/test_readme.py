@@ -63,7 +63,7 @@ def test_sst2_is_reported_over_three_seeds_of_each_method() -> None:
     for summary in summaries:
         assert summary["split"] == "test"
         assert summary["rows"] == 1821
-        assert len(summary["epochs"]) == 3
+        assert len(summary["evaluations"]) == 3
         seeds.setdefault(summary["method"], []).append(summary["seed"])
     assert seeds == {method: [0, 1, 2] for method in ("lora", "qlora", "bitfit", "full")}
 
@@ -120,7 +120,7 @@ def test_start_up_is_within_bounds() -> None:
 def test_the_table_has_the_columns_that_were_asked_for() -> None:
     summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
     head = rows(summaries)[0]
-    for column in ("method", "trainable", "share", "loss per epoch", "train s", "peak MiB"):
+    for column in ("method", "trainable", "share", "train loss", "train s", "peak MiB"):
         assert column in head
     assert "test accuracy" in head
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lora.errors import ConfigError, TrainingError
 from lora.evaluate import predict
 from lora.models import hold
 from lora.tokens import Encoded, batches, collate
-from lora.train import check_room, fit, slope
+from lora.train import Step, begin, check_room, fit, slope
 
 CPU = torch.device("cpu")
 
@@ -73,10 +75,18 @@ def by_hand(
 SETTINGS = {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2}
 
 
+def steps_of(
+    model: nn.Module, data: Encoded, epochs: int, batch_size: int, learning_rate: float,
+    weight_decay: float = 0.0, seed: int = 0, **more: Any,
+) -> Iterator[Step]:  # fmt: skip
+    training = begin(model, learning_rate, weight_decay, seed)
+    return fit(training, data, "classification", epochs, batch_size, seed=seed, **more)
+
+
 def test_the_loop_is_adamw_with_warm_up_decay_and_clipping() -> None:
     data, ours, theirs = encoded(), adapted(), adapted()
     steps = list(
-        fit(ours, data, "classification", **SETTINGS, weight_decay=0.3, warmup=0.2,
+        steps_of(ours, data, **SETTINGS, weight_decay=0.3, warmup=0.2,
             max_grad_norm=0.1, seed=4)
     )  # fmt: skip
     wanted = by_hand(theirs, data, 3, 8, 1e-2, 0.3, 0.2, 0.1, 4)
@@ -94,7 +104,7 @@ def test_every_setting_acts(other: dict[str, float]) -> None:
     ends = []
     for chosen in (settings, settings | other):
         model = adapted()
-        list(fit(model, encoded(), "classification", **chosen))
+        list(steps_of(model, encoded(), **chosen))
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert not torch.allclose(ends[0], ends[1], atol=1e-4)
 
@@ -109,7 +119,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
 def test_an_evaluation_between_steps_changes_no_bit() -> None:
     def losses(evaluated: bool) -> list[float]:
         model, found = adapted(), []
-        for step in fit(model, encoded(), "classification", **SETTINGS):
+        for step in steps_of(model, encoded(), **SETTINGS):
             found.append(step.loss)
             if evaluated:
                 predict(model, encoded(), 5, "float32")
@@ -140,7 +150,7 @@ def _row(data: Encoded, i: int) -> Encoded:
 
 def test_steps_count_examples_and_tokens() -> None:
     data = encoded()
-    steps = list(fit(adapted(), data, "classification", **(SETTINGS | {"epochs": 2})))
+    steps = list(steps_of(adapted(), data, **(SETTINGS | {"epochs": 2})))
     assert [step.epoch_ends for step in steps] == [False] * 4 + [True] + [False] * 4 + [True]
     for epoch in (1, 2):
         own = [step for step in steps if step.epoch == epoch]
@@ -151,7 +161,7 @@ def test_steps_count_examples_and_tokens() -> None:
 
 def test_epochs_without_end_begin_at_once() -> None:
     """The plan of the batches is not held: it would fill the memory before the first step."""
-    step = next(fit(adapted(), encoded(), "classification", 10**12, 8, 1e-2))
+    step = next(steps_of(adapted(), encoded(), 10**12, 8, 1e-2))
     assert step.steps == 5 * 10**12
 
 
@@ -170,7 +180,7 @@ def test_a_loss_that_is_no_number_stops_before_the_step() -> None:
         model.distilbert.embeddings.LayerNorm.weight.fill_(torch.nan)
     before: dict[str, Tensor] = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(TrainingError, match=r"step 1 of 15 \(epoch 1, learning rate .*loss nan"):
-        next(fit(model, encoded(), "classification", **SETTINGS))
+        next(steps_of(model, encoded(), **SETTINGS))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.nan_to_num(7), before[name].nan_to_num(7)), name
 
@@ -187,7 +197,7 @@ def test_only_frozen_matrices_are_held_in_bfloat16() -> None:
         assert parameter.dtype == (torch.bfloat16 if held else torch.float32), name
         assert torch.equal(parameter.float(), before[name].to(parameter.dtype).float())
     settings = SETTINGS | {"epochs": 20, "dtype": "bfloat16"}
-    losses = [step.loss for step in fit(model, encoded(), "classification", **settings)]
+    losses = [step.loss for step in steps_of(model, encoded(), **settings)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
@@ -202,7 +212,7 @@ def test_a_compiled_model_trains_the_same() -> None:
         lora.inject(model, lora.LoRAConfig(r=2, target_modules=("q_lin",)))
         if compiled:
             model.compile(dynamic=True)
-        losses.append([s.loss for s in fit(model, encoded(), "classification", **SETTINGS)])
+        losses.append([s.loss for s in steps_of(model, encoded(), **SETTINGS)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert torch._dynamo.utils.counters["inductor"]
 

@@ -136,6 +136,8 @@ class AdaLoRA(Adapter):
         "total_step": ...,
     }
 
+    remembers = ("pattern", "total")
+
     config: AdaLoRAConfig
 
     def __init__(self, view: View, config: AdaLoRAConfig, module: str) -> None:
