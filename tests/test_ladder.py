@@ -26,7 +26,7 @@ LADDER = [
     {"injection"},
     {"checkpoint"},
     {"testing"},
-    {"config", "convert", "demo", "models", "data", "losses", "metrics"},
+    {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers"},
     {"tokens"},
     {"evaluate"},
     {"train"},
