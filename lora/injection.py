@@ -394,7 +394,8 @@ def check_alive(model: nn.Module) -> None:
     """Raise TargetError where, after a backward, a part that trains has no gradient at all.
 
     Its forward was not called: some modules read their layers' weights themselves (WavLM's
-    attention), past any adapter, and T5 calls its embedding by another path than `shared`.
+    attention), past any adapter, and T5 calls its embedding by another path than `shared`. Or a
+    reentrant checkpoint called it, which takes no gradient inside where its input takes none.
     """
     layers, saved = wrappers_of(model)
     acting: list[tuple[str, nn.Module]] = [
@@ -408,7 +409,8 @@ def check_alive(model: nn.Module) -> None:
         raise TargetError(
             f"{len(dead)} of {len(trained)} trained modules have no gradient, {dead[0]} among them:"
             " the model does not call them, it reads their weights itself or by another path."
-            f" Leave them out: set {flag}."
+            f" Leave them out: set {flag}. Or a checkpoint that is reentrant calls them: pass it"
+            " use_reentrant=False, or use --activation-checkpointing."
         )
 
 

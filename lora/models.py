@@ -273,8 +273,11 @@ class _Take(ConversionOps):  # type: ignore[misc]
 
 
 def packable(model: Any, dense: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The layers that --quantize packs: linear ones of the backbone, but the named."""
-    return targets_of(model, LoRAConfig(exclude_modules=dense or None), ())
+    """The layers that --quantize packs: linear ones of the backbone, but the named, and but those
+    whose dtype the model goes by: T5 casts the input of its `wo` to what `wo` holds."""
+    kept = [f".{name}." for name in getattr(model, "_keep_in_fp32_modules", None) or ()]
+    found = targets_of(model, LoRAConfig(exclude_modules=dense or None), ())
+    return tuple(name for name in found if not any(part in f".{name}." for part in kept))
 
 
 def _head(labels: int, task: str) -> dict[str, Any]:
@@ -406,6 +409,25 @@ def hold(model: Any, dtype: str) -> None:
     for module in model.modules():
         if kind(module) in ("Linear", "Conv1D") and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(torch.bfloat16)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let each block keep what it is given alone, and compute the rest again for the backward pass.
+
+    The masks are drawn again as they were, so that nothing is lost but time. A run without it drops
+    by other masks where layers of one input share theirs (lora.siblings). Raises ModelError where
+    transformers knows no such blocks in the architecture.
+    """
+    # transformers 5.17 has the older name alone, and 5.23 warns of it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"--activation-checkpointing: transformers has none for {type(model).__name__}. Leave"
+            " it out, and lower --batch-size or --max-length."
+        ) from None
+    model.disable_input_require_grads()  # on for reentrant checkpointing, which needs it
 
 
 def _cached(name: str) -> bool:

@@ -26,12 +26,12 @@ LADDER = [
     {"injection"},
     {"checkpoint"},
     {"testing"},
-    {"config", "convert", "demo", "models", "data", "losses", "metrics"},
+    {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers"},
     {"tokens", "state"},
     {"evaluate"},
     {"train"},
     {"run"},
-    {"trained"},
+    {"trained", "trainer"},
     {"compare", "plots"},
     {"cli"},
 ]
@@ -50,7 +50,8 @@ CORE = {
     "checkpoint",
     "testing",
 }
-TRANSFORMERS = {"models", "run", "testing"}  # run records its version, testing builds a Conv1D
+# run records its version, testing builds a Conv1D
+TRANSFORMERS = {"models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:
