@@ -31,7 +31,7 @@ from lora.adapter import (
     initialise,
 )
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.layers import VIEWS, View, inside, kind, views
+from lora.layers import VIEWS, View, gathered, inside, kind, views
 from lora.nf4 import NF4Linear, put
 from lora.targets import (
     Plan,
@@ -629,7 +629,8 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     for adapter, view in placed.values():
         initialise(adapter, view, seed)
     for path, module in parts.copies.items():
-        module.load_state_dict(modules[path].state_dict())
+        held = modules[path].state_dict()
+        module.load_state_dict({key: gathered(value) for key, value in held.items()})
     if parts.selected:
         model.__dict__["lora_selected"].begin(parts.selected)
 
