@@ -487,6 +487,12 @@ def inject(
             f"{planned.method.name} starts from a base that is packed with it, as set. Pass"
             " --quantize nf4, or in Python pack=[names of layers]."
         )
+    if (needs or pack) and any(p.is_meta for _, p in base_parameters(model)):
+        raise ConfigError(
+            f"{planned.method.name} starts from all of the base's values as set, found a base that"
+            " lies in pieces over several ranks, or on the meta device. Set --init-lora-weights"
+            " default, or load the base whole."
+        )
     parts = build(model, planned)
     placed = list(with_views(model, parts.adapters).values())
     for adapter, view in placed:
