@@ -34,9 +34,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora.adapter import AdaptedLayer, SavedModule
 from lora.errors import ConfigError, LoraError, TrainingError
 from lora.injection import Parts, init, injected, owned, wrappers_of
-from lora.targets import base_paths
+from lora.targets import base_paths, unwrapped
 
 WAIT = datetime.timedelta(minutes=10)  # for a rank that is slower, not gone: that shows at once
 
@@ -64,9 +65,7 @@ def device() -> torch.device:
     """Where this rank computes: the accelerator of its number on the machine, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return (
-        torch.device("cuda", int(os.environ["LOCAL_RANK"])) if launched() else torch.device("cuda")
-    )
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda")
 
 
 @contextmanager
@@ -84,7 +83,7 @@ def group(alone: bool = False) -> Iterator[None]:
     if here.type == "cuda":
         torch.cuda.set_device(here)
         backend = "cpu:gloo,cuda:nccl"
-    one: Any = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    one: Any = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     try:
         dist.init_process_group(backend, timeout=WAIT, **one)
     except (RuntimeError, ValueError) as error:
@@ -140,7 +139,8 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
         with together():
             yield flat
-        for tensor, values in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+        sizes = [tensor.numel() for tensor in alike]
+        for tensor, values in zip(alike, torch.split(flat, sizes), strict=True):
             tensor.copy_(values.view_as(tensor))
 
 
@@ -222,15 +222,6 @@ def shard(
             for leaf, parameter in module.named_parameters(recurse=False):
                 homes.setdefault(parameter, []).append((number, module, leaf))
     mesh = init_device_mesh(here.type, (size(),))
-
-    def joined(name: str, like: nn.Parameter) -> DTensor:
-        """The ranks' pieces of this name, as the one tensor that `like` stands for."""
-        piece = pieces.pop(name).to("cpu" if offload else here, like.dtype)
-        shape, stride = like.shape, like.stride()
-        return DTensor.from_local(
-            piece, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
-        )
-
     whole: set[nn.Parameter] = set()
     for parameter, places in homes.items():
         frozen = parameter in names and not parameter.requires_grad
@@ -238,8 +229,10 @@ def shard(
             continue
         kept = parameter
         if parameter.is_meta:
-            values = joined(names[parameter], parameter).full_tensor().to(here)
-            kept = nn.Parameter(values, parameter.requires_grad)
+            piece = pieces.pop(names[parameter]).to(here, parameter.dtype)
+            shape, stride = parameter.shape, parameter.stride()
+            joined = DTensor.from_local(piece, mesh, [Shard(0)], shape=shape, stride=stride)
+            kept = nn.Parameter(joined.full_tensor(), parameter.requires_grad)
             for _, module, leaf in places:
                 module._parameters[leaf] = kept
         kept.data = kept.data.to(here)
@@ -250,7 +243,9 @@ def shard(
     found = {names[parameter]: places for parameter, places in homes.items() if parameter in names}
     for name in list(pieces):
         _, module, leaf = found[name][0]
-        held = nn.Parameter(joined(name, module.get_parameter(leaf)), requires_grad=False)
+        cut: Any = torch.empty_like(module.get_parameter(leaf), device="cpu" if offload else here)
+        cut.to_local().copy_(pieces.pop(name))
+        held = nn.Parameter(cut, requires_grad=False)
         for _, module, leaf in found[name]:
             module._parameters[leaf] = held
     if filled:
@@ -265,9 +260,11 @@ def _parts(parts: Parts) -> Iterator[nn.Module]:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The elements of the outermost nn.ModuleLists that have layers within."""
+    """The elements of the outermost nn.ModuleLists that have layers within, and are called."""
+    if isinstance(module, AdaptedLayer | SavedModule):
+        return
     for child in module.children():
-        listed = isinstance(module, nn.ModuleList) and any(child.children())
+        listed = isinstance(module, nn.ModuleList) and any(unwrapped(child).children())
         if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield child
         else:
@@ -294,16 +291,17 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in heard}
+
     def stop(number: int, frame: FrameType | None) -> None:
-        for heard in taken:
-            signal.signal(heard, signal.SIG_IGN)
+        for one in heard:
+            signal.signal(one, signal.SIG_IGN)
         raise SignalException("told to stop", signal.Signals(number))
 
-    # What went wrong the rank says itself.
+    # What went wrong a rank says itself.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    taken = {s: signal.getsignal(s) for s in heard if signal.getsignal(s) != signal.SIG_IGN}
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -315,23 +313,28 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             local_addr="localhost",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle="SIGQUIT",  # those above are heard once, torch's own as often as sent
+            signals_to_handle="SIGQUIT",  # not the three: torch would hear a second one of them too
         )
         try:
-            for number in taken:
-                signal.signal(number, stop)
+            for one in heard:
+                if before[one] != signal.SIG_IGN:  # as under nohup
+                    signal.signal(one, stop)
             elastic_launch(config, sys.executable)("-m", "lora", *arguments)
         except SignalException as told:
-            return 128 + told.sigval
+            return 128 + int(told.sigval)
         except ChildFailedError as failed:
             number, failure = failed.get_first_failure()
+            for other, also in failed.failures.items():  # that found it gone in the same moment
+                ended = also.exitcode < 0 and also.exitcode != -signal.SIGTERM
+                if ended and also.timestamp <= failure.timestamp + 1:
+                    number, failure = other, also
             if failure.exitcode < 0:
                 raise TrainingError(
-                    f"rank {number} of {count} (process {failure.pid}) was killed by"
-                    f" {signal.Signals(-failure.exitcode).name}; the others were stopped."
+                    f"rank {number} of {count} (process {failure.pid}) was ended by"
+                    f" {failure.signal_name()}; the others were stopped."
                 ) from None
             return int(failure.exitcode)
         finally:
-            for number, before in taken.items():
-                signal.signal(number, before)
+            for one in heard:
+                signal.signal(one, before[one])
     return 0

@@ -27,7 +27,7 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics"},
-    {"tokens"},
+    {"tokens", "distributed"},
     {"evaluate"},
     {"train"},
     {"run"},
