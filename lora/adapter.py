@@ -32,7 +32,7 @@ from lora import fused
 from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
 from lora.fused import Update, autocast_on, unseen, without_autocast
-from lora.layers import View, apply, views
+from lora.layers import View, apply, in_pieces, views
 from lora.nf4 import NF4
 from lora.siblings import plain, reading_of
 
@@ -430,7 +430,7 @@ class Adapter(Method, nn.Module):
         update = self.low_rank(view) if fused.possible(view, x) else None
         if update is not None:
             return fused.low_rank(x, [update], mask)[0]
-        if not self.additive:
+        if not self.additive or in_pieces(view.parameters()[0]):
             return self.reference(view, x, mask)
         y: Tensor = view.module(x)
         return (y + self.delta(view, x, mask)).to(y.dtype)

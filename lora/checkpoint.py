@@ -60,7 +60,7 @@ from lora.injection import (
     with_views,
     wrap,
 )
-from lora.layers import fits, inside, kind, views
+from lora.layers import fits, gathered, inside, kind, views
 from lora.nf4 import NF4Linear
 from lora.targets import (
     Plan,
@@ -85,12 +85,18 @@ INERT = {
 }
 
 
-def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "default") -> Path:
+def save(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    writes: bool = True,
+) -> Path:
     """Write adapter `name` as PEFT does: into `directory`, or into its subfolder `name`.
 
     Every file is whole on disk before the first takes its place; a crash between two of the
-    renames leaves files that load() tells apart, where they are of two settings. Returns the
-    folder. Raises CheckpointError.
+    renames leaves files that load() tells apart, where they are of two settings. Of several
+    processes among which the base is sharded all have to call it, since it samples the base, and
+    one `writes`. Returns the folder. Raises CheckpointError.
     """
     check_name(name)
     if name not in injected(model):
@@ -100,6 +106,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
     planned = injected(model)[name]
     settings = file_config(model, planned, name)
     found = carried(model, settings) | stored_tensors(model, name)
+    found = {key: gathered(tensor) for key, tensor in found.items()}
     for key, tensor in found.items():
         if tensor.is_meta:
             raise CheckpointError(f"{key} has no values (meta device). Call lora.init first.")
@@ -127,6 +134,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str], name: str = "defau
     metadata = {"format": "pt", MARK: json.dumps(mark, sort_keys=True)}
     files = adapter_files(stored, metadata, settings, planned.method)
     folder = Path(directory) if name == "default" else Path(directory) / name
+    if not writes:
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, files)
@@ -292,8 +301,8 @@ def fingerprint(
             continue
         if tensor.is_meta:
             return {}
-        values = tensor.detach().reshape(-1)
-        codes = values.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)
+        codes = tensor.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)
+        values = gathered(tensor).detach().reshape(-1)
         if not values.is_floating_point() and not codes:
             continue
         if values.numel() > 4096:

@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora.dropout import Mask, drop_, dropped
 from lora.errors import TrainingError
-from lora.layers import View
+from lora.layers import View, in_pieces
 
 Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
 Factors = tuple[tuple[Tensor, Tensor], ...]  # A (r, in) and s Bᵀ (r, out), by way
@@ -63,6 +63,7 @@ def possible(view: View, x: Tensor) -> bool:
         or view.of_ids  # ids have no gradient, and a table no product
         or x.is_nested
         or view.parameters()[0].requires_grad
+        or in_pieces(view.parameters()[0])  # called by itself, and not by the block that joins them
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
         or torch.autograd.forward_ad._current_level >= 0

@@ -31,7 +31,7 @@ from lora.adapter import (
     initialise,
 )
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.layers import VIEWS, View, inside, kind, views
+from lora.layers import VIEWS, View, gathered, inside, kind, views
 from lora.nf4 import NF4Linear, put
 from lora.targets import (
     Plan,
@@ -489,6 +489,12 @@ def inject(
             f"{planned.method.name} starts from a base that is packed with it, as set. Pass"
             " --quantize nf4, or in Python pack=[names of layers]."
         )
+    if (needs or pack) and any(p.is_meta for _, p in base_parameters(model)):
+        raise ConfigError(
+            f"{planned.method.name} starts from all of the base's values as set, found a base that"
+            " lies in pieces over several ranks, or on the meta device. Set --init-lora-weights"
+            " default, or load the base whole."
+        )
     parts = build(model, planned)
     placed = list(with_views(model, parts.adapters).values())
     for adapter, view in placed:
@@ -631,7 +637,8 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     for adapter, view in placed.values():
         initialise(adapter, view, seed)
     for path, module in parts.copies.items():
-        module.load_state_dict(modules[path].state_dict())
+        held = modules[path].state_dict()
+        module.load_state_dict({key: gathered(value) for key, value in held.items()})
     if parts.selected:
         model.__dict__["lora_selected"].begin(parts.selected)
 

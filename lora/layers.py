@@ -39,7 +39,7 @@ class View:
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in), sharing the module's storage, and b (out,) or None."""
-        weight, bias = self.parameters()
+        weight, bias = map(gathered, self.parameters())
         return (weight.T if self.transposed else weight), bias
 
     def parameters(self) -> tuple[Any, Any]:
@@ -65,6 +65,16 @@ class View:
         """
         (weight,) = stored
         return weight.t() if self.transposed else weight
+
+
+def in_pieces(tensor: Any) -> bool:
+    """Whether a tensor lies in pieces over several processes: torch's DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Any) -> Any:
+    """All of a tensor, or None. One in pieces is gathered, which each process has to ask for."""
+    return tensor.full_tensor() if in_pieces(tensor) else tensor
 
 
 VIEWS: dict[type[nn.Module], type[View]] = {}  # further kinds of linear layer, from other rooms

@@ -8,12 +8,13 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -37,6 +38,8 @@ class Base:
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     new: tuple[str, ...]  # modules with fresh weights: the head
+    pieces: dict[str, Tensor] = field(default_factory=dict)
+    """By name what one rank holds of the base: those parameters are on the meta device."""
 
 
 @functools.cache
@@ -81,6 +84,7 @@ def load_base(
     quantize: str = "none",
     dense: tuple[str, ...] = (),
     packed: Callable[[int, int], None] = lambda done, layers: None,
+    part: tuple[int, int] | None = None,
 ) -> Base:
     """The base with a head of `labels` outputs for `task`; fresh weights are a function of seed.
 
@@ -88,8 +92,14 @@ def load_base(
     those that `dense` names; of files each is packed as it is read, so that the whole is never
     there unpacked, and `packed` is told how many are so far, of how many. What bitsandbytes saved
     in NF4 is held as it is saved, whatever `quantize`: in the backbone as NF4Linear, in the head
-    dense. Raises ModelError where the base is not to be had, is packed in another way, or its
-    weights do not fill the backbone.
+    dense.
+
+    `part` = (rank, size) keeps of all matrices in files, dense or packed, that rank's piece alone,
+    each cut as it is read: what distributed.shard() puts together. Biases, norms, fresh weights and
+    the demo base are whole.
+
+    Raises ModelError where the base is not to be had, is packed in another way, or its weights do
+    not fill the backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -99,24 +109,27 @@ def load_base(
                 nf4.quantize_layers(found.model, packable(found.model, dense))
             return found
         _Quantize.packed, _Quantize.done = packed, 0
+        _Quantize.cut = None if part is None else _Cut(*part)
         return _transformers_base(base, labels, task, quantize, dense)
 
 
 @register_quantization_config("lora-nf4")
 class _NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """What from_pretrained is told: layers that stay dense, by name or dotted ending."""
+    """What from_pretrained is told: whether to pack layers, and which stay dense, by name or dotted
+    ending."""
 
     quant_method: Any = "lora-nf4"
 
-    def __init__(self, dense: tuple[str, ...] = (), **given: Any) -> None:
-        self.dense = dense
+    def __init__(self, packs: bool = True, dense: tuple[str, ...] = (), **given: Any) -> None:
+        self.packs, self.dense = packs, dense
 
 
 @register_quantizer("lora-nf4")
 class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     """Quantises each weight as from_pretrained reads it, tensor by tensor, from its files.
 
-    pre_quantized, where the files are bitsandbytes', it takes what they hold.
+    pre_quantized, where the files are bitsandbytes', it takes what they hold. Where one rank's part
+    is asked for, it cuts what is read, packed or not.
     """
 
     is_trainable = True
@@ -127,7 +140,8 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
         self.stated = model.state_dict()  # on the meta device: shapes and dtypes
         self.names: tuple[str, ...] = ()
-        if self.pre_quantized:  # each tensor is read in the dtype that it is saved in
+        self.as_saved = self.pre_quantized or not self.quantization_config.packs
+        if self.as_saved:  # each tensor is read in the dtype that it is saved in
             model._get_dtype_plan = lambda dtype: {"*": None}
         else:
             self.names = packable(model, self.quantization_config.dense)
@@ -140,8 +154,11 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
             stated = tensor if packed else self.stated.get(name, tensor)
             if tensor.shape != stated.shape:
                 raise _another_shape(name, tensor.shape, stated.shape)
-        if self.pre_quantized:
+        if _Quantize.cut is not None:
+            _Quantize.cut.leave(model)
+        if self.as_saved:
             del model._get_dtype_plan
+        if self.pre_quantized:
             # save_pretrained would go back over what was done to the keys.
             model._weight_conversions = [
                 one
@@ -168,6 +185,47 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return [take, WeightConverter("bias$", "bias", [_Fit()])]
 
 
+class _Cut:
+    """One rank's pieces of what is read, and what stands in for the whole until all is read."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.taken: dict[int, tuple[Tensor, Tensor]] = {}  # by the stand-in's memory
+        self.pieces: dict[str, Tensor] = {}
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Keep this rank's piece, as FSDP2 cuts, and give a stand-in: zeros in no memory."""
+        step = -(-len(tensor) // self.size)
+        piece = tensor.detach()[self.rank * step :][:step].clone()
+        stand_in = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+        self.taken[stand_in.data_ptr()] = stand_in, piece
+        return stand_in
+
+    def leave(self, model: Any) -> None:
+        """The model with each stand-in on the meta device, ties as they are; the pieces by name."""
+        fresh: dict[int, Any] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.data_ptr() in self.taken:
+                _, self.pieces[name] = self.taken[parameter.data_ptr()]
+                empty = torch.empty_like(
+                    parameter, device="meta", memory_format=torch.contiguous_format
+                )
+                fresh[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+        for module in model.modules():
+            for leaf, parameter in module._parameters.items():
+                module._parameters[leaf] = fresh.get(id(parameter), parameter)
+        self.taken.clear()
+
+
+def _kept(found: dict[str, Any], least: int) -> dict[str, Any]:
+    """What is put into the model of tensors that were read, or packed: where one rank's part is
+    asked for, a stand-in for each of at least so many dimensions."""
+    cut = _Quantize.cut
+    if cut is None:
+        return found
+    return {key: cut.take(t) if t.dim() >= least else t for key, t in found.items()}
+
+
 def _fitting(model: Any, name: str, tensor: Any) -> dict[str, Any]:
     """What to put in place of a tensor that was read: itself, or nothing where the model has
     another shape, so that it counts as missing. Under a quantiser transformers 5.17 asks no such
@@ -191,6 +249,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     refused: ClassVar[LoraError | None] = None  # from_pretrained reports an error and drops it
     packed: ClassVar[Callable[[int, int], None]]
     done: ClassVar[int]  # from_pretrained makes an op for each weight
+    cut: ClassVar[_Cut | None] = None
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
@@ -201,7 +260,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             read = _fitting(model, name, value[0] if isinstance(value, list) else value)
             path, _, leaf = name.rpartition(".")
             if not read or leaf != "weight" or path not in self.names:
-                found |= read
+                found |= _kept(read, 2)
                 continue
             layer = model.get_submodule(path)
             weight = read[name].T if kind(layer) == "Conv1D" else read[name]
@@ -219,7 +278,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
 def _put(model: Any, path: str, fresh: NF4Linear, q: nf4.NF4) -> dict[str, Any]:
     """Puts it in the layer's place; its tensors by their names in the model."""
     nf4.put(model, {id(model.get_submodule(path)): fresh})
-    return {f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}
+    return _kept({f"{path}.{leaf}": p for leaf, p in nf4.parameters_of(q).items()}, 1)
 
 
 class _Fit(ConversionOps):  # type: ignore[misc]
@@ -248,7 +307,7 @@ class _Take(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Any]:
         tensors = {key.removesuffix("$"): values[0] for key, values in input_dict.items()}
         if tensors.keys() == {"weight"} and tensors["weight"].is_floating_point():
-            return _fitting(model, full_layer_name, tensors["weight"])
+            return _kept(_fitting(model, full_layer_name, tensors["weight"]), 2)
         path = full_layer_name.rpartition(".")[0]
         layer = model.get_submodule(path)
         try:
@@ -261,7 +320,7 @@ class _Take(ConversionOps):  # type: ignore[misc]
             if not inside(path, backbone(model)):  # a head of another size is a new head
                 W = nf4.dequantize(q, torch.float32)
                 W = W.T if kind(layer) == "Conv1D" else W
-                return _fitting(model, full_layer_name, W)
+                return _kept(_fitting(model, full_layer_name, W), 2)
             fresh = NF4Linear.over(layer, q)
             if q.shape != (fresh.out_features, fresh.in_features):
                 stated = (fresh.out_features, fresh.in_features)
@@ -343,7 +402,11 @@ def _transformers_base(
         if packed:
             config.quantization_config = {"quant_method": "lora-nf4"}
         elif quantize == "nf4":
-            how = {"dtype": "auto", "quantization_config": _NF4Config(dense)}
+            how = {"dtype": "auto", "quantization_config": _NF4Config(True, dense)}
+        elif _Quantize.cut is not None:
+            how |= {"quantization_config": _NF4Config(False)}
+        if _Quantize.cut is not None:  # or threads read more of the files than is cut by then
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
             base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
@@ -382,7 +445,8 @@ def _transformers_base(
             f" ({lost[0]}, ...). The weights are of another model, or incomplete."
         )
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
-    return Base(model.eval(), tokenizer, new)
+    pieces = {} if _Quantize.cut is None else _Quantize.cut.pieces
+    return Base(model.eval(), tokenizer, new, pieces)
 
 
 def bfloat16_here(device: torch.device) -> bool:

@@ -393,7 +393,8 @@ class NF4Linear(nn.Module):
 
     def quantized(self) -> NF4:
         """W as it is held."""
-        return self._of(self.weight, self.absmax, self.nested_absmax, self.offset)
+        held = self.weight, self.absmax, self.nested_absmax, self.offset
+        return self._of(*map(layers.gathered, held))
 
     def _of(self, *tensors: Tensor | None) -> NF4:
         codes, absmax, nested_absmax, offset = tensors
@@ -479,7 +480,7 @@ class NF4View(View):
         return self.module.dtype
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        return dequantize(self.module.quantized()), self.parameters()[1]
+        return dequantize(self.module.quantized()), layers.gathered(self.parameters()[1])
 
     def stored(self) -> tuple[Tensor, ...]:
         held = self.module

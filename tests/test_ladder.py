@@ -26,7 +26,7 @@ LADDER = [
     {"injection"},
     {"checkpoint"},
     {"testing"},
-    {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers"},
+    {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
     {"tokens", "state"},
     {"evaluate"},
     {"train"},

@@ -44,7 +44,8 @@ class Tokens(Adapter):
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         self.ids.copy_(torch.tensor(self.numbers))  # which to_empty takes away
-        self.trainable_tokens_delta.copy_(view.parameters()[0][self.ids])
+        W, _ = view.read()
+        self.trainable_tokens_delta.copy_((W.T if self.by_column else W)[self.ids])
 
     @classmethod
     def size(cls, view: View, config: Any, module: str) -> int:

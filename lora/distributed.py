@@ -1,0 +1,340 @@
+"""Ranks: processes that train one model, each on rows of its own, on torch's engine.
+
+    lora train --nproc 2 ...                       launch(): the ranks of one machine
+    torchrun --nnodes 2 ... -m lora train ...      several machines, through torchrun's rendezvous
+
+What trains is a plain tensor on every rank, equal everywhere, whatever becomes of the base: an
+adapter is small. So one optimiser step is the same in both ways, and so are clipping and saving:
+every rank adds up the gradients of its rows, total() sums them over the ranks in one message, and
+each takes the step that all take. DistributedDataParallel would hide that message behind the
+backward; for megabytes there is nothing to hide.
+
+    data parallel   every rank holds the base
+    sharded         every rank holds a piece of each tensor of the frozen base (FSDP2, fully_shard);
+                    a block is put together for its forward and its backward, and let go
+
+In both a rank takes part in every message: one without a row computes one and counts it for 0.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lora.adapter import AdaptedLayer, SavedModule
+from lora.errors import ConfigError, LoraError, TrainingError
+from lora.injection import Parts, init, injected, owned, wrappers_of
+from lora.targets import base_paths, unwrapped
+
+WAIT = datetime.timedelta(minutes=10)  # for a rank that is slower, not gone: that shows at once
+
+
+def launched() -> bool:
+    """Whether torchrun, or launch(), started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 where no group is up."""
+    return dist.get_rank() if _up() else 0
+
+
+def size() -> int:
+    """How many ranks there are; 1 where no group is up."""
+    return dist.get_world_size() if _up() else 1
+
+
+def _up() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def device() -> torch.device:
+    """Where this rank computes: the accelerator of its number on the machine, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda")
+
+
+@contextmanager
+def group(alone: bool = False) -> Iterator[None]:
+    """Inside, the ranks that were launched together can speak: by gloo on CPUs, by NCCL on CUDA.
+
+    Nothing where this process was not launched as one of several, but with `alone`: a group of one,
+    which shard() needs. Raises TrainingError where the ranks do not find each other.
+    """
+    if not launched() and not alone:
+        yield
+        return
+    here = device()
+    backend = "gloo"
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+        backend = "cpu:gloo,cuda:nccl"
+    one: Any = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    try:
+        dist.init_process_group(backend, timeout=WAIT, **one)
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"rank {os.environ.get('RANK', 0)} does not find the others: {_line(error)}. Start all"
+            " of them by one torchrun command, on every machine with the same --rdzv-endpoint."
+        ) from error
+    yield
+    # Not after an error: its connections last as long as it does, and the others wait for its end.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, a message that fails since another rank is gone is a TrainingError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise TrainingError(
+            f"rank {rank()} of {size()} waited for another rank, which is gone or does not answer"
+            f" ({_line(error)}). What that one said stands above, if it could say anything."
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error, without where in C++ it was raised."""
+    return str(error).strip().partition("\n")[0].rpartition("] ")[2].rstrip(".")
+
+
+def total(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over the ranks, in place: in one message for each dtype."""
+    if size() > 1:
+        for message in _messages(tensors):
+            dist.all_reduce(message)
+
+
+def same(tensors: Sequence[Tensor]) -> None:
+    """Give rank 0's values to every rank, in place: in one message for each dtype."""
+    if size() > 1:
+        for message in _messages(tensors):
+            dist.broadcast(message, 0)
+
+
+@torch.no_grad()
+def _messages(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The tensors flat, one after the other; what was done to that is written back to them."""
+    kinds: dict[tuple[Any, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for alike in kinds.values():
+        flat = torch.cat([tensor.reshape(-1) for tensor in alike])
+        with together():
+            yield flat
+        sizes = [tensor.numel() for tensor in alike]
+        for tensor, values in zip(alike, torch.split(flat, sizes), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+
+def gather(thing: Any) -> list[Any]:
+    """What every rank passed, in their order; it travels pickled."""
+    if size() == 1:
+        return [thing]
+    found: list[Any] = [None] * size()
+    with together():
+        dist.all_gather_object(found, thing)
+    return found
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Every rank comes out of it, or none: an error of ours on any ends all, and is shown once.
+
+    By rank 0, which raises its own, or a TrainingError that names the rank and what it met; the
+    others leave quietly, with the exit code of the command line, once rank 0 is gone.
+    """
+    own: LoraError | None = None
+    try:
+        yield
+    except LoraError as error:
+        own = error
+    found = gather(own and f"{type(own).__name__}: {own}")
+    bad = [number for number, text in enumerate(found) if text is not None]
+    if not bad:
+        return
+    if rank() > 0:
+        with suppress(TrainingError):
+            gather(None)  # never answered: rank 0 has said what there is to say when this fails
+        raise SystemExit(2)
+    raise own or TrainingError(f"rank {bad[0]} of {size()} cannot go on. {found[bad[0]]}")
+
+
+def shard(
+    model: nn.Module,
+    pieces: MutableMapping[str, Tensor] | None = None,
+    seed: int = 0,
+    offload: bool = False,
+) -> None:
+    """Leave of the frozen base on each rank a piece, in place: FSDP2, block by block.
+
+    A block is an element of an nn.ModuleList that has layers within; the rest is one more. To be
+    called last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
+    else lies on device() then, on every rank the same: what trains, adapters, what two blocks
+    share, and scalars. Where a bfloat16 product meets a float32 weight the cast of that weight is
+    kept whole: models.hold() first.
+
+    `pieces` are a base's that was loaded so (models.load_base), by name: each is taken out as it
+    finds its place, and the adapters are filled then, by `seed`, as inject would have. With
+    `offload` the pieces lie in the memory of the CPU, and each block is fetched to the accelerator.
+
+    Every rank has to call it, inside of group(); and afterwards lora.save, with writes=False on all
+    but one, lora.load and lora.init. A merge is not to be had: reload the base. Raises ConfigError.
+    """
+    # A second of importing, which data parallel runs are spared.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    here, pieces = device(), {} if pieces is None else pieces
+    if offload and here.type == "cpu":
+        raise ConfigError(
+            "the base is to be offloaded to the CPU's memory, and there is no accelerator that it"
+            " would be fetched to: it lies there anyway. Leave the offloading out."
+        )
+    filled = bool(pieces)
+    for part in (part for name in injected(model) for part in _parts(owned(model, name))):
+        if any(parameter.is_meta for parameter in part.parameters()):
+            part.to_empty(device=here)
+    originals = [saved.original_module for saved in wrappers_of(model)[1].values()]
+    units = list(dict.fromkeys([*originals, *_blocks(model), model]))  # the inner ones first
+    names = {parameter: name for name, parameter in reversed(list(base_paths(model)))}
+    homes: dict[nn.Parameter, list[tuple[int, nn.Module, str]]] = {}
+    for number, unit in enumerate(units):
+        for module in _own(unit, units):
+            for leaf, parameter in module.named_parameters(recurse=False):
+                homes.setdefault(parameter, []).append((number, module, leaf))
+    mesh = init_device_mesh(here.type, (size(),))
+    whole: set[nn.Parameter] = set()
+    for parameter, places in homes.items():
+        frozen = parameter in names and not parameter.requires_grad
+        if frozen and parameter.dim() and len({number for number, *_ in places}) == 1:
+            continue
+        kept = parameter
+        if parameter.is_meta:
+            piece = pieces.pop(names[parameter]).to(here, parameter.dtype)
+            shape, stride = parameter.shape, parameter.stride()
+            joined = DTensor.from_local(piece, mesh, [Shard(0)], shape=shape, stride=stride)
+            kept = nn.Parameter(joined.full_tensor(), parameter.requires_grad)
+            for _, module, leaf in places:
+                module._parameters[leaf] = kept
+        kept.data = kept.data.to(here)
+        whole.add(kept)
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for unit in units:
+        fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=whole)
+    found = {names[parameter]: places for parameter, places in homes.items() if parameter in names}
+    for name in list(pieces):
+        _, module, leaf = found[name][0]
+        cut: Any = torch.empty_like(module.get_parameter(leaf), device="cpu" if offload else here)
+        cut.to_local().copy_(pieces.pop(name))
+        held = nn.Parameter(cut, requires_grad=False)
+        for _, module, leaf in found[name]:
+            module._parameters[leaf] = held
+    if filled:
+        for name in injected(model):
+            init(model, seed, name)
+
+
+def _parts(parts: Parts) -> Iterator[nn.Module]:
+    """The modules that an adapter consists of."""
+    yield from parts.adapters.values()
+    yield from parts.copies.values()
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of the outermost nn.ModuleLists that have layers within, and are called."""
+    if isinstance(module, AdaptedLayer | SavedModule):
+        return
+    for child in module.children():
+        listed = isinstance(module, nn.ModuleList) and any(unwrapped(child).children())
+        if listed and not isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield child
+        else:
+            yield from _blocks(child)
+
+
+def _own(module: nn.Module, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """The module and those within it, but for what belongs to a unit within it."""
+    yield module
+    for child in module.children():
+        if not any(child is unit for unit in units):
+            yield from _own(child, units)
+
+
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """Run `lora ARGUMENTS` as `count` ranks on this machine; the exit code.
+
+    That of the rank that failed first, 0 where none did; 130 or 143 where this process was told to
+    stop (Ctrl-C, SIGTERM). It tells each rank once, gives them 30 seconds to end, and hears no
+    further signal meanwhile. Raises TrainingError where a rank was killed, which can say nothing
+    itself. The ranks share the cores, but where OMP_NUM_THREADS says otherwise.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.getsignal(number) for number in heard}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in heard:
+            signal.signal(one, signal.SIG_IGN)
+        raise SignalException("told to stop", signal.Signals(number))
+
+    # What went wrong a rank says itself.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    with tempfile.TemporaryDirectory() as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGQUIT",  # not the three: torch would hear a second one of them too
+        )
+        try:
+            for one in heard:
+                if before[one] != signal.SIG_IGN:  # as under nohup
+                    signal.signal(one, stop)
+            elastic_launch(config, sys.executable)("-m", "lora", *arguments)
+        except SignalException as told:
+            return 128 + int(told.sigval)
+        except ChildFailedError as failed:
+            number, failure = failed.get_first_failure()
+            for other, also in failed.failures.items():  # that found it gone in the same moment
+                ended = also.exitcode < 0 and also.exitcode != -signal.SIGTERM
+                if ended and also.timestamp <= failure.timestamp + 1:
+                    number, failure = other, also
+            if failure.exitcode < 0:
+                raise TrainingError(
+                    f"rank {number} of {count} (process {failure.pid}) was ended by"
+                    f" {failure.signal_name()}; the others were stopped."
+                ) from None
+            return int(failure.exitcode)
+        finally:
+            for one in heard:
+                signal.signal(one, before[one])
+    return 0
