@@ -111,8 +111,9 @@ def together() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error, without where in C++ it was raised."""
-    return str(error).strip().partition("\n")[0].rpartition("] ")[2].rstrip(".")
+    """The first sentence of an error, without where in C++ it was raised."""
+    line = str(error).strip().partition("\n")[0].rpartition("] ")[2]
+    return line.partition(". ")[0].rstrip(".")
 
 
 def total(tensors: Sequence[Tensor]) -> None:
@@ -299,8 +300,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             signal.signal(one, signal.SIG_IGN)
         raise SignalException("told to stop", signal.Signals(number))
 
-    # What went wrong a rank says itself.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL + 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
@@ -315,6 +314,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle="SIGQUIT",  # not the three: torch would hear a second one of them too
         )
+        logging.disable()  # what went wrong a rank says itself
         try:
             for one in heard:
                 if before[one] != signal.SIG_IGN:  # as under nohup
@@ -335,6 +335,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
                 ) from None
             return int(failure.exitcode)
         finally:
+            logging.disable(logging.NOTSET)
             for one in heard:
                 signal.signal(one, before[one])
     return 0
