@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lora import __version__
 from lora.errors import ConfigError, LoraError, StoppedError
@@ -53,10 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # None where it was closed: `lora ... >&-`
             sys.stdout.flush()
     except StoppedError as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every rank stops, and one says so
+            print(f"stopped: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except LoraError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK")
+        where = f"[rank {rank}] " if rank else ""
+        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `lora predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -97,20 +100,49 @@ def _run(verb: str, given: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from lora.config import parse_run, value_of
+    from lora.config import parse_run, take
 
-    directory = value_of(arguments, "--resume")
-    if directory is not None and len(arguments) > (1 if "=" in arguments[0] else 2):
+    count, arguments = take(arguments, "--nproc", "N")
+    directory, others = take(arguments, "--resume", "RUN")
+    if directory is not None and others:
         raise ConfigError("--resume takes its settings from the run. Leave the other flags out.")
     config = parse_run(arguments) if directory is None else None
+    if count is not None:
+        _train_on(count, arguments, config, directory)
+        return
     from lora.run import resume, run
     from lora.scratch import keep_freed_memory
 
     keep_freed_memory()
     summary = run(config) if config is not None else resume(Path(directory or ""))
+    if os.environ.get("RANK", "0") != "0":  # rank 0 says it
+        return
     scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
     print(f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}  {scores}")
     print(f"recorded in {summary['run_dir']}")
+
+
+def _train_on(count: str, arguments: list[str], config: Any, directory: str | None) -> None:
+    """`lora train` as so many ranks; what it was told to check, this process has checked."""
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigError(f"--nproc must be a whole number from 1, found {count}.")
+    from lora.distributed import launch, launched
+    from lora.errors import TrainingError
+
+    if launched():
+        raise ConfigError("--nproc starts the processes, and torchrun did. Leave --nproc out.")
+    if config is not None and config.run_dir is None:
+        from lora.run import default_directory
+
+        directory = str(default_directory(config))
+        arguments = [*arguments, "--run-dir", directory]
+    directory = directory or str(config.run_dir)
+    try:
+        code = launch(int(count), ["train", *arguments])
+    except TrainingError as error:
+        raise TrainingError(f"{error} Go on with lora train --resume {directory}") from None
+    if code:
+        raise SystemExit(code)
 
 
 def _compare(arguments: list[str]) -> None:

@@ -32,8 +32,9 @@ Schedule = Literal["linear", "cosine", "constant"]
 Final = Literal["last", "best"]
 ABOUT = """Train one method on one data set.
 
-Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, and takes
-no other flags."""
+Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, by the
+settings that it has. --nproc N trains on N processes of this machine; torchrun -m lora train on
+those of several."""
 C = TypeVar("C", bound=MethodConfig)
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -96,6 +97,14 @@ class RunConfig(Generic[C]):
     embeddings and norms always stay."""
     compile: bool = False
     """torch.compile the model: minutes before the first step, which long runs win back."""
+    activation_checkpointing: bool = False
+    """Keep of each block its input alone, and compute the rest again for the backward pass: less
+    memory, a longer step."""
+    shard: bool = False
+    """Divide the frozen base among the ranks of --nproc or torchrun (FSDP2), each tensor as it is
+    read, for bases that one device does not hold."""
+    offload: bool = False
+    """Shard, and hold the pieces in the CPU's memory: each block is fetched to the accelerator."""
     eval_steps: int | None = None
     """Optimiser steps from one evaluation on dev to the next. Default: an epoch."""
     save_steps: int | None = None
@@ -114,6 +123,8 @@ class RunConfig(Generic[C]):
     """Use only the first N rows of every split."""
     note: str = ""
     """A remark for the run's summary."""
+    trackers: tuple[str, ...] = ()
+    """Show the metrics in tensorboard, wandb, mlflow or trackio too."""
     run_dir: Path | None = None
     """Where the run is recorded. Default: runs/TIME-METHOD."""
     settings: C
@@ -134,7 +145,15 @@ class RunConfig(Generic[C]):
         check("dense", self.dense, "names of layers", good)
         if self.dense and self.quantize == "none":
             raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
-        check("compile", self.compile, "true or false", isinstance(self.compile, bool))
+        for name in ("compile", "activation_checkpointing", "shard", "offload"):
+            value = getattr(self, name)
+            check(name, value, "true or false", isinstance(value, bool))
+        if self.compile and (self.shard or self.offload):
+            raise ConfigError("compile is of a base that lies whole. Leave it or --shard out.")
+        if self.adapter is not None and (self.shard or self.offload):
+            raise ConfigError("--adapter goes on a base that lies whole. Leave --shard out.")
+        good = isinstance(self.trackers, tuple) and all(isinstance(t, str) for t in self.trackers)
+        check("trackers", self.trackers, "names", good)
         for name, kinds in (("schedule", Schedule), ("final", Final)):
             value = getattr(self, name)
             check(name, value, "one of " + ", ".join(get_args(kinds)), value in get_args(kinds))
@@ -273,14 +292,20 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """The file after --config, None without one, and the other arguments."""
+    found, rest = take(arguments, "--config", "FILE.toml")
+    return (None if found is None else Path(found)), rest
+
+
+def take(arguments: Sequence[str], flag: str, what: str) -> tuple[str | None, list[str]]:
+    """What follows a flag, None without it, and the other arguments."""
     rest = list(arguments)
     for index, argument in enumerate(rest):
-        if argument == "--config" or argument.startswith("--config="):
+        if argument == flag or argument.startswith(f"{flag}="):
             width = 1 if "=" in argument else 2
-            path = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
-            if not path:
-                raise ConfigError("--config names no file. Pass --config FILE.toml.")
-            return Path(path), rest[:index] + rest[index + width :]
+            found = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
+            if not found or found.startswith("--"):
+                raise ConfigError(f"{flag} names nothing. Pass {flag} {what}.")
+            return found, rest[:index] + rest[index + width :]
     return None, rest
 
 

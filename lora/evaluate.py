@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from lora import distributed
 from lora.data import Corpus, Example
 from lora.errors import TrainingError
 from lora.losses import task_loss
@@ -33,25 +34,42 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
+def device_of(model: Any) -> torch.device:
+    """Where the model computes: an offloaded base lies elsewhere, what trains does not."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    found: torch.device = next(trained, next(model.parameters())).device
+    return found
+
+
 def predict(
     model: Any, encoded: Encoded, batch_size: int, dtype: str, progress: Progress | None = None
 ) -> Tensor:
-    """Logits (examples, outputs), float32, on the CPU, in the examples' order. Sets eval mode."""
-    device = next(model.parameters()).device
+    """Logits (examples, outputs), float32, on the CPU, in the examples' order. Sets eval mode.
+
+    The rows of each batch are divided among the ranks; every rank has all the logits in the end.
+    """
+    device = device_of(model)
     model.eval()
-    logits = []
+    rank, ranks = distributed.rank(), distributed.size()
+    found: Tensor | None = None
     order = sorted_batches(encoded.lengths, batch_size)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
     with torch.inference_mode(), autocast(device, dtype):
-        for batch in ahead(order, lambda rows: collate(encoded, rows, device)):
-            logits.append(model(**batch).logits.float().cpu())
+        shares = ([*rows[rank::ranks]] for rows in order)
+        filled = ((own, own or rows[:1]) for own, rows in zip(shares, order, strict=True))
+        for own, batch in ahead(filled, lambda e: (e[0], collate(encoded, e[1], device))):
+            logits = model(**batch).logits.float().cpu()
+            if found is None:
+                found = logits.new_zeros(len(encoded.lengths), logits.shape[-1])
+            if own:  # or it was computed for company
+                found[own] = logits
             if progress and bar is not None:
                 progress.advance(bar)
     if progress and bar is not None:
         progress.remove_task(bar)
-    found = torch.cat(logits)
-    ordered = torch.empty_like(found)
-    ordered[torch.tensor([row for batch in order for row in batch])] = found
+    assert found is not None
+    ordered = found.clone()  # no inference tensor
+    distributed.total([ordered])
     return ordered
 
 

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,7 +43,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from lora import __version__, state
+from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
 from lora.checkpoint import json_object, load, save, write_together, write_whole
 from lora.config import RunConfig, from_table, method_named, read_toml, to_table
@@ -59,10 +59,17 @@ from lora.errors import (
 from lora.evaluate import Evaluation, answers, evaluate
 from lora.injection import Report, check_steps, inject
 from lora.layers import inside
-from lora.models import Base, hold, load_base, packable, pick_dtype
+from lora.models import (
+    Base,
+    checkpoint_activations,
+    hold,
+    load_base,
+    packable,
+    pick_dtype,
+)
 from lora.state import Training
 from lora.tokens import Encoded, batches, collate, encode
-from lora.train import Step, begin, check_room, fit, steps_per_epoch
+from lora.train import SIGNALS, Step, begin, check_room, fit, steps_per_epoch
 
 CHECKPOINTS = "checkpoints"
 
@@ -70,9 +77,12 @@ CHECKPOINTS = "checkpoints"
 def run(config: RunConfig[Any]) -> dict[str, Any]:
     """Train, evaluate, record. Returns the summary. Raises LoraError, no directory left behind
     unless training had begun."""
-    directory = config.run_dir or default_directory(config)
-    check_free(directory)
-    return _run(config, directory, resumed=False)
+    with distributed.group(alone=config.shard or config.offload):
+        directory = distributed.gather(config.run_dir or default_directory(config))[0]
+        with distributed.alike():
+            if distributed.rank() == 0:
+                check_free(directory)
+        return _run(config, directory, resumed=False)
 
 
 def resume(directory: Path) -> dict[str, Any]:
@@ -80,23 +90,26 @@ def resume(directory: Path) -> dict[str, Any]:
     config = config_of(directory)
     if (directory / "summary.json").is_file():
         raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
-    return _run(config, directory, resumed=True)
+    with distributed.group(alone=config.shard or config.offload):
+        return _run(config, directory, resumed=True)
 
 
 def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    given = config
-    with progress_bar() as progress, PeakMemory() as memory:
+    given, first = config, distributed.rank() == 0
+    with progress_bar() as progress, PeakMemory() as memory, ExitStack() as held:
 
         def say(text: str) -> None:
             progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-        with reading(progress) as packed:
+        with distributed.alike(), reading(progress) as packed:
+            trackers.check_trackers(config.trackers)
             corpus = read_corpus(config)
-            base = base_of(config, corpus.labels, corpus.task, packed)
-            device = pick_device()
+            base = base_of(config, corpus.labels, corpus.task, packed, parts=True)
+            device = distributed.device()
             config, said = resolve(config, corpus, base, device)
-            base.model.to(device)
+            if not base.pieces:
+                base.model.to(device)
             splits = encode_splits(config, corpus, base.tokenizer)
             shown = calibration(config, splits["train"], device)
             report = put_on(config, base, shown)
@@ -104,26 +117,41 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             check_steps(base.model, config.epochs * per_epoch)
             check_room(base.model)
             hold(base.model, config.dtype)
+            if config.activation_checkpointing:
+                checkpoint_activations(base.model)
+            if config.shard or config.offload:
+                distributed.shard(base.model, base.pieces, config.seed, config.offload)
             if config.compile:
                 base.model.compile(dynamic=True)
+            assert config.learning_rate is not None
+            training = begin(base.model, config.learning_rate, config.weight_decay, config.seed)
+            distributed.same(list(state.values(base.model).values()))
         for line in filter(None, (config.note, corpus.note, said)):
             say(f"note: {line}")
         say(str(report))
 
-        assert config.learning_rate is not None
-        training = begin(base.model, config.learning_rate, config.weight_decay, config.seed)
-        if not resumed:
-            create(directory, config, corpus)
-        with alone(directory):
-            length = _go_on(training, directory, corpus, say) if resumed else 0
-            with recorder(directory, length) as record, stopping() as stop:
-                final = _train(config, training, corpus, splits, directory, record, progress, stop)
+        path = None
+        with distributed.alike():
+            if first and not resumed:
+                create(directory, config, corpus)
+            if first:
+                held.enter_context(alone(directory))
+                path = _checkpoint(directory, corpus, say) if resumed else None
+        path = distributed.gather(path)[0]
+        with distributed.alike():
+            length = state.restore(training, path)["recorded"] if path else 0
+            if resumed:
+                say(f"resuming {directory} {f'from step {training.step}' if path else 'anew'}.")
+        names = config.trackers if first else ()
+        log = held.enter_context(trackers.tracking(names, directory, to_table(config)))
+        record = held.enter_context(recorder(directory, length, log))
+        stop = held.enter_context(stopping())
+        final = _train(config, training, corpus, splits, directory, record, progress, stop)
         memory.sample()
         bad = _diverged(record.evaluations)
         if bad:
             say(f"note: {bad}")
     name, held_out = corpus.held_out
-    write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
     summary = {
         "method": config.method,
         "task": corpus.task,
@@ -145,41 +173,36 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         "seconds": time.perf_counter() - started,
         "peak_bytes": memory.peak(device),
     }
-    write_file(directory / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+    if first:
+        write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
+        whole = json.dumps(summary, indent=2, allow_nan=False).encode()
+        write_file(directory / "summary.json", whole)
     return summary | {"run_dir": str(directory)}
 
 
-def _go_on(training: Training, directory: Path, corpus: Corpus, say: Callable[[str], None]) -> int:
-    """Bring back the newest whole checkpoint of a run, if there is one; the length in bytes of what
-    was recorded by then."""
+def _checkpoint(directory: Path, corpus: Corpus, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of a run that may go on here, None where it has none yet."""
     try:
         then = json_object((directory / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
-        raise RunError(
-            f"{directory}: environment.json cannot be read: {error}. Run anew."
-        ) from None
+        raise RunError(f"{directory}/environment.json cannot be read: {error}. Run anew.") from None
     if then.get("data") != corpus.digest():
         raise RunError(
             f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
             f" run anew: lora train --config {directory / 'config.toml'}."
         )
     now = environment()
-    for key in ("python", "torch", "transformers", "processor", "threads", "device"):
+    for key in ("python", "torch", "transformers", "processor", "threads", "device", "ranks"):
         if then.get(key) != now[key]:
             say(f"note: {key} was {then.get(key)}, is {now[key]}: last bits may differ.")
     path, said = state.find(directory / CHECKPOINTS)
     for line in said:
         say(f"note: {line}")
-    if path is None:
-        say(f"resuming {directory} from its start: it has no whole checkpoint.")
-        return 0
-    if (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
+    if path and (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
         raise RunError(
             f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
         )
-    length: int = state.restore(training, path)["recorded"]
-    say(f"resuming {directory} from step {training.step}.")
-    return length
+    return path
 
 
 def _train(
@@ -193,7 +216,7 @@ def _train(
     stop: Callable[[], int],
 ) -> Evaluation:
     """Train, evaluate and save from where the training is to its end; then the held-out split."""
-    folder = directory / CHECKPOINTS
+    folder, first = directory / CHECKPOINTS, distributed.rank() == 0
     written = (directory / "config.toml").read_bytes()
     per_epoch = steps_per_epoch(splits["train"], config.batch_size)
     total = config.epochs * per_epoch
@@ -208,7 +231,9 @@ def _train(
 
     def checkpoint() -> None:
         state.save(training, folder, written, {"recorded": record.length()})
-        state.prune(folder, _kept(config, folder, record.evaluations, max(1, config.keep_last)))
+        if first:
+            last = max(1, config.keep_last)
+            state.prune(folder, _kept(config, folder, record.evaluations, last))
 
     def score() -> bool:
         """Evaluate on dev; whether that was enough."""
@@ -230,18 +255,17 @@ def _train(
         for step in () if enough else fit(
             training, splits["train"], corpus.task, config.epochs, config.batch_size,
             config.micro_batch_size, config.warmup, config.schedule, config.max_grad_norm,
-            config.dtype, config.seed,
+            config.dtype, config.seed, stop,
         ):  # fmt: skip
             record.step(step)
             shown.step(step)
-            stopped = stop()
-            if stopped or saves(step.step):
+            if step.stop or saves(step.step):
                 checkpoint()
-            if stopped:
+            if step.stop:
                 raise StoppedError(
-                    f"{signal.Signals(stopped).name} after step {step.step} of {total}, which is"
+                    f"{signal.Signals(step.stop).name} after step {step.step} of {total}, which is"
                     f" saved. Go on with lora train --resume {directory}",
-                    stopped,
+                    step.stop,
                 )
             if evaluates(step.step) and score():
                 progress.console.print(
@@ -253,23 +277,27 @@ def _train(
         if config.final == "best" and chosen != training.step:
             state.restore(training, state.place(folder, chosen))
             progress.console.print(f"the best is that of step {chosen}.")
-        save(training.model, directory / "adapter")
+        with distributed.alike():
+            save(training.model, directory / "adapter", writes=first)
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
         final = evaluate(training.model, corpus, splits[name], held_out, 64, config.dtype, progress)
     except (TrainingError, MemoryError, RuntimeError) as error:
         if not isinstance(error, TrainingError) and not out_of_memory(error):
             raise
-        if where:  # what cannot be scored is not to be gone on from
+        if not first and isinstance(error, TrainingError) and error.__cause__ is None:
+            raise SystemExit(2) from None  # every rank finds the same, and rank 0 says it
+        if where and first:  # what cannot be scored is not to be gone on from
             state.prune(folder, set(state.steps(folder)) - {training.step})
         path, _ = state.find(folder)
         raise TrainingError(
             f"{where}{_told(error, training.step + 1, config)}"
             f" Last good checkpoint: {path or 'none'}."
         ) from None
-    state.prune(folder, _kept(config, folder, record.evaluations, config.keep_last))
-    with suppress(OSError):  # of a run that keeps none
-        folder.rmdir()
+    if first:
+        state.prune(folder, _kept(config, folder, record.evaluations, config.keep_last))
+        with suppress(OSError):  # of a run that keeps none
+            folder.rmdir()
     return final
 
 
@@ -360,8 +388,10 @@ class Shown:
 class Record:
     """metrics.jsonl, and what it says so far: the evaluations, and the steps since the last."""
 
-    def __init__(self, file: BinaryIO, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.file = file
+    def __init__(
+        self, file: BinaryIO | None, rows: Sequence[Mapping[str, Any]], log: trackers.Log
+    ) -> None:
+        self.file, self.log = file, log
         self.evaluations: list[dict[str, Any]] = []
         self.steps: list[Mapping[str, Any]] = []
         for row in rows:
@@ -391,14 +421,18 @@ class Record:
         return self.evaluations[-1]
 
     def length(self) -> int:
-        """Bytes, on disk."""
+        """Bytes, on disk; 0 on ranks that write none."""
+        if self.file is None:
+            return 0
         os.fsync(self.file.fileno())
         return self.file.tell()
 
     def _write(self, row: dict[str, Any]) -> None:
         """One line, at once, so that a reader sees the run as it goes."""
-        self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self.file.flush()
+        self.log(row)
         self._take(row)
 
     def _take(self, row: Mapping[str, Any]) -> None:
@@ -410,20 +444,25 @@ class Record:
 
 
 @contextmanager
-def recorder(directory: Path, length: int) -> Iterator[Record]:
-    """metrics.jsonl from its first `length` bytes on; what follows them is done again."""
-    path = directory / "metrics.jsonl"
+def recorder(directory: Path, length: int, log: trackers.Log) -> Iterator[Record]:
+    """metrics.jsonl from its first `length` bytes on; what follows them is done again. Rank 0
+    writes."""
+    path, first = directory / "metrics.jsonl", distributed.rank() == 0
+    if not first and not length:
+        yield Record(None, [], log)
+        return
     try:
-        with path.open("r+b" if length else "wb") as file:
+        with path.open(("r+b" if length else "wb") if first else "rb") as file:
             written = file.read(length) if length else b""
             if len(written) < length:
                 raise RunError(
                     f"{path} is shorter than at its checkpoint. Bring it back, or run anew."
                 )
-            file.truncate()
+            if first:
+                file.truncate()
             try:
                 rows = [json_object(line) for line in written.splitlines()]
-                record = Record(file, rows)
+                record = Record(file if first else None, rows, log)
             except (KeyError, TypeError, ValueError) as error:
                 raise RunError(f"{path} is damaged: {error}. Bring it back, or run anew.") from None
             yield record
@@ -468,7 +507,7 @@ def stopping() -> Iterator[Callable[[], int]]:
             os.write(2, text.encode())
 
     if threading.current_thread() is threading.main_thread():
-        for one in (signal.SIGINT, signal.SIGTERM):
+        for one in SIGNALS:
             if signal.getsignal(one) is not signal.SIG_IGN:  # nohup, a job in the background
                 before[one] = signal.signal(one, keep)
     try:
@@ -545,6 +584,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "ranks": distributed.size(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -632,11 +672,6 @@ def encode_splits(config: RunConfig[Any], corpus: Corpus, tokenizer: Any) -> dic
     }
 
 
-def pick_device() -> torch.device:
-    """The accelerator torch finds, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def takes_up(config: RunConfig[Any]) -> bool:
     """Whether the base is packed with the injection, whose start needs its weights as they were."""
     method = method_named(config.method)
@@ -649,10 +684,14 @@ def base_of(
     labels: tuple[str, ...],
     task: str,
     packed: Callable[[int, int], None] = lambda done, layers: None,
+    parts: bool = False,
 ) -> Base:
-    """The base as configured, before anything is put on it; `packed` is told of its packing."""
+    """The base as configured, before anything is put on it; `packed` is told of its packing. With
+    `parts` this rank's part of it alone, where it is to be sharded."""
     count, quantize = len(labels) or 1, "none" if takes_up(config) else config.quantize
-    return load_base(config.base, count, task, config.seed, quantize, config.dense, packed)
+    cut = parts and (config.shard or config.offload)
+    part = (distributed.rank(), distributed.size()) if cut else None
+    return load_base(config.base, count, task, config.seed, quantize, config.dense, packed, part)
 
 
 def put_on(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
@@ -729,8 +768,10 @@ def unwritable(path: Path, error: OSError) -> RunError:
 
 
 def progress_bar() -> Progress:
-    """A bar on a terminal; elsewhere only what is printed, on stderr."""
+    """A bar on a terminal; elsewhere only what is printed, on stderr. Of several ranks 0 shows."""
+    first = distributed.rank() == 0
     console = rich.get_console() if sys.stderr.isatty() else rich.console.Console(file=sys.stderr)
+    console = console if first else rich.console.Console(quiet=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -739,7 +780,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or not first,
     )
 
 

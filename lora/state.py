@@ -10,8 +10,11 @@
 A checkpoint is written to a folder beside its place, every file and folder synced, and renamed: it
 is there whole or not at all. One that is damaged all the same is known by its manifest.
 
-The schedule and the position in the data are functions of the step (train.slope, tokens.batches),
+The schedule and the position in the data are functions of the step (train.slope, train.plan_of),
 and need no state of their own.
+
+What trains is whole on every rank, so that rank 0 writes it, and any number of ranks goes on. With
+another number than before the result is that of a run by so many but for the masks of dropout.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora import siblings
+from lora import distributed, siblings
 from lora.adapter import Adapter
 from lora.checkpoint import fingerprint, json_object, write_together
 from lora.checkpoint import save as save_adapter
@@ -58,23 +61,33 @@ class Training:
 
 
 def save(training: Training, folder: Path, config: bytes, more: dict[str, Any]) -> Path:
-    """Write a checkpoint into `folder`, `more` (JSON's kinds) in its training.json.
+    """Write a checkpoint into `folder`, `more` (JSON's kinds) in its training.json. Every rank
+    calls it, rank 0 writes.
 
     Raises CheckpointError, and what stood in the folder is untouched.
     """
     path = place(folder, training.step)
-    making = folder / f".{path.name}.{secrets.token_hex(4)}"
     state = {
         "step": training.step,
-        "random": random_state(),
+        "random": distributed.gather(random_state()),
         "methods": remembered(training.model),
         "read_together": siblings.groups(training.model),
         "base": bases(training.model),
         **more,
     }
+    with distributed.alike():
+        _write(training, path, state, config)
+    return path
+
+
+def _write(training: Training, path: Path, state: dict[str, Any], config: bytes) -> None:
+    folder = path.parent
+    making = folder / f".{path.name}.{secrets.token_hex(4)}"
+    writes = distributed.rank() == 0
     try:
-        making.mkdir(parents=True)
-        save_adapter(training.model, making / "adapter")
+        save_adapter(training.model, making / "adapter", writes=writes)
+        if not writes:
+            return
         safetensors.torch.save_file(tensors(training), making / TENSORS)
         sync(making / TENSORS)
         write_together(making, {STATE: json.dumps(state).encode(), CONFIG: config})
@@ -92,7 +105,6 @@ def save(training: Training, folder: Path, config: bytes, more: dict[str, Any]) 
         ) from error
     finally:
         shutil.rmtree(making, ignore_errors=True)
-    return path
 
 
 def place(folder: Path, step: int) -> Path:
@@ -184,7 +196,11 @@ def restore(training: Training, path: Path) -> dict[str, Any]:
         for name in remembering.remembers:
             setattr(remembering, name, state["methods"][layer][name])
     siblings.set_groups(training.model, state["read_together"])
-    set_random_state(state["random"])
+    rank = distributed.rank()
+    if rank < len(state["random"]):
+        set_random_state(state["random"][rank])
+    else:
+        torch.manual_seed(random.Random(f"{state['step']}:{rank}").getrandbits(63))
     training.step = state["step"]
     return state
 

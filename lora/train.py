@@ -3,27 +3,30 @@
     begin(model, rate)      a Training: the model, AdamW, no step done
     fit(training, data)     one optimiser step at each `next`, from the step that it is at
 
-The batch of an optimiser step is computed in parts of `micro_batch_size` rows: their losses are
-summed and divided once by the batch's examples, so that the parts' gradients are the batch's. A
-step is a function of the seed and its number, but for dropout, which draws from torch's generator:
-what lora.state keeps of a Training goes on bit for bit.
+The batch of an optimiser step is divided among the ranks, and computed in parts of
+`micro_batch_size` rows: their losses are summed and divided once by the batch's examples, so that
+the parts' gradients are the batch's. A step is a function of the seed and its number, but for
+dropout, which draws from torch's generator: what lora.state keeps goes on bit for bit.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from lora import distributed
 from lora.config import Schedule
 from lora.errors import TrainingError
-from lora.evaluate import autocast
+from lora.evaluate import autocast, device_of
 from lora.injection import (
     after_step,
     check_alive,
@@ -35,6 +38,9 @@ from lora.injection import (
 from lora.losses import task_loss
 from lora.state import Training
 from lora.tokens import Encoded, ahead, batches, collate
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What asks a training to end."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,13 @@ class Step:
     padding: float  # share of the batch's positions that are padding
     seconds: float
     epoch_ends: bool
+    stop: int = 0  # the signal after which training is to end here, on any rank
 
 
 def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int = 0) -> Training:
     """A training of what requires a gradient, by AdamW; seeds torch's generator."""
-    torch.manual_seed(seed)
+    rank = distributed.rank()  # each drops by masks of its own
+    torch.manual_seed(random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed)
     check_room(model)
     optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
     return Training(model, optimizer, learning_rate)
@@ -74,14 +82,16 @@ def fit(
     max_grad_norm: float = 1.0,
     dtype: str = "float32",
     seed: int = 0,
+    stop: Callable[[], int] = lambda: 0,
 ) -> Iterator[Step]:
-    """Train from the step that the training is at to the last of `epochs`.
+    """Train from the step that the training is at to the last of `epochs`; `stop` is asked in each.
 
     Raises TrainingError at a loss or gradient that is not finite, before the step is taken, and
     TargetError at an adapter that the first backward does not reach.
     """
     model, optimizer, first = training.model, training.optimizer, training.step
-    device = next(model.parameters()).device
+    ranks = distributed.size()
+    device = device_of(model)
     per_epoch = steps_per_epoch(encoded, batch_size)
     steps = epochs * per_epoch
     check_steps(model, steps)
@@ -89,26 +99,30 @@ def fit(
 
     def make(entry: tuple[int, list[int]]) -> Any:
         epoch, rows = entry
-        some = micro_batch_size or len(rows)
-        parts = [rows[i : i + some] for i in range(0, len(rows), some)]
-        return epoch, rows, [(part, collate(encoded, part, device)) for part in parts]
+        own, most = rows[distributed.rank() :: ranks], -(-len(rows) // ranks)
+        some = micro_batch_size or most
+        parts = [own[i : i + some] for i in range(0, most, some)]
+        # Of the ranks one may be without a row, and computes one that does not count.
+        return epoch, rows, [(part, collate(encoded, part or rows[:1], device)) for part in parts]
 
     plan = plan_of(encoded.lengths, batch_size, epochs, seed, first)
     for number, (epoch, rows, parts) in enumerate(ahead(plan, make), first):
         started = time.perf_counter()
         model.train()
         value, positions = 0.0, 0
-        for part, batch in parts:
+        for index, (part, batch) in enumerate(parts):
             with autocast(device, dtype):
                 logits = model(**batch).logits
-            loss = task_loss(logits, encoded.targets[part].to(device), task) / len(rows)
-            extra = penalty(model) if positions == 0 else None
-            positions += batch["input_ids"].numel()
+            targets = encoded.targets[part or rows[:1]].to(device)
+            loss = task_loss(logits, targets, task) / len(rows) * (1 if part else 0)
+            value += loss.item()
+            positions += batch["input_ids"].numel() if part else 0
+            extra = penalty(model) if index == distributed.rank() == 0 else None
             if loss.requires_grad:  # not where every adapter is dead, which check_alive names
                 (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
-            value += loss.item()
         if number == first:
             check_alive(model)
+        value, positions, asked = over_ranks(trained, value, positions, stop())
         norm = float(nn.utils.clip_grad_norm_(trained, max_grad_norm))
         share = slope(number, steps, warmup, schedule)
         for group in optimizer.param_groups:
@@ -132,7 +146,31 @@ def fit(
             padding=1 - tokens / positions,
             seconds=time.perf_counter() - started,
             epoch_ends=(number + 1) % per_epoch == 0,
+            stop=asked,
         )
+
+
+def over_ranks(
+    trained: list[nn.Parameter], loss: float, positions: int, asked: int
+) -> tuple[float, int, int]:
+    """Sum gradients, loss and positions over the ranks, in one message; and the signal that any of
+    them was sent. A parameter without a gradient on every rank stays without."""
+    if distributed.size() == 1:
+        return loss, positions, asked
+    there = [parameter.grad is not None for parameter in trained]
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    sent = [asked == number for number in SIGNALS]
+    numbers = torch.tensor([loss, positions, *sent, *there], dtype=torch.float64)
+    numbers = numbers.to(trained[0].device)
+    distributed.total([numbers, *(p.grad for p in trained if p.grad is not None)])
+    loss, places, *told = numbers.tolist()
+    for parameter, ranks in zip(trained, told[len(SIGNALS) :], strict=True):
+        if not ranks:
+            parameter.grad = None
+    asked = max((number for number, ranks in zip(SIGNALS, told, strict=False) if ranks), default=0)
+    return loss, int(places), asked
 
 
 def plan_of(

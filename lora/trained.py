@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora import nf4, state
+from lora import distributed, nf4, state
 from lora.adapter import is_number
 from lora.checkpoint import json_object, load
 from lora.config import RunConfig, method_named
@@ -30,7 +30,6 @@ from lora.run import (
     base_of,
     check_free,
     config_of,
-    pick_device,
     progress_bar,
     put_on,
     read_corpus,
@@ -78,7 +77,7 @@ def _reopened(directory: Path) -> Trained:
         put_on(config, base)
         eject(base.model)
     load(base.model, adapter)
-    device = pick_device()
+    device = distributed.device()
     return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
 
 
