@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
 
@@ -282,6 +283,28 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     assert state.find(run / "checkpoints") == (run / "checkpoints" / "step-00000003", [])
     assert lora("train", "--resume", run) == 0
     assert result(run) == result(whole)
+
+
+def test_short_memory_says_what_to_lower(
+    flags: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    import lora.train as room
+
+    real, calls = room.task_loss, iter(range(99))
+
+    def short(*args: Any) -> Any:
+        if next(calls) == 8:  # of the fifth step: two parts each
+            torch.empty(2**55, dtype=torch.uint8)
+        return real(*args)
+
+    monkeypatch.setattr(room, "task_loss", short)
+    run = tmp_path / "run"
+    assert lora("train", *flags, "--run-dir", run) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "TrainingError: step 5: out of memory" in err
+    assert "--micro-batch-size 2" in err
+    assert f"Last good checkpoint: {run}/checkpoints/step-00000004." in err
 
 
 def test_one_process_at_a_time(

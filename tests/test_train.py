@@ -18,7 +18,7 @@ from lora.errors import ConfigError, TrainingError
 from lora.evaluate import predict
 from lora.models import hold
 from lora.tokens import Encoded, batches, collate
-from lora.train import Step, begin, check_room, fit, slope
+from lora.train import Step, begin, check_room, fit, plan_of, slope
 
 CPU = torch.device("cpu")
 
@@ -109,11 +109,37 @@ def test_every_setting_acts(other: dict[str, float]) -> None:
     assert not torch.allclose(ends[0], ends[1], atol=1e-4)
 
 
+@pytest.mark.parametrize("method", [lora.LoRAConfig(r=2), lora.AdaLoRAConfig(init_r=3, target_r=2)])
+def test_parts_of_a_batch_add_up_to_it(method: lora.adapter.AdapterConfig) -> None:
+    """The mean over 8 rows is not the mean of the means over 3, 3 and 2; a penalty counts once."""
+    losses, norms = [], []
+    for micro in (None, 3):
+        model = distilbert(dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)
+        lora.inject(model, method)
+        steps = list(steps_of(model, encoded(), 3, 8, 1e-2, micro_batch_size=micro))
+        losses.append([step.loss for step in steps])
+        norms.append([step.gradient_norm for step in steps])
+        assert sum(step.examples for step in steps) == 3 * 37
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
     assert [slope(i, 5, 0.4) for i in range(5)] == pytest.approx([1 / 2, 1, 1, 2 / 3, 1 / 3])
     assert [slope(i, 4, 0.0) for i in range(4)] == [1, 0.75, 0.5, 0.25]
     assert [slope(i, 2, 1.0) for i in range(2)] == [0.5, 1]
     assert slope(0, 1, 0.06) == 1
+    half = [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    assert [slope(i, 5, 0.2, "cosine") for i in range(5)] == pytest.approx([1, *half])
+    assert [slope(i, 5, 0.2, "constant") for i in range(5)] == [1] * 5
+    assert [slope(i, 5, 0.4, "constant") for i in range(3)] == [0.5, 1, 1]
+
+
+def test_the_plan_goes_on_where_it_was() -> None:
+    whole = list(plan_of(encoded().lengths, 8, 3, 4))
+    assert len(whole) == 15
+    for first in (0, 1, 5, 14, 15):
+        assert list(plan_of(encoded().lengths, 8, 3, 4, first)) == whole[first:]
 
 
 def test_an_evaluation_between_steps_changes_no_bit() -> None:
