@@ -111,7 +111,7 @@ class RunConfig(Generic[C]):
     """Optimiser steps from one checkpoint to the next, besides those of the evaluations."""
     keep_last: int = 1
     """Newest checkpoints that stay; 0: none once the run is complete."""
-    keep_best: int = 0
+    keep_best: int = 1
     """Best checkpoints on dev that stay, by the task's first metric and then by the loss."""
     early_stopping: int | None = None
     """Evaluations in a row without a better one after which training ends."""

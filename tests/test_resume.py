@@ -168,7 +168,7 @@ def test_evaluations_and_what_stays(
     every = more[1]
     assert [row["step"] for row in rows] == sorted({*range(every, total + 1, every), total})
     best = sorted(rows, key=lambda row: (-row["dev"]["accuracy"], row["dev_loss"]))
-    stay = {total, *(row["step"] for row in best[: 2 if "--keep-best" in more else 0])}
+    stay = {total, *(row["step"] for row in best[: 2 if "--keep-best" in more else 1])}
     assert set(state.steps(run / "checkpoints")) == stay
 
 
@@ -177,7 +177,7 @@ def test_the_best_is_handed_on_and_patience_ends_a_training(
 ) -> None:
     run = tmp_path / "run"
     more = ("--eval-steps", 1, "--early-stopping", 2, "--final", "best", "--keep-last", 0,
-            "--learning-rate", 0.3)  # fmt: skip
+            "--keep-best", 0, "--learning-rate", 0.3)  # fmt: skip
     assert lora("train", *flags, *more, "--run-dir", run) == 0
     summary = json.loads((run / "summary.json").read_text())
     rows = summary["evaluations"]
