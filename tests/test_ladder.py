@@ -30,6 +30,7 @@ LADDER = [
     {"tokens"},
     {"evaluate"},
     {"train"},
+    {"trainer"},
     {"run"},
     {"compare", "plots"},
     {"cli"},
@@ -49,7 +50,8 @@ CORE = {
     "checkpoint",
     "testing",
 }
-TRANSFORMERS = {"models", "run", "testing"}  # run records its version, testing builds a Conv1D
+# run records its version, testing builds a Conv1D
+TRANSFORMERS = {"models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:
