@@ -2,11 +2,11 @@
 
 python -m benchmarks.checkpointing [--quick] [--json FILE]
 
-Memory: benchmarks.memory's model and measure; `kept` is held at the end of forward, `peak` is the
-most that is held at any moment of forward and backward, above what was held before, by the
-allocator's own events. Time: benchmarks.step's model and step, 16 x 128 tokens, each contender with
-checkpoints over itself without. "ours" is LoRA, r = 8, on all linears of a block, "nf4" the same on
-a base in NF4, "full" trains every weight.
+Memory: benchmarks.memory's model, in float32, and its measure; `kept` is held at the end of
+forward, `peak` is the most that is held at any moment of forward and backward, above what was held
+before, by the allocator's own events. Time: benchmarks.step's model and step, 16 x 128 tokens, each
+contender with checkpoints over itself without. "ours" is LoRA, r = 8, on all linears of a block,
+"nf4" the same on a base in NF4, "full" trains every weight.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def measure_memory() -> dict[str, Any]:
     found: dict[str, dict[str, int]] = {}
     for name, build in MEMORY.items():
         for with_them in (False, True):
-            model = checkpointed(build()) if with_them else build()
+            model: Any = build().float()
+            model = checkpointed(model) if with_them else model
             found[name + CHECKPOINTED * with_them] = {
                 "kept": memory.kept(model), "peak": peak(model)
             }  # fmt: skip

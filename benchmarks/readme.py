@@ -44,7 +44,8 @@ def tables() -> dict[str, str]:
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
     tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
-              "compiled": compiled(), "nf4": four_bits(), "nf4 errors": errors()}  # fmt: skip
+              "checkpointing": checkpointing(), "compiled": compiled(), "nf4": four_bits(),
+              "nf4 errors": errors()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
 
@@ -131,6 +132,24 @@ def memory() -> list[tuple[str, ...]]:
     found.append(("full fine-tuning", kept["full"], "", "", ""))
     found.append(("frozen model", kept["limit"], "", "", ""))
     return found
+
+
+def checkpointing() -> list[tuple[str, ...]]:
+    """What activation checkpointing makes of memory and of a step, over the same without."""
+    found = read("checkpointing")
+    times = [(name.split()[-1], setting["ratios"]) for name, setting in found["time"].items()]
+    table: list[tuple[str, ...]] = [
+        ("with / without", "kept by forward", "most held in a step",
+         *(f"a step, {dtype}" for dtype, _ in times))
+    ]  # fmt: skip
+    for shown, key in (("LoRA", "ours"), ("LoRA on NF4", "nf4"), ("full fine-tuning", "full")):
+        held = found["memory"]["ratios"][key]
+        steps = [
+            f"{ratios[key]['median']:.2f} [{ratios[key]['low']:.2f}, {ratios[key]['high']:.2f}]"
+            for _, ratios in times
+        ]
+        table.append((shown, f"{held['kept']:.2f}", f"{held['peak']:.2f}", *steps))
+    return table
 
 
 def parts() -> dict[str, str]:

@@ -17,7 +17,7 @@ from lora.models import load_base
 from lora.trainer import AdapterCallback
 
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/trainer"
-corpus = read("demo", limit=160)
+corpus = read("demo", limit=96)
 base = load_base("demo", labels=len(corpus.labels), task=corpus.task, seed=0)
 print(lora.inject(base.model, lora.LoRAConfig(r=8, modules_to_save=base.new)))
 

@@ -157,15 +157,15 @@ def _tracker(name: str, directory: Path, run: str | None, settings: Mapping[str,
 def flat(row: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl under the names that trackers group by.
 
-    {"kind": "step", "loss": 1} -> train/loss; {"kind": "epoch", "loss": 1, "dev_loss": 2,
-    "dev": {"accuracy": 3}} -> epoch/loss, dev/loss, dev/accuracy.
+    {"kind": "step", "loss": 1} -> train/loss; {"kind": "evaluation", "loss": 1, "dev_loss": 2,
+    "dev": {"accuracy": 3}} -> evaluation/loss, dev/loss, dev/accuracy.
     """
     group = {"step": "train"}.get(row["kind"], row["kind"])
     found: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, Mapping):
             found |= {f"{key}/{inner}": number for inner, number in value.items()}
-        elif key not in ("step", "steps", group):  # the axis, what never changes, epoch/epoch
+        elif key not in ("step", "steps", group):  # the axis, what never changes
             split, _, rest = key.partition("_")
             found[f"dev/{rest}" if split == "dev" else f"{group}/{key}"] = value
     return {key: value for key, value in found.items() if is_number(value)}

@@ -5,11 +5,12 @@
     trainer.train()                                   # or resume_from_checkpoint=True
     lora.load(other, f"{args.output_dir}/adapter")    # or .../checkpoint-30/adapter
 
-Trainer takes an injected model for any other. Its own checkpoints hold the whole model under the
-wrappers' names, the base with it: they resume a training of the model injected in the same way, and
-load_best_model_at_end works by them, but from_pretrained does not read them. The adapter beside
-them, in PEFT's format, is what to keep and to hand on. Of the base's size is a checkpoint all the
-same: set save_total_limit.
+Trainer takes an injected model for any other, but would save it whole, under the wrappers' names,
+which from_pretrained does not read; and not at all where parameters are shared (VeRA, an adapter on
+a tied head). While it trains, the callback leaves out of the model's state dict what is frozen of
+the base, and every second name of a parameter. So a checkpoint is the adapter's size, resumes a
+training of the model injected in the same way, and serves load_best_model_at_end. The adapter
+beside it, in PEFT's format, is what to keep and to hand on.
 """
 
 from __future__ import annotations
@@ -19,10 +20,19 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from lora.checkpoint import save
 from lora.errors import ConfigError
-from lora.injection import after_step, check_alive, check_steps, param_groups, penalty
+from lora.injection import (
+    after_step,
+    check_alive,
+    check_steps,
+    injected,
+    param_groups,
+    penalty,
+)
+from lora.targets import base_parameters
 
 ADAPTER = "adapter"
 
@@ -39,10 +49,23 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, name: str = "default") -> None:
         self.name = name
+        self.hooks: list[Any] = []
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+        self._slim(model)  # a checkpoint to resume from is loaded before on_train_begin
+
+    def _slim(self, model: nn.Module) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = [
+            model.register_state_dict_post_hook(_leave_out),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(_do_without),  # type: ignore[no-untyped-call]
+        ]
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **given: Any
     ) -> None:
+        self._slim(model)
         check_steps(model, state.max_steps)
         rates = {
             id(p): group.get("initial_lr", group["lr"])
@@ -85,3 +108,28 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
         if args.should_save:
             save(model, Path(args.output_dir) / ADAPTER, self.name)
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _spared(model: nn.Module) -> set[str]:
+    """Names of the injected model's parameters that a checkpoint of it does without."""
+    seen = {id(p) for _, p in base_parameters(model) if not p.requires_grad}
+    spared = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            spared.add(name)
+        seen.add(id(parameter))
+    return spared
+
+
+def _leave_out(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    if injected(model):  # else it was ejected since, and is a plain model
+        for name in _spared(model):
+            state.pop(prefix + name, None)
+
+
+def _do_without(model: nn.Module, incompatible: Any) -> None:
+    if injected(model):
+        spared = _spared(model)
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in spared]

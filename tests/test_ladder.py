@@ -30,6 +30,7 @@ LADDER = [
     {"tokens", "state"},
     {"evaluate"},
     {"train"},
+    {"trainer"},
     {"run"},
     {"trained", "trainer"},
     {"compare", "plots"},

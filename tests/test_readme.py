@@ -161,6 +161,14 @@ def test_memory_is_within_its_bounds() -> None:
     assert ratios["ours nf4, dropout / ours, dropout"] <= 1.0
 
 
+def test_checkpointing_saves_what_is_claimed() -> None:
+    """As measured: less than a tenth is kept, and about a third held at most."""
+    found = result("checkpointing")
+    for ratios in found["memory"]["ratios"].values():
+        assert ratios["kept"] < 0.1
+        assert ratios["peak"] < 0.35
+
+
 def test_a_base_is_never_there_unpacked() -> None:
     """As measured: 2 GB of files are read within 1.15 of what stays and their largest tensor."""
     found = result("load")

@@ -55,7 +55,7 @@ def step(number: int) -> dict[str, Any]:
 
 
 EPOCH = {
-    "kind": "epoch", "step": 2, "epoch": 1, "loss": 0.5, "dev_loss": 0.4,
+    "kind": "evaluation", "step": 2, "epoch": 1, "loss": 0.5, "dev_loss": 0.4,
     "dev": {"accuracy": 0.75, "f1": 0.5},
 }  # fmt: skip
 
@@ -93,7 +93,7 @@ def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_on(tmp_path: P
     assert found["train/loss"] == [(1, 1.0), (2, 0.5)]
     assert [step for step, _ in found["dev/accuracy"]] == [2]
     assert set(found) == {
-        "train/loss", "train/learning_rate", "train/epoch", "epoch/loss", "dev/loss",
+        "train/loss", "train/learning_rate", "train/epoch", "evaluation/loss", "dev/loss",
         "dev/accuracy", "dev/f1",
     }  # fmt: skip
     said = [path.read_text() for path in folder.glob("*/hparams.yml")]
