@@ -30,7 +30,6 @@ LADDER = [
     {"tokens", "state"},
     {"evaluate"},
     {"train"},
-    {"trainer"},
     {"run"},
     {"trained", "trainer"},
     {"compare", "plots"},

@@ -93,7 +93,8 @@ def test_tensorboard_reads_what_was_logged_and_a_resumed_run_goes_on(tmp_path: P
     assert found["train/loss"] == [(1, 1.0), (2, 0.5)]
     assert [step for step, _ in found["dev/accuracy"]] == [2]
     assert set(found) == {
-        "train/loss", "train/learning_rate", "train/epoch", "evaluation/loss", "dev/loss",
+        "train/loss", "train/learning_rate", "train/epoch", "evaluation/loss", "evaluation/epoch",
+        "dev/loss",
         "dev/accuracy", "dev/f1",
     }  # fmt: skip
     said = [path.read_text() for path in folder.glob("*/hparams.yml")]
