@@ -239,6 +239,13 @@ def test_launch_passes_on_what_the_ranks_left_with(
     assert capfd.readouterr().err == ""
 
 
+def test_launch_wants_an_accelerator_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="found 1. Set --nproc 1"):
+        distributed.launch(2, [])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_launch_tells_each_rank_once(number: signal.Signals, stub: Path) -> None:
     code = f"""
