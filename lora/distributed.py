@@ -286,8 +286,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     That of the rank that failed first, 0 where none did; 130 or 143 where this process was told to
     stop (Ctrl-C, SIGTERM). It tells each rank once, gives them 30 seconds to end, and hears no
     further signal meanwhile. The ranks share the cores, but where OMP_NUM_THREADS says otherwise.
-    Raises TrainingError where a rank was killed, which can say nothing itself, and ConfigError where
-    there are fewer accelerators than ranks.
+    Raises TrainingError where a rank was killed, which can say nothing itself, and ConfigError
+    where there are fewer accelerators than ranks.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -296,8 +296,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         there = torch.cuda.device_count()
         raise ConfigError(
-            f"--nproc {count}: each rank takes an accelerator of its own, found {there}. Set --nproc"
-            f" {there}, or CUDA_VISIBLE_DEVICES= to train on the processor."
+            f"--nproc {count}: each rank takes an accelerator of its own, found {there}. Set"
+            f" --nproc {there}, or CUDA_VISIBLE_DEVICES= to train on the processor."
         )
     heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.getsignal(number) for number in heard}

@@ -242,7 +242,7 @@ def test_launch_passes_on_what_the_ranks_left_with(
 def test_launch_wants_an_accelerator_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ConfigError, match="found 1. Set --nproc 1"):
+    with pytest.raises(ConfigError, match="found 1. Set --nproc 1,"):
         distributed.launch(2, [])
 
 
