@@ -307,7 +307,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             signal.signal(one, signal.SIG_IGN)
         raise SignalException("told to stop", signal.Signals(number))
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,
