@@ -44,6 +44,8 @@ def make(folder: str, quick: bool) -> None:
 def measure(folder: str, quantize: str) -> list[dict[str, float]]:
     """Peak bytes of each rank, and what it holds in the end."""
     import torch
+    import torch.distributed.fsdp
+    import transformers.models.llama.modeling_llama  # noqa: F401  (else in load_base)
 
     import lora
     from lora import distributed
