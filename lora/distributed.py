@@ -186,8 +186,9 @@ def shard(
 ) -> None:
     """Leave of the frozen base on each rank a piece, in place: FSDP2, block by block.
 
-    A block is an element of an nn.ModuleList that has layers within; the rest is one more. To be
-    called last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
+    A block is an element of an nn.ModuleList that has layers within; the input embedding is one
+    where it is tied to nothing, and the rest one more, whole from forward to backward. To be called
+    last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
     else lies on device() then, on every rank the same: what trains, adapters, what two blocks
     share, and scalars. Where a bfloat16 product meets a float32 weight the cast of that weight is
     kept whole: models.hold() first.
@@ -215,7 +216,8 @@ def shard(
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=here)
     originals = [saved.original_module for saved in wrappers_of(model)[1].values()]
-    units = list(dict.fromkeys([*originals, *_blocks(model), model]))  # the inner ones first
+    # The inner ones first.
+    units = list(dict.fromkeys([*originals, *_table(model), *_blocks(model), model]))
     names = {parameter: name for name, parameter in reversed(list(base_paths(model)))}
     homes: dict[nn.Parameter, list[tuple[int, nn.Module, str]]] = {}
     for number, unit in enumerate(units):
@@ -258,6 +260,15 @@ def _parts(parts: Parts) -> Iterator[nn.Module]:
     """The modules that an adapter consists of."""
     yield from parts.adapters.values()
     yield from parts.copies.values()
+
+
+def _table(model: nn.Module) -> Iterator[nn.Module]:
+    """The input embedding, where nothing else reads its weight: no backward asks for it then."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(table, nn.Embedding | AdaptedLayer):
+        weight = unwrapped(table).weight
+        if sum(p is weight for m in model.modules() for p in m._parameters.values()) == 1:
+            yield table
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
