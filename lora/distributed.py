@@ -186,8 +186,9 @@ def shard(
 ) -> None:
     """Leave of the frozen base on each rank a piece, in place: FSDP2, block by block.
 
-    A block is an element of an nn.ModuleList that has layers within; the rest is one more. To be
-    called last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
+    A block is an element of an nn.ModuleList that has layers within; the input embedding is one
+    where it is tied to nothing, and the rest one more, whole from forward to backward. To be called
+    last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
     else lies on device() then, on every rank the same: what trains, adapters, what two blocks
     share, and scalars. Where a bfloat16 product meets a float32 weight the cast of that weight is
     kept whole: models.hold() first.
@@ -215,7 +216,8 @@ def shard(
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=here)
     originals = [saved.original_module for saved in wrappers_of(model)[1].values()]
-    units = list(dict.fromkeys([*originals, *_blocks(model), model]))  # the inner ones first
+    # The inner ones first.
+    units = list(dict.fromkeys([*originals, *_table(model), *_blocks(model), model]))
     names = {parameter: name for name, parameter in reversed(list(base_paths(model)))}
     homes: dict[nn.Parameter, list[tuple[int, nn.Module, str]]] = {}
     for number, unit in enumerate(units):
@@ -260,6 +262,15 @@ def _parts(parts: Parts) -> Iterator[nn.Module]:
     yield from parts.copies.values()
 
 
+def _table(model: nn.Module) -> Iterator[nn.Module]:
+    """The input embedding, where nothing else reads its weight: no backward asks for it then."""
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    if isinstance(table, nn.Embedding | AdaptedLayer):
+        weight = unwrapped(table).weight
+        if sum(p is weight for m in model.modules() for p in m._parameters.values()) == 1:
+            yield table
+
+
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The elements of the outermost nn.ModuleLists that have layers within, and are called."""
     if isinstance(module, AdaptedLayer | SavedModule):
@@ -285,13 +296,20 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     That of the rank that failed first, 0 where none did; 130 or 143 where this process was told to
     stop (Ctrl-C, SIGTERM). It tells each rank once, gives them 30 seconds to end, and hears no
-    further signal meanwhile. Raises TrainingError where a rank was killed, which can say nothing
-    itself. The ranks share the cores, but where OMP_NUM_THREADS says otherwise.
+    further signal meanwhile. The ranks share the cores, but where OMP_NUM_THREADS says otherwise.
+    Raises TrainingError where a rank was killed, which can say nothing itself, and ConfigError
+    where there are fewer accelerators than ranks.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        there = torch.cuda.device_count()
+        raise ConfigError(
+            f"--nproc {count}: each rank takes an accelerator of its own, found {there}. Set"
+            f" --nproc {there}, or CUDA_VISIBLE_DEVICES= to train on the processor."
+        )
     heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     before = {number: signal.getsignal(number) for number in heard}
 
@@ -300,7 +318,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             signal.signal(one, signal.SIG_IGN)
         raise SignalException("told to stop", signal.Signals(number))
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,

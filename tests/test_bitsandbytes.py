@@ -100,6 +100,40 @@ def test_a_model_is_held_bit_for_bit(make: Any, double: bool, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("place", ["packed", "dense"])
+@pytest.mark.parametrize("make", [distilbert, gpt2, llama])
+def test_pieces_are_cuts_of_what_is_read(make: Any, place: str, tmp_path: Path) -> None:
+    """Of what bitsandbytes saved, of what is packed here, and dense; the rest is as without."""
+    save(make(), tmp_path, dtype=torch.bfloat16)
+    for quantize in ("none", "nf4") if place == "dense" else ("none",):
+
+        def read_part(part: tuple[int, int] | None, quantize: str = quantize) -> Any:
+            folder = str(tmp_path / place)
+            return load_base(folder, 3, "classification", 7, quantize, part=part)
+
+        whole, parts = read_part(None), [read_part((rank, 3)) for rank in range(3)]
+        for part in parts:
+            assert part.new == whole.new
+            assert set(part.pieces) == {
+                name
+                for name, parameter in whole.model.named_parameters()
+                if parameter.dim()
+                > (0 if parameter.dtype == torch.uint8 or "absmax" in name else 1)
+                and name.rpartition(".")[0] not in whole.new
+            }
+        for name, wanted in whole.model.named_parameters():
+            held = [part.model.get_parameter(name) for part in parts]
+            assert all(one.shape == wanted.shape and one.dtype == wanted.dtype for one in held)
+            assert {one.is_meta for one in held} == {name in parts[0].pieces}
+            if name not in parts[0].pieces:
+                assert all(torch.equal(one, wanted) for one in held)
+                continue
+            cuts = [part.pieces[name] for part in parts]
+            step = -(-len(wanted) // 3)
+            assert [len(cut) for cut in cuts] == [len(wanted[k * step :][:step]) for k in range(3)]
+            assert torch.equal(torch.cat(cuts).to(wanted.dtype), wanted), name
+
+
 def test_a_model_in_bfloat16_is_that_rounded_as_bitsandbytes_rounds(tmp_path: Path) -> None:
     theirs = save(llama(), tmp_path, dtype=torch.bfloat16)
     ours = packed_layers(read(tmp_path))

@@ -228,15 +228,22 @@ def test_launch_passes_on_what_the_ranks_left_with(
     stub: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     before = signal.getsignal(signal.SIGINT)
     assert distributed.launch(2, ["threads"]) == 0
-    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
-    assert [(stub / f"threads-{number}").read_text() for number in (0, 1)] == [threads] * 2
+    assert [(stub / f"threads-{number}").read_text() for number in (0, 1)] == ["3", "3"]
     assert distributed.launch(2, ["fail"]) == 3
     with pytest.raises(TrainingError, match=r"rank 1 of 2 \(process \d+\) was ended by SIGKILL"):
         distributed.launch(2, ["killed"])
     assert signal.getsignal(signal.SIGINT) is before
     assert capfd.readouterr().err == ""
+
+
+def test_launch_wants_an_accelerator_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="found 1. Set --nproc 1,"):
+        distributed.launch(2, [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
