@@ -95,8 +95,7 @@ def main() -> None:
             found = runs[what] = measure(own, each)
             planned = found["planned"]["peak"] / MB
             print(
-                f"{what:<20} {planned:8.0f} {found['peak_bytes'] / MB:8.0f}"
-                f"   {found['ratio']:.3f}",
+                f"{what:<20} {planned:8.0f} {found['peak_bytes'] / MB:8.0f}   {found['ratio']:.3f}",
                 flush=True,
             )
     if given.json:

@@ -24,7 +24,7 @@ Event = tuple[int, int]  # a block's number, and its bytes where it is taken; -1
 
 
 def heap(events: Sequence[Event]) -> int:
-    """Bytes of the heap after these blocks; those that lived at once where no glibc is to be had."""
+    """Bytes of the heap after these blocks; where no glibc is, the most that lived at once."""
     flat = array.array("q", itertools.chain.from_iterable(events))
     command = [sys.executable, "-I", "-S", __file__]
     found = subprocess.run(command, input=flat.tobytes(), capture_output=True, check=True)

@@ -485,9 +485,7 @@ def inject(
     return place(model, planned, parts, _packed(model, placed, pack), name)
 
 
-def planned_of(
-    model: nn.Module, config: MethodConfig, name: str, shown: bool, packs: bool
-) -> Plan:
+def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, packs: bool) -> Plan:
     """What inject() would do under `name`: with batches, packing layers, or without; its errors."""
     check_name(name)
     planned = plan_of(model, config)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -78,9 +77,7 @@ class Ledger(TorchDispatchMode):
         self.held: dict[Any, Tensor] = {}  # lora.scratch keeps what it makes here
         self.known: Any = WeakIdKeyDictionary()  # storage -> [use, bytes, number]
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
@@ -164,16 +161,15 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        rows, longest = self.largest
+        (rows, longest), per_epoch = self.largest, self.steps_per_epoch
         sizes = ", ".join(f"{rows:,} {name}" for name, rows in self.splits.items())
         lines = [
             str(self.report),
             "",
             f"data    {self.source}: {sizes}",
-            f"steps   {self.steps_per_epoch:,} an epoch, {self.epochs * self.steps_per_epoch:,} in"
-            f" all",
-            f"tokens  {self.tokens:,.0f} a step, {self.padding:.1%} padding beside them; the largest"
-            f" batch is {rows} × {longest}",
+            f"steps   {per_epoch:,} an epoch, {self.epochs * per_epoch:,} in all",
+            f"tokens  {self.tokens:,.0f} a step, and {self.padding:.1%} of all positions padding;"
+            f" the largest batch is {rows} × {longest}",
             "",
             *_table(self),
             "",
@@ -218,13 +214,17 @@ class Estimate:
             "trainable": self.report.trainable,
             "parameters": self.report.total,
         }
-        return counts | own | {
-            "steps": self.epochs * self.steps_per_epoch,
-            "memory": [
-                {**dataclasses.asdict(m), "tensors": m.tensors, "peak": m.peak}
-                for m in self.memory
-            ],
-        }
+        return (
+            counts
+            | own
+            | {
+                "steps": self.epochs * self.steps_per_epoch,
+                "memory": [
+                    {**dataclasses.asdict(m), "tensors": m.tensors, "peak": m.peak}
+                    for m in self.memory
+                ],
+            }
+        )
 
 
 def _layout(memory: Memory) -> str:
@@ -236,7 +236,7 @@ def _layout(memory: Memory) -> str:
 def _table(estimate: Estimate) -> list[str]:
     """Memory: a column for each layout, MiB of one device."""
     memories = estimate.memory
-    rows, longest = estimate.largest
+    longest = estimate.largest[1]
     names = {
         "base": f"base, {estimate.dtype}",
         "trained": "what trains",
@@ -246,8 +246,7 @@ def _table(estimate: Estimate) -> list[str]:
         "activations": "activations",
     }
     lines: list[tuple[str, list[int]]] = [
-        (f"  {said}", [m.training.get(name, 0) for m in memories])
-        for name, said in names.items()
+        (f"  {said}", [m.training.get(name, 0) for m in memories]) for name, said in names.items()
     ]
     lines += [
         ("training step", [sum(m.training.values()) for m in memories]),
@@ -380,12 +379,11 @@ class _Step:
 
         nf4.pairs(self.device)  # cached for the process: with values, and not as the mode's
         nf4.dynamic_map(self.device)
-        ledger, optimizer = self.ledger, None
+        ledger = self.ledger
+        base, report = self._placed()
         try:
-            # Their copies' addresses are asked for, which are none: a warning of torch's.
-            with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
-                warnings.simplefilter("ignore")
-                base, report = self._placed()
+            with FakeTensorMode(allow_non_fake_inputs=True), ledger:
+                self._moved(base.model)
                 begun, held = len(ledger.events), Counter(ledger.now)
                 optimizer = torch.optim.AdamW(groups(base.model, 1.0, 0.0), fused=True)
                 with ledger.phase("activations") as training:
@@ -423,39 +421,59 @@ class _Step:
 
     def _placed(self) -> tuple[Base, Report]:
         """The base with the adapters on it, placed as inject() does, and filled with nothing."""
-        config, ledger = self.config, self.ledger
+        config = self.config
         method = method_named(config.method)
         adapts = issubclass(method, Adapter)
         shown = adapts and method.needs_batches(config.adapter)
         packs = adapts and method.takes_up(config.adapter) and config.quantize == "nf4"
         asked = len(self.corpus.labels) or 1, self.corpus.task
         quantize = "none" if packs else config.quantize
-        base = load_skeleton(config.base, *asked, quantize, config.dense, self.device)
+        base = load_skeleton(config.base, *asked, quantize, config.dense)
         model = base.model
         names = packable(model, config.dense) if packs else ()
         planned = planned_of(model, config.adapter, "default", shown, packs)
         parts = build(model, planned)
-        fresh: Any = unfilled(model, names, self.device)
+        fresh: Any = unfilled(model, names, "meta")
         for adapter, view in with_views(model, parts.adapters).values():
             if id(view.module) in fresh:
                 packed = fresh[id(view.module)].quantized()
                 adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
         report = place(model, planned, parts, fresh, "default")
         check_steps(model, config.epochs * steps_per_epoch(self.encoded, config.batch_size))
-        check_room(model)
         hold(model, config.dtype)
+        return base, report
+
+    def _moved(self, model: Any) -> None:
+        """Give the model the device's tensors for those of the meta device, ties kept.
+
+        Not before: a copy of a tensor of FakeTensorMode's would be one of the mode as well.
+        """
+        made: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, old in held.items():
+                    if old is None:
+                        continue
+                    if id(old) not in made:
+                        new = torch.empty_strided(
+                            old.shape, old.stride(), dtype=old.dtype, device=self.device
+                        )
+                        if isinstance(old, nn.Parameter):
+                            new = nn.Parameter(new, requires_grad=old.requires_grad)
+                        made[id(old)] = old, new
+                    held[name] = made[id(old)][1]
+        check_room(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in model.parameters():
             trains = parameter.requires_grad
-            ledger.enter(parameter, "trained" if trains else "base")
+            self.ledger.enter(parameter, "trained" if trains else "base")
             if trains:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda p: None if p.grad is None else ledger.enter(p.grad, "gradients")
+                    lambda p: None if p.grad is None else self.ledger.enter(p.grad, "gradients")
                 )
         blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
         self.block = max(map(_frozen, blocks), default=_frozen(model))
-        return base, report
 
     def _batch(self, shape: Shape) -> dict[str, Tensor]:
         names = self.encoded.fields

@@ -16,7 +16,7 @@ import lora
 # Each room may import from those above it, and from its own line.
 LADDER = [
     {"errors"},
-    {"layers", "scratch"},
+    {"heap", "layers", "scratch"},
     {"dropout"},
     {"fused"},
     {"nf4", "siblings"},
@@ -31,6 +31,7 @@ LADDER = [
     {"evaluate"},
     {"train"},
     {"run"},
+    {"plan"},
     {"compare", "plots"},
     {"cli"},
 ]
