@@ -62,14 +62,14 @@ MIB = 2**20
 Shape = tuple[int, int]  # rows, tokens of the longest
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of every storage that is made within it, by what it is for.
 
     A mode, since a tracker that hooks modules (torch's MemTracker) would turn the fused path off.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.use = "base"  # of what is made from here on
         self.now: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
@@ -87,10 +87,11 @@ class Ledger(TorchDispatchMode):
     def enter(self, tensor: Tensor, use: str | None = None) -> None:
         """Count a tensor's storage, under another use from now on where one is given."""
         storage = tensor.untyped_storage()
-        entry = self.known.get(storage)
+        entry: list[Any] | None = self.known.get(storage)
         if entry is None:
             size, number = storage.nbytes(), len(self.events)
-            entry = self.known[storage] = [use or self.use, size, number]
+            entry = [use or self.use, size, number]
+            self.known[storage] = entry
             self.events.append((number, size))
             weakref.finalize(storage, self._leave, entry)
             self.now[entry[0]] += size
@@ -422,10 +423,10 @@ class _Step:
     def _placed(self) -> tuple[Base, Report]:
         """The base with the adapters on it, placed as inject() does, and filled with nothing."""
         config = self.config
-        method = method_named(config.method)
-        adapts = issubclass(method, Adapter)
-        shown = adapts and method.needs_batches(config.adapter)
-        packs = adapts and method.takes_up(config.adapter) and config.quantize == "nf4"
+        method, shown, packs = method_named(config.method), False, False
+        if issubclass(method, Adapter):
+            shown = method.needs_batches(config.adapter)
+            packs = method.takes_up(config.adapter) and config.quantize == "nf4"
         asked = len(self.corpus.labels) or 1, self.corpus.task
         quantize = "none" if packs else config.quantize
         base = load_skeleton(config.base, *asked, quantize, config.dense)
@@ -437,7 +438,8 @@ class _Step:
         for adapter, view in with_views(model, parts.adapters).values():
             if id(view.module) in fresh:
                 packed = fresh[id(view.module)].quantized()
-                adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
+                with torch.no_grad():
+                    adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
         report = place(model, planned, parts, fresh, "default")
         check_steps(model, config.epochs * steps_per_epoch(self.encoded, config.batch_size))
         hold(model, config.dtype)
@@ -464,7 +466,10 @@ class _Step:
                     held[name] = made[id(old)][1]
         check_room(model)
         if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5.17 has it under the older name alone.
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         for parameter in model.parameters():
             trains = parameter.requires_grad
             self.ledger.enter(parameter, "trained" if trains else "base")
