@@ -15,6 +15,7 @@ from lora.errors import ConfigError, LoraError, StoppedError
 
 VERBS = {
     "train": "train one method on one data set",
+    "plan": "say what a run would take: a dry run, no weights read",
     "eval": "score a run on a split, or a file of predictions",
     "predict": "label texts with a run's model",
     "compare": "methods x seeds on one data set, one table",
@@ -143,6 +144,30 @@ def _train_on(count: str, arguments: list[str], config: Any, directory: str | No
         raise TrainingError(f"{error} Go on with lora train --resume {directory}") from None
     if code:
         raise SystemExit(code)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What a run would match, train, take and need. Every other flag is one of `lora train`."""
+
+    nproc: int = 1
+    """Devices to plan for, besides one: each with the whole base, and with its share of it."""
+    json: bool = False
+    """JSON, in bytes, on standard output."""
+
+
+def _plan(arguments: list[str]) -> None:
+    from lora.config import parse, parse_run, split_config
+
+    path, flags = split_config(arguments)
+    own, rest = parse(PlanConfig, flags, "lora plan", return_unknown_args=True)
+    config = parse_run([*(["--config", str(path)] if path else []), *rest], "lora plan")
+    import json
+
+    from lora.plan import plan
+
+    found = plan(config, own.nproc)
+    print(json.dumps(found.as_dict(), indent=2) if own.json else found)
 
 
 def _compare(arguments: list[str]) -> None:

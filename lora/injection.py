@@ -474,22 +474,9 @@ def inject(
     from here on, adapted or not: a start may take up what their rounding leaves (pissa, olora,
     loftq). Raises TargetError, ConfigError or ModelError, the model untouched.
     """
-    check_name(name)
     check_seed(seed)
-    planned = plan_of(model, config)
-    check_mix(model, name, planned)
-    check_statistics(model, planned)
-    needs = issubclass(planned.method, Adapter) and planned.method.needs_batches(config)
-    if needs != (batches is not None):
-        said = "takes no batches as set: leave out batches"
-        said = "starts from data: pass batches=[...]" if needs else said
-        raise ConfigError(f"{planned.method.name} {said}.")
-    if issubclass(planned.method, Adapter) and planned.method.needs_packing(config) and not pack:
-        raise ConfigError(
-            f"{planned.method.name} starts from a base that is packed with it, as set. Pass"
-            " --quantize nf4, or in Python pack=[names of layers]."
-        )
-    if (needs or pack) and any(p.is_meta for _, p in base_parameters(model)):
+    planned = planned_of(model, config, name, batches is not None, bool(pack))
+    if (batches is not None or pack) and any(p.is_meta for _, p in base_parameters(model)):
         raise ConfigError(
             f"{planned.method.name} starts from all of the base's values as set, found a base that"
             " lies in pieces over several ranks, or on the meta device. Set --init-lora-weights"
@@ -503,7 +490,33 @@ def inject(
         assert issubclass(planned.method, Adapter)
         with evaluating(model):
             planned.method.calibrate(placed, model, batches)
-    packed = _packed(model, placed, pack)
+    return place(model, planned, parts, _packed(model, placed, pack), name)
+
+
+def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, packs: bool) -> Plan:
+    """What inject() would do under `name`: with batches, packing layers, or without; its errors."""
+    check_name(name)
+    planned = plan_of(model, config)
+    check_mix(model, name, planned)
+    check_statistics(model, planned)
+    needs = issubclass(planned.method, Adapter) and planned.method.needs_batches(config)
+    if needs != shown:
+        said = "takes no batches as set: leave out batches"
+        said = "starts from data: pass batches=[...]" if needs else said
+        raise ConfigError(f"{planned.method.name} {said}.")
+    if issubclass(planned.method, Adapter) and planned.method.needs_packing(config) and not packs:
+        raise ConfigError(
+            f"{planned.method.name} starts from a base that is packed with it, as set. Pass"
+            " --quantize nf4, or in Python pack=[names of layers]."
+        )
+    return planned
+
+
+def place(
+    model: nn.Module, planned: Plan, parts: Parts, packed: Mapping[int, nn.Module], name: str
+) -> Report:
+    """Put built parts, and packed layers by the ids of those whose place they take, into the
+    model."""
     wrap(model, planned, parts, name)
     put(model, packed)
     if packed:  # codes take no gradient, when eject gives the model back either

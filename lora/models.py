@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import demo, nf4
 from lora.errors import LoraError, ModelError
-from lora.layers import backbone, inside, kind
+from lora.layers import backbone, inside, kind, views
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
 from lora.targets import targets_of
@@ -40,6 +40,7 @@ class Base:
     new: tuple[str, ...]  # modules with fresh weights: the head
     pieces: dict[str, Tensor] = field(default_factory=dict)
     """By name what one rank holds of the base: those parameters are on the meta device."""
+    stored: torch.dtype | None = None  # of its files, as config.json says; of a skeleton alone
 
 
 @functools.cache
@@ -345,9 +346,14 @@ def _head(labels: int, task: str) -> dict[str, Any]:
 
 
 def _demo_base(labels: int, task: str) -> Base:
+    base = _demo_skeleton(labels, task)
+    base.model.distilbert.load_state_dict(demo.state_dict())
+    return base
+
+
+def _demo_skeleton(labels: int, task: str) -> Base:
     config = transformers.DistilBertConfig(**demo.ARCHITECTURE, **_head(labels, task))
     model = transformers.DistilBertForSequenceClassification(config)
-    model.distilbert.load_state_dict(demo.state_dict())
     model.config._name_or_path = "sentence-transformers/all-MiniLM-L6-v2 as DistilBERT"
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(demo.file("tokenizer.json")),
@@ -383,9 +389,8 @@ def _bitsandbytes(base: str, config: Any, dense: tuple[str, ...]) -> bool:
     return True
 
 
-def _transformers_base(
-    base: str, labels: int, task: str, quantize: str, dense: tuple[str, ...]
-) -> Base:
+def _check_place(base: str) -> None:
+    """Raise ModelError where there is no such folder, or no hub that could have the name."""
     local = Path(base).is_dir()
     if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
@@ -394,6 +399,27 @@ def _transformers_base(
             f"--base {base} is a name on the hub, which does not answer, and it is not in the"
             " local cache. Run lora train --base demo, or pass the folder of a downloaded model."
         )
+
+
+def _check_pad(base: str, tokenizer: Any) -> None:
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
+            " tokenizer_config.json."
+        )
+
+
+def _not_loaded(base: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+        " Pass --base demo, a folder with config.json and weights, or a name on the hub."
+    )
+
+
+def _transformers_base(
+    base: str, labels: int, task: str, quantize: str, dense: tuple[str, ...]
+) -> Base:
+    _check_place(base)
     how: dict[str, Any] = {"dtype": torch.float32}
     _Quantize.refused = None
     try:
@@ -415,15 +441,8 @@ def _transformers_base(
     except LoraError:
         raise
     except Exception as error:  # a damaged folder raises whatever its reader meets first
-        raise _Quantize.refused or ModelError(
-            f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
-            " Pass --base demo, a folder with config.json and weights, or a name on the hub."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        raise ModelError(
-            f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
-            " tokenizer_config.json."
-        )
+        raise _Quantize.refused or _not_loaded(base, error) from error
+    _check_pad(base, tokenizer)
     odd = [key for key in loading["unexpected_keys"] if ".weight." in key]
     if packed and (odd or not any(isinstance(module, NF4Linear) for module in model.modules())):
         found = f"hold {odd[0]}, which is not of its format" if odd else "hold no layer in 4 bits"
@@ -447,6 +466,76 @@ def _transformers_base(
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     pieces = {} if _Quantize.cut is None else _Quantize.cut.pieces
     return Base(model.eval(), tokenizer, new, pieces)
+
+
+def load_skeleton(
+    base: str,
+    labels: int,
+    task: str,
+    quantize: str = "none",
+    dense: tuple[str, ...] = (),
+    device: torch.device | str = "meta",
+) -> Base:
+    """What load_base would give, its values aside: no weights are read, config.json and the
+    tokenizer are. To be called for the meta device, or under FakeTensorMode.
+
+    Whether the head is new is not asked of the files, but told by the config: it is where that
+    names another class, or another number of labels. A pooler is, where it names a model of masked
+    tokens. Raises ModelError as load_base does where there is no such base.
+    """
+    packs = quantize == "nf4"
+    if base == "demo":
+        with torch.device(device):
+            found = _demo_skeleton(labels, task)
+    else:
+        _check_place(base)
+        try:
+            said = transformers.AutoConfig.from_pretrained(base)
+            config = transformers.AutoConfig.from_pretrained(base, **_head(labels, task))
+            packs = _bitsandbytes(base, config, dense) or packs
+            with torch.device(device):
+                model = transformers.AutoModelForSequenceClassification.from_config(
+                    config, dtype=torch.float32
+                )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        except LoraError:
+            raise
+        except Exception as error:  # a damaged folder raises whatever its reader meets first
+            raise _not_loaded(base, error) from error
+        _check_pad(base, tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        stored = said.dtype or torch.float32
+        found = Base(model.eval(), tokenizer, _fresh(model, said, labels), stored=stored)
+    if packs:
+        nf4.put(found.model, unfilled(found.model, packable(found.model, dense), device))
+    return found
+
+
+def _fresh(model: Any, said: Any, labels: int) -> tuple[str, ...]:
+    """The modules that files with this config hold no weights for, or such of another size."""
+    named, trunk = (said.architectures or ("",))[0], backbone(model)
+    same, poolers = named == type(model).__name__, named.endswith("ForMaskedLM")
+    new = [
+        name.rpartition(".")[0]
+        for name, parameter in sorted(model.named_parameters())
+        if (".pooler." in name and poolers)
+        or (not inside(name, trunk) and (not same or len(parameter) == labels != said.num_labels))
+    ]
+    return tuple(dict.fromkeys(new))
+
+
+def unfilled(
+    model: Any, names: tuple[str, ...], device: torch.device | str
+) -> dict[int, nn.Module]:
+    """An NF4Linear without values for each named layer, by the ids of those."""
+    found: dict[int, nn.Module] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        (view,) = views(layer)
+        bias = view.parameters()[1] is not None
+        shape = view.in_features, view.out_features
+        found[id(layer)] = NF4Linear(*shape, bias, view.dtype, device=device).train(layer.training)
+    return found
 
 
 def bfloat16_here(device: torch.device) -> bool:

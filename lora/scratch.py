@@ -34,16 +34,17 @@ def scratch(
     """Memory (shape) of this thread, as its last call for the same use and dtype left it.
 
     New where the allocator keeps what was freed, and where what is computed is a tracer's or a
-    mode's (FakeTensorMode), which must not be found there later.
+    mode's (FakeTensorMode), which must not be found there later; a mode may hold its own.
     """
-    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    if torch.device(device).type != "cpu" or traced:
+    mode = _get_current_dispatch_mode()
+    by_use = _held.by_use if mode is None else getattr(mode, "held", None)
+    if torch.device(device).type != "cpu" or torch.compiler.is_compiling() or by_use is None:
         return torch.empty(shape, dtype=dtype, device=device)
     count, key = math.prod(shape), (use, dtype)
-    found = _held.by_use.get(key)
+    found: Tensor | None = by_use.get(key)
     if found is None or found.numel() < count:
         with torch.inference_mode(False):  # an evaluation's serves training too
-            found = _held.by_use[key] = torch.empty(count, dtype=dtype, device="cpu")
+            found = by_use[key] = torch.empty(count, dtype=dtype, device="cpu")
     return found[:count].view(*shape)
 
 

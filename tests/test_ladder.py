@@ -31,7 +31,7 @@ LADDER = [
     {"evaluate"},
     {"train"},
     {"run"},
-    {"trained", "trainer"},
+    {"trained", "trainer", "plan"},
     {"compare", "plots"},
     {"cli"},
 ]
