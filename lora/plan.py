@@ -85,6 +85,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.known: Any = WeakIdKeyDictionary()  # storage -> [use, bytes]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:  # which depends on values: of none it finds none
+            return torch.empty((0, args[0].dim()), dtype=torch.long, device=args[0].device)
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
             if isinstance(leaf, Tensor):
@@ -294,8 +296,9 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     """The dry run of a configuration: on one device and, of several, on each of them.
 
     Of several devices each takes its share of a batch's rows, and has the whole base, or where it
-    is sharded its share of what is frozen and the largest block whole. Raises what `lora train` would raise
-    before its first step, and ModelError where the model cannot be followed without values.
+    is sharded its share of what is frozen and the largest block whole. Raises what `lora train`
+    would raise before its first step, and ModelError where the model cannot be followed without
+    values.
     """
     whole_number("devices", devices)
     anonymous, device = PeakMemory(), device_here()
