@@ -48,6 +48,7 @@ from lora.injection import injected
 TENSORS, STATE, CONFIG, MANIFEST = (
     "training.safetensors", "training.json", "config.toml", "manifest.json"
 )  # fmt: skip
+REMOVED = ".removed"
 
 
 @dataclass
@@ -123,6 +124,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
     said = [
         f"{path} was being written when the run stopped: passed over."
         for path in sorted(folder.glob(".step-*"))
+        if path.suffix != REMOVED
     ]
     for step in reversed(steps(folder)):
         path = place(folder, step)
@@ -153,7 +155,7 @@ def prune(folder: Path, kept: Iterable[int]) -> None:
     gone = [place(folder, step) for step in steps(folder) if step not in stay]
     for path in (*gone, *folder.glob(".step-*")):
         # Renamed first: what is half removed is not to be taken for a checkpoint.
-        rest = path.with_name(f".{path.name.lstrip('.')}.removed")
+        rest = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
         with suppress(OSError):
             path.rename(rest)
         shutil.rmtree(rest, ignore_errors=True)
