@@ -200,7 +200,8 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         table["adapter"] = folder
     method = value_of(own, "--method") or table.get("method")
     if "adapter" in table:
-        found, filed = settings_of(table["adapter"])
+        found, filed = settings_of(str(table["adapter"]))
+        filed = _plain_name_is_a_name(filed)
         if method not in (None, found.name) and NAMES.get(method, ("",))[0] != found.name:
             raise ConfigError(
                 f"--method {method}: the adapter in {table['adapter']} is of {found.name}. Leave"
