@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else ""
+    if sys.stderr is None:  # closed: `lora ... 2>&-`; its number would be the next file's
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows its number
             stream.reconfigure(errors="backslashreplace")
