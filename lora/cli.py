@@ -133,9 +133,11 @@ def _train_on(count: str, arguments: list[str], config: Any, directory: str | No
 
     if launched():
         raise ConfigError("--nproc starts the processes, and torchrun did. Leave --nproc out.")
-    if config is not None and config.run_dir is None:
-        from lora.run import default_directory
+    from lora.run import default_directory, resumable
 
+    if directory is not None:
+        resumable(Path(directory))
+    elif config.run_dir is None:
         directory = str(default_directory(config))
         arguments = [*arguments, "--run-dir", directory]
     directory = directory or str(config.run_dir)

@@ -56,6 +56,7 @@ from lora.errors import (
     ModelError,
     RunError,
     StoppedError,
+    TargetError,
     TrainingError,
 )
 from lora.evaluate import Evaluation, answers, evaluate
@@ -89,11 +90,17 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
 
 def resume(directory: Path) -> dict[str, Any]:
     """Go on with a run that was cut off, from its newest whole checkpoint. Returns the summary."""
+    config = resumable(directory)
+    with distributed.group(alone=config.shard or config.offload):
+        return _run(config, directory, resumed=True)
+
+
+def resumable(directory: Path) -> RunConfig[Any]:
+    """The configuration of a run that is there and not complete. Raises RunError."""
     config = config_of(directory)
     if (directory / "summary.json").is_file():
         raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
-    with distributed.group(alone=config.shard or config.offload):
-        return _run(config, directory, resumed=True)
+    return config
 
 
 def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:
@@ -302,6 +309,10 @@ def _train(
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
         final = evaluate(training.model, corpus, splits[name], held_out, 64, config.dtype, progress)
+    except TargetError:
+        if not first:
+            raise SystemExit(2) from None  # as below
+        raise
     except (TrainingError, MemoryError, RuntimeError) as error:
         if not isinstance(error, TrainingError) and not out_of_memory(error):
             raise
@@ -528,7 +539,7 @@ def stopping() -> Iterator[Callable[[], int]]:
 
     Yields what tells the signal that came, 0 before.
     """
-    came = 0
+    came, first = 0, distributed.rank() == 0
     before: dict[int, Any] = {}
 
     def keep(number: int, frame: Any) -> None:
@@ -536,11 +547,11 @@ def stopping() -> Iterator[Callable[[], int]]:
         came = int(number)
         for one in before:
             signal.signal(one, signal.SIG_DFL)
-        text = (
-            f"{signal.Signals(number).name}: finishing the step and saving; once more to stop now\n"
+        said = (
+            f"{signal.Signals(number).name}: finishing the step and saving; once more to stop now"
         )
         with suppress(OSError):
-            os.write(2, text.encode())
+            os.write(2, f"{said}\n".encode() if first else b"")
 
     if threading.current_thread() is threading.main_thread():
         for one in SIGNALS:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
-from test_resume import FLAGS, StoppedError, result
+from test_resume import FLAGS, ONE_THREAD, StoppedError, result
 
 import lora.run as room
-from lora import state
+from lora import distributed, state
+from lora.errors import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +251,92 @@ def test_a_word_that_is_a_pattern_in_the_adapters_file_stays_one(
     (tmp_path / "a.toml").write_text("adapter = 5")
     assert lora("train", "--config", tmp_path / "a.toml") == 2
     assert "Traceback" not in said(capsys)
+
+
+def test_two_tables_of_patterns_have_flags_of_their_own(tmp_path: Path) -> None:
+    from lora.config import parse_run
+
+    path = tmp_path / "run.toml"
+    path.write_text("[rank_pattern]\nlin2 = 1\n[alpha_pattern]\nlin2 = 4\n")
+    settings = parse_run(["--config", str(path)]).settings
+    assert (settings.rank_pattern, settings.alpha_pattern) == ({"lin2": 1}, {"lin2": 4})
+    settings = parse_run(["--config", str(path), "--rank-pattern", "lin1", "3"]).settings
+    assert (settings.rank_pattern, settings.alpha_pattern) == ({"lin1": 3}, {"lin2": 4})
+
+
+def test_a_rank_that_is_gone_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reset(*_: Any) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    for name, call in (("all_reduce", distributed.total), ("broadcast", distributed.same)):
+        monkeypatch.setattr(distributed.dist, name, reset)
+        with pytest.raises(TrainingError, match="waited for another rank"):
+            call([torch.zeros(3)])
+
+
+RANKS = {
+    "an evaluation in which a rank is killed": """
+import lora.run as room
+real = room.evaluate
+def evaluate(*arguments, **more):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return real(*arguments, **more)
+room.evaluate = evaluate
+""",
+    "an adapter without a gradient": """
+import lora.train as room
+from lora.errors import TargetError
+def dead(model):
+    raise TargetError("1 of 9 trained modules have no gradient")
+room.check_alive = dead
+""",
+    "a signal to both": """
+import signal
+import lora.run as room
+real = room.Record.step
+def step(self, done):
+    real(self, done)
+    if done.step == 2:
+        signal.raise_signal(signal.SIGTERM)
+room.Record.step = step
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "codes", "words", "left"),
+    [
+        ("an evaluation in which a rank is killed", [2, -9],
+         ["waited for another rank", "Go on with lora train --resume"], [3]),
+        ("an adapter without a gradient", [2, 2], ["have no gradient"], []),
+        ("a signal to both", [143, 143], ["finishing the step", "after step 3 of 9"], [3]),
+    ],
+)  # fmt: skip
+def test_what_two_ranks_meet_is_said_once(
+    what: str, codes: list[int], words: list[str], left: list[int], flags: tuple[Any, ...],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    code = f"import os, sys\n{RANKS[what]}\nfrom lora.cli import main; sys.exit(main(sys.argv[1:]))"
+    given = ["train", *map(str, flags), "--run-dir", str(run)]
+    port = str(random.randrange(20000, 30000))
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *given], text=True, stderr=subprocess.PIPE, cwd=ROOT,
+            stdout=subprocess.DEVNULL, env=ONE_THREAD | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            },
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    err = "".join(process.communicate(timeout=120)[1] for process in both)
+    assert [process.returncode for process in both] == codes, err
+    assert "Traceback" not in err
+    assert "lower --learning-rate" not in err
+    for some in words:
+        assert " ".join(err.split()).count(some) == 1, err
+    assert state.steps(run / "checkpoints") == left
