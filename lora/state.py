@@ -98,7 +98,8 @@ def _write(training: Training, path: Path, state: dict[str, Any], config: bytes)
         if path.exists():  # a damaged one, which find() has passed over
             shutil.rmtree(path)
         making.rename(path)
-        sync(folder)
+        for names in (folder, folder.parent):
+            sync(names)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. The"
