@@ -166,42 +166,43 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         bad = _diverged(record.evaluations)
         if bad:
             say(f"note: {bad}")
-    name, held_out = corpus.held_out
-    summary = {
-        "method": config.method,
-        "task": corpus.task,
-        "base": config.base,
-        "data": config.data,
-        "seed": config.seed,
-        "note": " ".join(filter(None, (config.note, corpus.note, bad))),
-        "trainable": report.trainable,
-        "adapter_parameters": report.adapter_parameters,
-        "parameters": report.total,
-        "learning_rate": config.learning_rate,
-        "evaluations": record.evaluations,
-        "step": training.step,
-        "split": name,
-        "rows": len(held_out),
-        "loss": final.loss,
-        "metrics": final.metrics,
-        "train_seconds": sum(row["seconds"] for row in record.evaluations),
-        "seconds": time.perf_counter() - started,
-        "peak_bytes": memory.peak(device),
-    }
-    if first:
-        write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
-        whole = json.dumps(summary, indent=2, allow_nan=False).encode()
-        write_file(directory / "summary.json", whole)
-        # Not before: what is cut off until here goes on from the last.
-        folder, step = directory / CHECKPOINTS, record.evaluations[-1]["step"]
-        state.prune(folder, _kept(config, folder, record.evaluations, step, config.keep_last))
-        with suppress(OSError):  # of a run that keeps none
-            folder.rmdir()
+        name, held_out = corpus.held_out
+        summary = {
+            "method": config.method,
+            "task": corpus.task,
+            "base": config.base,
+            "data": config.data,
+            "seed": config.seed,
+            "note": " ".join(filter(None, (config.note, corpus.note, bad))),
+            "trainable": report.trainable,
+            "adapter_parameters": report.adapter_parameters,
+            "parameters": report.total,
+            "learning_rate": config.learning_rate,
+            "evaluations": record.evaluations,
+            "step": training.step,
+            "split": name,
+            "rows": len(held_out),
+            "loss": final.loss,
+            "metrics": final.metrics,
+            "train_seconds": sum(row["seconds"] for row in record.evaluations),
+            "seconds": time.perf_counter() - started,
+            "peak_bytes": memory.peak(device),
+        }
+        if first:
+            write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
+            whole = json.dumps(summary, indent=2, allow_nan=False).encode()
+            write_file(directory / "summary.json", whole)
+            # Not before: what is cut off until here goes on from the last.
+            folder, step = directory / CHECKPOINTS, record.evaluations[-1]["step"]
+            state.prune(folder, _kept(config, folder, record.evaluations, step, config.keep_last))
+            with suppress(OSError):  # of a run that keeps none
+                folder.rmdir()
     return summary | {"run_dir": str(directory)}
 
 
 def _checkpoint(directory: Path, corpus: Corpus, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a run that may go on here, None where it has none yet."""
+    resumable(directory)  # again: another process may have completed it meanwhile
     try:
         then = json_object((directory / "environment.json").read_bytes())
     except (OSError, ValueError) as error:

@@ -19,7 +19,7 @@ from test_resume import FLAGS, ONE_THREAD, StoppedError, result
 
 import lora.run as room
 from lora import distributed, state
-from lora.errors import TrainingError
+from lora.errors import RunError, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,33 @@ def test_a_word_that_is_a_pattern_in_the_adapters_file_stays_one(
     (tmp_path / "a.toml").write_text("adapter = 5")
     assert lora("train", "--config", tmp_path / "a.toml") == 2
     assert "Traceback" not in said(capsys)
+
+
+def test_a_run_is_its_processs_own_until_the_result_is_written(
+    flags: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run, real = tmp_path / "run", room.write_file
+
+    def write(path: Path, payload: bytes) -> None:
+        with pytest.raises(RunError, match="another process"), room.alone(run):
+            pass
+        real(path, payload)
+
+    monkeypatch.setattr(room, "write_file", write)
+    assert lora("train", *flags, "--run-dir", run) == 0
+    (run / "summary.json").rename(run / "summary")
+
+    def put_on(*given: Any) -> Any:  # while this process reads, another one ends
+        (run / "summary").rename(run / "summary.json")
+        return real_put_on(*given)
+
+    real_put_on = room.put_on
+    monkeypatch.setattr(room, "put_on", put_on)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert lora("train", "--resume", run) == 2
+    assert "is complete" in said(capsys)
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_two_tables_of_patterns_have_flags_of_their_own(tmp_path: Path) -> None:
