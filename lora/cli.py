@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGTERM."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     verb = given[0] if given else ""
+    if sys.stderr is None:  # closed: `lora ... 2>&-`; its number would be the next file's
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows its number
             stream.reconfigure(errors="backslashreplace")
@@ -132,9 +134,11 @@ def _train_on(count: str, arguments: list[str], config: Any, directory: str | No
 
     if launched():
         raise ConfigError("--nproc starts the processes, and torchrun did. Leave --nproc out.")
-    if config is not None and config.run_dir is None:
-        from lora.run import default_directory
+    from lora.run import default_directory, resumable
 
+    if directory is not None:
+        resumable(Path(directory))
+    elif config.run_dir is None:
         directory = str(default_directory(config))
         arguments = [*arguments, "--run-dir", directory]
     directory = directory or str(config.run_dir)

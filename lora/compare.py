@@ -228,7 +228,8 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = [head]
     for method in dict.fromkeys(s["method"] for s in summaries):
         own = [s for s in summaries if s["method"] == method]
-        losses = zip(*([e["loss"] for e in s["evaluations"]] for s in own), strict=True)
+        ends = [[e["loss"] for e in s["evaluations"]] for s in own]  # fewer of an early stop
+        losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
         scale = 100 if metric == "accuracy" else 1
         scores = [scale * s["metrics"][metric] for s in own]
         spread = (
@@ -240,7 +241,7 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
                 f"{own[0]['trainable']:,}",
                 f"{own[0]['trainable'] / own[0]['parameters']:.2%}",
                 f"{own[0]['learning_rate']:g}",
-                " ".join(f"{statistics.mean(epoch):.3f}" for epoch in losses),
+                " ".join(f"{statistics.mean(some):.3f}" for some in losses),
                 f"{statistics.mean(scores):.{2 if scale == 100 else 4}f}{spread}"
                 + (" %" if scale == 100 else ""),
                 f"{statistics.median(s['train_seconds'] for s in own):.1f}",

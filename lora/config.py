@@ -200,7 +200,8 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         table["adapter"] = folder
     method = value_of(own, "--method") or table.get("method")
     if "adapter" in table:
-        found, filed = settings_of(table["adapter"])
+        found, filed = settings_of(str(table["adapter"]))
+        filed = _plain_name_is_a_name(filed)
         if method not in (None, found.name) and NAMES.get(method, ("",))[0] != found.name:
             raise ConfigError(
                 f"--method {method}: the adapter in {table['adapter']} is of {found.name}. Leave"
@@ -210,16 +211,24 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         table = {field.name: getattr(filed, field.name) for field in fields(filed)} | table
     method = method or "lora"
     start = from_table(table, method)
+    # Of a dict that is not empty tyro makes a flag per key, in place of the one.
+    filled = {
+        field.name: value
+        for field in fields(start.settings)
+        if isinstance(value := getattr(start.settings, field.name), dict) and value
+    }
+    bare = replace(start.settings, **{name: {} for name in filled})
     kind: Any = RunConfig[method_named(method).Config]  # type: ignore[misc]
     config: RunConfig[Any] = parse(
         kind,
         own,
         prog,
-        default=start,
+        default=replace(start, settings=bare),
         description=ABOUT,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
-    config = replace(config, settings=_plain_name_is_a_name(config.settings))
+    back = {name: v for name, v in filled.items() if not getattr(config.settings, name)}
+    config = replace(config, settings=_plain_name_is_a_name(replace(config.settings, **back)))
     if config.adapter is not None:
         for field in fields(filed):
             asked, there = getattr(config.settings, field.name), getattr(filed, field.name)

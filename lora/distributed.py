@@ -119,15 +119,17 @@ def _line(error: BaseException) -> str:
 def total(tensors: Sequence[Tensor]) -> None:
     """Sum tensors over the ranks, in place: in one message for each dtype."""
     if size() > 1:
-        for message in _messages(tensors):
-            dist.all_reduce(message)
+        with together():
+            for message in _messages(tensors):
+                dist.all_reduce(message)
 
 
 def same(tensors: Sequence[Tensor]) -> None:
     """Give rank 0's values to every rank, in place: in one message for each dtype."""
     if size() > 1:
-        for message in _messages(tensors):
-            dist.broadcast(message, 0)
+        with together():
+            for message in _messages(tensors):
+                dist.broadcast(message, 0)
 
 
 @torch.no_grad()
@@ -138,8 +140,7 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for alike in kinds.values():
         flat = torch.cat([tensor.reshape(-1) for tensor in alike])
-        with together():
-            yield flat
+        yield flat
         sizes = [tensor.numel() for tensor in alike]
         for tensor, values in zip(alike, torch.split(flat, sizes), strict=True):
             tensor.copy_(values.view_as(tensor))

@@ -49,11 +49,14 @@ from lora.checkpoint import json_object, load, save, write_together, write_whole
 from lora.config import RunConfig, from_table, method_named, read_toml, to_table
 from lora.data import Columns, Corpus, Example, read
 from lora.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
+    LoraError,
     ModelError,
     RunError,
     StoppedError,
+    TargetError,
     TrainingError,
 )
 from lora.evaluate import Evaluation, answers, evaluate
@@ -87,16 +90,22 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
 
 def resume(directory: Path) -> dict[str, Any]:
     """Go on with a run that was cut off, from its newest whole checkpoint. Returns the summary."""
-    config = config_of(directory)
-    if (directory / "summary.json").is_file():
-        raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
+    config = resumable(directory)
     with distributed.group(alone=config.shard or config.offload):
         return _run(config, directory, resumed=True)
 
 
+def resumable(directory: Path) -> RunConfig[Any]:
+    """The configuration of a run that is there and not complete. Raises RunError."""
+    config = config_of(directory)
+    if (directory / "summary.json").is_file():
+        raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
+    return config
+
+
 def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    given, first = config, distributed.rank() == 0
+    first = distributed.rank() == 0
     with progress_bar() as progress, PeakMemory() as memory, ExitStack() as held:
 
         def say(text: str) -> None:
@@ -143,45 +152,57 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             if resumed:
                 say(f"resuming {directory} {f'from step {training.step}' if path else 'anew'}.")
         names = config.trackers if first else ()
-        log = held.enter_context(trackers.tracking(names, directory, to_table(config)))
-        record = held.enter_context(recorder(directory, length, log))
+        try:
+            with distributed.alike():
+                log = held.enter_context(trackers.tracking(names, directory, to_table(config)))
+                record = held.enter_context(recorder(directory, length, log))
+        except BaseException:
+            if first and not resumed:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
         stop = held.enter_context(stopping())
         final = _train(config, training, corpus, splits, directory, record, progress, stop)
         memory.sample()
         bad = _diverged(record.evaluations)
         if bad:
             say(f"note: {bad}")
-    name, held_out = corpus.held_out
-    summary = {
-        "method": config.method,
-        "task": corpus.task,
-        "base": given.base,
-        "data": given.data,
-        "seed": config.seed,
-        "note": " ".join(filter(None, (config.note, corpus.note, bad))),
-        "trainable": report.trainable,
-        "adapter_parameters": report.adapter_parameters,
-        "parameters": report.total,
-        "learning_rate": config.learning_rate,
-        "evaluations": record.evaluations,
-        "step": training.step,
-        "split": name,
-        "rows": len(held_out),
-        "loss": final.loss,
-        "metrics": final.metrics,
-        "train_seconds": sum(row["seconds"] for row in record.evaluations),
-        "seconds": time.perf_counter() - started,
-        "peak_bytes": memory.peak(device),
-    }
-    if first:
-        write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
-        whole = json.dumps(summary, indent=2, allow_nan=False).encode()
-        write_file(directory / "summary.json", whole)
+        name, held_out = corpus.held_out
+        summary = {
+            "method": config.method,
+            "task": corpus.task,
+            "base": config.base,
+            "data": config.data,
+            "seed": config.seed,
+            "note": " ".join(filter(None, (config.note, corpus.note, bad))),
+            "trainable": report.trainable,
+            "adapter_parameters": report.adapter_parameters,
+            "parameters": report.total,
+            "learning_rate": config.learning_rate,
+            "evaluations": record.evaluations,
+            "step": training.step,
+            "split": name,
+            "rows": len(held_out),
+            "loss": final.loss,
+            "metrics": final.metrics,
+            "train_seconds": sum(row["seconds"] for row in record.evaluations),
+            "seconds": time.perf_counter() - started,
+            "peak_bytes": memory.peak(device),
+        }
+        if first:
+            write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
+            whole = json.dumps(summary, indent=2, allow_nan=False).encode()
+            write_file(directory / "summary.json", whole)
+            # Not before: what is cut off until here goes on from the last.
+            folder, step = directory / CHECKPOINTS, record.evaluations[-1]["step"]
+            state.prune(folder, _kept(config, folder, record.evaluations, step, config.keep_last))
+            with suppress(OSError):  # of a run that keeps none
+                folder.rmdir()
     return summary | {"run_dir": str(directory)}
 
 
 def _checkpoint(directory: Path, corpus: Corpus, say: Callable[[str], None]) -> Path | None:
     """The newest whole checkpoint of a run that may go on here, None where it has none yet."""
+    resumable(directory)  # again: another process may have completed it meanwhile
     try:
         then = json_object((directory / "environment.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -233,7 +254,7 @@ def _train(
         state.save(training, folder, written, {"recorded": record.length()})
         if first:
             last = max(1, config.keep_last)
-            state.prune(folder, _kept(config, folder, record.evaluations, last))
+            state.prune(folder, _kept(config, folder, record.evaluations, training.step, last))
 
     def score() -> bool:
         """Evaluate on dev; whether that was enough."""
@@ -275,37 +296,54 @@ def _train(
         shown.done()
         chosen = best(record.evaluations)["step"]
         if config.final == "best" and chosen != training.step:
-            state.restore(training, state.place(folder, chosen))
+            path = state.place(folder, chosen)
+            with distributed.alike():
+                if wrong := state.damage(path):
+                    raise CheckpointError(
+                        f"{path}, the best, is damaged: {wrong}. Bring it back, or remove {folder}:"
+                        f" lora train --resume {directory} begins anew then."
+                    )
+                state.restore(training, path)
             progress.console.print(f"the best is that of step {chosen}.")
         with distributed.alike():
             save(training.model, directory / "adapter", writes=first)
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
         final = evaluate(training.model, corpus, splits[name], held_out, 64, config.dtype, progress)
+    except TargetError:
+        if not first:
+            raise SystemExit(2) from None  # as below
+        raise
     except (TrainingError, MemoryError, RuntimeError) as error:
         if not isinstance(error, TrainingError) and not out_of_memory(error):
             raise
-        if not first and isinstance(error, TrainingError) and error.__cause__ is None:
+        # Not memory that is short here, nor another rank that is gone, which has a cause.
+        diverged = isinstance(error, TrainingError) and error.__cause__ is None
+        if diverged and not first:
             raise SystemExit(2) from None  # every rank finds the same, and rank 0 says it
-        if where and first:  # what cannot be scored is not to be gone on from
+        if diverged and where:  # what cannot be scored is not to be gone on from
             state.prune(folder, set(state.steps(folder)) - {training.step})
-        path, _ = state.find(folder)
-        raise TrainingError(
-            f"{where}{_told(error, training.step + 1, config)}"
-            f" Last good checkpoint: {path or 'none'}."
-        ) from None
-    if first:
-        state.prune(folder, _kept(config, folder, record.evaluations, config.keep_last))
-        with suppress(OSError):  # of a run that keeps none
-            folder.rmdir()
+        good, _ = state.find(folder)
+        if diverged:
+            told = f"{error} Run again with a lower --learning-rate than {config.learning_rate:g}."
+        elif isinstance(error, TrainingError):
+            told = f"{error} Go on with lora train --resume {directory}."
+        else:
+            told = _short(error, "" if where else f"step {training.step + 1}: ", config)
+        raise TrainingError(f"{where}{told} Last good checkpoint: {good or 'none'}.") from None
     return final
 
 
 def _kept(
-    config: RunConfig[Any], folder: Path, evaluations: Sequence[Mapping[str, Any]], last: int
+    config: RunConfig[Any],
+    folder: Path,
+    evaluations: Sequence[Mapping[str, Any]],
+    step: int,
+    last: int,
 ) -> set[int]:
-    """The steps whose checkpoints stay: the newest, and the best."""
-    newest = state.steps(folder)[::-1][:last]
+    """The steps whose checkpoints stay: the newest up to the step, and the best. What is of a later
+    step is damaged, or the run would not be here again."""
+    newest = [one for one in reversed(state.steps(folder)) if one <= step][:last]
     few = max(config.keep_best, 1 if config.final == "best" else 0)
     return {*newest, *(row["step"] for row in ranked(evaluations)[:few])}
 
@@ -331,15 +369,14 @@ def out_of_memory(error: BaseException) -> bool:
     return typed or "can't allocate memory" in str(error)
 
 
-def _told(error: BaseException, step: int, config: RunConfig[Any]) -> str:
-    """What went wrong, and what to change."""
-    if isinstance(error, TrainingError):
-        return f"{error} Run again with a lower --learning-rate than {config.learning_rate:g}."
-    reason = str(error).strip().partition("\n")[0]
+def _short(error: BaseException, step: str, config: RunConfig[Any]) -> str:
+    """Where memory was short, in a step or in an evaluation (""), and what to change."""
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    less = max(1, (config.micro_batch_size or config.batch_size) // 2)
+    parts = f"--micro-batch-size {less}, " if step else ""  # an evaluation has none
     return (
-        f"step {step}: out of memory ({reason}). Run again with --micro-batch-size"
-        f" {max(1, (config.micro_batch_size or config.batch_size) // 2)}, a smaller --max-length,"
-        " or --quantize nf4."
+        f"{step}out of memory ({reason}). Run again with {parts}a smaller --max-length, or"
+        " --quantize nf4."
     )
 
 
@@ -398,7 +435,9 @@ class Record:
             self._take(row)
 
     def step(self, step: Step) -> None:
-        self._write({"kind": "step", **asdict(step)})
+        row = {"kind": "step", **asdict(step)}
+        del row["stop"]  # of this process, not of the training
+        self._write(row)
 
     def evaluation(self, step: int, epoch: float, dev: Evaluation) -> Mapping[str, Any]:
         """The training since the last evaluation, and what it has led to."""
@@ -424,14 +463,20 @@ class Record:
         """Bytes, on disk; 0 on ranks that write none."""
         if self.file is None:
             return 0
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise unwritable(Path(self.file.name), error) from error
         return self.file.tell()
 
     def _write(self, row: dict[str, Any]) -> None:
         """One line, at once, so that a reader sees the run as it goes."""
         if self.file is not None:
-            self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise unwritable(Path(self.file.name), error) from error
         self.log(row)
         self._take(row)
 
@@ -447,27 +492,30 @@ class Record:
 def recorder(directory: Path, length: int, log: trackers.Log) -> Iterator[Record]:
     """metrics.jsonl from its first `length` bytes on; what follows them is done again. Rank 0
     writes."""
-    path, first = directory / "metrics.jsonl", distributed.rank() == 0
-    if not first and not length:
-        yield Record(None, [], log)
-        return
+    path = directory / "metrics.jsonl"
     try:
-        with path.open(("r+b" if length else "wb") if first else "rb") as file:
-            written = file.read(length) if length else b""
-            if len(written) < length:
-                raise RunError(
-                    f"{path} is shorter than at its checkpoint. Bring it back, or run anew."
-                )
-            if first:
-                file.truncate()
+        written = path.read_bytes()[:length] if length else b""
+        if len(written) < length:
+            raise ValueError("it is shorter than at its checkpoint")
+        record = Record(None, [json_object(line) for line in written.splitlines()], log)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} is damaged: {reason}. Bring it back, or run anew.") from None
+    with ExitStack() as held:
+        if distributed.rank() == 0:
             try:
-                rows = [json_object(line) for line in written.splitlines()]
-                record = Record(file if first else None, rows, log)
-            except (KeyError, TypeError, ValueError) as error:
-                raise RunError(f"{path} is damaged: {error}. Bring it back, or run anew.") from None
-            yield record
-    except OSError as error:
-        raise unwritable(path, error) from error
+                record.file = path.open("r+b" if length else "wb")
+                held.callback(_closed, record.file)
+                record.file.truncate(length)
+                record.file.seek(length)
+            except OSError as error:
+                raise unwritable(path, error) from error
+        yield record
+
+
+def _closed(file: BinaryIO) -> None:
+    with suppress(OSError):  # of a line that could not be written, which was said
+        file.close()
 
 
 @contextmanager
@@ -492,7 +540,7 @@ def stopping() -> Iterator[Callable[[], int]]:
 
     Yields what tells the signal that came, 0 before.
     """
-    came = 0
+    came, first = 0, distributed.rank() == 0
     before: dict[int, Any] = {}
 
     def keep(number: int, frame: Any) -> None:
@@ -500,11 +548,11 @@ def stopping() -> Iterator[Callable[[], int]]:
         came = int(number)
         for one in before:
             signal.signal(one, signal.SIG_DFL)
-        text = (
-            f"{signal.Signals(number).name}: finishing the step and saving; once more to stop now\n"
+        said = (
+            f"{signal.Signals(number).name}: finishing the step and saving; once more to stop now"
         )
         with suppress(OSError):
-            os.write(2, text.encode())
+            os.write(2, f"{said}\n".encode() if first else b"")
 
     if threading.current_thread() is threading.main_thread():
         for one in SIGNALS:
@@ -713,8 +761,9 @@ def _given(folder: Path, config: RunConfig[Any], base: Base) -> Report:
             f"--adapter {folder}: {lost[0]} of --base {config.base} is new, and the adapter brings"
             " none. Pass a base that has its head, or an adapter with modules_to_save."
         )
-    own = folder.parent / "config.toml"  # where it is that of a run
-    labels = tuple(read_toml(own).get("labels", ())) if own.is_file() else ()
+    labels: tuple[str, ...] = ()
+    with suppress(LoraError):  # where it is that of a run
+        labels = config_of(folder.parent).labels
     if labels and config.labels and labels != config.labels:
         raise DataError(
             f"--adapter {folder} was trained on the labels {', '.join(labels)}, found"

@@ -48,6 +48,7 @@ from lora.injection import injected
 TENSORS, STATE, CONFIG, MANIFEST = (
     "training.safetensors", "training.json", "config.toml", "manifest.json"
 )  # fmt: skip
+REMOVED = ".removed"
 
 
 @dataclass
@@ -97,7 +98,8 @@ def _write(training: Training, path: Path, state: dict[str, Any], config: bytes)
         if path.exists():  # a damaged one, which find() has passed over
             shutil.rmtree(path)
         making.rename(path)
-        sync(folder)
+        for names in (folder, folder.parent):
+            sync(names)
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. The"
@@ -123,6 +125,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
     said = [
         f"{path} was being written when the run stopped: passed over."
         for path in sorted(folder.glob(".step-*"))
+        if path.suffix != REMOVED
     ]
     for step in reversed(steps(folder)):
         path = place(folder, step)
@@ -153,7 +156,7 @@ def prune(folder: Path, kept: Iterable[int]) -> None:
     gone = [place(folder, step) for step in steps(folder) if step not in stay]
     for path in (*gone, *folder.glob(".step-*")):
         # Renamed first: what is half removed is not to be taken for a checkpoint.
-        rest = path.with_name(f".{path.name.lstrip('.')}.removed")
+        rest = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
         with suppress(OSError):
             path.rename(rest)
         shutil.rmtree(rest, ignore_errors=True)

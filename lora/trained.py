@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora import distributed, nf4, state
 from lora.adapter import is_number
-from lora.checkpoint import json_object, load
+from lora.checkpoint import CONFIG, json_object, load
 from lora.config import RunConfig, method_named
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, RunError
@@ -63,7 +63,8 @@ def _reopened(directory: Path) -> Trained:
     """The model of a run directory, in the dtype of its base."""
     config = config_of(directory)
     adapter = directory / "adapter"
-    if not adapter.is_dir():  # of a run that is not complete, that of its newest checkpoint
+    there = (adapter / CONFIG).is_file() or (directory / "summary.json").is_file()
+    if not there:  # of a run that is not complete, that of its newest checkpoint
         path, _ = state.find(directory / CHECKPOINTS)
         if path is None:
             raise RunError(

@@ -740,7 +740,8 @@ def test_a_relative_folder_reopens_from_anywhere(
     data(tmp_path / "here")
     monkeypatch.chdir(tmp_path)
     assert lora("train", "--base", base, "--data", "here", "--epochs", 1, "--run-dir", "run") == 0
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["data"] == "here"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["data"] == str(tmp_path / "here")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert lora("eval", "../run") == 0
