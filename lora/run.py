@@ -161,7 +161,8 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
                 shutil.rmtree(directory, ignore_errors=True)
             raise
         stop = held.enter_context(stopping())
-        final = _train(config, training, corpus, splits, directory, record, progress, stop)
+        with distributed.together():
+            final = _train(config, training, corpus, splits, directory, record, progress, stop)
         memory.sample()
         bad = _diverged(record.evaluations)
         if bad:
