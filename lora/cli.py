@@ -77,8 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extras = "lora-from-scratch[train,hub,demo]"
         print(f"lora {verb} needs {name}. Run pip install '{extras}'.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        print(f"interrupted. {stop}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted.", file=sys.stderr)
         return 130
     return 0 if given else 2
 

@@ -168,13 +168,15 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         if bad:
             say(f"note: {bad}")
         name, held_out = corpus.held_out
+        # A resumed run has been told what the first one guessed, and has nothing to remark.
+        noted = json_object((directory / "environment.json").read_bytes()).get("note", "")
         summary = {
             "method": config.method,
             "task": corpus.task,
             "base": config.base,
             "data": config.data,
             "seed": config.seed,
-            "note": " ".join(filter(None, (config.note, corpus.note, bad))),
+            "note": " ".join(filter(None, (config.note, noted, bad))),
             "trainable": report.trainable,
             "adapter_parameters": report.adapter_parameters,
             "parameters": report.total,
@@ -600,7 +602,7 @@ def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> N
 
 def create(directory: Path, config: RunConfig[Any], corpus: Corpus) -> None:
     """Make the directory, with config.toml and environment.json in it or not at all."""
-    around = environment() | {"data": corpus.digest()}
+    around = environment() | {"data": corpus.digest(), "note": corpus.note}
     files = {
         "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
         "environment.json": json.dumps(around, indent=2).encode(),

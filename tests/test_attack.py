@@ -280,6 +280,20 @@ def test_a_run_is_its_processs_own_until_the_result_is_written(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_what_a_run_guessed_of_its_data_stays_in_its_summary(
+    flags: tuple[Any, ...], tmp_path: Path
+) -> None:
+    folder, run = tmp_path / "data", tmp_path / "run"
+    folder.mkdir()
+    rows = "".join(f"film {i}\t{i / 7}\n" for i in range(20))
+    for split in ("train", "dev"):
+        (folder / f"{split}.tsv").write_text(f"text\tlabel\n{rows}")
+    train_until(5, *flags[:2], "--data", folder, *flags[4:], "--run-dir", run)
+    assert lora("train", "--resume", run) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["note"] == "the labels are fractional numbers: a regression"
+
+
 def test_two_tables_of_patterns_have_flags_of_their_own(tmp_path: Path) -> None:
     from lora.config import parse_run
 
