@@ -110,7 +110,7 @@ class RunConfig(Generic[C]):
     save_steps: int | None = None
     """Optimiser steps from one checkpoint to the next, besides those of the evaluations."""
     keep_last: int = 1
-    """Newest checkpoints that stay; 0: none once the run is complete."""
+    """Newest checkpoints that stay; 0: one while the run is not complete."""
     keep_best: int = 1
     """Best checkpoints on dev that stay, by the task's first metric and then by the loss."""
     early_stopping: int | None = None

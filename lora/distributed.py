@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora.adapter import AdaptedLayer, SavedModule
-from lora.errors import ConfigError, LoraError, TrainingError
+from lora.errors import ConfigError, LoraError, RunError, TrainingError
 from lora.injection import Parts, init, injected, owned, wrappers_of
 from lora.targets import base_paths, unwrapped
 
@@ -160,7 +160,7 @@ def gather(thing: Any) -> list[Any]:
 def alike() -> Iterator[None]:
     """Every rank comes out of it, or none: an error of ours on any ends all, and is shown once.
 
-    By rank 0, which raises its own, or a TrainingError that names the rank and what it met; the
+    By rank 0, which raises its own, or a RunError that names the rank and what it met; the
     others leave quietly, with the exit code of the command line, once rank 0 is gone.
     """
     own: LoraError | None = None
@@ -176,7 +176,7 @@ def alike() -> Iterator[None]:
         with suppress(TrainingError):
             gather(None)  # never answered: rank 0 has said what there is to say when this fails
         raise SystemExit(2)
-    raise own or TrainingError(f"rank {bad[0]} of {size()} cannot go on. {found[bad[0]]}")
+    raise own or RunError(f"rank {bad[0]} of {size()} cannot go on. {found[bad[0]]}")
 
 
 def shard(

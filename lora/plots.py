@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
                 counts = {key: int(row[key]) for key in ("step", "epoch")}
                 steps.append({**counts, "loss": float(row["loss"])})
             else:
-                epoch = {key: float(row[key]) for key in ("epoch", "loss", "dev_loss")}
+                epoch = {key: float(row[key]) for key in ("step", "epoch", "loss", "dev_loss")}
                 dev = {str(name): float(value) for name, value in row["dev"].items()}
                 epochs.append({**epoch, "dev": dev})
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -103,7 +104,7 @@ def _loss(
     label: str | None,
 ) -> None:  # fmt: skip
     """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
-    per_epoch = max(s["step"] for s in steps if s["epoch"] == 1)
+    per_epoch = round(epochs[0]["step"] / epochs[0]["epoch"])
     width = max(1, per_epoch // 10)
     losses = [step["loss"] for step in steps]
     smooth = [
@@ -119,4 +120,4 @@ def _points(
     axes: Axes, epochs: list[dict[str, Any]], values: list[float], colour: str, label: str | None
 ) -> None:
     axes.plot([e["epoch"] for e in epochs], values, "o--", color=colour, lw=1.2, label=label)
-    axes.set_xticks(range(len(epochs) + 1))
+    axes.set_xticks(range(math.ceil(epochs[-1]["epoch"]) + 1))

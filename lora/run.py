@@ -12,6 +12,7 @@ summary.json       the result; there only when the run is complete
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -75,6 +76,7 @@ from lora.tokens import Encoded, batches, collate, encode
 from lora.train import SIGNALS, Step, begin, check_room, fit, steps_per_epoch
 
 CHECKPOINTS = "checkpoints"
+NOTHING = hashlib.sha256().hexdigest()
 
 
 def run(config: RunConfig[Any]) -> dict[str, Any]:
@@ -148,14 +150,14 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
                 path = _checkpoint(directory, corpus, say) if resumed else None
         path = distributed.gather(path)[0]
         with distributed.alike():
-            length = state.restore(training, path)["recorded"] if path else 0
+            mark = state.restore(training, path)["recorded"] if path else (0, NOTHING)
             if resumed:
                 say(f"resuming {directory} {f'from step {training.step}' if path else 'anew'}.")
         names = config.trackers if first else ()
         try:
             with distributed.alike():
                 log = held.enter_context(trackers.tracking(names, directory, to_table(config)))
-                record = held.enter_context(recorder(directory, length, log))
+                record = held.enter_context(recorder(directory, mark, log))
         except BaseException:
             if first and not resumed:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -254,7 +256,7 @@ def _train(
         return evaluates(step) or (config.save_steps is not None and step % config.save_steps == 0)
 
     def checkpoint() -> None:
-        state.save(training, folder, written, {"recorded": record.length()})
+        state.save(training, folder, written, {"recorded": record.mark()})
         if first:
             last = max(1, config.keep_last)
             state.prune(folder, _kept(config, folder, record.evaluations, training.step, last))
@@ -431,7 +433,7 @@ class Record:
     def __init__(
         self, file: BinaryIO | None, rows: Sequence[Mapping[str, Any]], log: trackers.Log
     ) -> None:
-        self.file, self.log = file, log
+        self.file, self.log, self.digest = file, log, hashlib.sha256()
         self.evaluations: list[dict[str, Any]] = []
         self.steps: list[Mapping[str, Any]] = []
         for row in rows:
@@ -462,22 +464,25 @@ class Record:
         )
         return self.evaluations[-1]
 
-    def length(self) -> int:
-        """Bytes, on disk; 0 on ranks that write none."""
+    def mark(self) -> tuple[int, str]:
+        """Bytes and SHA-256 of what is recorded, which is on disk; nothing on ranks that write
+        none."""
         if self.file is None:
-            return 0
+            return 0, NOTHING
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
             raise unwritable(Path(self.file.name), error) from error
-        return self.file.tell()
+        return self.file.tell(), self.digest.hexdigest()
 
     def _write(self, row: dict[str, Any]) -> None:
         """One line, at once, so that a reader sees the run as it goes."""
         if self.file is not None:
             try:
-                self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                line = json.dumps(row, allow_nan=False).encode() + b"\n"
+                self.file.write(line)
                 self.file.flush()
+                self.digest.update(line)
             except OSError as error:
                 raise unwritable(Path(self.file.name), error) from error
         self.log(row)
@@ -492,18 +497,18 @@ class Record:
 
 
 @contextmanager
-def recorder(directory: Path, length: int, log: trackers.Log) -> Iterator[Record]:
-    """metrics.jsonl from its first `length` bytes on; what follows them is done again. Rank 0
-    writes."""
-    path = directory / "metrics.jsonl"
+def recorder(directory: Path, mark: Sequence[Any], log: trackers.Log) -> Iterator[Record]:
+    """metrics.jsonl as it was at a mark(); what follows is done again. Rank 0 writes."""
+    path, (length, digest) = directory / "metrics.jsonl", mark
     try:
         written = path.read_bytes()[:length] if length else b""
-        if len(written) < length:
-            raise ValueError("it is shorter than at its checkpoint")
+        if hashlib.sha256(written).hexdigest() != digest:
+            raise ValueError("it is not as it was at its checkpoint")
         record = Record(None, [json_object(line) for line in written.splitlines()], log)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} is damaged: {reason}. Bring it back, or run anew.") from None
+    record.digest.update(written)
     with ExitStack() as held:
         if distributed.rank() == 0:
             try:

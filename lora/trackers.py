@@ -165,7 +165,7 @@ def flat(row: Mapping[str, Any]) -> dict[str, float]:
     for key, value in row.items():
         if isinstance(value, Mapping):
             found |= {f"{key}/{inner}": number for inner, number in value.items()}
-        elif key not in ("step", "steps", group):  # the axis, what never changes
+        elif key not in ("step", "steps"):  # the axis, what never changes
             split, _, rest = key.partition("_")
             found[f"dev/{rest}" if split == "dev" else f"{group}/{key}"] = value
     return {key: value for key, value in found.items() if is_number(value)}

@@ -137,10 +137,10 @@ def test_resume_says_what_it_cannot(
     assert "config.toml is not the one of" in capsys.readouterr().err
     (run / "config.toml").write_text(text)
     metrics = (run / "metrics.jsonl").read_bytes()
-    for written, words in ((metrics[:100], "is shorter than"), (b"[" + metrics[1:], "is damaged")):
+    for written in (metrics[:100], metrics.replace(b"0", b"1", 1)):
         (run / "metrics.jsonl").write_bytes(written)
         assert lora("train", "--resume", run) == 2
-        assert words in capsys.readouterr().err
+        assert "is damaged: it is not as it was at its checkpoint" in capsys.readouterr().err
     (run / "metrics.jsonl").write_bytes(metrics)
     around = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps(around | {"data": "other"}))
