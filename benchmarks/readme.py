@@ -19,7 +19,10 @@ from lora.compare import markdown, rows
 
 ROOT = Path(__file__).parents[1]
 WHO = ("ours", "peft")
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "training")),
+)
 
 
 def tables() -> dict[str, str]:
@@ -44,7 +47,8 @@ def tables() -> dict[str, str]:
     }  # fmt: skip
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
     tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
-              "checkpointing": checkpointing(), "compiled": compiled(), "nf4": four_bits(),
+              "checkpointing": checkpointing(), "shard": shards(), "plan": plans(),
+              "kills": kills(), "compiled": compiled(), "nf4": four_bits(),
               "nf4 errors": errors()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
@@ -150,6 +154,37 @@ def checkpointing() -> list[tuple[str, ...]]:
         ]
         table.append((shown, f"{held['kept']:.2f}", f"{held['peak']:.2f}", *steps))
     return table
+
+
+def shards() -> list[tuple[str, ...]]:
+    """What a rank holds of a base in pieces, beside a process that holds all of it."""
+    found = read("shard")
+    table: list[tuple[str, ...]] = [("peak, MB", "reading the base", "with a step", "held after")]
+    for name, ranks in found.items():
+        if name not in ("machine", "stored"):
+            most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+            cells = (f"{most[key] / 10**6:,.0f}" for key in ("read", "step", "held"))
+            table.append((name.replace("nf4", "NF4"), *cells))
+    return table
+
+
+def plans() -> list[tuple[str, ...]]:
+    """The dry run's peak beside the run's."""
+    table: list[tuple[str, ...]] = [("run", "planned, MB", "measured, MB", "planned / measured")]
+    for name, run in read("plan")["runs"].items():
+        planned, peak = run["planned"]["peak"], run["peak_bytes"]
+        cells = (f"{planned / 10**6:,.0f}", f"{peak / 10**6:,.0f}", f"{run['ratio']:.2f}")
+        table.append((name, *cells))
+    return table
+
+
+def kills() -> list[tuple[str, ...]]:
+    """What happened to the run that was killed."""
+    found = read("kills")
+    shown = ("kills", "within a save", "before the first checkpoint")
+    equal = ", ".join(name for name, same in found["equal"].items() if same)
+    head = (*shown, "equal to the undisturbed run's")
+    return [head, (*(str(found[name]) for name in shown), equal)]
 
 
 def parts() -> dict[str, str]:
