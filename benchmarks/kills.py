@@ -66,6 +66,7 @@ def survive(flags: Sequence[str], run: Path, kills: int, seed: int) -> dict[str,
             found["runs"] += 1
         elif process.returncode == -9:
             found["kills"] += 1
+            print(f"{found['kills']} of {kills} kills", file=sys.stderr)
             found["within a save"] += any((run / "checkpoints").glob(".step-*"))
             found["before the first checkpoint"] += not any((run / "checkpoints").glob("step-*"))
         else:

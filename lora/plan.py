@@ -65,8 +65,8 @@ from lora.train import check_room, groups, steps_per_epoch
 
 EVALUATED = 64  # rows that an evaluation computes at a time
 HOLES = 0.7
-"""Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods: 0.59
-to 0.85 (benchmarks/results/plan.json)."""
+"""Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
+0.59 to 0.85 (benchmarks/results/plan.json)."""
 MIB = 2**20
 
 Shape = tuple[int, int]  # rows, tokens of the longest
