@@ -45,18 +45,14 @@ def survive(flags: Sequence[str], run: Path, kills: int, seed: int) -> dict[str,
     while True:
         began = run.exists()
         how = ["--resume", str(run)] if began else [*flags, "--run-dir", str(run)]
-        at = metrics.stat().st_mtime_ns if metrics.is_file() else 0
         process = subprocess.Popen(
             [sys.executable, "-m", "lora", "train", *how],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         if found["kills"] < kills:
-            while process.poll() is None and (
-                not metrics.is_file() or metrics.stat().st_mtime_ns == at
-            ):
-                time.sleep(0.001)
-            time.sleep(rng.random() ** 2 * 0.8)
+            _wait_for_a_step(process, metrics)
+            time.sleep(rng.random() * 0.5)
             process.kill()
         _, error = process.communicate()
         if process.returncode == 0:
@@ -71,6 +67,17 @@ def survive(flags: Sequence[str], run: Path, kills: int, seed: int) -> dict[str,
             found["before the first checkpoint"] += not any((run / "checkpoints").glob("step-*"))
         else:
             raise SystemExit(f"lora train ended with {process.returncode}: {error}")
+
+
+def _wait_for_a_step(process: subprocess.Popen[str], metrics: Path) -> None:
+    """Until a line is added; one that goes on cuts the file to its checkpoint's length first."""
+    least = sys.maxsize
+    while process.poll() is None:
+        size = metrics.stat().st_size if metrics.is_file() else sys.maxsize
+        if size > least:
+            return
+        least = min(least, size)
+        time.sleep(0.001)
 
 
 def task(folder: Path) -> list[str]:
