@@ -55,18 +55,18 @@ def survive(flags: Sequence[str], run: Path, kills: int, seed: int) -> dict[str,
             time.sleep(rng.random() * 0.5)
             process.kill()
         _, error = process.communicate()
-        if process.returncode == 0:
-            if found["kills"] >= kills:
-                return found
-            shutil.rmtree(run)  # it was done before its time
-            found["runs"] += 1
-        elif process.returncode == -9:
+        if process.returncode == -9:
             found["kills"] += 1
             print(f"{found['kills']} of {kills} kills", file=sys.stderr)
             found["within a save"] += any((run / "checkpoints").glob(".step-*"))
             found["before the first checkpoint"] += not any((run / "checkpoints").glob("step-*"))
-        else:
+        elif process.returncode:
             raise SystemExit(f"lora train ended with {process.returncode}: {error}")
+        if (run / "summary.json").is_file():  # its result is written, and it may be killed then too
+            if found["kills"] >= kills:
+                return found
+            shutil.rmtree(run)
+            found["runs"] += 1
 
 
 def _wait_for_a_step(process: subprocess.Popen[str], metrics: Path) -> None:
