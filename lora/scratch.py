@@ -36,9 +36,11 @@ def scratch(
     New where the allocator keeps what was freed, and where what is computed is a tracer's or a
     mode's (FakeTensorMode), which must not be found there later; a mode may hold its own.
     """
-    mode = _get_current_dispatch_mode()
-    by_use = _held.by_use if mode is None else getattr(mode, "held", None)
-    if torch.device(device).type != "cpu" or torch.compiler.is_compiling() or by_use is None:
+    by_use = None
+    if torch.device(device).type == "cpu" and not torch.compiler.is_compiling():
+        mode = _get_current_dispatch_mode()
+        by_use = _held.by_use if mode is None else getattr(mode, "held", None)
+    if by_use is None:
         return torch.empty(shape, dtype=dtype, device=device)
     count, key = math.prod(shape), (use, dtype)
     found: Tensor | None = by_use.get(key)

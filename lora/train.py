@@ -67,6 +67,8 @@ def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int
     torch.manual_seed(random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed)
     check_room(model)
     optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
     return Training(model, optimizer, learning_rate)
 
 
@@ -126,7 +128,7 @@ def fit(
         norm = float(nn.utils.clip_grad_norm_(trained, max_grad_norm))
         share = slope(number, steps, warmup, schedule)
         for group in optimizer.param_groups:
-            group["lr"] = share * group["peak"]
+            group["lr"] = share * group["peak"]  # of begin()
         rate = share * training.learning_rate
         check_finite(value, norm, f"step {number + 1} of {steps} (epoch {epoch + 1}, ", rate)
         optimizer.step()
@@ -220,7 +222,7 @@ def slope(number: int, steps: int, warmup: float, schedule: Schedule = "linear")
 def groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """What trains, at the rate of its method; matrices decay, biases and norms do not."""
     return [
-        {"params": found, "peak": multiple * learning_rate, "weight_decay": decay}
+        {"params": found, "lr": multiple * learning_rate, "weight_decay": decay}
         for parameters, multiple in param_groups(model)
         for found, decay in (
             ([p for p in parameters if p.dim() > 1], weight_decay),
