@@ -35,7 +35,7 @@ quick: $(READY)
 	$(BIN)/pytest -n 2 -m "not slow" -q
 
 slow: $(READY)
-	$(BIN)/pytest -m slow -q
+	$(BIN)/pytest -n 2 --dist loadfile -m slow -q
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
