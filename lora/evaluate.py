@@ -19,6 +19,8 @@ from lora.losses import task_loss
 from lora.metrics import score
 from lora.tokens import Encoded, ahead, collate, sorted_batches
 
+EVALUATED = 64  # rows at a time
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -78,7 +80,7 @@ def evaluate(
     corpus: Corpus,
     encoded: Encoded,
     examples: Sequence[Example],
-    batch_size: int = 64,
+    batch_size: int = EVALUATED,
     dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Evaluation:

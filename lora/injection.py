@@ -156,9 +156,14 @@ def _check_room(plan: Plan, targets: Mapping[str, nn.Module]) -> None:
     check_memory(need, f"no adapter can be made: {plan.method.name} needs")
 
 
+def machine_memory() -> int:
+    """Bytes that the machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_memory(need: int, what: str) -> None:
     """Raise ConfigError where `what` needs more bytes than the machine has."""
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    there = machine_memory()
     if need > there:
         raise ConfigError(
             f"{what} {need / 2**30:,.0f} GiB as set, the machine has {there / 2**30:,.0f}."

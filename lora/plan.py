@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,11 +38,12 @@ from lora.config import RunConfig, method_named
 from lora.data import Corpus
 from lora.distributed import device as device_here
 from lora.errors import ModelError
-from lora.evaluate import autocast
+from lora.evaluate import EVALUATED, autocast
 from lora.injection import (
     Report,
     build,
     check_steps,
+    machine_memory,
     penalty,
     place,
     planned_of,
@@ -63,7 +63,6 @@ from lora.run import PeakMemory, encode_splits, read_corpus, resolve
 from lora.tokens import Encoded, batches, sorted_batches
 from lora.train import check_room, groups, steps_per_epoch
 
-EVALUATED = 64  # rows that an evaluation computes at a time
 HOLES = 0.7
 """Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
 0.59 to 0.85 (benchmarks/results/plan.json)."""
@@ -364,7 +363,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
 def _there(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine_memory()
 
 
 class _Step:

@@ -266,7 +266,7 @@ def _train(
         nonlocal where
         where = f"evaluating after step {training.step}: "
         dev = evaluate(
-            training.model, corpus, splits["dev"], corpus.dev, 64, config.dtype, progress
+            training.model, corpus, splits["dev"], corpus.dev, dtype=config.dtype, progress=progress
         )
         where = ""
         row = record.evaluation(training.step, training.step / per_epoch, dev)
@@ -314,7 +314,9 @@ def _train(
             save(training.model, directory / "adapter", writes=first)
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
-        final = evaluate(training.model, corpus, splits[name], held_out, 64, config.dtype, progress)
+        final = evaluate(
+            training.model, corpus, splits[name], held_out, dtype=config.dtype, progress=progress
+        )
     except TargetError:
         if not first:
             raise SystemExit(2) from None  # as below

@@ -203,7 +203,7 @@ def restore(training: Training, path: Path) -> dict[str, Any]:
     if rank < len(state["random"]):
         set_random_state(state["random"][rank])
     else:
-        torch.manual_seed(random.Random(f"{state['step']}:{rank}").getrandbits(63))
+        torch.manual_seed(rank_seed(state["step"]))
     training.step = state["step"]
     return state
 
@@ -256,6 +256,12 @@ def bases(model: nn.Module) -> dict[str, str]:
     if not all(plan.method.keeps_base for plan in plans):
         return {}
     return fingerprint(model, tuple(path for plan in plans for path in plan.saved))
+
+
+def rank_seed(seed: int) -> int:
+    """A seed of this rank's own; rank 0's is the seed itself."""
+    rank = distributed.rank()
+    return random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed
 
 
 def random_state() -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +35,7 @@ from lora.injection import (
     penalty,
 )
 from lora.losses import task_loss
-from lora.state import Training
+from lora.state import Training, rank_seed
 from lora.tokens import Encoded, ahead, batches, collate
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -63,8 +62,7 @@ class Step:
 
 def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int = 0) -> Training:
     """A training of what requires a gradient, by AdamW; seeds torch's generator."""
-    rank = distributed.rank()  # each drops by masks of its own
-    torch.manual_seed(random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed)
+    torch.manual_seed(rank_seed(seed))  # each drops by masks of its own
     check_room(model)
     optimizer = torch.optim.AdamW(groups(model, learning_rate, weight_decay), fused=True)
     for group in optimizer.param_groups:

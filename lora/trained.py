@@ -21,7 +21,7 @@ from lora.checkpoint import CONFIG, json_object, load
 from lora.config import RunConfig, method_named
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, RunError
-from lora.evaluate import evaluate, predict
+from lora.evaluate import EVALUATED, evaluate, predict
 from lora.injection import eject, merge
 from lora.models import hold
 from lora.run import (
@@ -135,7 +135,9 @@ def rescore(
             examples = take(corpus, name)
             _check_pairs(directory, config, examples)
             encoded = _encoded(trained, corpus, examples, corpus.targets(examples))
-        found = evaluate(trained.model, corpus, encoded, examples, 64, config.dtype, progress)
+        found = evaluate(
+            trained.model, corpus, encoded, examples, dtype=config.dtype, progress=progress
+        )
     return {"loss": found.loss, **found.metrics}
 
 
@@ -180,7 +182,7 @@ def predict_texts(
             _check_pairs(directory, config, examples)
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
             encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
-        logits = predict(trained.model, encoded, 64, config.dtype, progress)
+        logits = predict(trained.model, encoded, EVALUATED, config.dtype, progress)
     rows = rows_of(corpus, examples, logits)
     if output is not None:
         write_lines(output, rows)
