@@ -39,7 +39,7 @@ def ours(seed: int, limit: int | None, folder: str) -> dict[str, float]:
     keep_freed_memory()  # as `lora train` does
     settings = LoRAConfig(r=8, lora_alpha=8, lora_dropout=0.1, target_modules=tuple(LINEARS))
     config: RunConfig[Any] = RunConfig(
-        data=str(DATA), epochs=1, batch_size=16, learning_rate=RATE, warmup=WARMUP, seed=seed,
+        data=(str(DATA),), epochs=1, batch_size=16, learning_rate=RATE, warmup=WARMUP, seed=seed,
         limit=limit, run_dir=Path(folder) / "run", settings=settings,
     )  # fmt: skip
     found = run(config)

@@ -29,6 +29,7 @@ from lora.config import (
     method_named,
     parse,
     parse_run,
+    placed,
     read_toml,
     split_config,
     to_table,
@@ -183,10 +184,13 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
         if key == "modules_to_save":  # the new head joins what was asked
             if not set(wanted or ()) <= set(value or ()):
                 return False
-        elif key in ("base", "data", "adapter") and value is not None:
+        elif key == "data":
+            if [placed(source) for source in wanted or ()] != value and wanted != value:
+                return False
+        elif key in ("base", "adapter") and value is not None:
             if wanted != value and str(Path(str(wanted)).resolve()) != value:
                 return False
-        elif key in ("task", "labels", "learning_rate", "pair_column", "dtype"):
+        elif key in ("task", "labels", "learning_rate", "pair_column", "dtype", "max_length"):
             if wanted not in (None, "auto", value):
                 return False
         elif wanted != value:

@@ -16,7 +16,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -27,9 +27,10 @@ from lora.adapter import METHODS, Method, MethodConfig, check, is_number, positi
 from lora.checkpoint import settings_of
 from lora.errors import ConfigError
 
-Task = Literal["auto", "classification", "regression"]
+Task = Literal["auto", "classification", "regression", "text"]
 Schedule = Literal["linear", "cosine", "constant"]
 Final = Literal["last", "best"]
+Loss = Literal["answers", "all"]
 ABOUT = """Train one method on one data set.
 
 Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, by the
@@ -48,10 +49,17 @@ class RunConfig(Generic[C]):
     """One training run: a base, a data set, a method, and how long and fast."""
 
     base: str = "demo"
-    """Base model: demo (embedded), a local folder, or a name on the hub."""
-    data: str = "demo"
-    """Data: demo (embedded), a folder with train/dev/test files, one TSV, CSV or JSONL file, or a
-    data set on the hub such as glue/sst2."""
+    """Base model: demo (embedded), demo-lm (a small LLaMA without training, for texts), a local
+    folder, or a name on the hub."""
+    data: tuple[str, ...] = ("demo",)
+    """Data: demo (embedded), a folder with train/dev/test files, one TSV, CSV, JSONL, JSON, Parquet
+    or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, which is made (`lora data
+    tasks`). Of texts several: SOURCE or NAME=SOURCE each."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Of several data sets, how much of each: NAME WEIGHT ..., 1 where not named, times its size."""
+    temperature: float = 1.0
+    """Of several data sets: shares are raised to 1 / temperature. 1: by their sizes; more: nearer to
+    equal parts."""
     method: str = "lora"
     """What trains; `lora methods` lists them."""
     adapter: Path | None = None
@@ -64,7 +72,23 @@ class RunConfig(Generic[C]):
     label_column: str | None = None
     """Column of the label."""
     task: Task = "auto"
-    """auto: regression where the labels are fractional numbers."""
+    """auto: text where the data has prompts and answers or conversations, regression where the
+    labels are fractional numbers. text: a language model learns to write."""
+    template: str = "auto"
+    """How conversations become text: auto (the model's own, else plain), plain (User: ...
+    Assistant: ...), none (prompt and answer as they stand), or a Jinja file."""
+    loss_on: Loss = "answers"
+    """What a text is learned from: the answers, or all of it."""
+    packing: bool = False
+    """Texts share rows of --max-length tokens, without seeing one another: no padding, the same
+    result."""
+    skip_bad_lines: int = 0
+    """Lines of a data file that may be broken: they are left out and counted."""
+    max_new_tokens: int = 256
+    """Tokens at most of an answer that is written on the held-out split."""
+    answered: int | None = None
+    """Prompts of each held-out data set that are answered and scored by what is written. Default:
+    all; 0: perplexity alone."""
     labels: tuple[str, ...] = ()
     """The classes in order. Default: those of the training split, sorted."""
     epochs: int = 3
@@ -85,8 +109,9 @@ class RunConfig(Generic[C]):
     """Of the rate after that: down to 0 along a line or half a cosine, or constant."""
     max_grad_norm: float = 1.0
     """Norm that gradients are clipped to."""
-    max_length: int = 128
-    """Tokens per example at most; longer texts are cut. Batches are padded to their longest."""
+    max_length: int | None = None
+    """Tokens per example at most; longer texts are cut. Batches are padded to their longest.
+    Default: 128; for language models 1,024, or what the model has."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16: matrix products in it, and frozen matrices held in it; what trains, and the
     optimiser, in float32. auto: bfloat16 where the processor multiplies in it, else float32."""
@@ -131,7 +156,19 @@ class RunConfig(Generic[C]):
     """The method's own settings."""
 
     def __post_init__(self) -> None:
-        for name in ("base", "data", "method", "note"):
+        sources = self.data
+        good = isinstance(sources, tuple) and all(isinstance(one, str) and one for one in sources)
+        check("data", sources, "one or several names, each once",
+              good and 0 < len(sources) == len(set(sources)))  # fmt: skip
+        good = isinstance(self.weights, dict) and all(
+            isinstance(n, str) and is_number(w) and w > 0 for n, w in self.weights.items()
+        )
+        check("weights", self.weights, "names with numbers above 0", good)
+        positive("temperature", self.temperature)
+        whole_number("skip_bad_lines", self.skip_bad_lines, least=0)
+        if self.answered is not None:
+            whole_number("answered", self.answered, least=0)
+        for name in ("base", "method", "note", "template"):
             value = getattr(self, name)
             check(name, value, "a text", isinstance(value, str) and bool(value or name == "note"))
         for name in ("text_column", "pair_column", "label_column"):
@@ -145,7 +182,7 @@ class RunConfig(Generic[C]):
         check("dense", self.dense, "names of layers", good)
         if self.dense and self.quantize == "none":
             raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
-        for name in ("compile", "activation_checkpointing", "shard", "offload"):
+        for name in ("compile", "activation_checkpointing", "shard", "offload", "packing"):
             value = getattr(self, name)
             check(name, value, "true or false", isinstance(value, bool))
         if self.compile and (self.shard or self.offload):
@@ -154,7 +191,7 @@ class RunConfig(Generic[C]):
             raise ConfigError("--adapter goes on a base that lies whole. Leave --shard out.")
         good = isinstance(self.trackers, tuple) and all(isinstance(t, str) for t in self.trackers)
         check("trackers", self.trackers, "names", good)
-        for name, kinds in (("schedule", Schedule), ("final", Final)):
+        for name, kinds in (("schedule", Schedule), ("final", Final), ("loss_on", Loss)):
             value = getattr(self, name)
             check(name, value, "one of " + ", ".join(get_args(kinds)), value in get_args(kinds))
         for name in ("keep_last", "keep_best"):
@@ -163,9 +200,9 @@ class RunConfig(Generic[C]):
         check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
         distinct = len(set(self.labels)) == len(self.labels) != 1
         check("labels", self.labels, "distinct, and two at least", distinct)
-        for name in ("epochs", "batch_size", "max_length"):
+        for name in ("epochs", "batch_size", "max_new_tokens"):
             whole_number(name, getattr(self, name))
-        for name in ("limit", "micro_batch_size", "eval_steps", "save_steps", "early_stopping"):
+        for name in ("max_length", "limit", "micro_batch_size", "eval_steps", "save_steps", "early_stopping"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
         if self.learning_rate is not None:
@@ -218,6 +255,7 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         if isinstance(value := getattr(start.settings, field.name), dict) and value
     }
     bare = replace(start.settings, **{name: {} for name in filled})
+    weights, start = start.weights, replace(start, weights={})
     kind: Any = RunConfig[method_named(method).Config]  # type: ignore[misc]
     config: RunConfig[Any] = parse(
         kind,
@@ -228,7 +266,11 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
     back = {name: v for name, v in filled.items() if not getattr(config.settings, name)}
-    config = replace(config, settings=_plain_name_is_a_name(replace(config.settings, **back)))
+    config = replace(
+        config,
+        settings=_plain_name_is_a_name(replace(config.settings, **back)),
+        weights=config.weights or weights,
+    )
     if config.adapter is not None:
         for field in fields(filed):
             asked, there = getattr(config.settings, field.name), getattr(filed, field.name)
@@ -291,12 +333,30 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     for name in ("text_column", "pair_column", "label_column"):
         if isinstance(values.get(name), int):
             values[name] = str(values[name])
+    if isinstance(values.get("data"), str):
+        values["data"] = (values["data"],)
     for name in ("run_dir", "adapter"):
         if name in values:
             values[name] = Path(str(values[name]))
     settings = kind(**{k: v for k, v in values.items() if k in own})
     shared_values = {k: v for k, v in values.items() if k in shared}
     return RunConfig(settings=_plain_name_is_a_name(settings), **shared_values)
+
+
+def named(source: str) -> tuple[str, str]:
+    """The name and the place of one of --data: NAME=PLACE, or the place's last part."""
+    name, sign, place = source.partition("=")
+    if sign and place and re.fullmatch(r"[\w.-]+", name) and not Path(source).exists():
+        return name, place
+    return Path(source).stem if Path(source).suffix else Path(source).name, source
+
+
+def placed(source: str) -> str:
+    """The same with a file or folder by its whole path, so that it is found from anywhere."""
+    _, place = named(source)
+    if place in ("demo", "demo-lm") or not Path(place).exists():
+        return source
+    return source.removesuffix(place) + str(Path(place).resolve())
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

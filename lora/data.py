@@ -48,6 +48,10 @@ class Example:
     label: str | None
     place: str = ""  # "FILE, line N"
 
+    def content(self) -> tuple[Any, ...]:
+        """All that a model sees of it, and its answer."""
+        return self.text, self.pair, self.label
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -55,15 +59,16 @@ class Corpus:
 
     source: str
     task: Task  # auto no longer
-    labels: tuple[str, ...]  # () for regression
-    train: tuple[Example, ...]
-    dev: tuple[Example, ...]
-    test: tuple[Example, ...]
+    labels: tuple[str, ...]  # of a classification alone
+    train: tuple[Any, ...]  # Examples; of the task text lora.conversations.Conversations
+    dev: tuple[Any, ...]
+    test: tuple[Any, ...]
     pair: str | None = None  # the column of the second text, where there is one
     note: str = ""  # what was decided on the user's behalf
+    tasks: tuple[str, ...] = ()  # names of the data sets that texts are from
 
     @property
-    def held_out(self) -> tuple[str, tuple[Example, ...]]:
+    def held_out(self) -> tuple[str, tuple[Any, ...]]:
         """The split that results are reported on: test, or dev where there is none."""
         return ("test", self.test) if self.test else ("dev", self.dev)
 
@@ -71,7 +76,7 @@ class Corpus:
         """SHA-256 of every split's texts and labels, in their order."""
         found = hashlib.sha256()
         for split in (self.train, self.dev, self.test):
-            rows = [(example.text, example.pair, example.label) for example in split]
+            rows = [example.content() for example in split]
             found.update(json.dumps(rows).encode())
         return found.hexdigest()
 

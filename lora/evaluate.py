@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from lora import distributed
 from lora.data import Corpus, Example
 from lora.errors import TrainingError
-from lora.losses import task_loss
+from lora.losses import task_loss, token_scores
 from lora.metrics import score
-from lora.tokens import Encoded, ahead, collate, sorted_batches
+from lora.tokens import Encoded, ahead, collate, layout, sorted_batches
 
 EVALUATED = 64  # rows at a time
 
@@ -26,7 +26,7 @@ EVALUATED = 64  # rows at a time
 class Evaluation:
     """A model's answers on a split."""
 
-    logits: Tensor  # (examples, classes) or (examples, 1), float32, on the CPU
+    logits: Tensor  # as predict() gives them
     loss: float
     metrics: dict[str, float]
 
@@ -46,9 +46,10 @@ def device_of(model: Any) -> torch.device:
 def predict(
     model: Any, encoded: Encoded, batch_size: int, dtype: str, progress: Progress | None = None
 ) -> Tensor:
-    """Logits (examples, outputs), float32, on the CPU, in the examples' order. Sets eval mode.
+    """Logits (examples, outputs), float32, on the CPU, in the examples' order; of texts the summed
+    loss in nats and the tokens that were the most probable ones, (examples, 2). Sets eval mode.
 
-    The rows of each batch are divided among the ranks; every rank has all the logits in the end.
+    The rows of each batch are divided among the ranks; every rank has all of it in the end.
     """
     device = device_of(model)
     model.eval()
@@ -56,15 +57,23 @@ def predict(
     found: Tensor | None = None
     order = sorted_batches(encoded.lengths, batch_size)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
+    apart = replace(encoded, row=None)
     with torch.inference_mode(), autocast(device, dtype):
         shares = ([*rows[rank::ranks]] for rows in order)
         filled = ((own, own or rows[:1]) for own, rows in zip(shares, order, strict=True))
-        for own, batch in ahead(filled, lambda e: (e[0], collate(encoded, e[1], device))):
-            logits = model(**batch).logits.float().cpu()
+        for own, (batch, targets) in ahead(
+            filled, lambda e: (e[0], collate(apart, layout(apart, e[1]), device))
+        ):
+            if encoded.labels is None:
+                rows = model(**batch).logits.float().cpu()
+            else:
+                scores, length = token_scores(model, batch, targets), _length(batch)
+                rows = scores.new_zeros(len(own or [0]), 2)
+                rows = rows.index_add_(0, targets[0] // length, scores.T).cpu()
             if found is None:
-                found = logits.new_zeros(len(encoded.lengths), logits.shape[-1])
+                found = rows.new_zeros(len(encoded.lengths), rows.shape[-1])
             if own:  # or it was computed for company
-                found[own] = logits
+                found[own] = rows
             if progress and bar is not None:
                 progress.advance(bar)
     if progress and bar is not None:
@@ -73,6 +82,11 @@ def predict(
     ordered = found.clone()  # no inference tensor
     distributed.total([ordered])
     return ordered
+
+
+def _length(batch: Mapping[str, Tensor]) -> int:
+    """The positions of a row that predict."""
+    return batch.get("decoder_input_ids", batch["input_ids"]).shape[1]
 
 
 def evaluate(
@@ -89,19 +103,35 @@ def evaluate(
     Raises TrainingError where the loss is not finite: there is nothing to score then.
     """
     logits = predict(model, encoded, batch_size, dtype, progress)
-    loss = float(task_loss(logits, encoded.targets, corpus.task)) / len(examples)
+    if corpus.task == "text":
+        loss, metrics = _of_tokens(corpus, encoded, logits.double())
+    else:
+        loss = float(task_loss(logits, encoded.targets, corpus.task)) / len(examples)
     if not math.isfinite(loss):
         raise TrainingError(
             f"loss {loss} over {len(examples)} rows: there is nothing to score. Check the labels"
             " and the learning rate."
         )
-    return Evaluation(
-        logits=logits,
-        loss=loss,
-        metrics=score(
-            corpus.task, answers(corpus, logits), [[str(example.label)] for example in examples]
-        ),
-    )
+    if corpus.task != "text":
+        wanted = [[str(example.label)] for example in examples]
+        metrics = score(corpus.task, answers(corpus, logits), wanted)
+    return Evaluation(logits, loss, metrics)
+
+
+def _of_tokens(corpus: Corpus, encoded: Encoded, found: Tensor) -> tuple[float, dict[str, float]]:
+    """The loss in nats per token, and perplexity and accuracy over the tokens with a label: of all,
+    and of each task where there are several, as `metric/task`."""
+    counts = torch.tensor(encoded.counts, dtype=torch.float64)
+    of = torch.tensor(encoded.tasks or [0] * len(counts))
+    several = enumerate(corpus.tasks) if len(corpus.tasks) > 1 else ()
+    parts = [("", torch.ones(len(counts), dtype=torch.bool))]
+    parts += [(f"/{name}", of == number) for number, name in several]
+    metrics = {}
+    for end, rows in parts:
+        loss, hits = (found[rows].sum(0) / counts[rows].sum()).tolist()
+        metrics[f"perplexity{end}"] = math.exp(min(loss, 700.0))
+        metrics[f"token_accuracy{end}"] = hits
+    return float(found[:, 0].sum() / counts.sum()), metrics
 
 
 def answers(corpus: Corpus, logits: Tensor) -> list[str]:

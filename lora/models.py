@@ -341,8 +341,19 @@ def packable(model: Any, dense: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 def _head(labels: int, task: str) -> dict[str, Any]:
+    if task == "text":
+        return {}
     problem = "regression" if task == "regression" else "single_label_classification"
     return {"num_labels": labels, "problem_type": problem}
+
+
+def _auto(config: Any, task: str) -> Any:
+    """transformers' class for the task."""
+    if task != "text":
+        return transformers.AutoModelForSequenceClassification
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
 
 
 def _demo_base(labels: int, task: str) -> Base:
@@ -401,11 +412,26 @@ def _check_place(base: str) -> None:
         )
 
 
-def _check_pad(base: str, tokenizer: Any) -> None:
+def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
+    """Raise ModelError where the tokenizer lacks a token that the task needs, or has more than the
+    model. Many that write text have no pad token: theirs for the end serves."""
+    if task == "text" and tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"--base {base}: its tokenizer has no end token, so that an answer would never end. Set"
+            " eos_token in its tokenizer_config.json."
+        )
+    if task == "text" and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ModelError(
             f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
             " tokenizer_config.json."
+        )
+    most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
+    if most >= rows:
+        raise ModelError(
+            f"--base {base}: its tokenizer has ids up to {most}, its embedding {rows} rows. Pass the"
+            " tokenizer that belongs to the weights."
         )
 
 
@@ -433,7 +459,7 @@ def _transformers_base(
             how |= {"quantization_config": _NF4Config(False)}
         if _Quantize.cut is not None:  # or threads read more of the files than is cut by then
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
-        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, loading = _auto(config, task).from_pretrained(
             base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
         model.float()  # what is not packed
@@ -442,7 +468,7 @@ def _transformers_base(
         raise
     except Exception as error:  # a damaged folder raises whatever its reader meets first
         raise _Quantize.refused or _not_loaded(base, error) from error
-    _check_pad(base, tokenizer)
+    _check_tokenizer(base, tokenizer, model, task)
     odd = [key for key in loading["unexpected_keys"] if ".weight." in key]
     if packed and (odd or not any(isinstance(module, NF4Linear) for module in model.modules())):
         found = f"hold {odd[0]}, which is not of its format" if odd else "hold no layer in 4 bits"
@@ -458,6 +484,11 @@ def _transformers_base(
     lost = [key for key in missing if key.startswith(trunk + ".")] if trunk else []
     # A pooler is part of the backbone in BERT, yet absent from masked-language checkpoints.
     lost = [key for key in lost if ".pooler." not in key]
+    if task == "text" and missing and not lost:
+        raise ModelError(
+            f"--base {base}: {missing[0]} is not in its files, which are of no language model. Pass"
+            " one, or --task classification."
+        )
     if lost:
         raise ModelError(
             f"--base {base}: {len(lost)} tensors of the backbone are not in its files"
@@ -494,15 +525,13 @@ def load_skeleton(
             config = transformers.AutoConfig.from_pretrained(base, **_head(labels, task))
             packs = _bitsandbytes(base, config, dense) or packs
             with torch.device(device):
-                model = transformers.AutoModelForSequenceClassification.from_config(
-                    config, dtype=torch.float32
-                )
+                model = _auto(config, task).from_config(config, dtype=torch.float32)
             tokenizer = transformers.AutoTokenizer.from_pretrained(base)
         except LoraError:
             raise
         except Exception as error:  # a damaged folder raises whatever its reader meets first
             raise _not_loaded(base, error) from error
-        _check_pad(base, tokenizer)
+        _check_tokenizer(base, tokenizer, model, task)
         model.config.pad_token_id = tokenizer.pad_token_id
         stored = said.dtype or torch.float32
         found = Base(model.eval(), tokenizer, _fresh(model, said, labels), stored=stored)

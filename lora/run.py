@@ -656,16 +656,6 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
 
 
-def read_corpus(config: RunConfig[Any]) -> Corpus:
-    """The data set that a configuration asks for."""
-    return read(config.data, asked(config), config.task, config.labels, config.limit)
-
-
-def asked(config: Any) -> Columns:
-    """The columns that a configuration names."""
-    return Columns(config.text_column, config.pair_column, config.label_column)
-
-
 def resolve(
     config: RunConfig[Any], corpus: Corpus, base: Base, device: torch.device
 ) -> tuple[RunConfig[Any], str]:
@@ -704,30 +694,6 @@ def resolve(
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
     return resolved, said
-
-
-def calibration(
-    config: RunConfig[Any], encoded: Encoded, device: torch.device
-) -> list[dict[str, Tensor]] | None:
-    """The first 8 batches of the training, labels with them, where the method starts from data."""
-    method = method_named(config.method)
-    if not issubclass(method, Adapter) or not method.needs_batches(config.settings):
-        return None
-    order = batches(encoded.lengths, config.batch_size, config.seed, 0)[:8]
-    return [
-        {**collate(encoded, rows, device), "labels": encoded.targets[rows].to(device)}
-        for rows in order
-    ]
-
-
-def encode_splits(config: RunConfig[Any], corpus: Corpus, tokenizer: Any) -> dict[str, Encoded]:
-    """Every split's token ids."""
-    splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
-    return {
-        name: encode(tokenizer, split, corpus.targets(split), corpus.task, config.max_length)
-        for name, split in splits.items()
-        if split
-    }
 
 
 def takes_up(config: RunConfig[Any]) -> bool:

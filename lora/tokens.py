@@ -1,8 +1,10 @@
 """Token ids of a split: encoded once and cached, then batches of one length.
 
-encode(...)     -> Encoded: all the split's tokens in a row
-batches(...)    -> lists of row numbers, lengths together, a pure function of (seed, epoch)
-collate(...)    -> tensors (batch, longest of the batch)
+encode(...)     -> Encoded: all the split's tokens, one example after the other
+drawn(...)      -> the examples of an epoch, of several tasks by their shares
+batches(...)    -> lists of their numbers, lengths together, a pure function of (seed, epoch)
+layout(...)     -> the rows of a batch: an example each, or, packed, as many as fit
+collate(...)    -> tensors (rows, longest row), and the targets
 ahead(...)      -> each batch, made while the one before it computes
 
 The cache is a file for each split, tokenizer and settings, in the user's cache folder or
@@ -38,6 +40,7 @@ from lora.checkpoint import write_whole
 from lora.data import Example
 
 AT_ONCE = 10_000  # examples tokenised at a time: the ids of more would be held as Python's numbers
+IGNORED = -100  # the label of a position that is not learned from
 B = TypeVar("B")
 
 
@@ -47,13 +50,28 @@ class Encoded:
 
     fields: dict[str, Tensor]  # (all tokens,) int32, one example after the other
     offsets: Tensor  # (examples + 1,) int64: where each example begins, and where the last ends
-    targets: Tensor  # (examples,) int64 for classes, float32 for regression
+    targets: Tensor  # (examples,) int64 for classes, float32 for regression; of texts their labels
     pad: int
+    labels: Tensor | None = (
+        None  # as offsets, of texts' labels: (all,) int32, IGNORED where none is
+    )
+    shown: Tensor | None = None  # (all labels,) int32: what a decoder of its own is shown before
+    row: int | None = None  # tokens at most of a row that examples share; None: a row each
+    tasks: tuple[int, ...] = ()  # the number of each example's task, where there are several
+    shares: tuple[float, ...] = ()  # of each task in an epoch; (): as many as it has
 
     @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
         return self.offsets.diff().tolist()
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """What each example adds to its batch's divisor: itself, or its tokens with a label."""
+        if self.labels is None:
+            return [1] * len(self.lengths)
+        there = torch.cat([torch.zeros(1, dtype=torch.long), (self.targets >= 0).cumsum(0)])
+        return there[self.labels].diff().tolist()
 
 
 def encode(
@@ -177,20 +195,50 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         print(f"note: {path} is not written: {reason}. Set LORA_CACHE.", file=sys.stderr)
 
 
-def batches(lengths: Sequence[int], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Row numbers in batches of similar length: a pure function of its arguments.
+def drawn(encoded: Encoded, seed: int, epoch: int) -> list[int]:
+    """The examples of an epoch, as many as there are. Of several tasks each has its share, and goes
+    through its own again and again, each time in another order: none comes twice before all have
+    come."""
+    if not encoded.shares:
+        return list(range(len(encoded.lengths)))
+    found: list[int] = []
+    for task, count in enumerate(parts_of(len(encoded.tasks), encoded.shares)):
+        own = [row for row, of in enumerate(encoded.tasks) if of == task]
+        begin, end = epoch * count, (epoch + 1) * count
+        for lap in range(begin // len(own), -(-end // len(own))):
+            order = own.copy()
+            random.Random(f"{seed}:{task}:{lap}").shuffle(order)
+            found += order[max(0, begin - lap * len(own)) : end - lap * len(own)]
+    return found
 
-    The rows are shuffled, sorted by length within stretches of 32 batches, cut into batches, and
-    the batches shuffled, so that order stays random where it matters and padding stays small.
+
+def parts_of(total: int, shares: Sequence[float]) -> list[int]:
+    """Whole parts of `total` as near to the shares as can be, by the largest remainders."""
+    exact = [share * total for share in shares]
+    found = [int(part) for part in exact]
+    order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
+    for index in order[: total - sum(found)]:
+        found[index] += 1
+    return found
+
+
+def batches(
+    lengths: Sequence[int], size: int, seed: int, epoch: int, rows: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Numbers of examples in batches of similar length: a pure function of its arguments.
+
+    The rows (default: all) are shuffled, sorted by length within stretches of 32 batches, cut into
+    batches, and the batches shuffled, so that order stays random where it matters and padding stays
+    small.
     """
     rng = random.Random(f"{seed}:{epoch}")
-    order = list(range(len(lengths)))
+    order = list(range(len(lengths)) if rows is None else rows)
     rng.shuffle(order)
     stretch = 32 * size
     found = []
     for start in range(0, len(order), stretch):
-        rows = sorted(order[start : start + stretch], key=lambda row: lengths[row])
-        found += [rows[i : i + size] for i in range(0, len(rows), size)]
+        some = sorted(order[start : start + stretch], key=lambda row: lengths[row])
+        found += [some[i : i + size] for i in range(0, len(some), size)]
     rng.shuffle(found)
     return found
 
@@ -201,22 +249,93 @@ def sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def collate(encoded: Encoded, rows: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-    """One batch (rows, longest of them), padded, without its targets."""
-    picked = torch.tensor(rows)
-    starts = encoded.offsets[picked]
-    lengths = encoded.offsets[picked + 1] - starts
-    columns = torch.arange(int(lengths.max()))
-    real = columns < lengths[:, None]  # (rows, longest)
-    places = torch.where(real, starts[:, None] + columns, 0)
-    batch = {}
-    for name, flat in encoded.fields.items():
-        fill = encoded.pad if name == "input_ids" else 0
-        found = torch.where(real, flat[places], fill).long()
-        if device.type == "cuda":  # from pinned memory the copy goes on beside the computing
-            found = found.pin_memory()
-        batch[name] = found.to(device, non_blocking=True)
-    return batch
+def layout(encoded: Encoded, rows: Sequence[int]) -> list[list[int]]:
+    """The examples of each row of a batch: one, or, packed, the longest first, each in the first
+    row that has room for it."""
+    if encoded.row is None:
+        return [[row] for row in rows]
+    found: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: -encoded.lengths[row]):
+        need = encoded.lengths[row]
+        place = next((i for i, left in enumerate(room) if left >= need), len(room))
+        if place == len(room):
+            found.append([])
+            room.append(encoded.row)
+        found[place].append(row)
+        room[place] -= need
+    return found
+
+
+def collate(
+    encoded: Encoded, laid: Sequence[Sequence[int]], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One batch of a layout(), padded: inputs (rows, longest row), and the targets, of classes and
+    quantities (examples,), of texts (2, tokens), as lora.losses.batch_loss takes them.
+
+    Packed rows have no mask: positions begin anew with each example, from which transformers tells
+    them apart.
+    """
+    places = _placed(encoded.offsets, laid)
+    batch = {
+        name: places.put(flat[places.found], encoded.pad if name == "input_ids" else 0)
+        for name, flat in encoded.fields.items()
+    }
+    if encoded.row is not None:
+        batch["position_ids"] = places.put(places.within, 0)
+    if encoded.labels is None:
+        targets = encoded.targets[[row for some in laid for row in some]]
+    else:
+        at = places if encoded.labels is encoded.offsets else _placed(encoded.labels, laid)
+        if encoded.shown is not None:
+            batch["decoder_input_ids"] = at.put(encoded.shown[at.found], encoded.pad)
+        labels = encoded.targets[at.found].long()
+        kept = labels != IGNORED
+        targets = torch.stack([(at.row * at.shape[1] + at.column)[kept], labels[kept]])
+    there = {name: _moved(tensor, device) for name, tensor in batch.items()}
+    return there, _moved(targets, device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On CUDA from pinned memory: the copy goes on beside the computing."""
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Where each token of a batch is found, and where it goes."""
+
+    found: Tensor  # (tokens,) in the split's tokens
+    within: Tensor  # (tokens,) of its example
+    row: Tensor
+    column: Tensor
+    shape: tuple[int, int]
+
+    def put(self, values: Tensor, fill: int) -> Tensor:
+        """Values of the tokens, (rows, longest row)."""
+        whole = torch.full(self.shape, fill, dtype=torch.long)
+        whole[self.row, self.column] = values.long()
+        return whole
+
+
+def _placed(offsets: Tensor, laid: Sequence[Sequence[int]]) -> _Placed:
+    examples = torch.tensor([example for row in laid for example in row])
+    rows = torch.tensor([number for number, row in enumerate(laid) for _ in row])
+    starts = offsets[examples]
+    lengths = offsets[examples + 1] - starts
+    ends = lengths.cumsum(0)
+    totals = torch.zeros(len(laid), dtype=torch.long).index_add_(0, rows, lengths)
+    begins = ends - lengths  # of each example among the batch's tokens
+    inside = torch.arange(int(ends[-1])) - begins.repeat_interleave(lengths)
+    before = (begins - (totals.cumsum(0) - totals)[rows]).repeat_interleave(lengths)
+    return _Placed(
+        found=starts.repeat_interleave(lengths) + inside,
+        within=inside,
+        row=rows.repeat_interleave(lengths),
+        column=before + inside,
+        shape=(len(laid), int(totals.max())),
+    )
 
 
 def ahead(plan: Iterable[Any], make: Callable[[Any], B]) -> Iterator[B]:

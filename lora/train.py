@@ -4,9 +4,10 @@
     fit(training, data)     one optimiser step at each `next`, from the step that it is at
 
 The batch of an optimiser step is divided among the ranks, and computed in parts of
-`micro_batch_size` rows: their losses are summed and divided once by the batch's examples, so that
-the parts' gradients are the batch's. A step is a function of the seed and its number, but for
-dropout, which draws from torch's generator: what lora.state keeps goes on bit for bit.
+`micro_batch_size` rows: their losses are summed and divided once by the batch's examples, or by the
+tokens that its texts are to learn, so that the parts' gradients are the batch's. A step is a
+function of the seed and its number, but for dropout, which draws from torch's generator: what
+lora.state keeps goes on bit for bit.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from lora.injection import (
     param_groups,
     penalty,
 )
-from lora.losses import task_loss
+from lora.losses import batch_loss
 from lora.state import Training, rank_seed
-from lora.tokens import Encoded, ahead, batches, collate
+from lora.tokens import Encoded, ahead, batches, collate, drawn, layout
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks a training to end."""
@@ -49,7 +50,7 @@ class Step:
     step: int  # from 1
     steps: int
     epoch: int  # from 1
-    loss: float  # mean over the batch's examples
+    loss: float  # mean over the batch's examples, or of a text over its tokens with a label
     learning_rate: float
     gradient_norm: float  # before clipping
     examples: int
@@ -99,22 +100,23 @@ def fit(
 
     def make(entry: tuple[int, list[int]]) -> Any:
         epoch, rows = entry
-        own, most = rows[distributed.rank() :: ranks], -(-len(rows) // ranks)
+        laid = layout(encoded, rows)
+        own, most = laid[distributed.rank() :: ranks], -(-len(laid) // ranks)
         some = micro_batch_size or most
         parts = [own[i : i + some] for i in range(0, most, some)]
         # Of the ranks one may be without a row, and computes one that does not count.
-        return epoch, rows, [(part, collate(encoded, part or rows[:1], device)) for part in parts]
+        return epoch, rows, [(part, collate(encoded, part or laid[:1], device)) for part in parts]
 
-    plan = plan_of(encoded.lengths, batch_size, epochs, seed, first)
+    plan = plan_of(encoded, batch_size, epochs, seed, first)
     for number, (epoch, rows, parts) in enumerate(ahead(plan, make), first):
         started = time.perf_counter()
         model.train()
         value, positions = 0.0, 0
-        for index, (part, batch) in enumerate(parts):
+        divisor = sum(encoded.counts[row] for row in rows)
+        for index, (part, (batch, targets)) in enumerate(parts):
             with autocast(device, dtype):
-                logits = model(**batch).logits
-            targets = encoded.targets[part or rows[:1]].to(device)
-            loss = task_loss(logits, targets, task) / len(rows) * (1 if part else 0)
+                loss = batch_loss(model, batch, targets, task)
+            loss = loss / divisor * (1 if part else 0)
             value += loss.item()
             positions += batch["input_ids"].numel() if part else 0
             extra = penalty(model) if index == distributed.rank() == 0 else None
@@ -174,13 +176,14 @@ def over_ranks(
 
 
 def plan_of(
-    lengths: list[int], batch_size: int, epochs: int, seed: int, first: int = 0
+    encoded: Encoded, batch_size: int, epochs: int, seed: int, first: int = 0
 ) -> Iterator[tuple[int, list[int]]]:
-    """The epoch, from 0, and the rows of each step, from the step `first` on."""
-    per_epoch = math.ceil(len(lengths) / batch_size)
-    began, within = divmod(first, per_epoch)
+    """The epoch, from 0, and the examples of each step, from the step `first` on."""
+    began, within = divmod(first, steps_per_epoch(encoded, batch_size))
     plan = (
-        (e, rows) for e in range(began, epochs) for rows in batches(lengths, batch_size, seed, e)
+        (epoch, rows)
+        for epoch in range(began, epochs)
+        for rows in batches(encoded.lengths, batch_size, seed, epoch, drawn(encoded, seed, epoch))
     )
     return itertools.islice(plan, within, None)
 

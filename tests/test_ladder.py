@@ -27,9 +27,10 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
+    {"conversations"},
     {"tokens", "state"},
     {"evaluate"},
-    {"train"},
+    {"train", "generate"},
     {"run"},
     {"trained", "trainer", "plan"},
     {"compare", "plots"},
@@ -51,7 +52,7 @@ CORE = {
     "testing",
 }
 # run records its version, testing builds a Conv1D
-TRANSFORMERS = {"models", "run", "testing", "trainer"}
+TRANSFORMERS = {"generate", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:

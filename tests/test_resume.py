@@ -292,14 +292,14 @@ def test_short_memory_says_what_to_lower(
 ) -> None:  # fmt: skip
     import lora.train as room
 
-    real, calls = room.task_loss, iter(range(99))
+    real, calls = room.batch_loss, iter(range(99))
 
     def short(*args: Any) -> Any:
         if next(calls) == 8:  # of the fifth step: two parts each
             torch.empty(2**55, dtype=torch.uint8)
         return real(*args)
 
-    monkeypatch.setattr(room, "task_loss", short)
+    monkeypatch.setattr(room, "batch_loss", short)
     run = tmp_path / "run"
     assert lora("train", *flags, "--run-dir", run) == 2
     err = " ".join(capsys.readouterr().err.split())

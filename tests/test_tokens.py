@@ -57,7 +57,7 @@ def test_collate_pads_to_the_longest_of_the_batch() -> None:
     ids = torch.cat([torch.arange(1, n + 1, dtype=torch.int32) for n in (3, 5, 2, 9)])
     fields = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     encoded = Encoded(fields, torch.tensor([0, 3, 8, 10, 19]), torch.zeros(4), pad=7)
-    batch = collate(encoded, [0, 2, 1], torch.device("cpu"))
+    batch, _ = collate(encoded, [[0], [2], [1]], torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[1, 2, 3, 7, 7], [1, 2, 7, 7, 7], [1, 2, 3, 4, 5]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1] * 5]
 

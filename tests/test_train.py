@@ -17,7 +17,7 @@ import lora
 from lora.errors import ConfigError, TrainingError
 from lora.evaluate import predict
 from lora.models import hold
-from lora.tokens import Encoded, batches, collate
+from lora.tokens import Encoded, batches, collate, layout
 from lora.train import Step, begin, check_room, fit, plan_of, slope
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def by_hand(
     losses = []
     for t, rows in enumerate(plan, 1):
         model.train()
-        logits = model(**collate(data, rows, CPU)).logits
+        logits = model(**collate(data, layout(data, rows), CPU)[0]).logits
         picked = logits.log_softmax(-1)[torch.arange(len(rows)), data.targets[rows]]
         loss = -picked.sum() / len(rows)
         losses.append(loss.item())
@@ -136,10 +136,10 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 
 def test_the_plan_goes_on_where_it_was() -> None:
-    whole = list(plan_of(encoded().lengths, 8, 3, 4))
+    whole = list(plan_of(encoded(), 8, 3, 4))
     assert len(whole) == 15
     for first in (0, 1, 5, 14, 15):
-        assert list(plan_of(encoded().lengths, 8, 3, 4, first)) == whole[first:]
+        assert list(plan_of(encoded(), 8, 3, 4, first)) == whole[first:]
 
 
 def test_an_evaluation_between_steps_changes_no_bit() -> None:

@@ -1,0 +1,136 @@
+"""Texts that a model writes: answers(model, tokenizer, prompts, writing) -> one for each prompt.
+
+Prompts are padded on the left, so that all of a batch go on at the same position. The most probable
+token at each step (temperature 0), or one drawn from the softmax of logits / temperature, of the
+`top_k` most probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and
+its streams are transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from rich.progress import Progress
+from torch import Tensor
+
+from lora import distributed
+from lora.adapter import check, is_number, whole_number
+from lora.evaluate import autocast, device_of
+from lora.tokens import sorted_batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a text is gone on with."""
+
+    max_new_tokens: int = 256
+    """Tokens at most."""
+    temperature: float = 0.0
+    """0: the most probable token at each step; above: drawn, the more evenly the higher."""
+    top_k: int | None = None
+    """Draw among so many of the most probable tokens alone."""
+    top_p: float | None = None
+    """Draw among the fewest most probable tokens whose probabilities add up to this."""
+    seed: int = 0
+    """Of what is drawn."""
+
+    def __post_init__(self) -> None:
+        whole_number("max_new_tokens", self.max_new_tokens)
+        warm = self.temperature
+        check("temperature", warm, "a number of at least 0", is_number(warm) and warm >= 0)
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k)
+        if self.top_p is not None:
+            share = self.top_p
+            check("top_p", share, "a share above 0, up to 1", is_number(share) and 0 < share <= 1)
+        for name in ("top_k", "top_p"):
+            value = getattr(self, name)
+            check(name, value, "left out at temperature 0", value is None or warm > 0)
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    writing: Writing,
+    stops: Sequence[int] = (),
+    dtype: str = "float32",
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    streamed: Callable[[str], None] | None = None,
+) -> list[str]:
+    """What the model writes after each prompt's ids, up to its end token or one of `stops`, special
+    tokens left out. Sets eval mode.
+
+    `streamed` is told of a single prompt's answer as it is written. Batches are divided among the
+    ranks; every rank has all in the end.
+    """
+    device = device_of(model)
+    model.eval()
+    how = _decoding(tokenizer, writing, stops)
+    order = sorted_batches([len(ids) for ids in prompts], batch_size)
+    own = order[distributed.rank() :: distributed.size()]
+    bar = progress.add_task("writing", total=len(own)) if progress else None
+    found: dict[int, str] = {}
+    for rows in own:
+        batch = _left_padded([prompts[row] for row in rows], tokenizer.pad_token_id, device)
+        streamer = _Stream(tokenizer, streamed) if streamed else None
+        # A generator of its own for each batch: none depends on what was drawn before.
+        with torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype):
+            torch.manual_seed(writing.seed + rows[0])
+            ids = model.generate(**batch, generation_config=how, streamer=streamer)
+        if not model.config.is_encoder_decoder:
+            ids = ids[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        found |= dict(zip(rows, texts, strict=True))
+        if progress and bar is not None:
+            progress.advance(bar)
+    if progress and bar is not None:
+        progress.remove_task(bar)
+    for others in distributed.gather(found):
+        found |= others
+    return [found[row] for row in range(len(prompts))]
+
+
+def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
+    """transformers' settings; what the model's own file says of sampling is left aside."""
+    drawn: dict[str, Any] = {}
+    if writing.temperature > 0:
+        # top_k is 50 where nothing is said.
+        drawn = {"temperature": writing.temperature, "top_k": writing.top_k or 0}
+        drawn["top_p"] = 1.0 if writing.top_p is None else writing.top_p
+    return transformers.GenerationConfig(
+        max_new_tokens=writing.max_new_tokens,
+        do_sample=bool(drawn),
+        eos_token_id=sorted({tokenizer.eos_token_id, *stops}),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+        **drawn,
+    )
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> dict[str, Tensor]:
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    real = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        real[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": real.to(device)}
+
+
+class _Stream(transformers.TextStreamer):  # type: ignore[misc]
+    """Passes on each stretch of text once it is certain."""
+
+    def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.told = told
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.told(text)
