@@ -242,7 +242,7 @@ def _eval(arguments: list[str]) -> None:
             task = summary_of(config.predictions.parent)["task"]
         metrics = score(task, *read_predictions(config.predictions))
     else:
-        from lora.run import asked
+        from lora.inputs import asked
         from lora.trained import rescore
 
         assert config.run is not None
@@ -277,7 +277,7 @@ def _predict(arguments: list[str]) -> None:
     from lora.config import parse
 
     config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
-    from lora.run import asked
+    from lora.inputs import asked
     from lora.trained import predict_texts
 
     predict_texts(config.run, config.text, config.pair, config.data, config.output, asked(config))

@@ -190,7 +190,7 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
         elif key in ("base", "adapter") and value is not None:
             if wanted != value and str(Path(str(wanted)).resolve()) != value:
                 return False
-        elif key in ("task", "labels", "learning_rate", "pair_column", "dtype", "max_length"):
+        elif key in ("task", "labels", "learning_rate", "pair_column", "dtype", "max_length", "template"):
             if wanted not in (None, "auto", value):
                 return False
         elif wanted != value:

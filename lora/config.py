@@ -142,6 +142,8 @@ class RunConfig(Generic[C]):
     """Evaluations in a row without a better one after which training ends."""
     final: Final = "last"
     """Which adapter is scored on the held-out split and handed on."""
+    baseline: bool = False
+    """Score the held-out split with the adapter off, too."""
     seed: int = 0
     """Covers the new head, the adapter's start, dropout and the order of the data."""
     limit: int | None = None
@@ -182,7 +184,7 @@ class RunConfig(Generic[C]):
         check("dense", self.dense, "names of layers", good)
         if self.dense and self.quantize == "none":
             raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
-        for name in ("compile", "activation_checkpointing", "shard", "offload", "packing"):
+        for name in ("compile", "activation_checkpointing", "shard", "offload", "packing", "baseline"):
             value = getattr(self, name)
             check(name, value, "true or false", isinstance(value, bool))
         if self.compile and (self.shard or self.offload):

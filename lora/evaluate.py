@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -139,3 +139,18 @@ def answers(corpus: Corpus, logits: Tensor) -> list[str]:
     if corpus.task == "regression":
         return [repr(value) for value in logits[:, 0].tolist()]
     return [corpus.labels[index] for index in logits.argmax(-1).tolist()]
+
+
+def rows_of(
+    corpus: Corpus, examples: Sequence[Example], logits: Tensor
+) -> Iterator[dict[str, Any]]:
+    """One record per example: its text, its label where known, the prediction and its scores."""
+    scores = logits.tolist() if corpus.task == "regression" else logits.softmax(-1).tolist()
+    for example, answer, row in zip(examples, answers(corpus, logits), scores, strict=True):
+        known = {"pair": example.pair, "label": example.label}
+        yield {
+            "text": example.text,
+            **{key: value for key, value in known.items() if value is not None},
+            "prediction": float(answer) if corpus.task == "regression" else answer,
+            **({} if corpus.task == "regression" else {"scores": [round(p, 6) for p in row]}),
+        }

@@ -1,4 +1,7 @@
-"""Texts that a model writes: answers(model, tokenizer, prompts, writing) -> one for each prompt.
+"""Texts that a model writes, and how they score.
+
+    written(model, tokenizer, prompts, writing)   an answer for each prompt
+    scored(config, model, ...)                    a model on a split: its scores, and a row for each
 
 Prompts are padded on the left, so that all of a batch go on at the same position. The most probable
 token at each step (temperature 0), or one drawn from the softmax of logits / temperature, of the
@@ -8,8 +11,9 @@ its streams are transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,8 +23,13 @@ from torch import Tensor
 
 from lora import distributed
 from lora.adapter import check, is_number, whole_number
-from lora.evaluate import autocast, device_of
-from lora.tokens import sorted_batches
+from lora.config import RunConfig
+from lora.conversations import Conversation, grouped
+from lora.data import Corpus
+from lora.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
+from lora.inputs import metrics_of, prompts_of
+from lora.metrics import score
+from lora.tokens import Encoded, sorted_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,7 @@ class Writing:
             check(name, value, "left out at temperature 0", value is None or warm > 0)
 
 
-def answers(
+def written(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -77,7 +86,7 @@ def answers(
     bar = progress.add_task("writing", total=len(own)) if progress else None
     found: dict[int, str] = {}
     for rows in own:
-        batch = _left_padded([prompts[row] for row in rows], tokenizer.pad_token_id, device)
+        batch = left_padded([prompts[row] for row in rows], tokenizer.pad_token_id, device)
         streamer = _Stream(tokenizer, streamed) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
         with torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype):
@@ -113,7 +122,7 @@ def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
     )
 
 
-def _left_padded(
+def left_padded(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> dict[str, Tensor]:
     longest = max(map(len, prompts))
@@ -134,3 +143,75 @@ class _Stream(transformers.TextStreamer):  # type: ignore[misc]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.told(text)
+
+
+def scored(
+    config: RunConfig[Any],
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    encoded: Encoded,
+    examples: Sequence[Any],
+    progress: Progress | None = None,
+) -> tuple[Evaluation, list[dict[str, Any]]]:
+    """Loss and metrics on a split, and a row for each answer: of texts for each prompt, at most
+    `config.answered` of each data set, as the model writes them."""
+    found = evaluate(model, corpus, encoded, examples, dtype=config.dtype, progress=progress)
+    if corpus.task != "text":
+        return found, list(rows_of(corpus, examples, found.logits))
+    asked: list[Conversation] = []
+    for name in corpus.tasks:
+        own = grouped(one for one in examples if one.task == name and one.prompt)
+        asked += own[: config.answered]
+    if not asked:  # texts without a prompt
+        return found, []
+    ids, stops = prompts_of(config, tokenizer, model, asked)
+    writing = Writing(max_new_tokens=config.max_new_tokens)
+    texts = written(model, tokenizer, ids, writing, stops, config.dtype, progress=progress)
+    scores = _scores(corpus, metrics_of(config), asked, texts)
+    rows = [
+        _row(one, text, len(corpus.tasks) > 1) for one, text in zip(asked, texts, strict=True)
+    ]
+    return replace(found, metrics=scores | found.metrics), rows
+
+
+def _row(one: Conversation, text: str, several: bool) -> dict[str, Any]:
+    said = [{"role": message.role, "content": message.content} for message in one.prompt]
+    return {
+        **({"task": one.task} if several else {}),
+        **({"prompt": said[0]["content"]} if one.raw else {"messages": said}),
+        "prediction": text.strip(),
+        "references": list(one.references),
+    }
+
+
+def _scores(
+    corpus: Corpus,
+    own: Mapping[str, Mapping[str, Callable[[str, str], float]]],
+    asked: Sequence[Conversation],
+    texts: Sequence[str],
+) -> dict[str, float]:
+    """The metrics of all answers, then of each data set's where there are several, `metric/name`.
+
+    A task that is made has metrics of its own: its exact match is of the text as it stands.
+    """
+    found: dict[str, float] = {}
+    parts = [("", set(corpus.tasks))]
+    parts += [(f"/{name}", {name}) for name in corpus.tasks if len(corpus.tasks) > 1]
+    for end, names in parts:
+        some = [(one, text) for one, text in zip(asked, texts, strict=True) if one.task in names]
+        if not some:
+            continue
+        wanted = [list(one.references) for one, _ in some]
+        scores = score("text", [text for _, text in some], wanted)
+        if names <= own.keys():
+            of = set.intersection(*(set(own[name]) for name in names))
+            scores |= {
+                metric: fmean(
+                    max(own[one.task][metric](text, right) for right in one.references)
+                    for one, text in some
+                )
+                for metric in sorted(of)
+            }
+        found |= {f"{metric}{end}": value for metric, value in scores.items()}
+    return found

@@ -1,4 +1,4 @@
-"""From a configuration's data to what a model is given: its corpus, and every split's token ids."""
+"""From a configuration's data to what a model is given: a corpus, and every split's token ids."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora import conversations, demo
+from lora import conversations, tokens
 from lora.adapter import Adapter
 from lora.config import RunConfig, method_named, named
-from lora.conversations import Conversation, Template
-from lora.data import Columns, Corpus, Example, read
-from lora.errors import ConfigError, DataError
-from lora.tokens import Encoded, batches, collate, encode, layout
+from lora.conversations import Conversation, Message
+from lora.data import SPLITS, Columns, Corpus, read
+from lora.demo import tasks
+from lora.errors import ConfigError
+from lora.models import Base
+from lora.templates import encode, encode_pairs, prompt_ids, template_of
+from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
-TASKS = "tasks/"  # before the name of a task that is made
+MADE = "tasks/"  # before the name of a task of lora.demo.tasks
 
 
 def read_corpus(config: RunConfig[Any]) -> Corpus:
     """The data set that a configuration asks for."""
     task = config.task
-    if task == "auto" and any(map(conversations.are_in, _places(config))):
+    if task == "auto" and any(_conversational(source) for source in config.data):
         task = "text"
     if task == "text":
         return _texts(config)
     if len(config.data) > 1:
-        raise ConfigError(
-            f"--data {' '.join(config.data)}: several are of --task text alone. Pass one."
-        )
+        raise ConfigError(f"--data takes one data set, {len(config.data)} are of --task text.")
     return read(config.data[0], asked(config), task, config.labels, config.limit)
 
 
@@ -39,5 +40,193 @@ def asked(config: Any) -> Columns:
     return Columns(config.text_column, config.pair_column, config.label_column)
 
 
-def _places(config: RunConfig[Any]) -> list[str]:
-    return [named(source)[1] for source in config.data]
+def _conversational(source: str) -> bool:
+    _, place = named(source)
+    return place.startswith(MADE) or (place != "demo" and conversations.holds_conversations(place))
+
+
+def _texts(config: RunConfig[Any]) -> Corpus:
+    """The conversations of every data set of a configuration, one after the other."""
+    found: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
+    notes, names = [], []
+    for source in config.data:
+        name, place = named(source)
+        splits, said = _read(place, name, config.skip_bad_lines)
+        names.append(name)
+        notes += said
+        for split, some in splits.items():
+            found[split] += some[: config.limit]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"--data: two are called {twice}. Write NAME=SOURCE for one of them.")
+    if strange := set(config.weights) - set(names):
+        raise ConfigError(f"--weights {min(strange)}: no data of that name, of {', '.join(names)}.")
+    train, dev, test = (tuple(found[split]) for split in ("train", "dev", "test"))
+    return Corpus(
+        " ".join(config.data), "text", (), train, dev, test, None, "; ".join(notes), tuple(names)
+    )
+
+
+def read_texts(source: str, split: str | None, limit: int | None = None) -> tuple[Corpus, str]:
+    """Conversations to score a trained model on, as the corpus's split of the name returned."""
+    name, place = named(source)
+    if place.startswith(MADE):
+        splits, _ = _read(place, name, 0)
+        there = split or "test"
+        found = splits[there]
+    else:
+        found, there, _ = conversations.read_split(place, name, split)
+    held = {one: tuple(found[:limit]) if one == there else () for one in SPLITS}
+    parts = held["train"], held["dev"], held["test"]
+    return Corpus(source, "text", (), *parts, tasks=(name,)), there
+
+
+def _read(
+    place: str, name: str, skip_bad_lines: int
+) -> tuple[dict[str, list[Conversation]], list[str]]:
+    if not place.startswith(MADE):
+        return conversations.read_conversations(place, name, skip_bad_lines)
+    made = place.removeprefix(MADE)
+    splits = {}
+    for split in SPLITS:
+        pairs = tasks.generate(made, split)
+        splits[split] = [
+            Conversation(
+                (Message("user", prompt), Message("assistant", answer)), (answer,), name,
+                f"{place}, {split} {number}", raw=True,
+            )
+            for number, (prompt, answer) in enumerate(pairs, 1)
+        ]  # fmt: skip
+    return splits, []
+
+
+def metrics_of(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str], float]]]:
+    """By its name the metrics of each data set that is made, (prediction, answer) -> 0 to 1."""
+    found = {}
+    for name, place in map(named, config.data):
+        if place.startswith(MADE):
+            metric = tasks.TASKS[place.removeprefix(MADE)].metric
+            found[name] = {"exact_match": tasks.exact, metric.__name__: metric}
+            found[name].pop("exact", None)
+    return found
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is given of a corpus."""
+
+    splits: dict[str, Encoded]
+    said: tuple[str, ...] = ()  # what the user is to know of it
+
+
+def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
+    """Every split's token ids, for training."""
+    splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
+    found, said = {}, []
+    for name, examples in splits.items():
+        if examples:
+            found[name], notes = encoded_of(config, corpus, base.tokenizer, base.model, examples)
+            said += [f"{name}: {note}" for note in notes]
+    if corpus.task == "text":
+        found["train"] = _mixed(config, corpus, found["train"])
+    return Inputs(found, tuple(said))
+
+
+def encoded_of(
+    config: RunConfig[Any],
+    corpus: Corpus,
+    tokenizer: Any,
+    model: Any,
+    examples: Sequence[Any],
+    labelled: bool = True,
+) -> tuple[Encoded, list[str]]:
+    """The token ids of some examples, and what the user is to know of them; not `labelled`, with
+    targets of no meaning."""
+    assert config.max_length is not None
+    if corpus.task != "text":
+        targets = corpus.targets(examples) if labelled else [0.0] * len(examples)
+        length = config.max_length
+        return tokens.encode(tokenizer, examples, targets, corpus.task, length), []
+    template = template_of(tokenizer, config.template)
+    decoder = model.config.is_encoder_decoder
+    if decoder:
+        found, counts = encode_pairs(template, examples, config.max_length)
+        found["attention_mask"] = torch.ones_like(found["input_ids"])  # it sees behind the end
+    else:
+        found, counts = encode(template, examples, config.max_length, config.loss_on)
+    numbers = {name: number for number, name in enumerate(corpus.tasks)}
+    whole = Encoded(
+        fields={name: found[name] for name in ("input_ids", "attention_mask") if name in found},
+        offsets=found["offsets"],
+        targets=found["labels"],
+        pad=tokenizer.pad_token_id,
+        labels=found.get("label_offsets", found["offsets"]),
+        shown=_shown(model, found["labels"], found["label_offsets"]) if decoder else None,
+        tasks=tuple(numbers[examples[row].task] for row in found["rows"].tolist()),
+    )
+    note = counts.note(config.max_length)
+    return whole, [note] if note else []
+
+
+def _shown(model: Any, labels: Tensor, offsets: Tensor) -> Tensor:
+    """What a decoder is shown to predict the labels: those before, after the token it starts by."""
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    shown = labels.roll(1)
+    shown[offsets[:-1]] = pad if start is None else start
+    return shown
+
+
+def _mixed(config: RunConfig[Any], corpus: Corpus, train: Encoded) -> Encoded:
+    """The training split with its packing, and with the share that each data set has."""
+    if config.packing:
+        train = replace(train, row=config.max_length)
+    if not config.weights and config.temperature == 1:
+        return train
+    sizes = [train.tasks.count(number) for number in range(len(corpus.tasks))]
+    raised = [
+        (config.weights.get(name, 1.0) * size) ** (1 / config.temperature)
+        for name, size in zip(corpus.tasks, sizes, strict=True)
+    ]
+    mixed = replace(train, shares=tuple(weight / sum(raised) for weight in raised))
+    least, name = min(zip(tokens.parts_of(sum(sizes), mixed.shares), corpus.tasks, strict=True))
+    if least < 1:
+        raise ConfigError(f"--weights leave {name} without an example in an epoch. Raise its own.")
+    return mixed
+
+
+def calibration(
+    config: RunConfig[Any], encoded: Encoded, device: torch.device
+) -> list[dict[str, Tensor]] | None:
+    """The first 8 batches of the training, with the labels that the model's own forward takes,
+    where the method starts from data."""
+    method = method_named(config.method)
+    if not issubclass(method, Adapter) or not method.needs_batches(config.settings):
+        return None
+    rows = drawn(encoded, config.seed, 0)
+    order = batches(encoded.lengths, config.batch_size, config.seed, 0, rows)[:8]
+    found = []
+    for some in order:
+        batch, targets = collate(encoded, layout(encoded, some), device)
+        found.append({**batch, "labels": _own_labels(encoded, batch, targets)})
+    return found
+
+
+def _own_labels(encoded: Encoded, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """As transformers' models take them: a causal one predicts each from the position before."""
+    if encoded.labels is None:
+        return targets
+    shape = batch.get("decoder_input_ids", batch["input_ids"])
+    labels = torch.full_like(shape, IGNORED).flatten()
+    labels[targets[0]] = targets[1]
+    labels = labels.view_as(shape)
+    return labels if encoded.shown is not None else labels.roll(1, dims=-1)
+
+
+def prompts_of(
+    config: RunConfig[Any], tokenizer: Any, model: Any, asked: Sequence[Conversation]
+) -> tuple[list[list[int]], tuple[int, ...]]:
+    """The ids that a model goes on from to answer each conversation, and those that end an
+    answer."""
+    template = template_of(tokenizer, config.template)
+    encodes: bool = model.config.is_encoder_decoder
+    return prompt_ids(template, asked, encodes), template.stops

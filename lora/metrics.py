@@ -16,6 +16,7 @@ from typing import Any
 from lora.errors import DataError
 
 TASKS = ("classification", "regression", "text")
+LOWER = ("perplexity", "mse")  # the better
 
 
 def score(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import tokenizers
 import torch
 import transformers
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import demo, nf4
+from lora.demo import language
 from lora.errors import LoraError, ModelError
 from lora.layers import backbone, inside, kind, views
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
 from lora.targets import targets_of
+
+EMBEDDED = ("demo", "demo-lm")  # bases that need no files
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -104,8 +108,8 @@ def load_base(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if base == "demo":
-            found = _demo_base(labels, task)
+        if base in EMBEDDED:
+            found = _demo_base(base, labels, task)
             if quantize == "nf4":
                 nf4.quantize_layers(found.model, packable(found.model, dense))
             return found
@@ -356,13 +360,21 @@ def _auto(config: Any, task: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _demo_base(labels: int, task: str) -> Base:
-    base = _demo_skeleton(labels, task)
-    base.model.distilbert.load_state_dict(demo.state_dict())
-    return base
+def _demo_base(base: str, labels: int, task: str) -> Base:
+    found = _demo_skeleton(base, labels, task)
+    if base == "demo":
+        found.model.distilbert.load_state_dict(demo.state_dict())
+    return found
 
 
-def _demo_skeleton(labels: int, task: str) -> Base:
+def _demo_skeleton(base: str, labels: int, task: str) -> Base:
+    if (task == "text") != (base == "demo-lm"):
+        raise ModelError(
+            f"--base {base} is {'no' if task == 'text' else 'a'} language model, found --task"
+            f" {task}. Pass --base {'demo-lm or another' if task == 'text' else 'demo'}."
+        )
+    if base == "demo-lm":
+        return _language()
     config = transformers.DistilBertConfig(**demo.ARCHITECTURE, **_head(labels, task))
     model = transformers.DistilBertForSequenceClassification(config)
     model.config._name_or_path = "sentence-transformers/all-MiniLM-L6-v2 as DistilBERT"
@@ -377,6 +389,19 @@ def _demo_skeleton(labels: int, task: str) -> Base:
         model_input_names=["input_ids", "attention_mask"],
     )
     return Base(model.eval(), tokenizer, ("pre_classifier", "classifier"))
+
+
+def _language() -> Base:
+    """lora.demo.language's."""
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.ARCHITECTURE))
+    pad, start, end = language.SPECIAL
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(language.tokenizer_json()),
+        pad_token=pad, bos_token=start, eos_token=end,
+        model_max_length=language.ARCHITECTURE["max_position_embeddings"],
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    return Base(model.eval(), tokenizer, ())
 
 
 def _bitsandbytes(base: str, config: Any, dense: tuple[str, ...]) -> bool:
@@ -515,9 +540,9 @@ def load_skeleton(
     tokens. Raises ModelError as load_base does where there is no such base.
     """
     packs = quantize == "nf4"
-    if base == "demo":
+    if base in EMBEDDED:
         with torch.device(device):
-            found = _demo_skeleton(labels, task)
+            found = _demo_skeleton(base, labels, task)
     else:
         _check_place(base)
         try:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ from lora.injection import (
     planned_of,
     with_views,
 )
-from lora.losses import task_loss
+from lora.inputs import inputs_of, read_corpus
+from lora.losses import batch_loss, token_scores
 from lora.metrics import score
 from lora.models import (
     Base,
@@ -59,16 +60,39 @@ from lora.models import (
     packable,
     unfilled,
 )
-from lora.run import PeakMemory, encode_splits, read_corpus, resolve
-from lora.tokens import Encoded, batches, sorted_batches
-from lora.train import check_room, groups, steps_per_epoch
+from lora.run import PeakMemory, resolve
+from lora.tokens import Encoded, layout, sorted_batches
+from lora.train import check_room, groups, plan_of, steps_per_epoch
 
 HOLES = 0.7
 """Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
 0.59 to 0.85 (benchmarks/results/plan.json)."""
 MIB = 2**20
 
-Shape = tuple[int, int]  # rows, tokens of the longest
+
+
+class Shape(NamedTuple):
+    """Of a batch, or of a part of it."""
+
+    rows: int
+    longest: int  # tokens of the longest row
+    targets: int  # classes, quantities, or tokens with a label
+
+    @property
+    def positions(self) -> int:
+        return self.rows * self.longest
+
+    def part(self, rows: int) -> Shape:
+        """So many of its rows."""
+        return Shape(rows, self.longest, -(-self.targets * rows // self.rows))
+
+
+def shape_of(encoded: Encoded, rows: Sequence[int]) -> Shape:
+    """Of the batch that some examples are."""
+    laid = layout(encoded, rows)
+    longest = max(sum(encoded.lengths[row] for row in some) for some in laid)
+    return Shape(len(laid), longest, sum(encoded.counts[row] for row in rows))
+
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -175,7 +199,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        (rows, longest), per_epoch = self.largest, self.steps_per_epoch
+        (rows, longest, _), per_epoch = self.largest, self.steps_per_epoch
         sizes = ", ".join(f"{rows:,} {name}" for name, rows in self.splits.items())
         lines = [
             str(self.report),
@@ -269,7 +293,7 @@ def _table(estimate: Estimate) -> list[str]:
     ]
     lines += [
         ("training step", [sum(m.training.values()) for m in memories]),
-        ("evaluation, {} × {}".format(*estimate.evaluated),
+        ("evaluation, {} × {}".format(*estimate.evaluated[:2]),
          [sum(m.evaluation.values()) for m in memories]),
         ("loading the base", [m.loading for m in memories]),
         ("saving", [sum(m.saving.values()) for m in memories]),
@@ -308,33 +332,29 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     asked = len(corpus.labels) or 1, corpus.task, config.quantize, config.dense
     bare = load_skeleton(config.base, *asked)
     config, said = resolve(config, corpus, bare, device)
-    splits = encode_splits(config, corpus, bare.tokenizer)
-    score(corpus.task, ["0", "1"], [["0"], ["1"]])  # for what it imports
+    inputs = inputs_of(config, corpus, bare)
+    splits = inputs.splits
+    score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
     process = anonymous.now() - before if device.type == "cpu" else 0
 
-    lengths = splits["train"].lengths
+    train = splits["train"]
     each = [
-        (len(rows), max(lengths[row] for row in rows))
-        for epoch in range(config.epochs)
-        for rows in batches(lengths, config.batch_size, config.seed, epoch)
+        shape_of(train, rows)
+        for _, rows in plan_of(train, config.batch_size, config.epochs, config.seed)
     ]
-    largest = max(each, key=math.prod)
-    typical = sorted(each, key=math.prod)[len(each) // 2]
+    largest = max(each, key=lambda shape: shape.positions)
+    typical = sorted(each, key=lambda shape: shape.positions)[len(each) // 2]
+    apart = [dataclasses.replace(split, row=None) for n, split in splits.items() if n != "train"]
     evaluated = max(
-        (
-            (len(rows), max(split.lengths[row] for row in rows))
-            for name, split in splits.items()
-            if name != "train"
-            for rows in sorted_batches(split.lengths, EVALUATED)
-        ),
-        key=math.prod,
+        (shape_of(s, rows) for s in apart for rows in sorted_batches(s.lengths, EVALUATED)),
+        key=lambda shape: shape.positions,
     )
-    positions, total = sum(map(math.prod, each)), config.epochs * sum(lengths)
+    positions, total = sum(shape.positions for shape in each), config.epochs * sum(train.lengths)
     report, memory = None, []
     for count in dict.fromkeys((1, devices)):
-        piece = min(config.micro_batch_size or config.batch_size, -(-largest[0] // count))
-        pieces = -(-largest[0] // (count * piece))
-        shapes = [(min(piece, typical[0]), typical[1]), (piece, largest[1])]
+        piece = min(config.micro_batch_size or largest.rows, -(-largest.rows // count))
+        pieces = -(-largest.rows // (count * piece))
+        shapes = [typical.part(min(piece, typical.rows)), largest.part(piece)]
         found = _Step(config, corpus, splits["train"], device)
         report, whole = found.measure(shapes, pieces, evaluated)
         whole = dataclasses.replace(whole, devices=count, process=process)
@@ -344,7 +364,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     assert report is not None
     return Estimate(
         report=report,
-        source=config.data,
+        source=" ".join(config.data),
         splits={name: len(split.lengths) for name, split in splits.items()},
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch(splits["train"], config.batch_size),
@@ -356,7 +376,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         device=device.type,
         there=_there(device),
         memory=tuple(memory),
-        notes=tuple(f"note: {line}" for line in (corpus.note, said) if line),
+        notes=tuple(f"note: {line}" for line in (corpus.note, *inputs.said, said) if line),
     )
 
 
@@ -394,6 +414,9 @@ class _Step:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), ledger:
                 self._moved(base.model)
+                texts = self.corpus.task == "text"
+                head = base.model.get_output_embeddings() if texts else base.model
+                head.register_forward_hook(self._seen)
                 held = Counter(ledger.now)
                 optimizer = torch.optim.AdamW(groups(base.model, 1.0, 0.0), fused=True)
                 with ledger.phase("activations") as training:
@@ -418,7 +441,7 @@ class _Step:
         memory = Memory(
             devices=1,
             sharded=False,
-            rows=shapes[-1][0],
+            rows=shapes[-1].rows,
             loading=self._loading(base, report, held) if self.device.type == "cpu" else 0,
             training=dict(training),
             evaluation=dict(evaluation),
@@ -485,24 +508,35 @@ class _Step:
         blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
         self.block = max(map(_frozen, blocks), default=_frozen(model))
 
-    def _batch(self, shape: Shape) -> dict[str, Tensor]:
-        names = self.encoded.fields
-        return {name: torch.ones(shape, dtype=torch.long, device=self.device) for name in names}
+    def _seen(self, head: nn.Module, given: Any, found: Any) -> None:
+        """Logits as such, of a head or of a whole classifier."""
+        self.ledger.enter(getattr(found, "logits", found), "logits")
+
+    def _batch(self, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
+        """Inputs and targets of a shape, of no meaning."""
+        names, task = list(self.encoded.fields), self.corpus.task
+        ones = torch.ones(shape.rows, shape.longest, dtype=torch.long, device=self.device)
+        batch = {name: ones.clone() for name in names}
+        if self.encoded.row is not None:
+            batch["position_ids"] = ones.clone()
+        if self.encoded.shown is not None:
+            batch["decoder_input_ids"] = ones[:, : -(-shape.targets // shape.rows)].clone()
+        size = (2, shape.targets) if task == "text" else (shape.rows,)
+        dtype = torch.float32 if task == "regression" else torch.long
+        return batch, torch.zeros(size, dtype=dtype, device=self.device)
 
     def _step(
         self, model: Any, optimizer: torch.optim.Optimizer, shape: Shape, pieces: int
     ) -> None:
         """What train.fit() does of one, in its order."""
         ledger, task = self.ledger, self.corpus.task
-        dtype = torch.float32 if task == "regression" else torch.long
         model.train()
         for _ in range(pieces if pieces == 1 else 2):  # the third finds what the second found
             ledger.use = "activations"
+            batch, targets = self._batch(shape)
             with autocast(self.device, self.config.dtype):
-                logits = model(**self._batch(shape)).logits
-            ledger.enter(logits, "logits")
-            targets = torch.zeros(shape[0], dtype=dtype, device=self.device)
-            loss, extra = task_loss(logits, targets, task) / shape[0], penalty(model)
+                loss = batch_loss(model, batch, targets, task) / shape.targets
+            extra = penalty(model)
             (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         ledger.use = "optimiser"
@@ -512,10 +546,12 @@ class _Step:
     def _evaluate(self, model: Any, shape: Shape) -> None:
         """What evaluate.predict() does of a batch."""
         model.eval()
+        batch, targets = self._batch(shape)
         with torch.inference_mode(), autocast(self.device, self.config.dtype):
-            logits = model(**self._batch(shape)).logits
-            self.ledger.enter(logits, "logits")
-            logits.float()
+            if self.corpus.task == "text":
+                token_scores(model, batch, targets)
+            else:
+                model(**batch).logits.float()
 
     def _mapped(self, base: Base) -> int:
         """Bytes of the base that stay in its files: float32 there, float32 here, and frozen."""

@@ -25,9 +25,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -47,8 +47,8 @@ from torch import Tensor
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
 from lora.checkpoint import json_object, load, save, write_together, write_whole
-from lora.config import RunConfig, from_table, method_named, read_toml, to_table
-from lora.data import Columns, Corpus, Example, read
+from lora.config import RunConfig, from_table, method_named, placed, read_toml, to_table
+from lora.data import Corpus
 from lora.errors import (
     CheckpointError,
     ConfigError,
@@ -60,9 +60,13 @@ from lora.errors import (
     TargetError,
     TrainingError,
 )
-from lora.evaluate import Evaluation, answers, evaluate
-from lora.injection import Report, check_steps, inject
+from lora.evaluate import Evaluation, autocast, evaluate
+from lora.generate import scored
+from lora.injection import Report, check_steps, disabled, inject
+from lora.inputs import calibration, inputs_of, read_corpus
 from lora.layers import inside
+from lora.losses import check_language
+from lora.metrics import LOWER
 from lora.models import (
     Base,
     checkpoint_activations,
@@ -72,7 +76,7 @@ from lora.models import (
     pick_dtype,
 )
 from lora.state import Training
-from lora.tokens import Encoded, batches, collate, encode
+from lora.tokens import Encoded
 from lora.train import SIGNALS, Step, begin, check_room, fit, steps_per_epoch
 
 CHECKPOINTS = "checkpoints"
@@ -121,7 +125,8 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             config, said = resolve(config, corpus, base, device)
             if not base.pieces:
                 base.model.to(device)
-            splits = encode_splits(config, corpus, base.tokenizer)
+            inputs = inputs_of(config, corpus, base)
+            splits = inputs.splits
             shown = calibration(config, splits["train"], device)
             report = put_on(config, base, shown)
             per_epoch = steps_per_epoch(splits["train"], config.batch_size)
@@ -135,9 +140,12 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             if config.compile:
                 base.model.compile(dynamic=True)
             assert config.learning_rate is not None
+            if corpus.task == "text":
+                with autocast(device, config.dtype):
+                    check_language(base.model, config.packing)
             training = begin(base.model, config.learning_rate, config.weight_decay, config.seed)
             distributed.same(list(state.values(base.model).values()))
-        for line in filter(None, (config.note, corpus.note, said)):
+        for line in filter(None, (config.note, corpus.note, *inputs.said, said)):
             say(f"note: {line}")
         say(str(report))
 
@@ -164,7 +172,10 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             raise
         stop = held.enter_context(stopping())
         with distributed.together():
-            final = _train(config, training, corpus, splits, directory, record, progress, stop)
+            ended = _train(
+                config, training, base.tokenizer, corpus, splits, directory, record, progress, stop
+            )
+        final = ended.final
         memory.sample()
         bad = _diverged(record.evaluations)
         if bad:
@@ -189,12 +200,13 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             "rows": len(held_out),
             "loss": final.loss,
             "metrics": final.metrics,
+            **({} if ended.baseline is None else {"baseline": ended.baseline}),
             "train_seconds": sum(row["seconds"] for row in record.evaluations),
             "seconds": time.perf_counter() - started,
             "peak_bytes": memory.peak(device),
         }
         if first:
-            write_lines(directory / "predictions.jsonl", rows_of(corpus, held_out, final.logits))
+            write_lines(directory / "predictions.jsonl", ended.rows)
             whole = json.dumps(summary, indent=2, allow_nan=False).encode()
             write_file(directory / "summary.json", whole)
             # Not before: what is cut off until here goes on from the last.
@@ -231,16 +243,26 @@ def _checkpoint(directory: Path, corpus: Corpus, say: Callable[[str], None]) -> 
     return path
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What a training came to on the held-out split."""
+
+    final: Evaluation
+    rows: list[dict[str, Any]]  # one for each answer
+    baseline: dict[str, float] | None  # metrics with the adapter off
+
+
 def _train(
     config: RunConfig[Any],
     training: Training,
+    tokenizer: Any,
     corpus: Corpus,
     splits: dict[str, Encoded],
     directory: Path,
     record: Record,
     progress: Progress,
     stop: Callable[[], int],
-) -> Evaluation:
+) -> Ended:
     """Train, evaluate and save from where the training is to its end; then the held-out split."""
     folder, first = directory / CHECKPOINTS, distributed.rank() == 0
     written = (directory / "config.toml").read_bytes()
@@ -314,9 +336,13 @@ def _train(
             save(training.model, directory / "adapter", writes=first)
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
-        final = evaluate(
-            training.model, corpus, splits[name], held_out, dtype=config.dtype, progress=progress
-        )
+        split = tokenizer, corpus, splits[name], held_out, progress
+        final, rows = scored(config, training.model, *split)
+        baseline = None
+        if config.baseline:
+            where = f"evaluating the base on {name}: "
+            with disabled(training.model):
+                baseline = scored(config, training.model, *split)[0].metrics
     except TargetError:
         if not first:
             raise SystemExit(2) from None  # as below
@@ -338,7 +364,7 @@ def _train(
         else:
             told = _short(error, "" if where else f"step {training.step + 1}: ", config)
         raise TrainingError(f"{where}{told} Last good checkpoint: {good or 'none'}.") from None
-    return final
+    return Ended(final, rows, baseline)
 
 
 def _kept(
@@ -359,7 +385,8 @@ def ranked(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The best on dev first, by the first metric and then by the loss; of equals the earlier."""
 
     def rank(row: Mapping[str, Any]) -> tuple[float, float]:
-        score = next(iter(row["dev"].values()))
+        name, score = next(iter(row["dev"].items()))
+        score = -score if name in LOWER else score
         return (-math.inf if math.isnan(score) else score), -row["dev_loss"]
 
     return sorted(evaluations, key=rank, reverse=True)
@@ -666,21 +693,25 @@ def resolve(
         named = tuple(dict.fromkeys((*settings.modules_to_save, *base.new)))
         settings = replace(settings, modules_to_save=named)
         said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
-    paired = corpus.train[0].pair is not None
-    length, special = config.max_length, base.tokenizer.num_special_tokens_to_add(paired)
+    length, special = config.max_length, 0
+    if length is None:
+        length = 1024 if corpus.task == "text" else 128
+    if corpus.task != "text":
+        special = base.tokenizer.num_special_tokens_to_add(corpus.train[0].pair is not None)
+    most = getattr(base.model.config, "max_position_embeddings", None)
+    if most is not None and config.max_length is None:
+        length = min(length, most)
     if length <= special:
         raise ConfigError(
             f"max_length must leave room beside {special} special tokens, found {length}."
             " Set --max-length."
         )
-    most = getattr(base.model.config, "max_position_embeddings", None)
     if most is not None and length > most:
         raise ModelError(f"--max-length {length}: {config.base} has {most} positions. Lower it.")
-    # Folders by their whole path, so that the run can be reopened from anywhere.
-    base_place, data_place = (
-        value if value == "demo" or not Path(value).exists() else str(Path(value).resolve())
-        for value in (config.base, config.data)
-    )
+    _check_task(config, corpus, base)
+    template = config.template
+    if template == "auto" and corpus.task == "text" and all(one.raw for one in corpus.train):
+        template = "none"  # what is asked of the model later stands as it is, too
     resolved = replace(
         config,
         learning_rate=rate,
@@ -689,11 +720,30 @@ def resolve(
         pair_column=corpus.pair,
         adapter=config.adapter.resolve() if config.adapter else None,
         settings=settings,
-        base=base_place,
-        data=data_place,
+        max_length=length,
+        # By whole paths, so that the run can be reopened from anywhere.
+        base=placed(config.base),
+        data=tuple(map(placed, config.data)),
+        template=placed(template),
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
     return resolved, said
+
+
+def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
+    """Raise ConfigError where a setting says nothing in the task."""
+    if corpus.task == "text":
+        if config.packing and base.model.config.is_encoder_decoder:
+            raise ConfigError("--packing is of models that only decode. Leave it out.")
+        if config.loss_on == "all" and base.model.config.is_encoder_decoder:
+            raise ConfigError("--loss-on all: an encoder learns no text. Leave it out.")
+        return
+    idle = {"template": "auto", "loss_on": "answers", "packing": False, "weights": {},
+            "temperature": 1, "answered": None, "skip_bad_lines": 0}  # fmt: skip
+    for name, default in idle.items():
+        if getattr(config, name) != default:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is of --task text, found {corpus.task}. Leave it out.")
 
 
 def takes_up(config: RunConfig[Any]) -> bool:
@@ -760,22 +810,7 @@ def config_of(directory: Path) -> RunConfig[Any]:
     return config
 
 
-def rows_of(
-    corpus: Corpus, examples: Sequence[Example], logits: Tensor
-) -> Iterator[dict[str, Any]]:
-    """One record per example: its text, its label where known, the prediction and its scores."""
-    scores = logits.tolist() if corpus.task == "regression" else logits.softmax(-1).tolist()
-    for example, answer, row in zip(examples, answers(corpus, logits), scores, strict=True):
-        known = {"pair": example.pair, "label": example.label}
-        yield {
-            "text": example.text,
-            **{key: value for key, value in known.items() if value is not None},
-            "prediction": float(answer) if corpus.task == "regression" else answer,
-            **({} if corpus.task == "regression" else {"scores": [round(p, 6) for p in row]}),
-        }
-
-
-def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 

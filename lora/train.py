@@ -121,7 +121,7 @@ def fit(
             positions += batch["input_ids"].numel() if part else 0
             extra = penalty(model) if index == distributed.rank() == 0 else None
             if loss.requires_grad:  # not where every adapter is dead, which check_alive names
-                (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+                (loss if extra is None else loss + extra).backward()
         if number == first:
             check_alive(model)
         value, positions, asked = over_ranks(trained, value, positions, stop())

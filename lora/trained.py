@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +19,27 @@ from lora import distributed, nf4, state
 from lora.adapter import is_number
 from lora.checkpoint import CONFIG, json_object, load
 from lora.config import RunConfig, method_named
+from lora.conversations import from_row
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, RunError
-from lora.evaluate import EVALUATED, evaluate, predict
+from lora.evaluate import EVALUATED, predict, rows_of
+from lora.generate import left_padded, scored
 from lora.injection import eject, merge
+from lora.inputs import asked, encoded_of, prompts_of, read_corpus, read_texts
 from lora.models import hold
 from lora.run import (
     CHECKPOINTS,
-    asked,
     base_of,
     check_free,
     config_of,
     progress_bar,
     put_on,
-    read_corpus,
     reading,
-    rows_of,
     takes_up,
     unwritable,
     write_lines,
 )
-from lora.tokens import Encoded, collate, encode
+from lora.tokens import Encoded, collate, layout
 
 
 @dataclass(frozen=True)
@@ -119,25 +119,27 @@ def rescore(
     with progress_bar() as progress:
         with reading(progress):
             trained = reopen(directory)
-            config = trained.config
+            config, where = trained.config, _columns(trained.config, columns)
             if data is None:
                 corpus = read_corpus(config)
                 name = split or corpus.held_out[0]
                 if _learned_from(directory) not in (None, corpus.digest()):
                     progress.console.print(
-                        f"note: {config.data} is not as it was when {directory} was trained: rows"
+                        f"note: {corpus.source} is not as it was when {directory} was trained: rows"
                         f" of {name} may be among those that it learned from.",
                         soft_wrap=True, markup=False,
                     )  # fmt: skip
+            elif config.task == "text":
+                config = replace(config, data=(data,), weights={})
+                corpus, name = read_texts(data, split)
             else:
-                where = _columns(config, columns)
                 corpus, name = read_split(data, where, config.task, config.labels, split)
             examples = take(corpus, name)
-            _check_pairs(directory, config, examples)
-            encoded = _encoded(trained, corpus, examples, corpus.targets(examples))
-        found = evaluate(
-            trained.model, corpus, encoded, examples, dtype=config.dtype, progress=progress
-        )
+            if config.task != "text":
+                _check_pairs(directory, config, examples)
+            encoded = _encoded(trained, corpus, examples)
+        parts = trained.model, trained.tokenizer, corpus, encoded, examples
+        found, _ = scored(config, *parts, progress)
     return {"loss": found.loss, **found.metrics}
 
 
@@ -181,7 +183,7 @@ def predict_texts(
                 ]
             _check_pairs(directory, config, examples)
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
-            encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
+            encoded = _encoded(trained, corpus, examples, labelled=False)
         logits = predict(trained.model, encoded, EVALUATED, config.dtype, progress)
     rows = rows_of(corpus, examples, logits)
     if output is not None:
@@ -192,10 +194,10 @@ def predict_texts(
 
 
 def _encoded(
-    trained: Trained, corpus: Corpus, examples: Sequence[Example], targets: Sequence[float]
+    trained: Trained, corpus: Corpus, examples: Sequence[Any], labelled: bool = True
 ) -> Encoded:
-    length = trained.config.max_length
-    return encode(trained.tokenizer, examples, targets, corpus.task, length)
+    parts = trained.tokenizer, trained.model, examples, labelled
+    return encoded_of(trained.config, corpus, *parts)[0]
 
 
 def _columns(config: RunConfig[Any], other: Columns) -> Columns:
@@ -256,11 +258,15 @@ def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> s
 
 
 def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
-    """The first texts that the run predicted, as one batch; before the last epoch, a text."""
+    """The first texts that the run answered, as one batch; before its end, a text."""
     path = directory / "predictions.jsonl"
-    whole = path.read_text(encoding="utf-8") if path.is_file() else '{"text": "a"}'
-    rows = [json_object(line) for line in whole.splitlines()[:8]]
-    corpus = Corpus(str(path), trained.config.task, trained.config.labels, (), (), ())
+    whole = path.read_text(encoding="utf-8") if path.is_file() else ""
+    rows = [json_object(line) for line in whole.splitlines()[:8]] or [{"text": "a", "prompt": "a"}]
+    config, corpus = trained.config, Corpus(str(path), trained.config.task, (), (), (), ())
+    if config.task == "text":
+        asked = [one for row in rows for one in from_row(row, str(path), answered=False)]
+        ids, _ = prompts_of(config, trained.tokenizer, trained.model, asked)
+        return left_padded(ids, trained.tokenizer.pad_token_id, trained.device)
     examples = [Example(str(row["text"]), row.get("pair"), None) for row in rows]
-    encoded = _encoded(trained, corpus, examples, [0.0] * len(examples))
-    return collate(encoded, range(len(examples)), trained.device)
+    encoded = _encoded(trained, corpus, examples, labelled=False)
+    return collate(encoded, layout(encoded, range(len(examples))), trained.device)[0]
