@@ -18,6 +18,8 @@ VERBS = {
     "plan": "say what a run would take: a dry run, no weights read",
     "eval": "score a run on a split, or a file of predictions",
     "predict": "label texts with a run's model",
+    "generate": "let a run's model write: a prompt, a file, or a talk in the terminal",
+    "data": "show what a run would learn from, token by token; list the tasks that are made",
     "compare": "methods x seeds on one data set, one table",
     "plot": "draw the curves of runs",
     "merge": "write a run's model as a plain one, which needs no adapter",
@@ -281,6 +283,95 @@ def _predict(arguments: list[str]) -> None:
     from lora.trained import predict_texts
 
     predict_texts(config.run, config.text, config.pair, config.data, config.output, asked(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Let a run's model write. One --prompt is answered as text, as it is written; several, or
+    those of --data, as JSON lines; without either it is a talk in the terminal."""
+
+    run: Path
+    """A run directory, of --task text."""
+    prompt: tuple[str, ...] = ()
+    """What to answer."""
+    data: str | None = None
+    """A file of prompts, in any of the formats that training takes, answered there or not."""
+    system: str | None = None
+    """What the system says first, where the template has room for it."""
+    output: Path | None = None
+    """Where the JSON lines go."""
+    adapter: Literal["on", "off", "both"] = "on"
+    """off: the base alone; both: one beside the other."""
+    max_new_tokens: int | None = None
+    """Tokens at most. Default: the run's own."""
+    temperature: float = 0.0
+    """0: the most probable token at each step; above: drawn, the more evenly the higher."""
+    top_k: int | None = None
+    """Draw among so many of the most probable tokens alone."""
+    top_p: float | None = None
+    """Draw among the fewest most probable tokens whose probabilities add up to this."""
+    seed: int = 0
+    """Of what is drawn."""
+
+
+def _generate(arguments: list[str]) -> None:
+    from lora.config import parse
+
+    own: GenerateConfig = parse(GenerateConfig, _leading(arguments, "--run"), "lora generate")
+    from lora.generate import Writing
+    from lora.run import config_of
+    from lora.trained import answer
+
+    run = config_of(own.run)
+    if run.task != "text":
+        raise ConfigError(f"{own.run} labels texts and writes none. Run lora predict {own.run}.")
+    writing = Writing(
+        max_new_tokens=own.max_new_tokens or run.max_new_tokens, temperature=own.temperature,
+        top_k=own.top_k, top_p=own.top_p, seed=own.seed,
+    )  # fmt: skip
+    if own.data is not None or len(own.prompt) > 1 or own.output is not None:
+        prompts = own.run, own.prompt, own.data, own.output
+        answer(*prompts, writing, own.adapter, own.system)
+        return
+    from lora.chat import chat, once
+
+    if own.prompt:
+        once(own.run, own.prompt[0], writing, own.adapter, own.system)
+    else:
+        chat(own.run, writing, own.adapter, own.system)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Print examples token by token as a run would learn them: what is masked is dimmed. Every
+    other flag is one of `lora train`."""
+
+    count: int = 3
+    """Examples of each data set."""
+    split: Literal["train", "dev", "test"] = "train"
+
+
+def _data(arguments: list[str]) -> None:
+    what, rest = (arguments or [""])[0], arguments[1:]
+    if what == "tasks" and not rest:
+        from lora.demo.tasks import TASKS
+
+        for name, task in TASKS.items():
+            print(f"tasks/{name:<12} {task.about}")
+        return
+    if what != "preview":
+        print("usage: lora data preview [flags of lora train]\n       lora data tasks")
+        if what not in ("--help", "-h"):
+            raise ConfigError(f"lora data takes preview or tasks, found {what or 'nothing'}.")
+        return
+    from lora.config import parse, parse_run, split_config
+
+    path, flags = split_config(rest)
+    own, others = parse(PreviewConfig, flags, "lora data preview", return_unknown_args=True)
+    config = parse_run([*(["--config", str(path)] if path else []), *others], "lora data preview")
+    from lora.inputs import show
+
+    show(config, own.split, own.count)
 
 
 @dataclass(frozen=True, kw_only=True)

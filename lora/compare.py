@@ -190,7 +190,15 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
         elif key in ("base", "adapter") and value is not None:
             if wanted != value and str(Path(str(wanted)).resolve()) != value:
                 return False
-        elif key in ("task", "labels", "learning_rate", "pair_column", "dtype", "max_length", "template"):
+        elif key in (
+            "task",
+            "labels",
+            "learning_rate",
+            "pair_column",
+            "dtype",
+            "max_length",
+            "template",
+        ):
             if wanted not in (None, "auto", value):
                 return False
         elif wanted != value:
@@ -223,22 +231,24 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
 
 
 def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: a head, then a row per method, means (± standard deviation) over its seeds."""
+    """The table: a head, then a row per method, means (± standard deviation) over its seeds; of
+    several tasks a column for each. The base alone comes first where a run has scored it."""
     if not summaries:
         return []
-    metric = next(iter(summaries[0]["metrics"]))
-    split = f"{summaries[0]['split']} {metric}"
-    head = ("method", "trainable", "share", "rate", "train loss", split, "train s", "peak MiB")
+    metrics = summaries[0]["metrics"]
+    metric = next(iter(metrics))
+    shown = [metric, *(name for name in metrics if name.startswith(f"{metric}/"))]
+    heads = [f"{summaries[0]['split']} {metric}", *(n.partition("/")[2] for n in shown[1:])]
+    head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", "peak MiB")
     found: list[tuple[str, ...]] = [head]
+    bases = [s["baseline"] for s in summaries if "baseline" in s]
+    if bases:
+        scores = (_scores([base[name] for base in bases], metric) for name in shown)
+        found.append(("(the base)", "", "", "", "", *scores, "", ""))
     for method in dict.fromkeys(s["method"] for s in summaries):
         own = [s for s in summaries if s["method"] == method]
         ends = [[e["loss"] for e in s["evaluations"]] for s in own]  # fewer of an early stop
         losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
-        scale = 100 if metric == "accuracy" else 1
-        scores = [scale * s["metrics"][metric] for s in own]
-        spread = (
-            f" ± {statistics.stdev(scores):.{2 if scale == 100 else 4}f}" if len(own) > 1 else ""
-        )
         found.append(
             (
                 method,
@@ -246,13 +256,20 @@ def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
                 f"{own[0]['trainable'] / own[0]['parameters']:.2%}",
                 f"{own[0]['learning_rate']:g}",
                 " ".join(f"{statistics.mean(some):.3f}" for some in losses),
-                f"{statistics.mean(scores):.{2 if scale == 100 else 4}f}{spread}"
-                + (" %" if scale == 100 else ""),
+                *(_scores([s["metrics"][name] for s in own], metric) for name in shown),
                 f"{statistics.median(s['train_seconds'] for s in own):.1f}",
                 f"{statistics.median(s['peak_bytes'] for s in own) / 2**20:,.0f}",
             )
         )
     return found
+
+
+def _scores(values: Sequence[float], metric: str) -> str:
+    """Mean ± standard deviation; of shares in percent."""
+    scale, places = (100, 2) if metric in ("accuracy", "exact_match") else (1, 4)
+    scores = [scale * value for value in values]
+    spread = f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.{places}f}{spread}" + (" %" if scale == 100 else "")
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

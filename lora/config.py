@@ -8,6 +8,7 @@ A file gives the values that the command line starts from. It may hold a table p
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import io
 import re
@@ -16,7 +17,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -55,11 +56,11 @@ class RunConfig(Generic[C]):
     """Data: demo (embedded), a folder with train/dev/test files, one TSV, CSV, JSONL, JSON, Parquet
     or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, which is made (`lora data
     tasks`). Of texts several: SOURCE or NAME=SOURCE each."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Of several data sets, how much of each: NAME WEIGHT ..., 1 where not named, times its size."""
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of several data sets, how much of each: NAME WEIGHT, times its size; 1 where not named."""
     temperature: float = 1.0
-    """Of several data sets: shares are raised to 1 / temperature. 1: by their sizes; more: nearer to
-    equal parts."""
+    """Of several data sets: shares are raised to 1 / temperature. 1: by their sizes; more: nearer
+    to equal parts."""
     method: str = "lora"
     """What trains; `lora methods` lists them."""
     adapter: Path | None = None
@@ -184,7 +185,14 @@ class RunConfig(Generic[C]):
         check("dense", self.dense, "names of layers", good)
         if self.dense and self.quantize == "none":
             raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
-        for name in ("compile", "activation_checkpointing", "shard", "offload", "packing", "baseline"):
+        for name in (
+            "compile",
+            "activation_checkpointing",
+            "shard",
+            "offload",
+            "packing",
+            "baseline",
+        ):
             value = getattr(self, name)
             check(name, value, "true or false", isinstance(value, bool))
         if self.compile and (self.shard or self.offload):
@@ -204,7 +212,14 @@ class RunConfig(Generic[C]):
         check("labels", self.labels, "distinct, and two at least", distinct)
         for name in ("epochs", "batch_size", "max_new_tokens"):
             whole_number(name, getattr(self, name))
-        for name in ("max_length", "limit", "micro_batch_size", "eval_steps", "save_steps", "early_stopping"):
+        for name in (
+            "max_length",
+            "limit",
+            "micro_batch_size",
+            "eval_steps",
+            "save_steps",
+            "early_stopping",
+        ):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
         if self.learning_rate is not None:

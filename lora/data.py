@@ -503,9 +503,9 @@ def _check_labels(corpus: Corpus, examples: Sequence[Example]) -> None:
             )
 
 
-def take(corpus: Corpus, split: str) -> tuple[Example, ...]:
+def take(corpus: Corpus, split: str) -> tuple[Any, ...]:
     """The examples of a split by its name. Raises DataError where it has none."""
-    found: tuple[Example, ...] = getattr(corpus, split)
+    found: tuple[Any, ...] = getattr(corpus, split)
     if not found:
         raise DataError(f"{corpus.source} has no {split} split. Pass --split dev or train.")
     return found

@@ -26,6 +26,7 @@ from lora.adapter import check, is_number, whole_number
 from lora.config import RunConfig
 from lora.conversations import Conversation, grouped
 from lora.data import Corpus
+from lora.errors import DataError
 from lora.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
 from lora.inputs import metrics_of, prompts_of
 from lora.metrics import score
@@ -80,6 +81,7 @@ def written(
     """
     device = device_of(model)
     model.eval()
+    _check_room(model, prompts, writing)
     how = _decoding(tokenizer, writing, stops)
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
     own = order[distributed.rank() :: distributed.size()]
@@ -103,6 +105,18 @@ def written(
     for others in distributed.gather(found):
         found |= others
     return [found[row] for row in range(len(prompts))]
+
+
+def _check_room(model: Any, prompts: Sequence[Sequence[int]], writing: Writing) -> None:
+    """Raise DataError where a prompt and its answer have more tokens than the model positions."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if most is not None and longest + writing.max_new_tokens > most:
+        raise DataError(
+            f"a prompt of {longest} tokens leaves no room for {writing.max_new_tokens} new ones in"
+            f" the model's {most} positions. Set --max-new-tokens {max(1, most - longest)}, or"
+            " shorten it."
+        )
 
 
 def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
@@ -170,18 +184,19 @@ def scored(
     texts = written(model, tokenizer, ids, writing, stops, config.dtype, progress=progress)
     scores = _scores(corpus, metrics_of(config), asked, texts)
     rows = [
-        _row(one, text, len(corpus.tasks) > 1) for one, text in zip(asked, texts, strict=True)
+        row_of(one, text, len(corpus.tasks) > 1) for one, text in zip(asked, texts, strict=True)
     ]
     return replace(found, metrics=scores | found.metrics), rows
 
 
-def _row(one: Conversation, text: str, several: bool) -> dict[str, Any]:
+def row_of(one: Conversation, text: str, several: bool = False) -> dict[str, Any]:
+    """A record of an answer, with those that count as right where they are known."""
     said = [{"role": message.role, "content": message.content} for message in one.prompt]
     return {
         **({"task": one.task} if several else {}),
         **({"prompt": said[0]["content"]} if one.raw else {"messages": said}),
         "prediction": text.strip(),
-        "references": list(one.references),
+        **({"references": list(one.references)} if one.references else {}),
     }
 
 

@@ -13,11 +13,11 @@ from lora import conversations, tokens
 from lora.adapter import Adapter
 from lora.config import RunConfig, method_named, named
 from lora.conversations import Conversation, Message
-from lora.data import SPLITS, Columns, Corpus, read
+from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError
-from lora.models import Base
-from lora.templates import encode, encode_pairs, prompt_ids, template_of
+from lora.models import Base, load_skeleton
+from lora.templates import encode, encode_pairs, preview, prompt_ids, template_of
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
 MADE = "tasks/"  # before the name of a task of lora.demo.tasks
@@ -230,3 +230,14 @@ def prompts_of(
     template = template_of(tokenizer, config.template)
     encodes: bool = model.config.is_encoder_decoder
     return prompt_ids(template, asked, encodes), template.stops
+
+
+def show(config: RunConfig[Any], split: str, count: int) -> None:
+    """Print the first examples of each data set token by token: no weights are read."""
+    corpus = read_corpus(replace(config, task="text"))
+    base = load_skeleton(config.base, 1, "text")
+    template = template_of(base.tokenizer, config.template)
+    length = config.max_length or 1024
+    for name in corpus.tasks:
+        some = [one for one in take(corpus, split) if one.task == name]
+        preview(template, some, length, config.loss_on, count)

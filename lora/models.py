@@ -455,8 +455,8 @@ def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
     most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if most >= rows:
         raise ModelError(
-            f"--base {base}: its tokenizer has ids up to {most}, its embedding {rows} rows. Pass the"
-            " tokenizer that belongs to the weights."
+            f"--base {base}: its tokenizer has ids up to {most}, its embedding {rows} rows. Pass"
+            " the tokenizer that belongs to the weights."
         )
 
 

@@ -18,7 +18,6 @@ On a processor a process holds more than its tensors, and each part is had from 
 from __future__ import annotations
 
 import dataclasses
-import math
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +69,6 @@ HOLES = 0.7
 MIB = 2**20
 
 
-
 class Shape(NamedTuple):
     """Of a batch, or of a part of it."""
 
@@ -92,7 +90,6 @@ def shape_of(encoded: Encoded, rows: Sequence[int]) -> Shape:
     laid = layout(encoded, rows)
     longest = max(sum(encoded.lengths[row] for row in some) for some in laid)
     return Shape(len(laid), longest, sum(encoded.counts[row] for row in rows))
-
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

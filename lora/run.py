@@ -42,7 +42,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
 
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig

@@ -6,25 +6,26 @@ import json
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from lora import distributed, nf4, state
 from lora.adapter import is_number
 from lora.checkpoint import CONFIG, json_object, load
 from lora.config import RunConfig, method_named
-from lora.conversations import from_row
+from lora.conversations import Conversation, Message, from_row, read_prompts
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, RunError
 from lora.evaluate import EVALUATED, predict, rows_of
-from lora.generate import left_padded, scored
-from lora.injection import eject, merge
+from lora.generate import Writing, left_padded, row_of, scored, written
+from lora.injection import disabled, eject, merge
 from lora.inputs import asked, encoded_of, prompts_of, read_corpus, read_texts
 from lora.models import hold
 from lora.run import (
@@ -40,6 +41,8 @@ from lora.run import (
     write_lines,
 )
 from lora.tokens import Encoded, collate, layout
+
+Acts = Literal["on", "off", "both"]
 
 
 @dataclass(frozen=True)
@@ -160,17 +163,20 @@ def predict_texts(
     output: Path | None,
     columns: Columns,
 ) -> None:
-    """Label texts, or the rows of a file, with a run's model."""
+    """Label texts, or the rows of a file, with a run's model; one that writes answers them."""
+    config = config_of(directory)
+    if config.task == "text":
+        if pairs or columns != Columns():
+            raise ConfigError(f"{directory} answers prompts: --pair and columns say nothing there.")
+        writing = Writing(max_new_tokens=config.max_new_tokens)
+        return answer(directory, texts, data, output, writing)
     if (data is None) == (not texts):
         raise DataError("one of --text and --data FILE is needed.")
     if data is None and columns != Columns():
         raise ConfigError("columns are of --data. Leave --text-column and its like out.")
     if pairs and len(pairs) != len(texts):
         raise DataError(f"{len(texts)} texts and {len(pairs)} pairs. Pass one --pair per --text.")
-    if output is not None and output.exists():
-        raise RunError(f"--output {output} exists. Pass another, or remove it.")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
+    _check_output(output)
     with progress_bar() as progress:
         with reading(progress):
             trained = reopen(directory)
@@ -185,12 +191,84 @@ def predict_texts(
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
             encoded = _encoded(trained, corpus, examples, labelled=False)
         logits = predict(trained.model, encoded, EVALUATED, config.dtype, progress)
-    rows = rows_of(corpus, examples, logits)
+    _put_out(rows_of(corpus, examples, logits), output)
+    return None
+
+
+def _check_output(output: Path | None) -> None:
+    """Raise RunError where a file could not be made."""
+    if output is not None and output.exists():
+        raise RunError(f"--output {output} exists. Pass another, or remove it.")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
+
+
+def _put_out(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
+    """Into the file, or as JSON lines on standard output."""
     if output is not None:
         write_lines(output, rows)
-    else:
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+        return
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
+def answer(
+    directory: Path,
+    prompts: Sequence[str],
+    data: str | None,
+    output: Path | None,
+    writing: Writing,
+    adapter: Acts = "on",
+    system: str | None = None,
+) -> None:
+    """Answer prompts, or those of a file, with a run's model: a row each, and of a model with its
+    adapter on and off the answer of the base beside the other."""
+    if (data is None) == (not prompts):
+        raise DataError("one of --text (of lora generate: --prompt) and --data FILE is needed.")
+    _check_output(output)
+    with progress_bar() as progress:
+        with reading(progress):
+            trained = reopen(directory)
+            if data is None:
+                asked = [conversation(trained, [Message("user", one)], system) for one in prompts]
+            else:
+                asked = read_prompts(data)
+        texts = answers(trained, asked, writing, adapter, progress)
+    rows: list[dict[str, Any]] = []
+    for number, one in enumerate(asked):
+        beside = {"base": texts["off"][number].strip()} if adapter == "both" else {}
+        rows.append(row_of(one, texts["off" if adapter == "off" else "on"][number]) | beside)
+    _put_out(rows, output)
+
+
+def conversation(
+    trained: Trained, messages: Sequence[Message], system: str | None = None
+) -> Conversation:
+    """Messages as the run's model was trained on them."""
+    raw = trained.config.template == "none"
+    said = (Message("system", system),) if system else ()
+    return Conversation((*said, *messages), place="the prompt", raw=raw)
+
+
+def answers(
+    trained: Trained,
+    asked: Sequence[Conversation],
+    writing: Writing,
+    adapter: Acts = "on",
+    progress: Progress | None = None,
+    streamed: Callable[[str], None] | None = None,
+) -> dict[str, list[str]]:
+    """What the model writes to each, by "on" and "off" as the adapter is."""
+    model, tokenizer = trained.model, trained.tokenizer
+    ids, stops = prompts_of(trained.config, tokenizer, model, asked)
+    found = {}
+    for acts in ("on", "off") if adapter == "both" else (adapter,):
+        with nullcontext() if acts == "on" else disabled(model):
+            found[acts] = written(
+                model, tokenizer, ids, writing, stops, trained.config.dtype, progress=progress,
+                streamed=streamed,
+            )  # fmt: skip
+    return found
 
 
 def _encoded(

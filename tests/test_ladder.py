@@ -34,7 +34,7 @@ LADDER = [
     {"train", "generate"},
     {"run"},
     {"trained", "trainer", "plan"},
-    {"compare", "plots"},
+    {"compare", "plots", "chat"},
     {"cli"},
 ]
 CORE = {
