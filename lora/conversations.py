@@ -105,6 +105,9 @@ def read_conversations(
         notes.append(
             f"{source} has no column 'split': cut 80/10/10 by prompt into train, dev and test"
         )
+    if splits.get("dev") and not splits.get("train"):  # as where the training file is not public
+        splits["train"] = splits.pop("dev")
+        notes.append(f"{source} has no train split: dev is learned from")
     if not splits.get("train"):
         raise DataError(
             f"--data {source} has no training rows, found {', '.join(splits) or 'nothing'}."
