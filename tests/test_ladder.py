@@ -27,6 +27,8 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
+    {"conversations"},
+    {"templates"},
     {"tokens", "state"},
     {"evaluate"},
     {"train"},

@@ -1,0 +1,506 @@
+"""Conversations per split, from the formats that people have: read_conversations(...).
+
+A row is recognised by its keys:
+
+    messages                        OpenAI's: role and content
+    conversations                   ShareGPT's: from and value
+    instruction, instances          Self-Instruct's seed tasks: one conversation per instance
+    instruction, input, output      Alpaca's; context and response are Dolly's names for the same
+    question, answer                and prompt, response: one turn; system, system_prompt beside it
+    prompt, completion              raw: one goes on where the other ends
+    text                            raw, without a prompt
+
+Rows stand in JSON lines, JSON, CSV, TSV, Parquet, on the hub, or in text files: a text per line, or
+`meaning representation||reference` as in E2E. In tables a list of messages is JSON.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lora.checkpoint import json_object
+from lora.data import SPLITS, _read_hub, _text_of
+from lora.errors import DataError
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+}  # fmt: skip
+ASKED = ("instruction", "prompt", "question", "input")
+BESIDE = ("input", "context")
+ANSWERED = ("output", "completion", "response", "answer")
+SYSTEM = ("system", "system_prompt")
+
+Row = dict[str, Any]
+Read = Row | DataError  # a row, or in its place the error that names it
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str  # system, user, assistant or tool
+    content: str
+    learned: bool = True  # False: an answer that is read and not learned, OpenAI's weight 0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What was said, the answer to learn or to score last."""
+
+    messages: tuple[Message, ...]
+    references: tuple[str, ...] = ()
+    """The answers that count as right, without white space around them; none without a prompt."""
+    task: str = ""  # the name of its data set
+    place: str = ""  # "FILE, line N"
+    raw: bool = False  # stands as it is, without a template
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The messages before the answer."""
+        answered = self.messages[-1].role == "assistant"
+        return self.messages[:-1] if answered else self.messages
+
+
+def read_conversations(
+    source: str, task: str = "", skip_bad_lines: int = 0
+) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """The conversations of a file, a folder or a hub data set as train, dev and test, and what was
+    decided on the user's behalf.
+
+    A file without a column `split` is cut 80/10/10, and every tenth of train held out where there
+    is no dev; conversations with the same prompt stay together, or the answers to it would leak.
+    Raises DataError with the file, the line and the remedy.
+    """
+    splits, notes = _read_splits(source, task, skip_bad_lines)
+    if "" in splits:
+        groups = _by_prompt(splits[""])
+        if len(groups) < 3:
+            raise DataError(
+                f"--data {source}: {len(groups)} prompts cannot be cut in three. Add rows."
+            )
+        random.Random(0).shuffle(groups)
+        tenth = max(1, len(groups) // 10)
+        cut = {
+            "test": groups[:tenth],
+            "dev": groups[tenth : 2 * tenth],
+            "train": groups[2 * tenth :],
+        }
+        splits = {name: [*itertools.chain(*some)] for name, some in cut.items()}
+        notes.append(
+            f"{source} has no column 'split': cut 80/10/10 by prompt into train, dev and test"
+        )
+    if not splits.get("train"):
+        raise DataError(
+            f"--data {source} has no training rows, found {', '.join(splits) or 'nothing'}."
+            " Pass a folder with train.jsonl, or train in another of "
+            + ", ".join(ENDINGS) + "."
+        )  # fmt: skip
+    if not splits.get("dev"):
+        groups = _by_prompt(splits["train"])
+        step = min(10, len(groups))
+        if step < 2:
+            raise DataError(
+                f"--data {source}: too few prompts to hold one out as dev. Pass a dev split."
+            )
+        splits["dev"] = [*itertools.chain(*groups[step - 1 :: step])]
+        del groups[step - 1 :: step]
+        splits["train"] = [*itertools.chain(*groups)]
+        notes.append(f"{source} has no dev split: every tenth training prompt is held out as dev")
+    return {name: splits.get(name, []) for name in SPLITS}, notes
+
+
+def read_split(
+    source: str, task: str = "", split: str | None = None, skip_bad_lines: int = 0
+) -> tuple[list[Conversation], str, list[str]]:
+    """Conversations to score a trained model on, their split's name, and notes.
+
+    A file without a column `split` is scored whole, as test. A folder needs no train file.
+    """
+    splits, notes = _read_splits(source, task, skip_bad_lines)
+    if "" in splits:
+        splits = {split or "test": splits[""]}
+    there = [name for name in ([split] if split else ["test", "dev", "train"]) if splits.get(name)]
+    if not there:
+        raise DataError(f"--data {source} has no {split or ''} split, found {', '.join(splits)}.")
+    return splits[there[0]], there[0], notes
+
+
+def read_prompts(path: str, task: str = "") -> list[Conversation]:
+    """The conversations of one file in its order, answered or not: what a model goes on from."""
+    found = [
+        conversation
+        for place, row in read_rows(Path(path))
+        for conversation in from_row(_no_error(row), place, task, answered=False)
+    ]
+    if not found:
+        raise DataError(f"{path} has no rows.")
+    return found
+
+
+def holds_conversations(source: str) -> bool:
+    """Whether a data set's first row is one to converse by: what `--task auto` goes by."""
+    rows = (row for _, _, row in _entries(source))
+    return conversational(next((row for row in rows if not isinstance(row, DataError)), {}))
+
+
+def conversational(row: Row) -> bool:
+    """Whether a row is a conversation by its keys. A text alone may be of any task."""
+    labelled = "label" in row or "labels" in row  # a question and an answer to classify
+    form = _form(row)
+    return form is not None and form != "text" and not (form == "pair" and labelled)
+
+
+def grouped(conversations: Iterable[Conversation]) -> list[Conversation]:
+    """Those with the same prompt as one, its references the answers of all, in first-seen order."""
+    found: dict[object, Conversation] = {}
+    for one in conversations:
+        key = (one.task, one.raw, one.prompt) if one.prompt else len(found)
+        seen = found.get(key)
+        joined = one if seen is None else replace(seen, references=seen.references + one.references)
+        found[key] = joined
+    return list(found.values())
+
+
+def _by_prompt(conversations: Iterable[Conversation]) -> list[list[Conversation]]:
+    found: dict[object, list[Conversation]] = {}
+    for one in conversations:
+        found.setdefault(one.prompt or one.messages, []).append(one)
+    return list(found.values())
+
+
+@dataclass
+class _Bad:
+    """The errors that --skip-bad-lines tolerates, counted in full."""
+
+    allowed: int
+    kept: list[DataError] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, error: DataError) -> None:
+        self.count += 1
+        if len(self.kept) <= self.allowed:  # not a million of them, where the format is another
+            self.kept.append(error)
+
+    def judge(self, source: str) -> list[str]:
+        """Notes of what is left out. Raises DataError where it is too much."""
+        if not self.count:
+            return []
+        lines = "1 bad line" if self.count == 1 else f"{self.count} bad lines"
+        if self.count > self.allowed:
+            raise DataError(
+                f"{self.kept[0]} {source} has {lines}. Mend, or leave out with --skip-bad-lines"
+                f" {self.count}."
+            )
+        places = "; ".join(str(error).partition(": ")[0] for error in self.kept)
+        return [f"{source}: {lines} left out: {places}. The first: {self.kept[0]}"]
+
+
+def _read_splits(
+    source: str, task: str, skip_bad_lines: int
+) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """Conversations by split; "" holds the rows of a file that names none."""
+    bad = _Bad(skip_bad_lines)
+    splits: dict[str, list[Conversation]] = {}
+    for split, place, row in _entries(source):
+        try:
+            splits.setdefault(split, []).extend(from_row(_no_error(row), place, task))
+        except DataError as error:
+            bad.add(error)
+    notes = bad.judge(source)
+    if "" in splits and len(splits) > 1:
+        raise DataError(f"{splits[''][0].place}: no split, where other rows have one. Fill it in.")
+    return splits, notes
+
+
+def _no_error(row: Read) -> Row:
+    if isinstance(row, DataError):
+        raise row
+    return row
+
+
+def _entries(source: str) -> Iterator[tuple[str, str, Read]]:
+    """Split, place and row of each row of a data set."""
+    path = Path(source)
+    if path.is_dir():
+        for split, names in SPLITS.items():
+            paths = [path / (name + end) for name in names for end in ENDINGS]
+            there = [path for path in paths if path.is_file()]
+            if len(there) > 1:
+                raise DataError(f"{source} has {', '.join(p.name for p in there)}: keep one.")
+            for place, row in read_rows(there[0]) if there else ():
+                yield split, place, row
+        return
+    if not path.is_file():
+        if path.suffix in ENDINGS:
+            raise DataError(f"--data {source}: no such file. Pass one, or a folder.")
+        for split, rows in _read_hub(source).items():
+            for place, row in rows:
+                yield split, place, row
+        return
+    known = {name: split for split, names in SPLITS.items() for name in names}
+    for place, row in read_rows(path):
+        split = "" if isinstance(row, DataError) else row.get("split") or ""
+        if split and split not in known:
+            row = DataError(f"{place}: split {split!r} is none of {', '.join(sorted(known))}.")
+        yield known.get(split, ""), place, row
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Read]]:
+    """Each row of a file behind its place, "FILE, line N"; in a broken one's place its error.
+
+    Raises DataError where the file cannot be read at all.
+    """
+    if path.suffix not in ENDINGS:
+        raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
+    if path.suffix == ".parquet":
+        rows: Iterator[tuple[str, Read | str]] = _parquet(path)
+    else:
+        read = {".jsonl": _json_lines, ".json": _json, ".txt": _lines}.get(path.suffix, _table)
+        rows = read(path, _text_of(path))
+    for where, row in rows:
+        place = f"{path}, {where}"
+        yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
+
+
+def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json_object(line)
+            except ValueError as error:
+                yield f"line {number}", f"no JSON object: {error}."
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        hint = "Rename it to .jsonl" if error.msg == "Extra data" else "Mend it"
+        raise DataError(f"{path}, line {error.lineno}: no JSON: {error.msg}. {hint}.") from None
+    except RecursionError:
+        raise DataError(f"{path}: no JSON of rows: nested too deeply.") from None
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{path}: a {type(value).__name__} without rows. Write [{{...}}, ...], or"
+            ' {"data": [...]}.'
+        )
+    for number, row in enumerate(rows, 1):
+        kind = type(row).__name__
+        yield f"item {number}", row if isinstance(row, dict) else f"found a {kind}, not an object."
+
+
+def _table(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **quotes)  # type: ignore[arg-type]
+    header: list[str] = []
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            yield f"line {reader.line_num}", f"{error}. Mend the quotes."
+            continue
+        if cells is None:
+            return
+        if not header:
+            header = cells
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}: two columns have the same name. Rename one.")
+        elif len(cells) == len(header):
+            yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
+        elif cells:
+            found = f"{len(cells)} columns, where the first line names {len(header)}"
+            yield f"line {reader.line_num}", f"{found}. Quote the separator."
+
+
+def _lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+    """A text per line; or E2E's pairs, which nine lines in ten show to be meant."""
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    pairs = 10 * sum("||" in line for _, line in lines) >= 9 * len(lines)
+    for number, line in lines:
+        meaning, mark, reference = line.partition("||")
+        row: Read | str = {"text": line}
+        if pairs:  # words begin with their space, as they do within a text
+            row = {"prompt": f"{meaning.strip()} ||", "completion": f" {reference.strip()}"}
+        if pairs and not mark:
+            row = "no '||' between a meaning representation and its text."
+        yield f"line {number}", row
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise DataError(
+            f"{path}: Parquet needs pyarrow. Run pip install 'lora-from-scratch[hub]'."
+        ) from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}. Write it anew.") from None
+
+
+def from_row(row: Row, place: str, task: str = "", answered: bool = True) -> list[Conversation]:
+    """The conversations of one row; without `answered` their answers may be missing.
+
+    Raises DataError with the place: keys that are of no format, an unknown role, no messages, a
+    last one that is not the assistant's, an empty answer.
+    """
+    try:
+        return [_checked(one, place, task, answered) for one in _read_row(row, answered)]
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+
+
+def _form(row: Row, answered: bool = True) -> str | None:
+    if _listed(row.get("messages")) is not None:
+        return "messages"
+    if _listed(row.get("conversations")) is not None:
+        return "conversations"
+    if "instruction" in row and _listed(row.get("instances")) is not None:
+        return "instances"
+    if _first(ASKED, row) and (row.keys() & set(ANSWERED) or not answered):
+        return "pair"
+    return "text" if "text" in row else None
+
+
+def _read_row(row: Row, answered: bool) -> Iterator[Conversation]:
+    form = _form(row, answered)
+    if form is None:
+        raise DataError(
+            f"no conversation among {', '.join(map(str, row)) or 'no keys'}. Known: messages;"
+            " conversations; instruction, input, output; prompt, completion; text."
+        )
+    if form == "instances":
+        instances = _listed(row["instances"])
+        if not instances:
+            raise DataError("no instances.")
+        for instance in instances:
+            if not isinstance(instance, dict):
+                raise DataError(f"an instance is a {type(instance).__name__}, not an object.")
+            yield from _pair({"instruction": row["instruction"], **instance}, answered)
+    elif form == "pair":
+        yield from _pair(row, answered)
+    elif form == "text":
+        role = "assistant" if answered else "user"
+        yield Conversation((Message(role, _text(row, "text")),), raw=True)
+    else:
+        yield Conversation(_beside(row, _turns(row[form])))
+
+
+def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
+    """One question and its answer, or several turns of each in lists of messages."""
+    ask, answer = _first(ASKED, row), _first(ANSWERED, row)
+    assert ask is not None
+    if answer is None and answered:
+        raise DataError(f"{ask} without {' or '.join(name for name in ANSWERED if name in row)}.")
+    if asked := _listed(row[ask]):
+        yield Conversation(_beside(row, _turns(asked) + (_turns(row[answer]) if answer else ())))
+        return
+    said = () if answer is None else (Message("assistant", _text(row, answer)),)
+    if ask == "prompt" and answer in ("completion", None):
+        yield Conversation((Message("user", _text(row, ask)), *said), raw=True)
+        return
+    more = _first(BESIDE, row) if ask != "input" else None
+    parts = [_text(row, ask), _text(row, more) if more else ""]
+    question = "\n\n".join(part for part in parts if part.strip())
+    if not question:
+        raise DataError(f"an empty {ask}.")
+    yield Conversation(_beside(row, (Message("user", question), *said)))
+
+
+def _beside(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages behind the system's, where that has a column of its own."""
+    name = _first(SYSTEM, row)
+    system = _text(row, name) if name else ""
+    there = any(message.role == "system" for message in messages)
+    return messages if there or not system.strip() else (Message("system", system), *messages)
+
+
+def _turns(value: Any) -> tuple[Message, ...]:
+    return tuple(_turn(turn, number) for number, turn in enumerate(_listed(value) or (), 1))
+
+
+def _turn(turn: Any, number: int) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(f"message {number} is a {type(turn).__name__}, not an object.")
+    said = turn.get("role", turn.get("from"))
+    if not isinstance(said, str) or said not in ROLES:
+        raise DataError(f"message {number} has the role {said!r}, none of {', '.join(ROLES)}.")
+    if turn.get("tool_calls") or turn.get("function_call"):
+        raise DataError(f"message {number} calls a tool: only texts can be learned.")
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):
+        for part in content:
+            if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
+                raise DataError(f"message {number} has a part that is no text: {str(part)[:40]}.")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"message {number} has no text, found {type(content).__name__}.")
+    return Message(ROLES[said], content, turn.get("weight") != 0)
+
+
+def _checked(one: Conversation, place: str, task: str, answered: bool) -> Conversation:
+    """The conversation with its place and references. Raises DataError where it is none."""
+    messages = one.messages
+    if not any(message.role in ("user", "assistant") for message in messages):
+        raise DataError("an empty conversation.")
+    if answered and messages[-1].role != "assistant":
+        raise DataError(f"the last message is the {messages[-1].role}'s, and not the assistant's.")
+    for number, message in enumerate(messages, 1):
+        if message.role == "assistant" and not message.content.strip():
+            raise DataError(f"an empty answer, message {number}.")
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{error.reason}: half of a character pair.") from None
+    scored = messages[-1].role == "assistant" and one.prompt
+    references = (messages[-1].content.strip(),) if scored else ()
+    return replace(one, place=place, task=task, references=references)
+
+
+def _first(names: Sequence[str], row: Row) -> str | None:
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def _listed(value: Any) -> list[Any] | None:
+    """A list, also where a table holds it as JSON; None for all else.
+
+    A text is taken for one only where it holds turns or instances: `[3, 1, 2]` may be a prompt.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+        if not all(
+            isinstance(one, dict) and one.keys() & {"role", "from", "output"} for one in value
+        ):
+            return None
+    return value if isinstance(value, list) else None
+
+
+def _text(row: Row, name: str) -> str:
+    value = row[name]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise DataError(f"{name} is no text, found {type(value).__name__}.")
+    return value

@@ -1,0 +1,546 @@
+"""Conversations as text, as tokens, and as what is to be learned of them.
+
+template_of(tokenizer, asked)   -> Template: the base's own, the plain one, none, or a file's
+template.render(conversation)   -> Rendered: the text, and where in it the answers are
+encode(template, ...)           -> token ids and labels, the labels shifted by one
+encode_pairs(template, ...)     -> the same for an encoder and a decoder
+preview(template, ...)          prints examples token by token, what is masked dimmed
+
+Where an answer is. A template is a program, which may do anything with a message, and few mark
+what the model writes with {% generation %}; those that do often leave out the token that ends the
+turn, without which nobody learns to stop. So answers are found in the same way under every
+template, from what it makes of the conversation and of two changes to it:
+
+    the messages before the answer, with the opening of the next turn    what generation sees
+    the conversation with a mark in the answer's place                    what lies around it
+
+An answer begins where generation goes on, if the whole begins with what generation sees, and else
+behind what lies before the mark. It ends before what lies behind the mark, and with it go the
+characters that close a turn, found once per template by the same mark in a conversation of one
+turn. Where the pieces do not fit together, or a message before the answer is nowhere before it,
+the template is refused: there is no mask that may be wrong.
+
+Text into tokens. The text holds every special token, and the tokenizer adds none: a template writes
+its own, and where there is none we write the first token that the tokenizer would. Each text is
+tokenised whole; a token is learned where its characters lie in an answer. Offsets are those of the
+tokenizer's core without its post-processor, which would leave out leading spaces.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import rich.console
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from lora.conversations import Conversation, Message
+from lora.errors import ConfigError, DataError, ModelError
+
+PLAIN = (
+    "{% for message in messages %}"
+    "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
+    "{% elif message.role == 'system' %}{{ message.content }}\n"
+    "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
+MASKED = -100  # a label that no loss counts
+AT_ONCE = 1_000  # texts tokenised at a time: the offsets of more would be held as Python's numbers
+
+LossOn = Literal["answers", "all"]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    spans: tuple[Span, ...]  # characters of each answer with the end of its turn
+    prompt: str  # what generation would go on from, to the last answer
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a base wants conversations written."""
+
+    tokenizer: Any
+    jinja: str | None  # None: prompt and answer as they stand, and the end token
+    name: str
+    raw: bool  # whether raw conversations go by the template too
+
+    def render(self, conversation: Conversation, loss_on: LossOn = "answers") -> Rendered:
+        """Text, what is to be learned of it, and prompt.
+
+        Raises DataError where the template refuses the conversation, or where its answers cannot be
+        told from the rest; ConfigError where nothing ends them.
+        """
+        place, messages = conversation.place, conversation.messages
+        prompt = self.prompt(conversation)
+        if self._bare(conversation):
+            text = prompt + messages[-1].content + _end_token(self.tokenizer)
+            spans = [(len(prompt), len(text))] * messages[-1].learned
+        else:
+            text = self._text(messages, place)
+            openings = {len(messages) - 1: prompt}
+            spans = [
+                self._span(messages, number, text, openings.get(number), place)
+                for number, one in enumerate(messages)
+                if loss_on == "answers" and one.role == "assistant" and one.learned
+            ]
+        return Rendered(text, ((0, len(text)),) if loss_on == "all" else tuple(spans), prompt)
+
+    def prompt(self, conversation: Conversation) -> str:
+        """The text that a model is asked to continue."""
+        if self._bare(conversation):
+            roles = [message.role for message in conversation.messages]
+            if roles not in (["user"], ["assistant"], ["user", "assistant"]):
+                raise DataError(
+                    f"{conversation.place}: {len(roles)} messages ({', '.join(roles[:4])}) need a"
+                    " template. Pass --template plain."
+                )
+            return self.start + "".join(message.content for message in conversation.prompt)
+        return self._opening(conversation.prompt, conversation.place)
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The token ids that end an answer."""
+        found = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        last = self.core.encode(self.closing, add_special_tokens=False).ids[-1]
+        if last in self.tokenizer.added_tokens_decoder and last not in found:
+            found.append(last)
+        return tuple(found)
+
+    @cached_property
+    def core(self) -> Any:
+        """The tokenizer without what it adds to a text: tokenizers.Tokenizer.
+
+        Raises ModelError for a tokenizer that is not built on it, and says no offsets.
+        """
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ModelError(
+                f"{type(self.tokenizer).__name__} has no fast backend, which says where each token"
+                " stands in the text. Save the base with a tokenizer.json."
+            )
+        core = copy.deepcopy(backend)
+        core.post_processor = None
+        core.no_truncation()
+        core.no_padding()
+        return core
+
+    @cached_property
+    def start(self) -> str:
+        """The token that the tokenizer itself puts before a text, "" where it puts none."""
+        bos = self.tokenizer.bos_token_id
+        added = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return str(self.tokenizer.bos_token) if added else ""
+
+    @cached_property
+    def closing(self) -> str:
+        """What closes the assistant's turn: the first special token behind the answer, with what
+        lies between. Raises ConfigError where the template writes nothing there."""
+        if self.jinja is None:
+            return _end_token(self.tokenizer)
+        probe = (Message("user", "x"), Message("assistant", MARK))
+        behind = self._around(probe, 1, "a conversation of one turn")[1]
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        ends = [behind.find(one) + len(one) for one in special if one.strip() and one in behind]
+        closing = behind[: min(ends)] if ends else behind.rstrip()
+        if not closing:
+            raise ConfigError(
+                f"the chat template ({self.name}) writes nothing behind an answer: a model that"
+                " learns from it never stops. Pass --template plain, or a file that ends the turn."
+            )
+        return closing
+
+    @cached_property
+    def _opens(self) -> bool:
+        """Whether the template writes the opening of an answer where it is asked for it."""
+        probe = (Message("user", "x"),)
+        return self._text(probe, "one message") != self._text(probe, "one message", True)
+
+    def _bare(self, conversation: Conversation) -> bool:
+        return self.jinja is None or (conversation.raw and not self.raw)
+
+    def _text(self, messages: Sequence[Message], place: str, opening: bool = False) -> str:
+        said = [{"role": one.role, "content": one.content} for one in messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                said, chat_template=self.jinja, tokenize=False, add_generation_prompt=opening
+            )
+        except ImportError as error:
+            raise ModelError(str(error)) from error
+        except Exception as error:  # a template raises what it likes
+            roles = ", ".join(dict.fromkeys(one.role for one in messages))
+            raise DataError(
+                f"{place}: the chat template ({self.name}) refuses a conversation of {roles}:"
+                f" {error}. Mend the row, or pass --template plain."
+            ) from error
+        return text
+
+    def _around(self, messages: Sequence[Message], number: int, place: str) -> tuple[str, str]:
+        """What lies before and behind a message's content."""
+        marked = [*messages]
+        marked[number] = replace(messages[number], content=MARK)
+        ahead, *behind = self._text(marked, place).split(MARK)
+        if len(behind) != 1:
+            raise DataError(
+                f"{place}: the chat template ({self.name}) writes an answer {len(behind)} times,"
+                " not once: what is to be learned is unknown. Pass --template plain."
+            )
+        return ahead, behind[0]
+
+    def _opening(self, messages: Sequence[Message], place: str) -> str:
+        """The messages and the opening of the answer, also where the template writes the one with
+        an answer alone; a space before it is the answer's."""
+        asked = self._text(messages, place, True) if messages else ""
+        if messages and self._opens:
+            return asked
+        ahead, _ = self._around((*messages, Message("assistant", MARK)), len(messages), place)
+        ahead = ahead.rstrip(" ")
+        return ahead if ahead.startswith(asked) and ahead[len(asked) :].strip() else asked
+
+    def _span(
+        self, messages: Sequence[Message], number: int, text: str, opening: str | None, place: str
+    ) -> Span:
+        """From and to: the characters of an answer and the end of its turn."""
+        opening = self._opening(messages[:number], place) if opening is None else opening
+        ahead, behind = self._around(messages, number, place)
+        said = [one for one in messages[:number] if one.role in ("system", "user")]
+        lost = [one.role for one in said if one.content.strip() not in text]
+        # An opening that lacks what was said is none: its template writes that with the answer.
+        full = all(one.content.strip() in opening for one in said)
+        fitting = [one for one in (opening, ahead.rstrip(" "))[not full :] if text.startswith(one)]
+        start, end = len(fitting[0]) if fitting else len(text), len(text) - len(behind)
+        around = start < end and text.endswith(behind) and behind.startswith(self.closing)
+        if around and not lost:
+            return start, end + len(self.closing)
+        why = f"changes around message {number + 1}"
+        why = f"leaves out the {lost[0]}'s message" if lost else why
+        raise DataError(
+            f"{place}: the chat template ({self.name}) {why}: what is to be learned cannot be told"
+            " from the rest. Pass --template plain."
+        )
+
+
+def template_of(tokenizer: Any, asked: str = "auto") -> Template:
+    """The template that --template means.
+
+    auto    the tokenizer's own, or plain where it has none; raw conversations as they stand
+    plain   User: and Assistant: before each message, the end token behind each answer
+    none    prompt and answer as they stand, of one turn
+    else    a file with a template in Jinja
+
+    Raises ConfigError where there is no such file, or the tokenizer has several and no default;
+    ModelError where a plain template finds no end token.
+    """
+    own = getattr(tokenizer, "chat_template", None)
+    if asked == "auto" and own:
+        try:
+            return Template(tokenizer, tokenizer.get_chat_template(), "the tokenizer's", raw=False)
+        except ValueError as error:
+            raise ConfigError(f"--template auto: {error} Pass --template FILE.") from None
+    if asked in ("auto", "plain", "none"):
+        _end_token(tokenizer)
+        bare = Template(tokenizer, None, "none", raw=False)
+        plain = ("{{ bos_token }}" if bare.start else "") + PLAIN
+        return bare if asked == "none" else Template(tokenizer, plain, "plain", asked == "plain")
+    try:
+        return Template(tokenizer, Path(asked).read_text("utf-8"), asked, raw=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--template {asked} cannot be read: {reason}. Pass auto, plain, none or a file."
+        ) from None
+
+
+def _end_token(tokenizer: Any) -> str:
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"{type(tokenizer).__name__} has no end token, which raw text and the plain template"
+            " end an answer with. Set eos_token in tokenizer_config.json."
+        )
+    return str(tokenizer.eos_token)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the examples."""
+
+    examples: int = 0
+    tokens: int = 0  # of what is left, cut
+    learned: int = 0  # of those, the targets
+    long: int = 0  # examples longer than max_length, and cut
+    cut: int = 0  # their tokens behind it
+    lost: int = 0  # examples without a target left, and left out
+    straddling: int = 0  # examples with a token that is part answer, part not; it is learned
+    unlike: int = 0  # examples that do not begin with the tokens that generation starts from
+
+    def note(self, max_length: int) -> str:
+        """One line for the user; "" where there is nothing to say."""
+        said = []
+        if self.long:
+            said.append(
+                f"{self.long} of {self.examples} examples are longer than --max-length {max_length}"
+                f" and cut, {self.cut} tokens in all"
+            )
+        if self.lost:
+            said.append(f"{self.lost} of {self.examples} have no answer left and are left out")
+        if self.straddling:
+            said.append(f"{self.straddling} learn a token that is only in part the answer's")
+        if self.unlike:
+            said.append(f"{self.unlike} do not begin with the tokens of their prompt alone")
+        return "; ".join(said)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An example, uncut."""
+
+    text: str
+    ids: list[int]
+    offsets: list[Span]  # characters of each token
+    learned: list[Span]  # stretches of tokens
+    straddling: bool
+    unlike: bool
+
+
+def encode(
+    template: Template,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    loss_on: LossOn = "answers",
+) -> tuple[dict[str, Tensor], Counts]:
+    """Token ids and labels of the examples that have something to learn, one after the other.
+
+    input_ids (tokens,) int32
+    labels    (tokens,) int32: the token that each position predicts, -100 where nothing is learned
+    offsets   (examples + 1,) int64: where each example begins, and where the last ends
+    rows      (examples,) int64: their numbers among the conversations
+
+    Raises DataError where none is left, and as Template.render does.
+    """
+    counts: Counter[str] = Counter()
+    parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
+    lengths, rows = [], []
+    for start in range(0, len(conversations), AT_ONCE):
+        flat: dict[str, list[int]] = {"input_ids": [], "labels": []}
+        some = conversations[start : start + AT_ONCE]
+        for row, found in enumerate(_tokenise(template, some, loss_on), start):
+            ids, labels = found.ids[:max_length], _labels(found, max_length)
+            counts["long"] += len(found.ids) > max_length
+            counts["cut"] += len(found.ids) - len(ids)
+            counts["straddling"] += found.straddling
+            counts["unlike"] += found.unlike
+            if learned := len(labels) - labels.count(MASKED):
+                counts.update(tokens=len(ids), learned=learned)
+                flat["input_ids"] += ids
+                flat["labels"] += labels
+                lengths.append(len(ids))
+                rows.append(row)
+        for name, values in flat.items():
+            parts[name].append(torch.tensor(values, dtype=torch.int32))
+    counts.update(examples=len(conversations), lost=len(conversations) - len(rows))
+    found_counts = Counts(**counts)
+    if not rows:
+        raise DataError(
+            f"none of {len(conversations)} examples has anything to learn:"
+            f" {found_counts.note(max_length)}. Raise --max-length, or run lora data preview."
+        )
+    tensors = {name: torch.cat(some) for name, some in parts.items()}
+    tensors["offsets"] = torch.tensor([0, *itertools.accumulate(lengths)])
+    return tensors | {"rows": torch.tensor(rows)}, found_counts
+
+
+def encode_pairs(
+    template: Template, conversations: Sequence[Conversation], max_length: int
+) -> tuple[dict[str, Tensor], Counts]:
+    """What an encoder reads and its decoder writes: the prompt, and the answer as labels.
+
+    As encode(), but that the labels are the answer's own tokens, not shifted, closed by the end
+    token, with label_offsets (examples + 1,) of their own. Each is cut to max_length.
+    """
+    counts: Counter[str] = Counter(examples=len(conversations))
+    found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for start in range(0, len(conversations), AT_ONCE):
+        some = conversations[start : start + AT_ONCE]
+        sources = prompt_ids(template, some, encoder=True)
+        answers = _answer_ids(template, some)
+        for source, answer in zip(sources, answers, strict=True):
+            cut = [_cut(ids, max_length, template.tokenizer) for ids in (source, answer)]
+            counts["long"] += cut != [source, answer]
+            counts["cut"] += len(source) + len(answer) - sum(map(len, cut))
+            counts.update(tokens=sum(map(len, cut)), learned=len(cut[1]))
+            for name, ids in zip(found, cut, strict=True):
+                found[name].append(ids)
+    tensors = {}
+    for name, offsets in (("input_ids", "offsets"), ("labels", "label_offsets")):
+        flat = [*itertools.chain.from_iterable(found[name])]
+        tensors[name] = torch.tensor(flat, dtype=torch.int32)
+        tensors[offsets] = torch.tensor([0, *itertools.accumulate(map(len, found[name]))])
+    return tensors | {"rows": torch.arange(len(conversations))}, Counts(**counts)
+
+
+def prompt_ids(
+    template: Template, conversations: Sequence[Conversation], encoder: bool = False
+) -> list[list[int]]:
+    """The tokens that a model goes on from, uncut; for an encoder with what it ends a text by."""
+    texts = [template.prompt(one) for one in conversations]
+    if not encoder:
+        found = template.core.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in found]
+    head, tail = _frame(template.tokenizer, text="a")
+    texts = [text.removeprefix(template.start) for text in texts]
+    found = template.core.encode_batch_fast(texts, add_special_tokens=False)
+    return [head + one.ids + tail for one in found]
+
+
+def _answer_ids(template: Template, conversations: Sequence[Conversation]) -> list[list[int]]:
+    """What a decoder is to write: the answers, framed as the tokenizer frames targets."""
+    head, tail = _frame(template.tokenizer, text_target="a")
+    end = template.tokenizer.eos_token_id
+    tail = tail if end in tail else [*tail, end]
+    texts = [one.messages[-1].content.strip() for one in conversations]
+    found = template.core.encode_batch_fast(texts, add_special_tokens=False)
+    return [head + one.ids + tail for one in found]
+
+
+def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text."""
+    found = tokenizer(return_special_tokens_mask=True, **text)
+    ids, own = found["input_ids"], found["special_tokens_mask"]
+    first, last = own.index(0), len(own) - own[::-1].index(0)
+    return ids[:first], ids[last:]
+
+
+def _cut(ids: list[int], length: int, tokenizer: Any) -> list[int]:
+    """At most `length` ids, the end token kept."""
+    ended = ids[-1:] if ids[-1] == tokenizer.eos_token_id else []
+    return ids if len(ids) <= length else ids[: length - len(ended)] + ended
+
+
+def _labels(found: Tokens, length: int) -> list[int]:
+    """The token that each of the first `length` positions predicts, MASKED where none is learned.
+
+    The first token of all is predicted by none.
+    """
+    ids = found.ids[:length]
+    labels = [MASKED] * len(ids)
+    for first, last in found.learned:
+        for token in range(max(first, 1), min(last, len(ids))):
+            labels[token - 1] = ids[token]
+    return labels
+
+
+def _tokenise(
+    template: Template, conversations: Sequence[Conversation], loss_on: LossOn
+) -> Iterator[Tokens]:
+    rendered = [template.render(one, loss_on) for one in conversations]
+    core = template.core
+    wholes = core.encode_batch([one.text for one in rendered], add_special_tokens=False)
+    starts = core.encode_batch_fast([one.prompt for one in rendered], add_special_tokens=False)
+    for one, whole, start in zip(rendered, wholes, starts, strict=True):
+        ids, offsets = whole.ids, whole.offsets
+        stretches = [_stretch(one.text, offsets, span) for span in one.spans]
+        yield Tokens(
+            text=one.text,
+            ids=ids,
+            offsets=offsets,
+            learned=[stretch for stretch, _ in stretches],
+            straddling=any(straddling for _, straddling in stretches),
+            unlike=ids[: len(start.ids)] != start.ids,
+        )
+
+
+def _stretch(text: str, offsets: Sequence[Span], span: Span) -> tuple[Span, bool]:
+    """The tokens that have to do with a span, and whether an edge of it runs through one.
+
+    A token that only takes white space from over the edge, as special tokens may, is no such one.
+    """
+    start, end = span
+    first = bisect_right(offsets, start, key=lambda token: token[1])
+    last = bisect_left(offsets, end, key=lambda token: token[0])
+    if first < last and offsets[first][0] < start and not text[start : offsets[first][1]].strip():
+        first += 1
+    straddling = first < last and (
+        bool(text[offsets[first][0] : start].strip())
+        or bool(text[end : offsets[last - 1][1]].strip())
+    )
+    return (first, last), straddling
+
+
+def preview(
+    template: Template,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    loss_on: LossOn = "answers",
+    count: int = 3,
+    console: rich.console.Console | None = None,
+) -> None:
+    """Print the first `count` examples token by token, `│` between two, and what became of all.
+
+    What is learned and what is masked stand on lines of their own that say so, for a pipe; in a
+    terminal the one is bright, the other dim, and special tokens are coloured. ↵ is a line's end in
+    the text.
+    """
+    console = console or rich.console.Console()
+    some = conversations[:count]
+    for one, found in zip(some, _tokenise(template, some, loss_on), strict=True):
+        labels = _labels(found, max_length)
+        cut = f" of {len(found.ids)}, cut" if len(found.ids) > len(labels) else ""
+        learned = len(labels) - labels.count(MASKED)
+        title = f"{one.place}: {len(labels)} tokens{cut}, {learned} learned"
+        console.print(Text(f"── {title}", "bold"), soft_wrap=True)
+        for line in _lines(template, found, labels):
+            console.print(line, soft_wrap=True)
+    counts = encode(template, conversations, max_length, loss_on)[1]
+    share = f"{counts.learned} of {counts.tokens} tokens learned"
+    told = f"── {counts.examples - counts.lost} of {counts.examples} examples: {share}"
+    console.print(Text("\n".join(filter(None, [told, counts.note(max_length)]))), soft_wrap=True)
+
+
+def _lines(template: Template, found: Tokens, labels: list[int]) -> Iterator[Text]:
+    """An example's tokens, a line for each stretch and for each line of the text."""
+    special = template.tokenizer.added_tokens_decoder
+    line, before = Text(), None
+    reached = 0
+    for number, (token, offset) in enumerate(zip(found.ids, found.offsets)):
+        if number == len(labels):
+            break
+        learned = number > 0 and labels[number - 1] != MASKED
+        if learned is not before and line:
+            yield line
+            line = Text()
+        before = learned
+        # Where several tokens share a character, as its bytes do, it is shown with the last.
+        shared = found.offsets[number + 1 : number + 2] == [offset]
+        piece = "" if shared else found.text[max(offset[0], reached) : offset[1]]
+        reached = reached if shared else offset[1]
+        style = ("bold magenta" if token in special else "bold green") if learned else "dim"
+        if token in special and not learned:
+            style = "magenta"
+        for place, part in enumerate(piece.split("\n")):
+            if place:
+                line.append("↵", "dim")
+                yield line
+                line = Text()
+            if not line and (part or not place):
+                line.append("learned " if learned else "masked  ", "dim")
+            elif not place:
+                line.append("│", "dim")
+            plain = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)
+            line.append("".join(plain), style)
+    if line:
+        yield line
