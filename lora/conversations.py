@@ -65,11 +65,6 @@ class Conversation:
     place: str = ""  # "FILE, line N"
     raw: bool = False  # stands as it is, without a template
 
-    def content(self) -> tuple[Any, ...]:
-        """All that a model sees of it, and its answers."""
-        said = [(one.role, one.content, one.learned) for one in self.messages]
-        return self.task, self.raw, said, self.references
-
     @property
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the answer."""
@@ -105,9 +100,6 @@ def read_conversations(
         notes.append(
             f"{source} has no column 'split': cut 80/10/10 by prompt into train, dev and test"
         )
-    if splits.get("dev") and not splits.get("train"):  # as where the training file is not public
-        splits["train"] = splits.pop("dev")
-        notes.append(f"{source} has no train split: dev is learned from")
     if not splits.get("train"):
         raise DataError(
             f"--data {source} has no training rows, found {', '.join(splits) or 'nothing'}."
@@ -306,7 +298,7 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
         )
     for number, row in enumerate(rows, 1):
         kind = type(row).__name__
-        yield f"item {number}", row if isinstance(row, dict) else f"a {kind}, and no object."
+        yield f"item {number}", row if isinstance(row, dict) else f"found a {kind}, not an object."
 
 
 def _table(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
@@ -402,7 +394,7 @@ def _read_row(row: Row, answered: bool) -> Iterator[Conversation]:
             raise DataError("no instances.")
         for instance in instances:
             if not isinstance(instance, dict):
-                raise DataError(f"an instance is a {type(instance).__name__}, and no object.")
+                raise DataError(f"an instance is a {type(instance).__name__}, not an object.")
             yield from _pair({"instruction": row["instruction"], **instance}, answered)
     elif form == "pair":
         yield from _pair(row, answered)
@@ -448,7 +440,7 @@ def _turns(value: Any) -> tuple[Message, ...]:
 
 def _turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
-        raise DataError(f"message {number} is a {type(turn).__name__}, and no object.")
+        raise DataError(f"message {number} is a {type(turn).__name__}, not an object.")
     said = turn.get("role", turn.get("from"))
     if not isinstance(said, str) or said not in ROLES:
         raise DataError(f"message {number} has the role {said!r}, none of {', '.join(ROLES)}.")

@@ -80,33 +80,26 @@ class Template:
     name: str
     raw: bool  # whether raw conversations go by the template too
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """Text, answers and prompt. Raises DataError where the template refuses the conversation,
-        or where the answers cannot be told from the rest."""
-        place, messages = conversation.place, conversation.messages
-        if self._bare(conversation):
-            prompt = self.prompt(conversation)
-            text = prompt + messages[-1].content + self._end
-            learned = messages[-1].learned
-            return Rendered(text, ((len(prompt), len(text)),) if learned else (), prompt)
-        text = self._text(messages, place)
-        spans, opening = [], ""
-        for number, message in enumerate(messages):
-            if message.role == "assistant":
-                opening = self._opening(messages[:number], place)
-                span = self._span(messages, number, text, opening, place)
-                spans += [span] if message.learned else []
-        return Rendered(text, tuple(spans), opening)
+    def render(self, conversation: Conversation, loss_on: LossOn = "answers") -> Rendered:
+        """Text, what is to be learned of it, and prompt.
 
-    def whole(self, conversation: Conversation) -> Rendered:
-        """As render(), all of the text one span."""
-        bare = self._bare(conversation)
-        text = (
-            self.render(conversation).text
-            if bare
-            else self._text(conversation.messages, conversation.place)
-        )
-        return Rendered(text, ((0, len(text)),), self.prompt(conversation))
+        Raises DataError where the template refuses the conversation, or where its answers cannot be
+        told from the rest; ConfigError where nothing ends them.
+        """
+        place, messages = conversation.place, conversation.messages
+        prompt = self.prompt(conversation)
+        if self._bare(conversation):
+            text = prompt + messages[-1].content + _end_token(self.tokenizer)
+            spans = [(len(prompt), len(text))] * messages[-1].learned
+        else:
+            text = self._text(messages, place)
+            openings = {len(messages) - 1: prompt}
+            spans = [
+                self._span(messages, number, text, openings.get(number), place)
+                for number, one in enumerate(messages)
+                if loss_on == "answers" and one.role == "assistant" and one.learned
+            ]
+        return Rendered(text, ((0, len(text)),) if loss_on == "all" else tuple(spans), prompt)
 
     def prompt(self, conversation: Conversation) -> str:
         """The text that a model is asked to continue."""
@@ -159,7 +152,7 @@ class Template:
         """What closes the assistant's turn: the first special token behind the answer, with what
         lies between. Raises ConfigError where the template writes nothing there."""
         if self.jinja is None:
-            return self._end
+            return _end_token(self.tokenizer)
         probe = (Message("user", "x"), Message("assistant", MARK))
         behind = self._around(probe, 1, "a conversation of one turn")[1]
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
@@ -171,15 +164,6 @@ class Template:
                 " learns from it never stops. Pass --template plain, or a file that ends the turn."
             )
         return closing
-
-    @cached_property
-    def _end(self) -> str:
-        if self.tokenizer.eos_token is None:
-            raise ModelError(
-                f"{type(self.tokenizer).__name__} has no end token, which raw text and the plain"
-                " template end an answer with. Set eos_token in tokenizer_config.json."
-            )
-        return str(self.tokenizer.eos_token)
 
     @cached_property
     def _opens(self) -> bool:
@@ -201,8 +185,8 @@ class Template:
         except Exception as error:  # a template raises what it likes
             roles = ", ".join(dict.fromkeys(one.role for one in messages))
             raise DataError(
-                f"{place}: the chat template ({self.name}) refuses {len(messages)} messages of"
-                f" {roles}: {error}. Mend the row, or pass --template plain."
+                f"{place}: the chat template ({self.name}) refuses a conversation of {roles}:"
+                f" {error}. Mend the row, or pass --template plain."
             ) from error
         return text
 
@@ -225,29 +209,26 @@ class Template:
         if messages and self._opens:
             return asked
         ahead, _ = self._around((*messages, Message("assistant", MARK)), len(messages), place)
+        ahead = ahead.rstrip(" ")
         return ahead if ahead.startswith(asked) and ahead[len(asked) :].strip() else asked
 
     def _span(
-        self, messages: Sequence[Message], number: int, text: str, opening: str, place: str
+        self, messages: Sequence[Message], number: int, text: str, opening: str | None, place: str
     ) -> Span:
         """From and to: the characters of an answer and the end of its turn."""
+        opening = self._opening(messages[:number], place) if opening is None else opening
         ahead, behind = self._around(messages, number, place)
         said = [one for one in messages[:number] if one.role in ("system", "user")]
         lost = [one.role for one in said if one.content.strip() not in text]
         # An opening that lacks what was said is none: its template writes that with the answer.
-        whole = all(one.content.strip() in opening for one in said)
-        starts = [
-            len(one) for one in ([opening] if whole else []) + [ahead] if text.startswith(one)
-        ]
-        end = len(text) - len(behind)
-        if not lost and starts and starts[0] < end and text.endswith(behind):
-            if behind.startswith(self.closing):
-                return starts[0], end + len(self.closing)
-        why = (
-            f"leaves out the {lost[0]}'s message"
-            if lost
-            else f"changes around message {number + 1}"
-        )
+        full = all(one.content.strip() in opening for one in said)
+        fitting = [one for one in (opening, ahead.rstrip(" "))[not full :] if text.startswith(one)]
+        start, end = len(fitting[0]) if fitting else len(text), len(text) - len(behind)
+        around = start < end and text.endswith(behind) and behind.startswith(self.closing)
+        if around and not lost:
+            return start, end + len(self.closing)
+        why = f"changes around message {number + 1}"
+        why = f"leaves out the {lost[0]}'s message" if lost else why
         raise DataError(
             f"{place}: the chat template ({self.name}) {why}: what is to be learned cannot be told"
             " from the rest. Pass --template plain."
@@ -266,26 +247,32 @@ def template_of(tokenizer: Any, asked: str = "auto") -> Template:
     ModelError where a plain template finds no end token.
     """
     own = getattr(tokenizer, "chat_template", None)
-    if asked == "none":
-        found = Template(tokenizer, None, "none", raw=False)
-    elif asked == "plain" or (asked == "auto" and not own):
-        found = Template(tokenizer, PLAIN, "plain", raw=asked == "plain")
-        found = replace(found, jinja=("{{ bos_token }}" if found.start else "") + PLAIN)
-    elif asked == "auto":
+    if asked == "auto" and own:
         try:
             return Template(tokenizer, tokenizer.get_chat_template(), "the tokenizer's", raw=False)
         except ValueError as error:
             raise ConfigError(f"--template auto: {error} Pass --template FILE.") from None
-    else:
-        try:
-            return Template(tokenizer, Path(asked).read_text("utf-8"), asked, raw=True)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(
-                f"--template {asked} cannot be read: {reason}. Pass auto, plain, none or a file."
-            ) from None
-    _ = found._end
-    return found
+    if asked in ("auto", "plain", "none"):
+        _end_token(tokenizer)
+        bare = Template(tokenizer, None, "none", raw=False)
+        plain = ("{{ bos_token }}" if bare.start else "") + PLAIN
+        return bare if asked == "none" else Template(tokenizer, plain, "plain", asked == "plain")
+    try:
+        return Template(tokenizer, Path(asked).read_text("utf-8"), asked, raw=True)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"--template {asked} cannot be read: {reason}. Pass auto, plain, none or a file."
+        ) from None
+
+
+def _end_token(tokenizer: Any) -> str:
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"{type(tokenizer).__name__} has no end token, which raw text and the plain template"
+            " end an answer with. Set eos_token in tokenizer_config.json."
+        )
+    return str(tokenizer.eos_token)
 
 
 @dataclass(frozen=True)
@@ -452,17 +439,15 @@ def _labels(found: Tokens, length: int) -> list[int]:
     ids = found.ids[:length]
     labels = [MASKED] * len(ids)
     for first, last in found.learned:
-        first = max(first, 1)
-        labels[first - 1 : max(last, first) - 1] = ids[first:last]
-    return labels[: len(ids)]
+        for token in range(max(first, 1), min(last, len(ids))):
+            labels[token - 1] = ids[token]
+    return labels
 
 
 def _tokenise(
     template: Template, conversations: Sequence[Conversation], loss_on: LossOn
 ) -> Iterator[Tokens]:
-    rendered = [
-        template.whole(one) if loss_on == "all" else template.render(one) for one in conversations
-    ]
+    rendered = [template.render(one, loss_on) for one in conversations]
     core = template.core
     wholes = core.encode_batch([one.text for one in rendered], add_special_tokens=False)
     starts = core.encode_batch_fast([one.prompt for one in rendered], add_special_tokens=False)
@@ -487,9 +472,8 @@ def _stretch(text: str, offsets: Sequence[Span], span: Span) -> tuple[Span, bool
     start, end = span
     first = bisect_right(offsets, start, key=lambda token: token[1])
     last = bisect_left(offsets, end, key=lambda token: token[0])
-    if first < last and offsets[first][0] < start:
-        if not text[start : offsets[first][1]].strip():
-            first += 1
+    if first < last and offsets[first][0] < start and not text[start : offsets[first][1]].strip():
+        first += 1
     straddling = first < last and (
         bool(text[offsets[first][0] : start].strip())
         or bool(text[end : offsets[last - 1][1]].strip())
@@ -518,15 +502,13 @@ def preview(
         cut = f" of {len(found.ids)}, cut" if len(found.ids) > len(labels) else ""
         learned = len(labels) - labels.count(MASKED)
         title = f"{one.place}: {len(labels)} tokens{cut}, {learned} learned"
-        console.rule(Text(title), align="left")
+        console.print(Text(f"── {title}", "bold"), soft_wrap=True)
         for line in _lines(template, found, labels):
             console.print(line, soft_wrap=True)
     counts = encode(template, conversations, max_length, loss_on)[1]
-    console.rule(Text(f"{counts.examples} examples"), align="left")
-    share = (
-        f"{counts.tokens} tokens, {counts.learned} learned ({counts.learned / counts.tokens:.0%})"
-    )
-    console.print(Text("\n".join(filter(None, [share, counts.note(max_length)]))), soft_wrap=True)
+    share = f"{counts.learned} of {counts.tokens} tokens learned"
+    told = f"── {counts.examples - counts.lost} of {counts.examples} examples: {share}"
+    console.print(Text("\n".join(filter(None, [told, counts.note(max_length)]))), soft_wrap=True)
 
 
 def _lines(template: Template, found: Tokens, labels: list[int]) -> Iterator[Text]:
