@@ -31,7 +31,7 @@ from lora.errors import ConfigError
 Task = Literal["auto", "classification", "regression", "text"]
 Schedule = Literal["linear", "cosine", "constant"]
 Final = Literal["last", "best"]
-Loss = Literal["answers", "all"]
+LossOn = Literal["answers", "all"]
 ABOUT = """Train one method on one data set.
 
 Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, by the
@@ -78,7 +78,7 @@ class RunConfig(Generic[C]):
     template: str = "auto"
     """How conversations become text: auto (the model's own, else plain), plain (User: ...
     Assistant: ...), none (prompt and answer as they stand), or a Jinja file."""
-    loss_on: Loss = "answers"
+    loss_on: LossOn = "answers"
     """What a text is learned from: the answers, or all of it."""
     packing: bool = False
     """Texts share rows of --max-length tokens, without seeing one another: no padding, the same
@@ -201,7 +201,7 @@ class RunConfig(Generic[C]):
             raise ConfigError("--adapter goes on a base that lies whole. Leave --shard out.")
         good = isinstance(self.trackers, tuple) and all(isinstance(t, str) for t in self.trackers)
         check("trackers", self.trackers, "names", good)
-        for name, kinds in (("schedule", Schedule), ("final", Final), ("loss_on", Loss)):
+        for name, kinds in (("schedule", Schedule), ("final", Final), ("loss_on", LossOn)):
             value = getattr(self, name)
             check(name, value, "one of " + ", ".join(get_args(kinds)), value in get_args(kinds))
         for name in ("keep_last", "keep_best"):

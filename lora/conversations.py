@@ -65,6 +65,11 @@ class Conversation:
     place: str = ""  # "FILE, line N"
     raw: bool = False  # stands as it is, without a template
 
+    def content(self) -> tuple[Any, ...]:
+        """All that a model sees of it, and its answers."""
+        said = [(one.role, one.content, one.learned) for one in self.messages]
+        return self.task, self.raw, said, self.references
+
     @property
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the answer."""
@@ -100,6 +105,9 @@ def read_conversations(
         notes.append(
             f"{source} has no column 'split': cut 80/10/10 by prompt into train, dev and test"
         )
+    if splits.get("dev") and not splits.get("train"):  # as where the training file is not public
+        splits["train"] = splits.pop("dev")
+        notes.append(f"{source} has no train split: dev is learned from")
     if not splits.get("train"):
         raise DataError(
             f"--data {source} has no training rows, found {', '.join(splits) or 'nothing'}."

@@ -36,15 +36,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import rich.console
 import torch
 from rich.text import Text
 from torch import Tensor
 
+from lora.config import LossOn
 from lora.conversations import Conversation, Message
 from lora.errors import ConfigError, DataError, ModelError
+from lora.tokens import IGNORED
 
 PLAIN = (
     "{% for message in messages %}"
@@ -55,10 +57,8 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
-MASKED = -100  # a label that no loss counts
 AT_ONCE = 1_000  # texts tokenised at a time: the offsets of more would be held as Python's numbers
 
-LossOn = Literal["answers", "all"]
 Span = tuple[int, int]
 
 
@@ -344,7 +344,7 @@ def encode(
             counts["cut"] += len(found.ids) - len(ids)
             counts["straddling"] += found.straddling
             counts["unlike"] += found.unlike
-            if learned := len(labels) - labels.count(MASKED):
+            if learned := len(labels) - labels.count(IGNORED):
                 counts.update(tokens=len(ids), learned=learned)
                 flat["input_ids"] += ids
                 flat["labels"] += labels
@@ -432,12 +432,12 @@ def _cut(ids: list[int], length: int, tokenizer: Any) -> list[int]:
 
 
 def _labels(found: Tokens, length: int) -> list[int]:
-    """The token that each of the first `length` positions predicts, MASKED where none is learned.
+    """The token that each of the first `length` positions predicts, IGNORED where none is learned.
 
     The first token of all is predicted by none.
     """
     ids = found.ids[:length]
-    labels = [MASKED] * len(ids)
+    labels = [IGNORED] * len(ids)
     for first, last in found.learned:
         for token in range(max(first, 1), min(last, len(ids))):
             labels[token - 1] = ids[token]
@@ -500,7 +500,7 @@ def preview(
     for one, found in zip(some, _tokenise(template, some, loss_on), strict=True):
         labels = _labels(found, max_length)
         cut = f" of {len(found.ids)}, cut" if len(found.ids) > len(labels) else ""
-        learned = len(labels) - labels.count(MASKED)
+        learned = len(labels) - labels.count(IGNORED)
         title = f"{one.place}: {len(labels)} tokens{cut}, {learned} learned"
         console.print(Text(f"── {title}", "bold"), soft_wrap=True)
         for line in _lines(template, found, labels):
@@ -519,7 +519,7 @@ def _lines(template: Template, found: Tokens, labels: list[int]) -> Iterator[Tex
     for number, (token, offset) in enumerate(zip(found.ids, found.offsets)):
         if number == len(labels):
             break
-        learned = number > 0 and labels[number - 1] != MASKED
+        learned = number > 0 and labels[number - 1] != IGNORED
         if learned is not before and line:
             yield line
             line = Text()

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from lora.conversations import Conversation, Message
 from lora.errors import ConfigError, DataError, ModelError
 from lora.templates import (
-    MASKED,
+    IGNORED,
     Template,
     encode,
     encode_pairs,
@@ -227,7 +227,7 @@ def learned(tokenizer: Any, ids: list[int], labels: list[int]) -> list[list[int]
     """The stretches of tokens that some position is to predict."""
     stretches: list[list[int]] = [[]]
     for position, label in enumerate(labels):
-        if label == MASKED:
+        if label == IGNORED:
             stretches.append([])
             continue
         assert label == ids[position + 1]
@@ -299,7 +299,7 @@ def test_a_cut_example_learns_what_is_left_of_its_answer() -> None:
     whole, _ = encode(template, [one], 10_000)
     total = len(whole["input_ids"])
     for length in range(1, total + 2):
-        if not (whole["labels"][: length - 1] != MASKED).any():
+        if not (whole["labels"][: length - 1] != IGNORED).any():
             with pytest.raises(DataError, match=f"longer than --max-length {length} and cut"):
                 encode(template, [one], length)
             continue
@@ -307,7 +307,7 @@ def test_a_cut_example_learns_what_is_left_of_its_answer() -> None:
         kept = min(length, total)
         assert found["input_ids"].tolist() == whole["input_ids"][:length].tolist()
         expected = whole["labels"][:length].tolist()
-        assert found["labels"].tolist() == [*expected[: kept - 1], MASKED]
+        assert found["labels"].tolist() == [*expected[: kept - 1], IGNORED]
         assert (counts.long, counts.cut) == (int(length < total), total - kept)
 
 
@@ -325,7 +325,7 @@ def test_examples_lie_in_a_row_and_what_learns_nothing_is_left_out() -> None:
             assert torch.equal(found[name][start:end], alone[name])
     assert (counts.examples, counts.long, counts.lost) == (4, 1, 1)
     assert counts.tokens == len(found["labels"])
-    assert counts.learned == int((found["labels"] != MASKED).sum())
+    assert counts.learned == int((found["labels"] != IGNORED).sum())
     assert counts.note(120) == (
         "1 of 4 examples are longer than --max-length 120 and cut, 270 tokens in all;"
         " 1 of 4 have no answer left and are left out"
@@ -358,8 +358,8 @@ def test_the_answer_follows_the_tokens_that_generation_starts_from(kind: str, na
         assert not same
     elif kind != "crossing":  # whose tokens may begin in the prompt
         assert same
-        assert set(labels[: len(prompt) - 1]) == {MASKED}
-        answer = [label for label in labels if label != MASKED]
+        assert set(labels[: len(prompt) - 1]) == {IGNORED}
+        answer = [label for label in labels if label != IGNORED]
         assert (
             labels[len(prompt) - 1 :][: len(answer)] == ids[len(prompt) :][: len(answer)] == answer
         )
@@ -389,7 +389,7 @@ def test_a_marked_template_is_masked_as_it_marks_and_its_ends_besides() -> None:
     )  # fmt: skip
     ids = found["input_ids"].tolist()
     assert ids == theirs["input_ids"]
-    ours = [0, *(label != MASKED for label in found["labels"].tolist()[:-1])]
+    ours = [0, *(label != IGNORED for label in found["labels"].tolist()[:-1])]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for before, after, token, mine in zip(
         [0, *theirs["assistant_masks"]], theirs["assistant_masks"], ids, ours
@@ -413,7 +413,7 @@ def test_only_the_answers_with_weight_are_learned() -> None:
 def test_on_everything_every_token_but_the_first_is_learned() -> None:
     for template in (of(made("llama3"), "zephyr"), template_of(made("llama3"), "none")):
         found, counts = encode(template, [CONVERSATIONS["one turn"]], 10_000, "all")
-        assert found["labels"].tolist() == [*found["input_ids"][1:].tolist(), MASKED]
+        assert found["labels"].tolist() == [*found["input_ids"][1:].tolist(), IGNORED]
         assert counts.learned == counts.tokens - 1
 
 
