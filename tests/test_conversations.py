@@ -325,7 +325,11 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
         read_conversations(str(tmp_path))
     (tmp_path / "train.json").unlink()
     (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(DataError, match="has no training rows, found dev, test. Pass a folder"):
+    splits, notes = read_conversations(str(tmp_path))  # E2E's training file is not public here
+    assert [len(splits[name]) for name in ("train", "dev", "test")] == [1, 1, 3]
+    assert "has no train split: dev is learned from" in notes[0]
+    (tmp_path / "validation.txt").unlink()
+    with pytest.raises(DataError, match="has no training rows, found test. Pass a folder"):
         read_conversations(str(tmp_path))
 
 

@@ -1,0 +1,443 @@
+"""Language models on the corridor: trained, scored, made to write and merged, as a user does it."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import CAUSAL, SEQUENCES, SHAPE
+
+from lora.cli import main
+from lora.data import read_predictions
+from lora.demo import language
+from lora.generate import Writing, written
+from lora.metrics import score
+from lora.models import load_base
+from lora.trained import reopen
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def lora(*arguments: object) -> int:
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # tyro leaves so
+        return int(stop.code or 0)
+
+
+def saved(folder: Path, name: str, template: str | None = None) -> str:
+    """A small model with a byte-level tokenizer."""
+    torch.manual_seed(0)
+    make, config = {**CAUSAL, **SEQUENCES}[name]
+    shape = config()
+    shape.max_position_embeddings = 512
+    make(shape).save_pretrained(folder)
+    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def pairs(path: Path, count: int = 24, **more: str) -> str:
+    rows = [
+        {"prompt": f"{i % 6} is", "completion": f" number {i % 6}", **more} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def talks(path: Path, count: int = 24) -> str:
+    rows = [
+        {"messages": [
+            {"role": "system", "content": "Count."},
+            {"role": "user", "content": f"{i} and one?"},
+            {"role": "assistant", "content": f"{i + 1}"},
+            {"role": "user", "content": "And one?"},
+            {"role": "assistant", "content": f"{i + 2}"},
+        ]}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+FLAGS = ("--r", 2, "--learning-rate", 0.01, "--batch-size", 8, "--max-length", 128,
+         "--max-new-tokens", 6)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved(tmp_path_factory.mktemp("base"), "llama", CHATML)
+
+
+@pytest.fixture(scope="module")
+def run(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On conversations, packed."""
+    folder = tmp_path_factory.mktemp("run")
+    data = talks(folder / "talks.jsonl", 40)
+    flags = ("--base", base, "--data", data, "--packing", *FLAGS, "--epochs", 2, "--baseline")
+    assert lora("train", *flags, "--run-dir", folder / "run") == 0
+    return folder / "run"
+
+
+def summary_of(run: Path) -> Any:
+    return json.loads((run / "summary.json").read_text())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_on_conversations_leaves_its_scores(run: Path) -> None:
+    summary = summary_of(run)
+    assert summary["task"] == "text"
+    assert list(summary["metrics"])[:2] == ["exact_match", "bleu"]
+    assert summary["metrics"]["perplexity"] == pytest.approx(
+        torch.tensor(summary["loss"]).exp().item(), rel=1e-5
+    )
+    assert summary["baseline"].keys() == summary["metrics"].keys()
+    assert summary["baseline"]["perplexity"] > summary["metrics"]["perplexity"]
+    steps = [row for row in lines(run / "metrics.jsonl") if row["kind"] == "step"]
+    assert all(step["padding"] < 0.5 for step in steps)
+    assert summary["evaluations"][1]["loss"] < summary["evaluations"][0]["loss"]
+    rows = lines(run / "predictions.jsonl")
+    assert [message["role"] for message in rows[0]["messages"]] == [
+        "system", "user", "assistant", "user",
+    ]  # fmt: skip
+    assert len(rows) == summary["rows"] == 4
+
+
+def test_the_predictions_score_as_the_run_says(run: Path) -> None:
+    again = score("text", *read_predictions(run / "predictions.jsonl"))
+    assert again == {name: summary_of(run)["metrics"][name] for name in again}
+
+
+def test_eval_gives_the_runs_scores_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lora("eval", run) == 0
+    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    want = {"loss": summary_of(run)["loss"], **summary_of(run)["metrics"]}
+    assert printed == {name: f"{value:.4f}" for name, value in want.items()}
+
+
+def test_eval_takes_other_data(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("eval", run, "--data", talks(tmp_path / "more.jsonl", 5)) == 0
+    assert "exact_match" in capsys.readouterr().out
+
+
+def test_predict_and_generate_answer_a_file_alike(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = talks(tmp_path / "asked.jsonl", 3)
+    assert lora("predict", run, "--data", data, "--output", tmp_path / "one.jsonl") == 0
+    assert lora("generate", run, "--data", data, "--output", tmp_path / "two.jsonl") == 0
+    one, two = lines(tmp_path / "one.jsonl"), lines(tmp_path / "two.jsonl")
+    assert one == two
+    assert [row["references"] for row in one] == [["2"], ["3"], ["4"]]
+    assert lora("generate", run, "--data", data, "--adapter", "both") == 0
+    both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prediction"] for row in both] == [row["prediction"] for row in one]
+    assert lora("generate", run, "--data", data, "--adapter", "off") == 0
+    off = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prediction"] for row in off] == [row["base"] for row in both]
+
+
+def test_one_prompt_is_answered_as_text_and_streamed_whole(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("generate", run, "--prompt", "3 and one?", "--system", "Count.") == 0
+    streamed = capsys.readouterr().out
+    assert lora("generate", run, "--prompt", "3 and one?", "4 and one?", "--system", "Count.") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert streamed.strip() == rows[0]["prediction"]
+
+
+def test_a_talk_goes_on_from_what_was_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def talk(text: str) -> list[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert lora("generate", run, "--temperature", 1, "--seed", 3) == 0
+        return capsys.readouterr().out.splitlines()
+
+    two = talk("1 and one?\nAnd one?\n")
+    anew = talk("1 and one?\n/new\n1 and one?\n/exit\nnever\n")
+    assert len(two) >= 2
+    assert anew[: len(anew) // 2] == anew[len(anew) // 2 :]
+    assert two[0] == anew[0]
+
+
+def test_sampling_is_of_its_seed(run: Path) -> None:
+    trained = reopen(run)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+
+    def write(**how: Any) -> list[str]:
+        writing = Writing(max_new_tokens=12, **how)
+        return written(trained.model, trained.tokenizer, prompts, writing)
+
+    warm = write(temperature=1.0, seed=1)
+    state = torch.get_rng_state()
+    assert write(temperature=1.0, seed=1) == warm
+    assert torch.equal(torch.get_rng_state(), state)
+    assert write(temperature=1.0, seed=2) != warm
+    assert write(temperature=1.0, seed=1, top_k=1) == write()
+
+
+def test_a_batch_is_padded_without_a_trace(run: Path) -> None:
+    trained = reopen(run)
+    prompts = [list(range(5, 5 + n)) for n in (3, 17, 9, 1)]
+    writing = Writing(max_new_tokens=8)
+    together = written(trained.model, trained.tokenizer, prompts, writing)
+    alone = [written(trained.model, trained.tokenizer, [p], writing)[0] for p in prompts]
+    assert together == alone
+
+
+def test_a_cut_off_run_goes_on_to_the_same_bytes(base: str, tmp_path: Path) -> None:
+    data = [f"a={talks(tmp_path / 'a.jsonl', 40)}", f"b={pairs(tmp_path / 'b.jsonl', 30)}"]
+    flags = (
+        "--base",
+        base,
+        "--data",
+        *data,
+        "--packing",
+        *FLAGS,
+        "--lora-dropout",
+        0.1,
+        "--temperature",
+        2,
+        "--weights",
+        "b",
+        3,
+        "--save-steps",
+        2,
+        "--keep-last",
+        99,
+    )
+    assert lora("train", *flags, "--run-dir", tmp_path / "whole") == 0
+    assert lora("train", *flags, "--run-dir", tmp_path / "cut") == 0
+    (tmp_path / "cut" / "summary.json").unlink()
+    for path in sorted((tmp_path / "cut" / "checkpoints").iterdir())[2:]:
+        for file in path.rglob("*"):
+            if file.is_file():
+                file.unlink()
+    assert lora("train", "--resume", tmp_path / "cut") == 0
+    for name in ("adapter/adapter_model.safetensors", "predictions.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    metrics = summary_of(tmp_path / "whole")["metrics"]
+    assert metrics == summary_of(tmp_path / "cut")["metrics"]
+    assert {"exact_match/a", "exact_match/b", "perplexity/a", "perplexity/b"} <= metrics.keys()
+    assert {row["task"] for row in lines(tmp_path / "whole" / "predictions.jsonl")} == {"a", "b"}
+
+
+def test_merging_leaves_a_plain_language_model(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("merge", run, "--output", tmp_path / "plain") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert tokenizer.chat_template == CHATML
+    assert (tmp_path / "plain" / "generation_config.json").is_file()
+    trained = reopen(run)
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        ours, theirs = trained.model(input_ids=ids).logits, model(input_ids=ids).logits
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_an_encoder_and_a_decoder_learn_answers(name: str, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", name)
+    data = pairs(tmp_path / "pairs.jsonl", 40)
+    flags = ("--base", base, "--data", data, *FLAGS, "--epochs", 3)
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["evaluations"][-1]["loss"] < summary["evaluations"][0]["loss"]
+    assert lora("generate", tmp_path / "run", "--prompt", "3 is") == 0
+    assert lora("train", *flags, "--packing", "--run-dir", tmp_path / "packed") == 2
+
+
+@pytest.mark.parametrize("method", ["qlora", "bitfit", "full", "dora"])
+def test_other_methods_run_on_texts(method: str, base: str, tmp_path: Path) -> None:
+    data = pairs(tmp_path / "pairs.jsonl", 40)
+    own = () if method in ("bitfit", "full") else ("--r", 2)
+    name = "gpt2" if method == "bitfit" else "llama"  # LLaMA has no biases
+    base = saved(tmp_path / "base", name) if name == "gpt2" else base
+    flags = ("--base", base, "--data", data, "--method", method, *own, *FLAGS[2:])
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    assert lora("eval", tmp_path / "run") == 0
+
+
+def test_the_loss_may_be_on_all_of_a_text(base: str, tmp_path: Path) -> None:
+    data = tmp_path / "plain.txt"
+    data.write_text("".join(f"line {i} of a plain text\n" for i in range(40)))
+    flags = ("--base", base, "--data", data, *FLAGS)
+    assert lora("train", *flags, "--run-dir", tmp_path / "auto") == 2  # a text may be of any task
+    assert lora("train", *flags, "--task", "text", "--run-dir", tmp_path / "run") == 0
+    summary = summary_of(tmp_path / "run")
+    assert "perplexity" in summary["metrics"]
+    assert "exact_match" not in summary["metrics"]  # nothing was asked
+
+
+def test_a_plan_of_texts_counts_their_tokens(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--base", base, "--data", pairs(tmp_path / "t.jsonl", 40), *FLAGS)
+    found = []
+    for more in ((), ("--packing",)):
+        assert lora("plan", *flags, *more, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert found[0]["largest"][0] == 8
+    assert found[1]["padding"] < found[0]["padding"]
+
+
+class TestBadInput:
+    """Each is a named error before any step, and leaves no run."""
+
+    def refused(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: object) -> str:
+        assert lora("train", *flags, "--run-dir", tmp_path / "run") == 2
+        assert not (tmp_path / "run").exists()
+        return " ".join(capsys.readouterr().err.split())
+
+    def test_a_broken_line(
+        self, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = Path(pairs(tmp_path / "x.jsonl", 40))
+        rows = data.read_text().splitlines()
+        data.write_text("\n".join([*rows[:6], rows[6][:-3], *rows[7:]]))
+        said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS)
+        assert "x.jsonl, line 7" in said
+        assert "--skip-bad-lines 1" in said
+        flags = ("--base", base, "--data", data, *FLAGS, "--skip-bad-lines", 1)
+        assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+        assert "1 bad line left out" in " ".join(capsys.readouterr().err.split())
+
+    @pytest.mark.parametrize(
+        ("row", "says"),
+        [
+            ({"messages": []}, "an empty conversation"),
+            ({"messages": [{"role": "wizard", "content": "x"}]}, "has the role 'wizard'"),
+            ({"messages": [{"role": "user", "content": "x"}]}, "not the assistant's"),
+        ],
+    )
+    def test_a_row_that_is_no_conversation(
+        self, row: Any, says: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = Path(talks(tmp_path / "x.jsonl"))
+        data.write_text(data.read_text() + json.dumps(row) + "\n")
+        said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS)
+        assert says in said
+        assert "line 25" in said
+
+    def test_a_template_that_refuses_a_role(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        strict = CHATML.replace(
+            "{% for m in messages %}",
+            "{% for m in messages %}{% if m.role == 'system' %}"
+            "{{ raise_exception('no system here') }}{% endif %}",
+        )
+        base = saved(tmp_path / "base", "llama", strict)
+        data = talks(tmp_path / "x.jsonl")
+        said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS)
+        assert "no system here" in said
+        assert "--template plain" in said
+
+    def test_answers_that_are_all_cut_off(
+        self, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = talks(tmp_path / "x.jsonl")
+        flags = ("--base", base, "--data", data, *FLAGS[:6], "--max-length", 12)
+        assert "--max-length 12" in self.refused(capsys, tmp_path, *flags)
+
+    def test_more_positions_than_the_model_has(
+        self, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = talks(tmp_path / "x.jsonl")
+        flags = ("--base", base, "--data", data, *FLAGS[:6], "--max-length", 513)
+        assert "has 512 positions" in self.refused(capsys, tmp_path, *flags)
+
+    @pytest.mark.parametrize("lost", ["eos_token", "vocabulary"])
+    def test_a_tokenizer_that_does_not_fit(
+        self, lost: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = saved(tmp_path / "base", "llama")
+        path = tmp_path / "base" / "tokenizer_config.json"
+        if lost == "eos_token":
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+        else:
+            small = transformers.LlamaConfig(**SHAPE | {"vocab_size": 100})
+            transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "base")
+        data = pairs(tmp_path / "x.jsonl")
+        said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS)
+        assert {"eos_token": "has no end token", "vocabulary": "embedding 100 rows"}[lost] in said
+
+    def test_a_base_that_is_no_language_model(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = pairs(tmp_path / "x.jsonl")
+        said = self.refused(capsys, tmp_path, "--data", data, *FLAGS)
+        assert "Pass --base demo-lm or another" in said
+
+    @pytest.mark.parametrize(
+        ("flags", "says"),
+        [
+            (("--weights", "nobody", 2), "no data of that name, of x"),
+            (("--weights", "x", 0), "numbers above 0"),
+            (("--temperature", 0), "temperature"),
+            (("--template", "gone.jinja"), "gone.jinja cannot be read"),
+            (("--loss-on", "none"), "loss-on"),
+        ],
+    )
+    def test_settings(
+        self, flags: Any, says: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        data = pairs(tmp_path / "x.jsonl")
+        said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS, *flags)
+        assert says in said
+
+    def test_settings_of_texts_on_classes(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said = self.refused(capsys, tmp_path, "--limit", 20, "--packing")
+        assert "--packing is of --task text" in said
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("generate", run, "--prompt", "x" * 600) == 2
+    assert "leaves no room" in capsys.readouterr().err
+
+
+def test_preview_shows_what_is_learned(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = talks(tmp_path / "x.jsonl")
+    assert lora("data", "preview", "--base", base, "--data", data, "--count", 1) == 0
+    shown = capsys.readouterr().out
+    learned = [line for line in shown.splitlines() if line.startswith("learned")]
+    assert len(learned) == 2
+    assert learned[0].endswith("</s>")
+    assert lora("data", "tasks") == 0
+    assert "tasks/reverse" in capsys.readouterr().out
+    assert lora("data") == 2
+
+
+def test_the_demos_tokenizer_is_of_bytes() -> None:
+    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    text = "Ünï 漢字\n\t x  y"
+    ids = tokenizer(text)["input_ids"]
+    assert [i - len(language.SPECIAL) for i in ids] == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == language.ARCHITECTURE["vocab_size"]
