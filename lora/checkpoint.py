@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from lora import nf4
 from lora.adapter import (
     METHODS,
+    SHORTHANDS,
     AdaptedLayer,
     AdapterConfig,
     Method,
@@ -207,7 +208,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     """adapter_config.json as PEFT would write it."""
     settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
-        if settings["target_modules"] == "all-linear":
+        if settings["target_modules"] in SHORTHANDS:
             settings["target_modules"] = _exactly(model, planned)
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
