@@ -27,6 +27,7 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
+    {"export"},
     {"tokens", "state"},
     {"evaluate"},
     {"train"},
@@ -50,8 +51,8 @@ CORE = {
     "checkpoint",
     "testing",
 }
-# run records its version, testing builds a Conv1D
-TRANSFORMERS = {"models", "run", "testing", "trainer"}
+# export reads a base's config, run records its version, testing builds a Conv1D
+TRANSFORMERS = {"export", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:
