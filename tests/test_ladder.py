@@ -27,7 +27,7 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
-    {"export"},
+    {"export", "harness"},
     {"tokens", "state"},
     {"evaluate"},
     {"train"},
