@@ -38,6 +38,9 @@ from lora.siblings import plain, reading_of
 
 METHODS: dict[str, type[Method]] = {}
 
+SHORTHANDS = ("all-linear", "attention")
+"""Words that target_modules takes for layers' names; what they mean is targets.py's."""
+
 
 def check(field: str, value: object, wanted: str, good: bool) -> None:
     """Raise ConfigError unless `good`, in the house's words."""
@@ -131,7 +134,8 @@ class AdapterConfig(PartialConfig):
     """The settings of a method that wraps layers."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers to adapt: names or their dotted endings, a regular expression, or all-linear."""
+    """Layers to adapt: names or their dotted endings, a regular expression, all-linear, or
+    attention (its projections, of the architectures that are known)."""
     exclude_modules: str | tuple[str, ...] | None = None
     """Layers to leave alone, in the same forms."""
     layers_to_transform: tuple[int, ...] = ()
@@ -146,13 +150,14 @@ class AdapterConfig(PartialConfig):
             if value is None and field == "exclude_modules":
                 continue
             if isinstance(value, str):
-                check(field, value, "a pattern, names, or all-linear", bool(value))
+                check(field, value, "a pattern, names, all-linear or attention", bool(value))
                 check_pattern(field, value)
             else:
                 names = names_tuple(field, value)
                 check(field, value, "at least one name", bool(names))
                 # One name after a flag arrives as a tuple; the word and not the name is meant.
-                object.__setattr__(self, field, "all-linear" if names == ("all-linear",) else names)
+                short = len(names) == 1 and names[0] in SHORTHANDS
+                object.__setattr__(self, field, names[0] if short else names)
         layers: Any = self.layers_to_transform
         layers = (layers,) if isinstance(layers, int) else layers
         good = isinstance(layers, list | tuple) and all(type(n) is int and n >= 0 for n in layers)
@@ -163,7 +168,7 @@ class AdapterConfig(PartialConfig):
         object.__setattr__(self, "layers_pattern", lists)
         for one in lists:
             check_pattern("layers_pattern", one)
-        listed = self.target_modules == "all-linear" or not isinstance(self.target_modules, str)
+        listed = self.target_modules in SHORTHANDS or not isinstance(self.target_modules, str)
         check("layers_to_transform", layers, "left out beside a pattern", listed or not layers)
         check("layers_pattern", lists, "beside layers_to_transform", bool(layers) or not lists)
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from lora import nf4
 from lora.adapter import (
     METHODS,
+    SHORTHANDS,
     AdaptedLayer,
     AdapterConfig,
     Method,
@@ -207,7 +208,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     """adapter_config.json as PEFT would write it."""
     settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
-        if settings["target_modules"] == "all-linear":
+        if settings["target_modules"] in SHORTHANDS:
             settings["target_modules"] = _exactly(model, planned)
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
@@ -349,12 +350,7 @@ def load(
     method = method_for(settings, folder)
     stored, mark = read_tensors(folder)
     config = read_config(method, settings, folder)
-    if mark and mark["config"] != config_digest(method, settings):
-        raise CheckpointError(
-            f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: a setting that"
-            " changes the result (r, lora_alpha, target_modules, ...) was edited, or a save was"
-            " cut off. Restore the file, or save the adapter again."
-        )
+    check_unedited(method, settings, mark, folder)
     if not mark and isinstance(config, AdapterConfig):
         config = _as_peft_means(model, config)
     planned = replace(plan_of(model, config, strict=bool(mark)), trainable=trainable)
@@ -379,6 +375,18 @@ def load(
         for key, tensor in wanted.items():
             tensor.copy_(ready[key])
     return report_of(model, name, "\n".join(filter(None, [*said, note])))
+
+
+def check_unedited(
+    method: type[Method], settings: Mapping[str, Any], mark: Mapping[str, str], folder: Path
+) -> None:
+    """Raise CheckpointError where a file of ours has other settings than it was saved with."""
+    if mark and mark["config"] != config_digest(method, settings):
+        raise CheckpointError(
+            f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: a setting that"
+            " changes the result (r, lora_alpha, target_modules, ...) was edited, or a save was"
+            " cut off. Restore the file, or save the adapter again."
+        )
 
 
 def settings_of(directory: str | os.PathLike[str]) -> tuple[type[Method], MethodConfig]:

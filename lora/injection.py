@@ -53,7 +53,7 @@ class Report:
     adapter_parameters: int  # of the method itself, without modules_to_save
     trainable: int  # all parameters that require a gradient
     total: int  # all parameters of the model as it now stands
-    left: tuple[tuple[str, int], ...] = ()  # layers that could be adapted and are not
+    left: tuple[tuple[str, int], ...] = ()  # layers that are not adapted, or cannot be
     note: str = ""
 
     def __str__(self) -> str:
@@ -436,14 +436,14 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     own = sum(map(sum, groups.values()))
     for path, module in parts.copies.items():
         groups[f"(saved) {path}", "whole"] = [_size(module)]
-    left = Counter(
-        path.rpartition(".")[2]
-        for path, module in walk(model)
-        if plan.targets
-        and kind(module)
-        and path not in plan.targets
-        and not any(inside(path, whole) for whole in plan.saved)
-    )
+    left: Counter[str] = Counter()
+    for path, module in walk(model) if plan.targets else ():
+        matrices = [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+        if path not in plan.targets and not any(inside(path, whole) for whole in plan.saved):
+            if kind(module):
+                left[path.rpartition(".")[2]] += 1
+            elif matrices:  # such as Mixtral's experts
+                left[f"{path.rpartition('.')[2]} (no view)"] += 1
     return Report(
         plan=plan,
         rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in groups.items()),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import (
+    SHORTHANDS,
     AdaptedLayer,
     Adapter,
     AdapterConfig,
@@ -27,6 +28,25 @@ from lora.adapter import (
 )
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, backbone, fits, inside, kind
+
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
+_BERT = ("query", "key", "value", "attention.output.dense", "crossattention.output.dense")
+ATTENTION: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2"), _LLAMA),
+    "phi": ("q_proj", "k_proj", "v_proj", "self_attn.dense"),
+    "phi3": ("qkv_proj", "o_proj"),
+    "gpt2": ("c_attn", "q_attn", "attn.c_proj", "crossattention.c_proj"),
+    "gpt_neox": ("query_key_value", "attention.dense"),
+    "t5": ("q", "k", "v", "o"),
+    "bart": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin"),
+    "bert": _BERT,
+    "roberta": _BERT,
+    "deberta": ("in_proj", "pos_proj", "pos_q_proj", "attention.output.dense"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "attention.output.dense"),
+}
+"""What target_modules="attention" means, by the model_type of the model's config: the projections
+of attention, into it and out, fused ones too. Not each of them is in every model."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +101,11 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
         out |= left
     free = {name: module for name, module in modules.items() if id(module) not in out}
-    if wanted == "all-linear":
+    # A layer that bears the word for its name is meant by it.
+    if wanted == "attention" and any(kind(m) and fits(n, (wanted,)) for n, m in free.items()):
+        wanted = (wanted,)
+    if wanted in SHORTHANDS:
+        names = _attention(model) if wanted == "attention" else None
         trunk = backbone(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         head = None if head is None else unwrapped(head)
@@ -89,6 +113,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             name
             for name, module in free.items()
             if kind(module) not in (None, "Embedding")
+            and (names is None or fits(name, names))
             and module is not head
             and inside(name, trunk)
             and not _routes(name, modules)
@@ -98,7 +123,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             blocks = config.layers_to_transform
             where = f" in layers_to_transform={blocks}" if blocks else ""
             raise TargetError(
-                f"no layer matches target_modules='all-linear'{where}.\n{_offer(model)}"
+                f"no layer matches target_modules={wanted!r}{where}.\n{_offer(model)}"
             )
         _check_blocks(found, config)
         return found
@@ -154,6 +179,21 @@ def _check_blocks(found: tuple[str, ...], config: AdapterConfig) -> None:
         )
 
 
+def _attention(model: nn.Module) -> tuple[str, ...]:
+    """The endings of the attention's projections in the model's architecture."""
+    found = _architecture(model)
+    if found not in ATTENTION:
+        raise TargetError(
+            f"target_modules='attention' is known of {', '.join(ATTENTION)}; the model is of"
+            f" {'no model_type' if found is None else repr(found)}.\n{_offer(model)}"
+        )
+    return ATTENTION[found]
+
+
+def _architecture(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
 def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a layer chooses among experts, which stand beside it: Mixtral's gate."""
     parts = name.split(".")
@@ -183,9 +223,10 @@ def _offer(model: nn.Module) -> str:
     if not listed:
         return f"  {type(model).__name__} has no nn.Linear, no nn.Embedding and no Conv1D."
     best = [name for name, _ in (within or heads).most_common(2)]
+    short = "all-linear or attention" if _architecture(model) in ATTENTION else "or all-linear"
     return (
         f"  {type(model).__name__} has {', '.join(listed)}."
-        f" Try --target-modules {' '.join(best)}, or all-linear."
+        f" Try --target-modules {' '.join(best)}, {short}."
     )
 
 

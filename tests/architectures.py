@@ -44,7 +44,7 @@ CAUSAL: dict[str, tuple[type[nn.Module], Callable[[], Any]]] = {
         hf.Gemma2ForCausalLM,
         lambda: hf.Gemma2Config(
             **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=4,
-            attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+            attn_logit_softcapping=0.5, final_logit_softcapping=1.0,
         ),
     ),
     "phi": (hf.PhiForCausalLM, lambda: hf.PhiConfig(**SHAPE)),

@@ -27,7 +27,7 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
-    {"conversations"},
+    {"export", "harness"},
     {"tokens", "state"},
     {"templates"},
     {"inputs", "evaluate"},
@@ -52,8 +52,8 @@ CORE = {
     "checkpoint",
     "testing",
 }
-# run records its version, testing builds a Conv1D
-TRANSFORMERS = {"generate", "models", "run", "testing", "trainer"}
+# export reads a base's config, run records its version, testing builds a Conv1D
+TRANSFORMERS = {"export", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:

@@ -1,0 +1,311 @@
+"""A LoRA adapter for other engines: llama.cpp's GGUF, and what vLLM asks of the folder as it is.
+
+llama.cpp computes W x + (alpha / r) B (A x) for each adapted tensor, with one alpha for the whole
+file and the tensor's own r. It gives some weights another order of rows than transformers does, and
+the rows of B take it too, as in its own convert_lora_to_gguf.py:
+
+    llama, mistral, mixtral   q_proj, k_proj    of each head the rows 0, d/2, 1, d/2 + 1, ...: its
+                                                rotation pairs neighbours
+    gpt_neox                  query_key_value   q of all heads, then k, then v; not head by head
+
+    general.type = adapter    general.architecture    adapter.type = lora    adapter.lora.alpha
+    TENSOR.weight.lora_a      (r, in)     of the embedding (vocab, r)
+    TENSOR.weight.lora_b      (out, r)    of the embedding (dim, r)
+
+GPT-2's Conv1D needs no transposition: A and B are (r, in) and (out, r) there as elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lora.checkpoint import (
+    CONFIG,
+    check_unedited,
+    find_folder,
+    method_for,
+    read_config,
+    read_json,
+    read_tensors,
+)
+from lora.errors import CheckpointError, ConfigError, ModelError
+from lora.methods._lowrank import by_layer, pick
+from lora.methods.lora import LoRA, LoRAConfig
+
+Dtype = Literal["f16", "bf16", "f32"]
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
+    **{name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2", "t5")},
+    "phi": "phi2",
+    "gpt_neox": "gptneox",
+}
+"""model_type -> general.architecture, of the models whose adapters are known to fit."""
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank."""
+MERGE = "Merge it into the base instead: lora merge RUN --output FOLDER."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Hand an adapter on: write it for llama.cpp, or say how vLLM serves it."""
+
+    adapter: Path
+    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    format: Literal["gguf", "vllm"] = "gguf"
+    """vllm reads the folder as it is: it is checked, and nothing is written."""
+    base: str | None = None
+    """The base model: a folder with config.json, or a name on the hub. Default: the one that the
+    adapter names."""
+    output: Path | None = None
+    """The GGUF file to make. Default: adapter.gguf in the folder."""
+    dtype: Dtype = "f16"
+    """Of the GGUF's tensors."""
+
+
+@dataclass(frozen=True)
+class Filed:
+    """A LoRA adapter as its folder holds it."""
+
+    folder: Path
+    base: str | None  # as the file names it
+    config: LoRAConfig
+    layers: dict[str, tuple[Tensor, Tensor]]  # A (r, in), B (out, r)
+    of_ids: frozenset[str]  # those of them that are embeddings
+    others: tuple[str, ...]  # keys of all else that acts: biases, saved modules, tokens
+
+    def rank(self, name: str) -> int:
+        return len(self.layers[name][0])
+
+    def alpha(self, name: str) -> float:
+        """A layer's scaling times its rank."""
+        alpha: float = pick(self.config.alpha_pattern, name, self.config.lora_alpha)
+        return alpha * math.sqrt(self.rank(name)) if self.config.use_rslora else alpha
+
+
+def read_filed(adapter: Path) -> Filed:
+    """The LoRA adapter in a folder, or in a run's. Raises CheckpointError where it is of another
+    method, edited or damaged."""
+    inside = adapter / "adapter"
+    folder = find_folder(inside if (inside / CONFIG).is_file() else adapter)
+    settings = read_json(folder / CONFIG)
+    method = method_for(settings, folder)
+    if method is not LoRA:
+        raise CheckpointError(f"{folder} is of {method.name}, and LoRA alone has a form. {MERGE}")
+    stored, mark = read_tensors(folder)
+    config = read_config(method, settings, folder)
+    check_unedited(method, settings, mark, folder)
+    assert isinstance(config, LoRAConfig)
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
+    of_ids: set[str] = set()
+    for first, second in (
+        (".lora_A.weight", ".lora_B.weight"),
+        (".lora_embedding_A", ".lora_embedding_B"),
+    ):
+        for key in [key for key in stored if key.endswith(first)]:
+            name = key.removesuffix(first)
+            A, B = stored.pop(key), stored.pop(name + second, None)
+            if B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+                raise CheckpointError(
+                    f"{folder}: {key} {tuple(A.shape)} has no B of its rank. Save it again."
+                )
+            layers[name] = A, B
+            if "embedding" in first:
+                of_ids.add(name)
+    if not layers:
+        raise CheckpointError(f"{folder} adapts no layer. {MERGE}")
+    # The base's own weights beside an adapted embedding are filed for PEFT; engines have them.
+    others = tuple(key for key in stored if not key.endswith(".base_layer.weight"))
+    named = settings.get("base_model_name_or_path")
+    return Filed(folder, named, config, layers, frozenset(of_ids), others)
+
+
+def export(config: ExportConfig) -> str:
+    """Do what `lora export` asks, and return what it says. Raises CheckpointError, ConfigError,
+    ModelError."""
+    if config.format == "vllm":
+        if config.output is not None:
+            raise ConfigError("--format vllm writes nothing. Leave --output out.")
+        return vllm_command(config.adapter, config.base)
+    base = config.base or read_filed(config.adapter).base
+    if base is None:
+        raise ConfigError(f"{config.adapter} does not name its base. Pass --base FOLDER.")
+    output = config.output or config.adapter / "adapter.gguf"
+    count = export_gguf(config.adapter, base_config(base), output, config.dtype)
+    return f"written: {output}, {count} layers. Run llama-cli -m BASE.gguf --lora {output}"
+
+
+def base_config(base: str) -> Any:
+    """The transformers config of a folder or a name on the hub. Raises ModelError."""
+    import transformers
+
+    from lora.models import hub_answers
+
+    if not Path(base).is_dir():
+        hub_answers()  # where it does not, no library retries after it
+    try:
+        return transformers.AutoConfig.from_pretrained(base)
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
+        raise ModelError(
+            f"{base} has no config to read: {str(error).strip().partition(chr(10))[0]} Pass --base,"
+            " a folder with the base's config.json."
+        ) from error
+
+
+def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") -> int:
+    """Write an adapter as llama.cpp reads it, for the base of this transformers config.
+
+    Of layers with another alpha than most have, what differs is folded into B. Returns the number
+    of layers. Raises CheckpointError where llama.cpp has no form of what the adapter does,
+    ConfigError where the base's architecture is none that is known, or the file stands already.
+    """
+    import gguf
+
+    if os.path.lexists(output):
+        raise ConfigError(f"{output} stands already: it is not written over. Pass --output.")
+    filed = read_filed(adapter)
+    alpha, _ = by_layer({name: filed.alpha(name) for name in filed.layers})
+    tensors = gguf_tensors(filed, base, alpha)
+    for name, tensor in tensors.items():
+        if not bool(tensor.to(DTYPES[dtype]).isfinite().all()):
+            raise CheckpointError(
+                f"{filed.folder}: {name} is not finite in {dtype}. Set --dtype bf16 or f32, or take"
+                " an earlier save."
+            )
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    writer = gguf.GGUFWriter(temporary, ARCHITECTURES[base.model_type])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    kind = gguf.GGMLQuantizationType[dtype.upper()]
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        os.replace(temporary, output)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise CheckpointError(
+            f"{output} cannot be written: {error.strerror}. Free space, or pass another --output."
+        ) from error
+    return len(filed.layers)
+
+
+def gguf_tensors(filed: Filed, base: Any, alpha: float) -> dict[str, Tensor]:
+    """What the GGUF file holds by name, in float32, where its alpha is this."""
+    import gguf
+
+    if base.model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"of model_type {base.model_type!r} no adapters for llama.cpp are known, but of"
+            f" {', '.join(ARCHITECTURES)}. {MERGE}"
+        )
+    if filed.others:
+        raise CheckpointError(
+            f"{filed.folder}: {filed.others[0]} is no part of a low-rank update, and llama.cpp's"
+            f" adapters hold nothing else. {MERGE}"
+        )
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    blocks = max(base.num_hidden_layers, getattr(base, "num_decoder_layers", 0))
+    names = gguf.get_tensor_name_map(kinds[ARCHITECTURES[base.model_type]], blocks)
+    found: dict[str, Tensor] = {}
+    for name, (A, B) in filed.layers.items():
+        target = names.get_name(name)
+        embedding = target == "token_embd"
+        if target is None or embedding != (name in filed.of_ids):
+            raise CheckpointError(
+                f"{filed.folder}: {name} is no tensor that llama.cpp adapts in {base.model_type}."
+                f" {MERGE}"
+            )
+        # Its one tensor for both would give both the adapter of either.
+        if target in ("token_embd", "output") and base.tie_word_embeddings:
+            raise CheckpointError(
+                f"{filed.folder}: {name} is tied to the model's other end, and llama.cpp cannot"
+                f" adapt one without the other. {MERGE}"
+            )
+        rows = _row_order(filed, base, name)
+        found[f"{target}.weight.lora_a"] = (A.T if embedding else A).float().contiguous()
+        found[f"{target}.weight.lora_b"] = B.float()[rows] * (filed.alpha(name) / alpha)
+    return found
+
+
+def _row_order(filed: Filed, base: Any, name: str) -> Tensor:
+    """The rows of a layer's B (out,), in the order in which llama.cpp has the layer's outputs."""
+    rows, leaf = torch.arange(len(filed.layers[name][1])), name.rpartition(".")[2]
+    rotated = ARCHITECTURES[base.model_type] == "llama" and leaf in ("q_proj", "k_proj")
+    fused = base.model_type == "gpt_neox" and leaf == "query_key_value"
+    if not rotated and not fused:
+        return rows
+    heads = base.num_key_value_heads if leaf == "k_proj" else base.num_attention_heads
+    parts = 2 if rotated else 3  # halves of a head; q, k and v
+    if len(rows) % (heads * parts):
+        raise CheckpointError(
+            f"{filed.folder}: {name} has {len(rows)} outputs, and the base {heads} heads. Pass the"
+            " --base that it was trained on."
+        )
+    if rotated:
+        return rows.reshape(heads, parts, -1).transpose(1, 2).reshape(-1)
+    return rows.reshape(heads, parts, -1).transpose(0, 1).reshape(-1)
+
+
+def check_vllm(adapter: Path) -> list[str]:
+    """What stands against serving a folder with vLLM, a sentence each; nothing where it is empty.
+
+    Whether vLLM runs adapters on the base's architecture is not in the folder. Raises
+    CheckpointError where it holds no LoRA adapter.
+    """
+    filed = read_filed(adapter)
+    config, found = filed.config, []
+    if filed.others:
+        found.append(
+            f"{filed.others[0]}: vLLM takes low-rank updates alone, no biases, no modules_to_save,"
+            " no trained tokens."
+        )
+    # It scales every layer by lora_alpha and r (or √r), and reads no pattern.
+    scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    own = [n for n in filed.layers if not math.isclose(filed.alpha(n) / filed.rank(n), scaling)]
+    if own:
+        found.append(
+            f"{own[0]} and {len(own) - 1} others have a rank or an alpha of their own: vLLM would"
+            " scale them like the rest, without a word."
+        )
+    if _largest(filed) > VLLM_RANKS[-1]:
+        found.append(f"rank {_largest(filed)}: vLLM takes {VLLM_RANKS[-1]} at most.")
+    odd = [name for name in filed.of_ids if name.rpartition(".")[2] != "embed_tokens"]
+    if odd:
+        found.append(f"{odd[0]}: vLLM adapts no embedding but embed_tokens.")
+    return found
+
+
+def _largest(filed: Filed) -> int:
+    return max(filed.rank(name) for name in filed.layers)
+
+
+def vllm_command(adapter: Path, base: str | None = None) -> str:
+    """The command that serves an adapter with vLLM. Raises CheckpointError where none does."""
+    against = check_vllm(adapter)
+    if against:
+        listed = "\n  ".join(against)
+        raise CheckpointError(f"vLLM cannot serve {adapter}.\n  {listed}\n{MERGE}")
+    filed = read_filed(adapter)
+    rank = next(rank for rank in VLLM_RANKS if rank >= _largest(filed))
+    return (
+        f"vllm serve {base or filed.base or 'BASE'} --enable-lora --max-lora-rank {rank}"
+        f" --lora-modules {adapter.resolve().name}={filed.folder}"
+    )
