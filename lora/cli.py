@@ -23,6 +23,7 @@ VERBS = {
     "compare": "methods x seeds on one data set, one table",
     "plot": "draw the curves of runs",
     "merge": "write a run's model as a plain one, which needs no adapter",
+    "export": "hand an adapter on: GGUF for llama.cpp, or the command that serves it with vLLM",
     "convert": "turn a checkpoint of loralib into an adapter in PEFT's format",
     "methods": "list the methods",
 }
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = (error.name or "").partition(".")[0]
         if name == "lora":
             raise
-        extras = "lora-from-scratch[train,hub,demo]"
+        extras = "lora-from-scratch[train,hub,demo,gguf,harness]"
         print(f"lora {verb} needs {name}. Run pip install '{extras}'.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -207,6 +208,10 @@ class EvalConfig:
     """Default: test, or dev where there is none."""
     predictions: Path | None = None
     """JSON lines with `prediction` and `label` or `references`; needs no model."""
+    harness: tuple[str, ...] = ()
+    """Tasks of the LM Evaluation Harness instead, by their names or YAML files."""
+    limit: int | None = None
+    """Of --harness: documents of each task at most."""
     task: Literal["classification", "regression", "text"] | None = None
     """What --predictions are; text is scored by exact match, BLEU and ROUGE. Default: the task of
     the run beside the file, or classification."""
@@ -226,8 +231,11 @@ def _eval(arguments: list[str]) -> None:
         raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
     if config.run is not None and config.run.is_file():
         raise ConfigError(f"{config.run} is a file. Run lora eval --predictions {config.run}.")
+    if config.harness:
+        _harness(config)
+        return
     columns = ["text_column", "pair_column", "label_column"]
-    idle = ["task"] if config.run is not None else ["data", "split"]
+    idle = ["limit", "task"] if config.run is not None else ["limit", "data", "split"]
     if config.data is None:
         idle += columns
     for name in idle:
@@ -251,6 +259,21 @@ def _eval(arguments: list[str]) -> None:
         metrics = rescore(config.run, config.data, config.split, asked(config))
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
+
+
+def _harness(config: EvalConfig) -> None:
+    """A run's model on tasks of the LM Evaluation Harness."""
+    if config.run is None or config.data is not None or config.split is not None:
+        raise ConfigError("--harness brings its own data, for a run. Leave the other flags out.")
+    from lora.harness import evaluate
+    from lora.trained import reopen
+
+    trained = reopen(config.run)
+    chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
+    parts = trained.model, trained.tokenizer, config.harness
+    for task, scores in evaluate(*parts, limit=config.limit, chat=chat).items():
+        for name, value in scores.items():
+            print(f"{task} {name} {value:.4f}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,6 +420,13 @@ def _merge(arguments: list[str]) -> None:
 
     print(merge_run(config.run, config.output, config.dequantize, config.untie))
     print(f"written: {config.output}")
+
+
+def _export(arguments: list[str]) -> None:
+    from lora.config import parse
+    from lora.export import ExportConfig, export
+
+    print(export(parse(ExportConfig, _leading(arguments, "--adapter"), "lora export")))
 
 
 def _plot(arguments: list[str]) -> None:

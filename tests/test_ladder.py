@@ -27,7 +27,7 @@ LADDER = [
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
-    {"export", "harness"},
+    {"conversations", "export", "harness"},
     {"tokens", "state"},
     {"templates"},
     {"inputs", "evaluate"},
