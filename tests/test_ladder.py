@@ -53,7 +53,7 @@ CORE = {
     "testing",
 }
 # export reads a base's config, run records its version, testing builds a Conv1D
-TRANSFORMERS = {"export", "models", "run", "testing", "trainer"}
+TRANSFORMERS = {"export", "generate", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:
