@@ -110,10 +110,9 @@ def read_conversations(
         notes.append(f"{source} has no train split: dev is learned from")
     if not splits.get("train"):
         raise DataError(
-            f"--data {source} has no training rows, found {', '.join(splits) or 'nothing'}."
-            " Pass a folder with train.jsonl, or train in another of "
-            + ", ".join(ENDINGS) + "."
-        )  # fmt: skip
+            f"--data {source} has no training rows, found {', '.join(splits) or 'nothing'}. Pass a"
+            f" folder with train.jsonl, or another of {', '.join(ENDINGS)}."
+        )
     if not splits.get("dev"):
         groups = _by_prompt(splits["train"])
         step = min(10, len(groups))
@@ -222,9 +221,11 @@ def _read_splits(
     splits: dict[str, list[Conversation]] = {}
     for split, place, row in _entries(source):
         try:
-            splits.setdefault(split, []).extend(from_row(_no_error(row), place, task))
+            found = from_row(_no_error(row), place, task)
         except DataError as error:
             bad.add(error)
+            continue
+        splits.setdefault(split, []).extend(found)
     notes = bad.judge(source)
     if "" in splits and len(splits) > 1:
         raise DataError(f"{splits[''][0].place}: no split, where other rows have one. Fill it in.")

@@ -6,10 +6,11 @@ encode(template, ...)           -> token ids and labels, the labels shifted by o
 encode_pairs(template, ...)     -> the same for an encoder and a decoder
 preview(template, ...)          prints examples token by token, what is masked dimmed
 
-Where an answer is. A template is a program, which may do anything with a message, and few mark
-what the model writes with {% generation %}; those that do often leave out the token that ends the
-turn, without which nobody learns to stop. So answers are found in the same way under every
-template, from what it makes of the conversation and of two changes to it:
+Where an answer is. A template is a program, which may do anything with a message, and few mark by
+{% generation %} what the model writes; those that do often leave out the token that ends the turn,
+without which nobody learns to stop. (transformers' own mask from those marks is no measure: where a
+token hides its space it drops the answer, or learns all that follows.) So answers are found in the
+same way under every template, from what it makes of the conversation and of two others:
 
     the messages before the answer, with the opening of the next turn    what generation sees
     the conversation with a mark in the answer's place                    what lies around it
@@ -18,7 +19,7 @@ An answer begins where generation goes on, if the whole begins with what generat
 behind what lies before the mark. It ends before what lies behind the mark, and with it go the
 characters that close a turn, found once per template by the same mark in a conversation of one
 turn. Where the pieces do not fit together, or a message before the answer is nowhere before it,
-the template is refused: there is no mask that may be wrong.
+the template is refused: better no mask than a wrong one.
 
 Text into tokens. The text holds every special token, and the tokenizer adds none: a template writes
 its own, and where there is none we write the first token that the tokenizer would. Each text is
@@ -210,7 +211,7 @@ class Template:
             return asked
         ahead, _ = self._around((*messages, Message("assistant", MARK)), len(messages), place)
         ahead = ahead.rstrip(" ")
-        return ahead if ahead.startswith(asked) and ahead[len(asked) :].strip() else asked
+        return ahead if ahead.startswith(asked) else asked
 
     def _span(
         self, messages: Sequence[Message], number: int, text: str, opening: str | None, place: str
@@ -301,7 +302,7 @@ class Counts:
         if self.straddling:
             said.append(f"{self.straddling} learn a token that is only in part the answer's")
         if self.unlike:
-            said.append(f"{self.unlike} do not begin with the tokens of their prompt alone")
+            said.append(f"{self.unlike} begin with other tokens than generation starts from")
         return "; ".join(said)
 
 

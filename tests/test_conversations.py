@@ -339,6 +339,10 @@ def test_a_split_column_is_followed(tmp_path: Path) -> None:
     splits, notes = read_conversations(lines(tmp_path / "x.jsonl", rows))
     assert [one.references for one in splits["train"]] == [("c0",), ("c3",)]
     assert notes == []
+    path = write(tmp_path / "y.jsonl", "{\n" + (tmp_path / "x.jsonl").read_text())
+    broken, notes = read_conversations(path, skip_bad_lines=1)
+    assert {name: len(some) for name, some in broken.items()} == {"train": 2, "dev": 1, "test": 1}
+    assert "1 bad line left out" in notes[0]
     del rows[3]["split"]
     with pytest.raises(DataError, match="line 4: no split, where other rows have one"):
         read_conversations(lines(tmp_path / "x.jsonl", rows))
