@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.checkpoint import json_object
-from lora.data import SPLITS, _read_hub, _text_of
+from lora.data import SPLITS, read_hub, text_of
 from lora.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -253,7 +253,7 @@ def _entries(source: str) -> Iterator[tuple[str, str, Read]]:
     if not path.is_file():
         if path.suffix in ENDINGS:
             raise DataError(f"--data {source}: no such file. Pass one, or a folder.")
-        for split, rows in _read_hub(source).items():
+        for split, rows in read_hub(source).items():
             for place, row in rows:
                 yield split, place, row
         return
@@ -276,7 +276,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Read]]:
         rows: Iterator[tuple[str, Read | str]] = _parquet(path)
     else:
         read = {".jsonl": _json_lines, ".json": _json, ".txt": _lines}.get(path.suffix, _table)
-        rows = read(path, _text_of(path))
+        rows = read(path, text_of(path))
     for where, row in rows:
         place = f"{path}, {where}"
         yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row

@@ -176,7 +176,7 @@ def _read_splits(data: str, columns: Columns) -> tuple[dict[str, list[Placed]], 
     if Path(data).is_dir():
         return _read_folder(Path(data), columns), []
     if not Path(data).is_file():
-        return _read_hub(data), []
+        return read_hub(data), []
     rows = read_file(Path(data), columns)
     if any(name.lower() == "split" for name in _names(rows)):
         return _by_split_column(rows), []
@@ -218,7 +218,7 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[Placed]:
     """The rows of a TSV, CSV or JSONL file; without header the columns are 0, 1, ..."""
     if path.suffix not in ENDINGS:
         raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
-    text = _text_of(path)
+    text = text_of(path)
     if path.suffix == ".jsonl":
         return [
             (f"{path}, line {number}", {k: _cell(v) for k, v in row.items() if _is_plain(v)})
@@ -263,7 +263,7 @@ def read_file(path: Path, columns: Columns = Columns()) -> list[Placed]:
     return rows
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The file's text. Raises DataError where it is not UTF-8, empty, or not to be read."""
     try:
         raw = path.read_bytes()
@@ -358,7 +358,7 @@ def _hold_out(
     return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
 
 
-def _read_hub(data: str) -> dict[str, list[Placed]]:
+def read_hub(data: str) -> dict[str, list[Placed]]:
     """A data set on the hub: glue/TASK, OWNER/NAME, or OWNER/NAME/CONFIG."""
     if data.startswith((".", "/", "~")) or data.endswith(ENDINGS):
         raise DataError(
@@ -527,7 +527,7 @@ def read_predictions(path: Path) -> tuple[list[str], list[list[str]]]:
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: predictions are JSON lines, in a file that ends in .jsonl.")
     predictions, references = [], []
-    for number, row in _json_lines(path, _text_of(path)):
+    for number, row in _json_lines(path, text_of(path)):
         wanted = row.get("references", row.get("label"))
         several = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
         if row.get("prediction") is None or not several:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from lora.config import RunConfig, method_named, named
 from lora.conversations import Conversation, Message
 from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
-from lora.errors import ConfigError
+from lora.errors import ConfigError, DataError
 from lora.models import Base, load_skeleton
 from lora.templates import encode, encode_pairs, preview, prompt_ids, template_of
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
@@ -26,7 +27,7 @@ MADE = "tasks/"  # before the name of a task of lora.demo.tasks
 def read_corpus(config: RunConfig[Any]) -> Corpus:
     """The data set that a configuration asks for."""
     task = config.task
-    if task == "auto" and any(_conversational(source) for source in config.data):
+    if task == "auto" and config.label_column is None and any(map(_conversational, config.data)):
         task = "text"
     if task == "text":
         return _texts(config)
@@ -42,7 +43,12 @@ def asked(config: Any) -> Columns:
 
 def _conversational(source: str) -> bool:
     _, place = named(source)
-    return place.startswith(MADE) or (place != "demo" and conversations.holds_conversations(place))
+    if place == "demo" or place.startswith(MADE):
+        return place != "demo"
+    try:
+        return conversations.holds_conversations(place)
+    except DataError:  # which the reader of the other tasks says in its own words, or reads
+        return False
 
 
 def _texts(config: RunConfig[Any]) -> Corpus:
@@ -130,6 +136,14 @@ def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
     if corpus.task == "text":
         found["train"] = _mixed(config, corpus, found["train"])
     return Inputs(found, tuple(said))
+
+
+def digest(encoded: Encoded) -> str:
+    """SHA-256 of what is learned from: a template may write today's date."""
+    found = hashlib.sha256()
+    for tensor in (*encoded.fields.values(), encoded.offsets, encoded.targets):
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def encoded_of(

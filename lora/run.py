@@ -62,7 +62,7 @@ from lora.errors import (
 from lora.evaluate import Evaluation, autocast, evaluate
 from lora.generate import scored
 from lora.injection import Report, check_steps, disabled, inject
-from lora.inputs import calibration, inputs_of, read_corpus
+from lora.inputs import calibration, digest, inputs_of, read_corpus
 from lora.layers import inside
 from lora.losses import check_language
 from lora.metrics import LOWER
@@ -151,10 +151,11 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         path = None
         with distributed.alike():
             if first and not resumed:
-                create(directory, config, corpus)
+                create(directory, config, corpus, digest(splits["train"]))
             if first:
                 held.enter_context(alone(directory))
-                path = _checkpoint(directory, corpus, say) if resumed else None
+                tokens = digest(splits["train"])
+                path = _checkpoint(directory, corpus, tokens, say) if resumed else None
         path = distributed.gather(path)[0]
         with distributed.alike():
             mark = state.restore(training, path)["recorded"] if path else (0, NOTHING)
@@ -216,7 +217,9 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
     return summary | {"run_dir": str(directory)}
 
 
-def _checkpoint(directory: Path, corpus: Corpus, say: Callable[[str], None]) -> Path | None:
+def _checkpoint(
+    directory: Path, corpus: Corpus, tokens: str, say: Callable[[str], None]
+) -> Path | None:
     """The newest whole checkpoint of a run that may go on here, None where it has none yet."""
     resumable(directory)  # again: another process may have completed it meanwhile
     try:
@@ -227,6 +230,13 @@ def _checkpoint(directory: Path, corpus: Corpus, say: Callable[[str], None]) -> 
         raise RunError(
             f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
             f" run anew: lora train --config {directory / 'config.toml'}."
+        )
+    if then.get("tokens") != tokens:
+        raise RunError(
+            f"{directory}: the same data is other tokens than when the run began: another tokenizer,"
+            " or a chat template that writes today's date. Bring the one back, give the other in"
+            f" --template FILE without the date, or run anew: lora train --config"
+            f" {directory / 'config.toml'}."
         )
     now = environment()
     for key in ("python", "torch", "transformers", "processor", "threads", "device", "ranks"):
@@ -633,9 +643,9 @@ def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> N
         raise RunError(f"{flag} {directory} cannot be made: {parent} is {why}. Pass another.")
 
 
-def create(directory: Path, config: RunConfig[Any], corpus: Corpus) -> None:
+def create(directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str) -> None:
     """Make the directory, with config.toml and environment.json in it or not at all."""
-    around = environment() | {"data": corpus.digest(), "note": corpus.note}
+    around = environment() | {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
     files = {
         "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
         "environment.json": json.dumps(around, indent=2).encode(),
@@ -709,8 +719,11 @@ def resolve(
         raise ModelError(f"--max-length {length}: {config.base} has {most} positions. Lower it.")
     _check_task(config, corpus, base)
     template = config.template
-    if template == "auto" and corpus.task == "text" and all(one.raw for one in corpus.train):
-        template = "none"  # what is asked of the model later stands as it is, too
+    if template == "auto" and corpus.task == "text":
+        # What is asked of the model later stands as it is then, too; T5 and BART know no turns.
+        bare = base.model.config.is_encoder_decoder and not base.tokenizer.chat_template
+        if all(one.raw or (bare and len(one.messages) < 3) for one in corpus.train):
+            template = "none"
     resolved = replace(
         config,
         learning_rate=rate,

@@ -495,7 +495,8 @@ def test_bad_input_is_named_and_leaves_nothing(
 ) -> None:
     extra, words = BROKEN[name]
     run = tmp_path / "run"
-    arguments = ("--base", base, "--data", data(tmp_path / "data"), "--run-dir", run)
+    own = () if "--data" in extra else ("--data", data(tmp_path / "data"))
+    arguments = ("--base", base, *own, "--run-dir", run)
     assert lora("train", *arguments, *extra) == 2
     err = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert words in err

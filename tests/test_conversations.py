@@ -408,7 +408,7 @@ def test_the_hubs_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(f"owner/name, train row {i}", {"messages": turns}) for i in range(1)]
     more = [(f"owner/name, test row {i}", {"prompt": "p", "completion": str(i)}) for i in range(2)]
     monkeypatch.setattr(
-        "lora.conversations._read_hub", lambda _: {"train": rows + more, "dev": more}
+        "lora.conversations.read_hub", lambda _: {"train": rows + more, "dev": more}
     )
     splits, _ = read_conversations("owner/name")
     assert splits["train"][0].prompt == (Message("user", "a"),)
