@@ -187,7 +187,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             "method": config.method,
             "task": corpus.task,
             "base": config.base,
-            "data": config.data,
+            "data": " ".join(config.data),
             "seed": config.seed,
             "note": " ".join(filter(None, (config.note, noted, bad))),
             "trainable": report.trainable,
@@ -233,9 +233,9 @@ def _checkpoint(
         )
     if then.get("tokens") != tokens:
         raise RunError(
-            f"{directory}: the same data is other tokens than when the run began: another tokenizer,"
-            " or a chat template that writes today's date. Bring the one back, give the other in"
-            f" --template FILE without the date, or run anew: lora train --config"
+            f"{directory}: the same data is other tokens than when the run began: of another"
+            " tokenizer, or of a chat template that writes today's date. Bring it back, or run anew,"
+            f" with a --template FILE that writes none: lora train --config"
             f" {directory / 'config.toml'}."
         )
     now = environment()

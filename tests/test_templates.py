@@ -747,5 +747,5 @@ def test_e2e_as_it_stands() -> None:
     tokenizer = template.tokenizer
     for row, start, end in zip(found["rows"], found["offsets"], found["offsets"][1:]):
         labels = found["labels"][start:end]
-        answer = tokenizer.decode(labels[labels != MASKED])
+        answer = tokenizer.decode(labels[labels != IGNORED])
         assert answer == f" {some[row].references[0]}{tokenizer.eos_token}"
