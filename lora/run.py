@@ -234,8 +234,8 @@ def _checkpoint(
     if then.get("tokens") != tokens:
         raise RunError(
             f"{directory}: the same data is other tokens than when the run began: of another"
-            " tokenizer, or of a chat template that writes today's date. Bring it back, or run anew,"
-            f" with a --template FILE that writes none: lora train --config"
+            " tokenizer, or of a chat template that writes today's date. Bring it back, or run"
+            " anew, with a --template FILE that writes none: lora train --config"
             f" {directory / 'config.toml'}."
         )
     now = environment()
