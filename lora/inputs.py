@@ -141,7 +141,8 @@ def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
 def digest(encoded: Encoded) -> str:
     """SHA-256 of what is learned from: a template may write today's date."""
     found = hashlib.sha256()
-    for tensor in (*encoded.fields.values(), encoded.offsets, encoded.targets):
+    fields = [encoded.fields[name] for name in sorted(encoded.fields)]
+    for tensor in (*fields, encoded.offsets, encoded.targets):
         found.update(tensor.numpy().tobytes())
     return found.hexdigest()
 
