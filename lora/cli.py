@@ -124,8 +124,16 @@ def _train(arguments: list[str]) -> None:
     summary = run(config) if config is not None else resume(Path(directory or ""))
     if os.environ.get("RANK", "0") != "0":  # rank 0 says it
         return
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
-    print(f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}  {scores}")
+    metrics, baseline = summary["metrics"], summary.get("baseline")
+    head = f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}"
+    if any("/" in name for name in metrics) or baseline:
+        from lora.compare import by_task, markdown
+
+        print(head + "\n" + markdown(by_task(metrics)), end="")
+        if baseline:
+            print("the base, its adapter off\n" + markdown(by_task(baseline)), end="")
+    else:
+        print(head + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
     print(f"recorded in {summary['run_dir']}")
 
 

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -270,6 +270,18 @@ def _scores(values: Sequence[float], metric: str) -> str:
     scores = [scale * value for value in values]
     spread = f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.{places}f}{spread}" + (" %" if scale == 100 else "")
+
+
+def by_task(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Scores of texts of several tasks: a head, a row for all, and one for each task."""
+    names = [name for name in metrics if "/" not in name]
+    tasks = dict.fromkeys(name.partition("/")[2] for name in metrics)
+    found = [("task", *names)]
+    for task in tasks:
+        keys = [f"{name}/{task}" if task else name for name in names]
+        cells = [f"{metrics[key]:.4f}" if key in metrics else "" for key in keys]
+        found.append((task or "all", *cells))
+    return found
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -452,7 +452,16 @@ class Shown:
             self.say(f"step {step.step}/{step.steps} {text} left {clock}")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in row["dev"].items())
+        scores = "  ".join(
+            f"{name} {value:.4f}" for name, value in row["dev"].items() if "/" not in name
+        )
+        first = next(iter(row["dev"])) + "/"
+        parts = [
+            f"{name.removeprefix(first)} {value:.4f}"
+            for name, value in row["dev"].items()
+            if name.startswith(first)
+        ]
+        scores += f"  ({first[:-1]} of {', '.join(parts)})" if parts else ""
         self.say(
             f"epoch {row['epoch']:.3g}/{self.epochs}  loss {row['loss']:.4f}"
             f"  dev loss {row['dev_loss']:.4f}  {scores}  {row['seconds']:.1f} s"
