@@ -4,10 +4,11 @@ BIN := .venv/bin
 READY := .venv/.ready
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
-.PHONY: help demo test test-all lint types quick slow figures clean
+.PHONY: help demo demo-lm test test-all lint types quick slow figures clean
 
 help:
 	@echo "make demo       train LoRA and full fine-tuning on the embedded data, and compare them"
+	@echo "make demo-lm    train a small language model, and adapt it to tasks that it has not seen"
 	@echo "make test       lint, types, the quick tests"
 	@echo "make test-all   the same and the slow tests"
 
@@ -19,6 +20,12 @@ $(READY): requirements.txt pyproject.toml
 demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/lora compare --config recipes/demo.toml --run-dir runs/demo
+
+demo-lm: $(READY)
+	rm -rf runs/demo-lm
+	$(BIN)/lora train --config recipes/demo-lm-base.toml --run-dir runs/demo-lm/training
+	$(BIN)/lora merge runs/demo-lm/training --output runs/demo-lm/base
+	$(BIN)/lora compare --config recipes/demo-lm.toml --run-dir runs/demo-lm/comparison
 
 test: lint types quick
 

@@ -21,14 +21,14 @@ ROOT = Path(__file__).parents[1]
 WHO = ("ours", "peft")
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("language", "performance", "training")),
 )
 
 
 def tables() -> dict[str, str]:
     """Marker -> the text that belongs there."""
     found = {}
-    for name in ("demo", "sst2"):
+    for name in ("demo", "demo-lm", "sst2"):
         summaries = json.loads((RESULTS / name / "comparison.json").read_text())
         table = rows(summaries)
         if name == "sst2":  # run two at a time, a thread each: their seconds compare with nothing
@@ -48,10 +48,43 @@ def tables() -> dict[str, str]:
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
     tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
               "checkpointing": checkpointing(), "shard": shards(), "plan": plans(),
-              "kills": kills(), "compiled": compiled(), "nf4": four_bits(),
+              "kills": kills(), "language": language(), "vocabulary": vocabulary(), "compiled": compiled(), "nf4": four_bits(),
               "nf4 errors": errors()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
+
+
+def language() -> list[tuple[str, ...]]:
+    """Texts per second of each contender, and ours over the others'."""
+    found = read("language")
+    names = list(found["seeds"][0])
+    others = [name for name in names if name.startswith("trainer")]
+    shown = {
+        "ours": "`lora train`", "ours, packed": "`lora train --packing`",
+        "trainer": "transformers.Trainer + peft, defaults",
+        "trainer, best": "the same, texts grouped by length",
+    }  # fmt: skip
+    rows: list[tuple[str, ...]] = [("", "texts/s", *(f"over {shown[name]}" for name in others))]
+    for name in names:
+        rate = statistics.median(row[name]["rate"] for row in found["seeds"])
+        ratios = (found.get(f"{name} / {other}") for other in others)
+        rows.append((shown[name], f"{rate:.0f}", *(f"{r:.2f}" if r else "" for r in ratios)))
+    return rows
+
+
+def vocabulary() -> list[tuple[str, ...]]:
+    """The most memory of a step of each loss, and its time over the plain one's."""
+    found = read("vocabulary")
+    shown = {
+        "plain": "all logits at once, as transformers has it", "ours": "ours, a label at every token",
+        "ours, answers": "ours, labels on a quarter of the tokens",
+    }  # fmt: skip
+    rows = [("loss", "most held in a step, MiB", "time over the first")]
+    for name, what in shown.items():
+        ratio = found["ratios"][name]
+        spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+        rows.append((what, f"{found['bytes'][name] / 2**20:,.0f}", spread))
+    return rows
 
 
 def read(name: str) -> Any:

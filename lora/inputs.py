@@ -98,7 +98,7 @@ def _read(
         pairs = tasks.generate(made, split)
         splits[split] = [
             Conversation(
-                (Message("user", prompt), Message("assistant", answer)), (answer,), name,
+                (Message("user", f"{prompt}\n"), Message("assistant", answer)), (answer,), name,
                 f"{place}, {split} {number}", raw=True,
             )
             for number, (prompt, answer) in enumerate(pairs, 1)

@@ -437,7 +437,8 @@ def test_preview_shows_what_is_learned(
 def test_the_demos_tokenizer_is_of_bytes() -> None:
     tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
     text = "Ünï 漢字\n\t x  y"
-    ids = tokenizer(text)["input_ids"]
+    start, *ids = tokenizer(text)["input_ids"]
+    assert start == tokenizer.bos_token_id
     assert [i - len(language.SPECIAL) for i in ids] == list(text.encode())
     assert tokenizer.decode(ids) == text
     assert len(tokenizer) == language.ARCHITECTURE["vocab_size"]

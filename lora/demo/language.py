@@ -14,11 +14,14 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 ARCHITECTURE = {
     "vocab_size": len(SPECIAL) + 256,
     "hidden_size": 128,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,  # about 1/√hidden_size: at the default 0.02 it learns far more slowly
     "tie_word_embeddings": True,
+    "attention_bias": True,  # for BitFit, which trains nothing else
+    "mlp_bias": True,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -26,7 +29,9 @@ ARCHITECTURE = {
 
 
 def tokenizer_json() -> str:
-    """A tokenizer in the format of the `tokenizers` library: every byte of UTF-8 a token."""
+    """A tokenizer in the format of the `tokenizers` library: every byte of UTF-8 a token, behind a
+    start token."""
+    _, start, _ = SPECIAL
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *_signs()))}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
                   "use_regex": False}  # fmt: skip
@@ -39,6 +44,14 @@ def tokenizer_json() -> str:
                 for number, token in enumerate(SPECIAL)
             ],
             "pre_tokenizer": byte_level,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": start, "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                         {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {start: {"id": start, "ids": [1], "tokens": [start]}},
+            },
             "decoder": byte_level,
             "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
         }
