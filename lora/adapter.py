@@ -494,33 +494,39 @@ class AdaptedLayer(nn.Module):
         if reading is not None and not reading.begun:
             reading.begun = True
             shares = possible and plain(x) and (torch.is_grad_enabled() or mask is None)
-            group = self._alike(reading.layers, x) if shares and unseen(self) else [self]
-            updates = [layer.adapter(name).low_rank(layer.view) for layer in group]
+            group = {self: view}
+            if shares and unseen(self):
+                group |= self._alike(reading.layers, x)
+            updates = [layer.adapter(name).low_rank(its) for layer, its in group.items()]
             found = [update for update in updates if update is not None]
             one_kind = len({update.start is None for update in found}) == 1
             if one_kind and len(group) == len(found) > 1:
                 own, *others = fused.low_rank(x, found, mask)
-                reading.put(x, list(zip(group[1:], others, strict=True)))
+                reading.put(x, list(zip([*group][1:], others, strict=True)))
                 return own
         return adapter.compute(view, x, mask)
 
-    def _alike(self, layers: Sequence[nn.Module], x: Tensor) -> list[AdaptedLayer]:
-        """This layer, and those of the others that do now what it does."""
-        (name,), found = self.active, {id(self): self}
+    def _alike(self, layers: Sequence[nn.Module], x: Tensor) -> dict[AdaptedLayer, View]:
+        """Those of the layers, and their views, that do now what this one does."""
+        (name,), found = self.active, {}
         own = self.adapter(name)
         settings = (type(own), own.training, own.dropout, self.in_features)
         for layer in layers:
-            if isinstance(layer, AdaptedLayer) and layer.active == self.active:
-                other = layer.adapter(name)
+            if (
+                isinstance(layer, AdaptedLayer)
+                and layer.active == self.active
+                and layer is not self
+            ):
+                other, its = layer.adapter(name), layer.view
                 if (
-                    settings == (type(other), other.training, other.dropout, layer.in_features)
+                    settings == (type(other), other.training, other.dropout, its.in_features)
                     and layer.enabled
                     and layer.kept is None
                     and unseen(layer)
-                    and fused.possible(layer.view, x)
+                    and fused.possible(its, x)
                 ):
-                    found[id(layer)] = layer
-        return list(found.values())
+                    found[layer] = its
+        return found
 
     def merged(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         """W' and b' of the active adapters as the layer stores them, in the base's dtype, computed

@@ -40,6 +40,7 @@ Factors = tuple[tuple[Tensor, Tensor], ...]  # A (r, in) and s Bᵀ (r, out), by
 Way = tuple[Tensor, Tensor]  # gh (tokens, r), A (r, in)
 
 PART = 256  # tokens
+FEW = 2**17  # elements that the cache holds anyway
 
 _off: ContextVar[bool] = ContextVar("_off", default=False)
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
@@ -150,7 +151,7 @@ def _summed(left: Tensor, right: Tensor) -> Tensor:
     wide = torch.promote_types(right.dtype, torch.float32)
     left, right = left.to(wide), right.to(wide)
     parts = len(left) // PART
-    if parts < 2 or left.is_cuda:
+    if parts < 2 or right.numel() < FEW or left.is_cuda:
         return left.t() @ right
     # Two thirds of the time of one product over all of them: a part stays in the cache.
     whole = parts * PART
@@ -359,11 +360,86 @@ class _LowRank(torch.autograd.Function):
         return gx, None, None, *found
 
 
+class _Whole(torch.autograd.Function):
+    """y = x W'ᵀ + b, W' = W + s (B A − B₀ A₀), of every layer that reads this x, nothing dropped
+
+    Where W' is small beside the tokens: to make it costs less than to add h Bᵀ to their outputs and
+    gh A to their gradients.   gx = Σ g W'   gA = s (g B)ᵀ x   gB = s gᵀ (x Aᵀ)   gb = Σ g
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, updates: Sequence[Update], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.scalings = [u.scaling for u in updates]
+        with without_autocast(x):
+            rows, ys, merged = _rows(x), [], []
+            for u in updates:
+                W, A, B = u.view.unpacked(u.view.stored(), x.dtype), u.A, u.B
+                if u.start is None:
+                    merged.append(torch.addmm(W, B, A, alpha=u.scaling))
+                else:  # apart, so that the two are the same bits at the start
+                    A0, B0 = u.start
+                    merged.append(torch.add(W, B @ A - B0 @ A0, alpha=u.scaling))
+                ys.append(F.linear(rows, merged[-1], None if u.b is None else u.b.to(x.dtype)))
+        factors = [(u.A, u.B) for u in updates]
+        _save(ctx, x, x.dtype, None, (x,), merged, *factors)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        _once()
+        _, ((x,), merged, *factors) = _saved(ctx)
+        needs_x, _, *needs = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * len(needs)  # of b, A and B, layer by layer
+        gx, rows = None, _rows(x)
+        with without_autocast(x):
+            h = rows @ _stacked([A for A, _ in factors], 0).t()
+            hs = torch.split(h, [len(A) for A, _ in factors], 1)
+            ghs: list[Tensor] = []
+            for i, (g, own) in enumerate(zip(grads, hs, strict=True)):
+                _, B = factors[i]
+                ghs.append(torch.zeros_like(own) if g is None else g @ B)
+                if g is None:
+                    continue
+                if needs[3 * i]:
+                    found[3 * i] = g.sum(0)
+                if needs[3 * i + 2]:
+                    found[3 * i + 2] = ctx.scalings[i] * _summed(g, own)
+                if needs_x:
+                    gx = g @ merged[i] if gx is None else gx.addmm_(g, merged[i])
+            gA = torch.split(_summed(_stacked(ghs, 1), rows), [len(A) for A, _ in factors])
+        for i, g in enumerate(grads):
+            found[3 * i + 1] = None if g is None else ctx.scalings[i] * gA[i]
+        return None if gx is None else gx.view(ctx.shape), None, *found
+
+
+SMALL = 6
+"""How often what _LowRank adds to outputs has to be what W' has, for W' to be made."""
+
+
+def _small(x: Tensor, updates: Sequence[Update]) -> bool:
+    """Whether W' of every layer is small beside the tokens, and loses nothing by its dtype."""
+    dtype, tokens = x.dtype, x.numel() // max(1, x.shape[-1])
+    return compute_dtype(x) == dtype and all(
+        u.A.dtype == u.B.dtype == dtype != torch.bfloat16 != torch.float16
+        and (u.view.packed or u.view.dtype == dtype)
+        and u.A.requires_grad
+        and SMALL * u.view.in_features * u.view.out_features
+        <= tokens * (u.view.in_features + u.view.out_features)
+        for u in updates
+    )
+
+
 def low_rank(x: Tensor, updates: Sequence[Update], mask: Mask | None) -> list[Tensor]:
     """x Wᵀ + b + scaling · (m ∘ x) (B A − B₀ A₀)ᵀ of each layer that reads x, m scaled, in the
     layer's dtype. Their starts are given for all or for none."""
     tensors = [tensor for u in updates for tensor in (u.b, u.A, u.B)]
-    ys = _LowRank.apply(x, updates, mask, *tensors)  # type: ignore[no-untyped-call]
+    if mask is None and _small(x, updates):
+        ys = _Whole.apply(x, updates, *tensors)  # type: ignore[no-untyped-call]
+    else:
+        ys = _LowRank.apply(x, updates, mask, *tensors)  # type: ignore[no-untyped-call]
     return [_shaped(y, x) for y in ys]
 
 

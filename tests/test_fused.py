@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import llama
 from torch import Tensor, nn
 
 import lora
@@ -93,8 +95,9 @@ def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_keeps_the_input_by_reference_and_what_is_thin(
-    dropout: float, dtype: torch.dtype
+    dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fused, "SMALL", math.inf)
     layer = adapted(dropout=dropout).to(dtype)[0]
     layer.adapter("default").float()
     x = torch.randn(64, 12, dtype=dtype, requires_grad=True)
@@ -109,6 +112,64 @@ def test_it_keeps_the_input_by_reference_and_what_is_thin(
     factors = 3 * 16 + (3 * 12 if dtype == torch.bfloat16 else 0)
     assert sum(t.numel() for t in others if t.dtype == dtype) == 64 * 3 + factors
     assert len(others) == (3 if dtype == torch.bfloat16 else 2) + len(bits)
+
+
+def test_a_small_weight_is_kept_merged_beside_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SMALL", 0)
+    layer = adapted()[0]
+    x = torch.randn(64, 12, requires_grad=True)
+    kept = saved_by(lambda: layer(x))
+    known = {p.data_ptr() for p in (*layer.parameters(), x)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in known] == [(16, 12)]
+
+
+def nodes(y: Tensor) -> set[str]:
+    """The names of the nodes behind y."""
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [behind for behind, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_both_ways_of_a_low_rank_are_one_equation(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of layers that read one input, as of one alone; one of several outputs may be of no use."""
+    found = []
+    for small in (0, math.inf):
+        monkeypatch.setattr(fused, "SMALL", small)
+        torch.manual_seed(0)
+        model = llama().double()
+        lora.inject(model, lora.LoRAConfig(r=3, **settings))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        embedded = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
+        y = model(inputs_embeds=embedded).logits
+        assert nodes(y) & {"_WholeBackward", "_LowRankBackward"} == {
+            "_WholeBackward" if small == 0 else "_LowRankBackward"
+        }
+        y.square().sum().backward()
+        grads = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append([y.detach(), embedded.grad, *grads])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "whole"),
+    [(torch.float32, 64, True), (torch.float32, 3, False), (torch.bfloat16, 64, False)],
+)
+def test_a_weight_is_merged_where_it_is_small_and_loses_nothing(
+    dtype: torch.dtype, tokens: int, whole: bool
+) -> None:
+    layer = adapted().to(dtype)[0]
+    y = layer(torch.randn(tokens, 12, dtype=dtype))
+    assert ("_WholeBackward" in nodes(y)) == whole
 
 
 def test_lora_fa_keeps_no_input() -> None:
