@@ -11,7 +11,8 @@ its streams are transformers' own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -28,7 +29,7 @@ from lora.conversations import Conversation, grouped
 from lora.data import Corpus
 from lora.errors import DataError
 from lora.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
-from lora.inputs import metrics_of, prompts_of
+from lora.inputs import decoder_start, metrics_of, prompts_of
 from lora.metrics import score
 from lora.tokens import Encoded, sorted_batches
 
@@ -82,7 +83,7 @@ def written(
     device = device_of(model)
     model.eval()
     _check_room(model, prompts, writing)
-    how = _decoding(tokenizer, writing, stops)
+    how = _decoding(model, tokenizer, writing, stops)
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
     own = order[distributed.rank() :: distributed.size()]
     bar = progress.add_task("writing", total=len(own)) if progress else None
@@ -91,7 +92,9 @@ def written(
         batch = left_padded([prompts[row] for row in rows], tokenizer.pad_token_id, device)
         streamer = _Stream(tokenizer, streamed) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
-        with torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype):
+        with (
+            torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype), _bare(model)
+        ):  # fmt: skip
             torch.manual_seed(writing.seed + rows[0])
             ids = model.generate(**batch, generation_config=how, streamer=streamer)
         if not model.config.is_encoder_decoder:
@@ -119,8 +122,19 @@ def _check_room(model: Any, prompts: Sequence[Sequence[int]], writing: Writing) 
         )
 
 
-def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
-    """transformers' settings; what the model's own file says of sampling is left aside."""
+@contextmanager
+def _bare(model: Any) -> Iterator[None]:
+    """Within, the model has no generation_config of its own: transformers fills what it is not told
+    from there, a repetition penalty or beams, which neither training nor its scores know of."""
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
+    """transformers' settings."""
     drawn: dict[str, Any] = {}
     if writing.temperature > 0:
         # top_k is 50 where nothing is said.
@@ -131,6 +145,7 @@ def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
         do_sample=bool(drawn),
         eos_token_id=sorted({tokenizer.eos_token_id, *stops}),
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=decoder_start(model) if model.config.is_encoder_decoder else None,
         use_cache=True,
         **drawn,
     )

@@ -184,10 +184,15 @@ def encoded_of(
 
 def _shown(model: Any, labels: Tensor, offsets: Tensor) -> Tensor:
     """What a decoder is shown to predict the labels: those before, after the token it starts by."""
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
     shown = labels.roll(1)
-    shown[offsets[:-1]] = pad if start is None else start
+    shown[offsets[:-1]] = decoder_start(model)
     return shown
+
+
+def decoder_start(model: Any) -> int:
+    """The token that a decoder of its own starts by."""
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    return int(pad if start is None else start)
 
 
 def _mixed(config: RunConfig[Any], corpus: Corpus, train: Encoded) -> Encoded:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import CAUSAL, SEQUENCES, SHAPE
+from architectures import CAUSAL, SEQUENCES, SHAPE, build
 
 from lora.cli import main
 from lora.data import read_predictions
@@ -191,6 +191,22 @@ def test_sampling_is_of_its_seed(run: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert write(temperature=1.0, seed=2) != warm
     assert write(temperature=1.0, seed=1, top_k=1) == write()
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_bases_own_generation_config_decides_nothing(name: str) -> None:
+    model = build(name)
+    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+
+    def write() -> list[str]:
+        return written(model, tokenizer, prompts, Writing(max_new_tokens=12))
+
+    want = write()
+    own = transformers.GenerationConfig(repetition_penalty=1.9, num_beams=3, no_repeat_ngram_size=1)
+    model.generation_config = own
+    assert write() == want
+    assert model.generation_config is own
 
 
 def test_a_batch_is_padded_without_a_trace(run: Path) -> None:
