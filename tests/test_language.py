@@ -255,6 +255,21 @@ def test_a_cut_off_run_goes_on_to_the_same_bytes(base: str, tmp_path: Path) -> N
     assert {row["task"] for row in lines(tmp_path / "whole" / "predictions.jsonl")} == {"a", "b"}
 
 
+def test_a_data_set_without_the_held_out_split_has_no_score_there(
+    base: str, tmp_path: Path
+) -> None:
+    for name, splits in (("a", ("train", "dev", "test")), ("b", ("train", "dev"))):
+        (tmp_path / name).mkdir()
+        for split in splits:
+            pairs(tmp_path / name / f"{split}.jsonl", 8)
+    flags = ("--base", base, "--data", tmp_path / "a", tmp_path / "b", *FLAGS, "--epochs", 1)
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    summary = summary_of(tmp_path / "run")
+    assert {"perplexity/a", "exact_match/a"} <= summary["metrics"].keys()
+    assert not any(name.endswith("/b") for name in summary["metrics"])
+    assert "perplexity/b" in summary["evaluations"][0]["dev"]
+
+
 def test_merging_leaves_a_plain_language_model(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
