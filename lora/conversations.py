@@ -425,7 +425,8 @@ def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
         return
     said = () if answer is None else (Message("assistant", _text(row, answer)),)
     if ask == "prompt" and answer in ("completion", None):
-        yield Conversation((Message("user", _text(row, ask)), *said), raw=True)
+        prompt = _text(row, ask)
+        yield Conversation((Message("user", prompt), *said) if prompt else said, raw=True)
         return
     more = _first(BESIDE, row) if ask != "input" else None
     parts = [_text(row, ask), _text(row, more) if more else ""]

@@ -25,11 +25,10 @@ from torch import Tensor
 from lora import distributed
 from lora.adapter import check, is_number, whole_number
 from lora.config import RunConfig
-from lora.conversations import Conversation, grouped
+from lora.conversations import Conversation
 from lora.data import Corpus
-from lora.errors import DataError
 from lora.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
-from lora.inputs import decoder_start, metrics_of, prompts_of
+from lora.inputs import asked_of, check_positions, decoder_start, metrics_of, prompts_of
 from lora.metrics import score
 from lora.tokens import Encoded, sorted_batches
 
@@ -82,7 +81,7 @@ def written(
     """
     device = device_of(model)
     model.eval()
-    _check_room(model, prompts, writing)
+    check_positions(model, prompts, writing.max_new_tokens)
     how = _decoding(model, tokenizer, writing, stops)
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
     own = order[distributed.rank() :: distributed.size()]
@@ -108,18 +107,6 @@ def written(
     for others in distributed.gather(found):
         found |= others
     return [found[row] for row in range(len(prompts))]
-
-
-def _check_room(model: Any, prompts: Sequence[Sequence[int]], writing: Writing) -> None:
-    """Raise DataError where a prompt and its answer have more tokens than the model positions."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
-    if most is not None and longest + writing.max_new_tokens > most:
-        raise DataError(
-            f"a prompt of {longest} tokens leaves no room for {writing.max_new_tokens} new ones in"
-            f" the model's {most} positions. Set --max-new-tokens {max(1, most - longest)}, or"
-            " shorten it."
-        )
 
 
 @contextmanager
@@ -188,10 +175,7 @@ def scored(
     found = evaluate(model, corpus, encoded, examples, dtype=config.dtype, progress=progress)
     if corpus.task != "text":
         return found, list(rows_of(corpus, examples, found.logits))
-    asked: list[Conversation] = []
-    for name in corpus.tasks:
-        own = grouped(one for one in examples if one.task == name and one.prompt)
-        asked += own[: config.answered]
+    asked = asked_of(config, corpus, examples)
     if not asked:  # texts without a prompt
         return found, []
     ids, stops = prompts_of(config, tokenizer, model, asked)

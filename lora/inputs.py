@@ -13,7 +13,7 @@ from torch import Tensor
 from lora import conversations, tokens
 from lora.adapter import Adapter
 from lora.config import RunConfig, method_named, named
-from lora.conversations import Conversation, Message
+from lora.conversations import Conversation, Message, grouped
 from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
@@ -126,7 +126,10 @@ class Inputs:
 
 
 def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
-    """Every split's token ids, for training."""
+    """Every split's token ids, for training.
+
+    Raises DataError where a prompt that is to be answered afterwards leaves no room to.
+    """
     splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
     found, said = {}, []
     for name, examples in splits.items():
@@ -135,6 +138,9 @@ def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
             said += [f"{name}: {note}" for note in notes]
     if corpus.task == "text":
         found["train"] = _mixed(config, corpus, found["train"])
+        if later := asked_of(config, corpus, corpus.held_out[1]):
+            ids, _ = prompts_of(config, base.tokenizer, base.model, later)
+            check_positions(base.model, ids, config.max_new_tokens)
     return Inputs(found, tuple(said))
 
 
@@ -249,6 +255,38 @@ def prompts_of(
     template = template_of(tokenizer, config.template)
     encodes: bool = model.config.is_encoder_decoder
     return prompt_ids(template, asked, encodes), template.stops
+
+
+def asked_of(
+    config: RunConfig[Any], corpus: Corpus, examples: Sequence[Conversation]
+) -> list[Conversation]:
+    """The prompts of a split that are answered: of each data set the first `config.answered`."""
+    found: list[Conversation] = []
+    for name in corpus.tasks:
+        own = grouped(one for one in examples if one.task == name and one.prompt)
+        found += own[: config.answered]
+    return found
+
+
+def check_positions(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise DataError where a prompt is of no token, or it and an answer of `new` tokens need more
+    positions than the model has; an encoder and its decoder have as many each."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    lengths = [len(ids) for ids in prompts]
+    if not min(lengths):
+        raise DataError("a prompt is empty: there is nothing to go on from. Write one.")
+    if most is None:
+        return
+    longest = max(lengths)
+    left = most if model.config.is_encoder_decoder else most - longest
+    if longest > most or new > left:
+        way = "Shorten it; in training, --answered N answers the first N prompts alone, 0 none."
+        if longest <= most and left:
+            way = f"Set --max-new-tokens {left}, or shorten it."
+        raise DataError(
+            f"a prompt of {longest} tokens leaves no room for {new} new ones in the model's {most}"
+            f" positions. {way}"
+        )
 
 
 def show(config: RunConfig[Any], split: str, count: int) -> None:

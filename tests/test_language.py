@@ -437,6 +437,15 @@ class TestBadInput:
         said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS, *flags)
         assert says in said
 
+    def test_a_prompt_that_cannot_be_answered_after_training(
+        self, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flags = ("--base", base, "--data", pairs(tmp_path / "x.jsonl"), *FLAGS[:8])
+        said = self.refused(capsys, tmp_path, *flags, "--max-new-tokens", 510)
+        assert "leaves no room for 510 new ones in the model's 512 positions" in said
+        assert lora("plan", *flags, "--max-new-tokens", 510) == 2
+        assert lora("plan", *flags, "--max-new-tokens", 510, "--answered", 0) == 0
+
     def test_settings_of_texts_on_classes(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -449,6 +458,19 @@ def test_a_prompt_that_leaves_no_room_is_refused(
 ) -> None:
     assert lora("generate", run, "--prompt", "x" * 600) == 2
     assert "leaves no room" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a tokenizer that puts nothing before a text there is nothing to go on from."""
+    base = saved(tmp_path / "base", "gpt2")
+    for split in ("train", "dev", "test"):
+        data = Path(pairs(tmp_path / f"{split}.jsonl", 8))
+        data.write_text(data.read_text() + '{"prompt": "", "completion": "by itself"}\n' * 2)
+    flags = ("--base", base, "--data", tmp_path, *FLAGS, "--epochs", 1)
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    assert all(row["prompt"] for row in lines(tmp_path / "run" / "predictions.jsonl"))
+    assert lora("generate", tmp_path / "run", "--prompt", "") == 2
+    assert "a prompt is empty" in capsys.readouterr().err
 
 
 def test_preview_shows_what_is_learned(
