@@ -72,34 +72,43 @@ def written(
     batch_size: int = 32,
     progress: Progress | None = None,
     streamed: Callable[[str], None] | None = None,
+    sharded: bool = False,
 ) -> list[str]:
     """What the model writes after each prompt's ids, up to its end token or one of `stops`, special
     tokens left out. Sets eval mode.
 
     `streamed` is told of a single prompt's answer as it is written. Batches are divided among the
-    ranks; every rank has all in the end.
+    ranks; of a `sharded` model the rows of each, and a rank that has none, or is done, computes on
+    for company: its pieces are wanted. Every rank has all in the end.
     """
     device = device_of(model)
     model.eval()
     check_positions(model, prompts, writing.max_new_tokens)
     how = _decoding(model, tokenizer, writing, stops)
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
-    own = order[distributed.rank() :: distributed.size()]
+    rank, ranks = distributed.rank(), distributed.size()
+    own = [rows[rank::ranks] for rows in order] if sharded else order[rank::ranks]
     bar = progress.add_task("writing", total=len(own)) if progress else None
     found: dict[int, str] = {}
     for rows in own:
-        batch = left_padded([prompts[row] for row in rows], tokenizer.pad_token_id, device)
+        some = rows or order[0][:1]
+        batch = left_padded([prompts[row] for row in some], tokenizer.pad_token_id, device)
         streamer = _Stream(tokenizer, streamed) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
         with (
             torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype), _bare(model)
         ):  # fmt: skip
-            torch.manual_seed(writing.seed + rows[0])
-            ids = model.generate(**batch, generation_config=how, streamer=streamer)
+            torch.manual_seed(writing.seed + some[0])
+            ids = model.generate(
+                **batch,
+                generation_config=how,
+                streamer=streamer,
+                synced_gpus=sharded and ranks > 1,
+            )
         if not model.config.is_encoder_decoder:
             ids = ids[:, batch["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        found |= dict(zip(rows, texts, strict=True))
+        found |= dict(zip(rows, texts, strict=False))  # or it was for company
         if progress and bar is not None:
             progress.advance(bar)
     if progress and bar is not None:
@@ -180,7 +189,10 @@ def scored(
         return found, []
     ids, stops = prompts_of(config, tokenizer, model, asked)
     writing = Writing(max_new_tokens=config.max_new_tokens)
-    texts = written(model, tokenizer, ids, writing, stops, config.dtype, progress=progress)
+    cut = config.shard or config.offload
+    texts = written(
+        model, tokenizer, ids, writing, stops, config.dtype, progress=progress, sharded=cut
+    )
     scores = _scores(corpus, metrics_of(config), asked, texts)
     rows = [
         row_of(one, text, len(corpus.tasks) > 1) for one, text in zip(asked, texts, strict=True)

@@ -255,6 +255,19 @@ def test_a_cut_off_run_goes_on_to_the_same_bytes(base: str, tmp_path: Path) -> N
     assert {row["task"] for row in lines(tmp_path / "whole" / "predictions.jsonl")} == {"a", "b"}
 
 
+@pytest.mark.slow
+def test_ranks_write_what_one_writes(base: str, tmp_path: Path) -> None:
+    """Also where the base lies in pieces on them, and one has a prompt less than the other."""
+    data = talks(tmp_path / "x.jsonl", 40)
+    flags = ("--base", base, "--data", data, *FLAGS, "--epochs", 1, "--answered", 3)
+    found = []
+    for name, more in (("one", ()), ("two", ("--nproc", 2)), ("cut", ("--nproc", 2, "--shard"))):
+        assert lora("train", *flags, *more, "--run-dir", tmp_path / name) == 0
+        found.append(lines(tmp_path / name / "predictions.jsonl"))
+    assert len(found[0]) == 3
+    assert found[0] == found[1] == found[2]
+
+
 def test_a_data_set_without_the_held_out_split_has_no_score_there(
     base: str, tmp_path: Path
 ) -> None:
