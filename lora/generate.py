@@ -3,7 +3,8 @@
     written(model, tokenizer, prompts, writing)   an answer for each prompt
     scored(config, model, ...)                    a model on a split: its scores, and a row for each
 
-Prompts are padded on the left, so that all of a batch go on at the same position. The most probable
+Prompts are padded on the left, so that all of a batch go on at the same position; those of an
+encoder, which goes on with nothing, on the right, since BART counts positions with the padding. The most probable
 token at each step (temperature 0), or one drawn from the softmax of logits / temperature, of the
 `top_k` most probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and
 its streams are transformers' own.
@@ -92,7 +93,7 @@ def written(
     found: dict[int, str] = {}
     for rows in own:
         some = rows or order[0][:1]
-        batch = left_padded([prompts[row] for row in some], tokenizer.pad_token_id, device)
+        batch = padded(model, [prompts[row] for row in some], tokenizer.pad_token_id, device)
         streamer = _Stream(tokenizer, streamed) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
         with (
@@ -147,15 +148,17 @@ def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int]
     )
 
 
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+def padded(
+    model: Any, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> dict[str, Tensor]:
+    """What the model goes on from: ids and mask (prompts, longest)."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad)
     real = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        real[row, longest - len(prompt) :] = 1
+        start = 0 if model.config.is_encoder_decoder else longest - len(prompt)
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        real[row, start : start + len(prompt)] = 1
     return {"input_ids": ids.to(device), "attention_mask": real.to(device)}
 
 

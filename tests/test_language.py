@@ -16,7 +16,7 @@ from architectures import CAUSAL, SEQUENCES, SHAPE, build
 from lora.cli import main
 from lora.data import read_predictions
 from lora.demo import language
-from lora.generate import Writing, written
+from lora.generate import Writing, padded, written
 from lora.metrics import score
 from lora.models import load_base
 from lora.trained import reopen
@@ -191,6 +191,23 @@ def test_sampling_is_of_its_seed(run: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert write(temperature=1.0, seed=2) != warm
     assert write(temperature=1.0, seed=1, top_k=1) == write()
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *SEQUENCES])
+def test_what_is_padded_goes_on_as_it_would_alone(name: str) -> None:
+    model = build(name)
+    prompts = [list(range(5, 5 + n)) for n in (4, 13)]
+    batch = padded(model, prompts, 0, torch.device("cpu"))
+    first: dict[str, Any] = {}
+    if name in SEQUENCES:
+        first = {"decoder_input_ids": torch.tensor([[2]])}
+        batch |= {"decoder_input_ids": torch.tensor([[2]] * 2)}
+    else:  # as generate() counts them
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        together = model(**batch).logits[0, -1]
+        alone = model(input_ids=torch.tensor(prompts[:1]), **first).logits[0, -1]
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
