@@ -4,10 +4,10 @@
     scored(config, model, ...)                    a model on a split: its scores, and a row for each
 
 Prompts are padded on the left, so that all of a batch go on at the same position; those of an
-encoder, which goes on with nothing, on the right, since BART counts positions with the padding. The most probable
-token at each step (temperature 0), or one drawn from the softmax of logits / temperature, of the
-`top_k` most probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and
-its streams are transformers' own.
+encoder on the right, since BART counts positions with the padding. The most probable token at each
+step (temperature 0), or one drawn from the softmax of logits / temperature, of the `top_k` most
+probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and its streams
+are transformers' own.
 """
 
 from __future__ import annotations

@@ -324,6 +324,8 @@ def test_an_encoder_and_a_decoder_learn_answers(name: str, tmp_path: Path) -> No
     summary = summary_of(tmp_path / "run")
     assert summary["evaluations"][-1]["loss"] < summary["evaluations"][0]["loss"]
     assert lora("generate", tmp_path / "run", "--prompt", "3 is") == 0
+    assert lora("merge", tmp_path / "run", "--output", tmp_path / "plain") == 0
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "plain")
     assert lora("train", *flags, "--packing", "--run-dir", tmp_path / "packed") == 2
 
 
