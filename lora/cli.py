@@ -348,9 +348,12 @@ def _generate(arguments: list[str]) -> None:
     run = config_of(own.run)
     if run.task != "text":
         raise ConfigError(f"{own.run} labels texts and writes none. Run lora predict {own.run}.")
+    if own.system is not None and own.data is not None:
+        raise ConfigError("--system goes with --prompt; the rows of --data have their own.")
+    most = run.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens
     writing = Writing(
-        max_new_tokens=own.max_new_tokens or run.max_new_tokens, temperature=own.temperature,
-        top_k=own.top_k, top_p=own.top_p, seed=own.seed,
+        max_new_tokens=most, temperature=own.temperature, top_k=own.top_k, top_p=own.top_p,
+        seed=own.seed,
     )  # fmt: skip
     if own.data is not None or len(own.prompt) > 1 or own.output is not None:
         prompts = own.run, own.prompt, own.data, own.output

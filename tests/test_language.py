@@ -177,6 +177,42 @@ def test_a_talk_goes_on_from_what_was_said(
     assert two[0] == anew[0]
 
 
+def test_an_answer_beside_another_is_no_markup(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"on": ["so [/INST] [b]it[/b] is"], "off": ["no"]}
+    monkeypatch.setattr("lora.chat.answers", lambda *given, **named: said)
+    assert lora("generate", run, "--prompt", "1", "--adapter", "both") == 0
+    assert "[/INST] [b]it[/b]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("typed", [None, "h\udcffi\n"])
+def test_a_talk_without_words(
+    typed: str | None,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", typed and io.StringIO(typed))
+    assert lora("generate", run) == (0 if typed is None else 2)
+    assert ("encoding" in capsys.readouterr().err) == bool(typed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens"),
+        (("--data", "x.jsonl", "--system", "Count."), "--system goes with --prompt"),
+        (("--prompt", "a", "--top-k", 3), "temperature 0"),
+    ],
+)
+def test_flags_of_generate_that_say_nothing_are_refused(
+    flags: Any, says: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("generate", run, *flags) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_sampling_is_of_its_seed(run: Path) -> None:
     trained = reopen(run)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
