@@ -46,7 +46,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from lora.config import LossOn
+from lora.config import TEMPLATES, LossOn
 from lora.conversations import Conversation, Message
 from lora.errors import ConfigError, DataError, ModelError
 from lora.tokens import IGNORED
@@ -260,7 +260,7 @@ def template_of(tokenizer: Any, asked: str = "auto") -> Template:
             return Template(tokenizer, tokenizer.get_chat_template(), "the tokenizer's", raw=False)
         except ValueError as error:
             raise ConfigError(f"--template auto: {error} Pass --template FILE.") from None
-    if asked in ("auto", "plain", "none"):
+    if asked in TEMPLATES:
         _end_token(tokenizer)
         bare = Template(tokenizer, None, "none", raw=False)
         plain = ("{{ bos_token }}" if bare.start else "") + PLAIN

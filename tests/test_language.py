@@ -14,6 +14,7 @@ import transformers
 from architectures import CAUSAL, SEQUENCES, SHAPE, build
 
 from lora.cli import main
+from lora.compare import parse_compare, standing
 from lora.data import read_predictions
 from lora.demo import language
 from lora.generate import Writing, padded, written
@@ -496,6 +497,8 @@ class TestBadInput:
             (("--temperature", 0), "temperature"),
             (("--template", "gone.jinja"), "gone.jinja cannot be read"),
             (("--loss-on", "none"), "loss-on"),
+            (("--task", "text", "--text-column", "body"), "--text-column says nothing"),
+            (("--task", "text", "--labels", "a", "b"), "--labels says nothing"),
         ],
     )
     def test_settings(
@@ -539,6 +542,27 @@ def test_an_empty_prompt_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert all(row["prompt"] for row in lines(tmp_path / "run" / "predictions.jsonl"))
     assert lora("generate", tmp_path / "run", "--prompt", "") == 2
     assert "a prompt is empty" in capsys.readouterr().err
+
+
+def test_a_file_called_as_a_template_is_not_meant_by_it(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain").mkdir()
+    monkeypatch.chdir(tmp_path)
+    flags = ("--base", base, "--data", talks(tmp_path / "x.jsonl"), *FLAGS)
+    assert lora("plan", *flags, "--template", "plain") == 0
+
+
+def test_a_comparison_with_a_template_of_a_file_goes_on(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.jinja").write_text(CHATML)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--base", base, "--data", talks(tmp_path / "x.jsonl"), *FLAGS, "--epochs", 1)
+    (run,) = parse_compare([*map(str, flags), "--template", "own.jinja", "--methods", "lora"])[1]
+    assert run.run_dir is not None
+    assert lora("train", *flags, "--template", "own.jinja", "--run-dir", run.run_dir) == 0
+    assert standing(run) == "complete"
 
 
 def test_preview_shows_what_is_learned(
