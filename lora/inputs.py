@@ -27,7 +27,8 @@ MADE = "tasks/"  # before the name of a task of lora.demo.tasks
 def read_corpus(config: RunConfig[Any]) -> Corpus:
     """The data set that a configuration asks for."""
     task = config.task
-    if task == "auto" and config.label_column is None and any(map(_conversational, config.data)):
+    named_so = asked(config) != Columns() or config.labels  # as of no text that is to be written
+    if task == "auto" and not named_so and any(map(_conversational, config.data)):
         task = "text"
     if task == "text":
         return _texts(config)
