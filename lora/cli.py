@@ -395,9 +395,17 @@ def _data(arguments: list[str]) -> None:
     path, flags = split_config(rest)
     own, others = parse(PreviewConfig, flags, "lora data preview", return_unknown_args=True)
     config = parse_run([*(["--config", str(path)] if path else []), *others], "lora data preview")
-    from lora.inputs import show
+    from dataclasses import replace
 
-    show(config, own.split, own.count)
+    from lora.distributed import device
+    from lora.inputs import read_corpus, show
+    from lora.models import load_skeleton
+    from lora.run import resolve
+
+    corpus = read_corpus(replace(config, task="text"))
+    base = load_skeleton(config.base, 1, "text")  # no weights are read
+    config, _ = resolve(config, corpus, base, device())
+    show(config, corpus, base, own.split, own.count)
 
 
 @dataclass(frozen=True, kw_only=True)

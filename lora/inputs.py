@@ -17,7 +17,7 @@ from lora.conversations import Conversation, Message, grouped
 from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
-from lora.models import Base, load_skeleton
+from lora.models import Base
 from lora.templates import encode, encode_pairs, preview, prompt_ids, template_of
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
@@ -290,12 +290,11 @@ def check_positions(model: Any, prompts: Sequence[Sequence[int]], new: int) -> N
         )
 
 
-def show(config: RunConfig[Any], split: str, count: int) -> None:
-    """Print the first examples of each data set token by token: no weights are read."""
-    corpus = read_corpus(replace(config, task="text"))
-    base = load_skeleton(config.base, 1, "text")
+def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: int) -> None:
+    """Print the first examples of each data set token by token, of a configuration as resolved."""
+    assert config.max_length is not None
     template = template_of(base.tokenizer, config.template)
-    length = config.max_length or 1024
+    there = take(corpus, split)
     for name in corpus.tasks:
-        some = [one for one in take(corpus, split) if one.task == name]
-        preview(template, some, length, config.loss_on, count)
+        if some := [one for one in there if one.task == name]:
+            preview(template, some, config.max_length, config.loss_on, count)

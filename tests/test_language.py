@@ -579,6 +579,27 @@ def test_preview_shows_what_is_learned(
     assert lora("data") == 2
 
 
+def test_preview_is_of_what_training_would_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut where the model's positions end, and T5, which knows no turns, without a template."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "".join(json.dumps({"prompt": f"{i}", "completion": "b" * 300}) + "\n" for i in range(20))
+    )
+    assert lora("data", "preview", "--base", "demo-lm", "--data", long, "--count", 1) == 0
+    assert "--max-length 256 and cut" in capsys.readouterr().out
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(
+        "".join(json.dumps({"question": f"{i}?", "answer": "so"}) + "\n" for i in range(20))
+    )
+    base = saved(tmp_path / "t5", "t5")
+    assert lora("data", "preview", "--base", base, "--data", asked, "--count", 1) == 0
+    shown = capsys.readouterr().out
+    assert "learned s│o│</s>" in shown
+    assert "U│s│e│r" not in shown
+
+
 def test_the_demos_tokenizer_is_of_bytes() -> None:
     tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
     text = "Ünï 漢字\n\t x  y"
