@@ -401,6 +401,21 @@ def test_a_plan_of_texts_counts_their_tokens(
     assert found[1]["padding"] < found[0]["padding"]
 
 
+def test_a_plan_counts_what_a_decoder_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, found = saved(tmp_path / "base", "t5"), []
+    for length in (4, 100):
+        data = tmp_path / f"{length}.jsonl"
+        rows = [{"prompt": f"{i}", "completion": "x" * length} for i in range(30)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert lora("plan", "--base", base, "--data", data, *FLAGS, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["largest"][3] for one in found] == [5, 101]
+    few, many = (one["memory"][0]["training"]["activations"] for one in found)
+    assert many > 4 * few
+
+
 class TestBadInput:
     """Each is a named error before any step, and leaves no run."""
 
