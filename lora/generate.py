@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
@@ -86,6 +87,7 @@ def written(
     model.eval()
     check_positions(model, prompts, writing.max_new_tokens)
     how = _decoding(model, tokenizer, writing, stops)
+    ends = {*how.eos_token_id}  # which decoding leaves out only where it takes them for special
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
     rank, ranks = distributed.rank(), distributed.size()
     own = [rows[rank::ranks] for rows in order] if sharded else order[rank::ranks]
@@ -94,7 +96,7 @@ def written(
     for rows in own:
         some = rows or order[0][:1]
         batch = padded(model, [prompts[row] for row in some], tokenizer.pad_token_id, device)
-        streamer = _Stream(tokenizer, streamed) if streamed else None
+        streamer = _Stream(tokenizer, streamed, how.eos_token_id) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
         with (
             torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype), _bare(model)
@@ -106,9 +108,9 @@ def written(
                 streamer=streamer,
                 synced_gpus=sharded and ranks > 1,
             )
-        if not model.config.is_encoder_decoder:
-            ids = ids[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        begun = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        kept = [[*takewhile(lambda i: i not in ends, row)] for row in ids[:, begun:].tolist()]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
         found |= dict(zip(rows, texts, strict=False))  # or it was for company
         if progress and bar is not None:
             progress.advance(bar)
@@ -165,9 +167,13 @@ def padded(
 class _Stream(transformers.TextStreamer):  # type: ignore[misc]
     """Passes on each stretch of text once it is certain."""
 
-    def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, told: Callable[[str], None], ends: Sequence[int]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.told = told
+        self.told, self.ends = told, ends
+
+    def put(self, value: Tensor) -> None:
+        if self.next_tokens_are_prompt or value.flatten().tolist()[-1] not in self.ends:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.told(text)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from architectures import CAUSAL, SEQUENCES, SHAPE, build
+from tokenizers import AddedToken
 
 from lora.cli import main
 from lora.compare import parse_compare, standing
@@ -245,6 +246,24 @@ def test_what_is_padded_goes_on_as_it_would_alone(name: str) -> None:
         together = model(**batch).logits[0, -1]
         alone = model(input_ids=torch.tensor(prompts[:1]), **first).logits[0, -1]
     assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_a_token_that_ends_an_answer_is_none_of_it() -> None:
+    """Also one that the tokenizer does not take for special, and decodes."""
+    model = build("llama")
+    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer.add_tokens([AddedToken("<end>", special=False)])
+    ends = tokenizer.convert_tokens_to_ids("<end>")
+    model.get_output_embeddings().weight.data[ends] *= 1.4
+    told: list[str] = []
+    writing = Writing(max_new_tokens=40)
+    for prompt in range(5, 60):
+        with torch.no_grad():
+            free = written(model, tokenizer, [[prompt]], writing)[0]
+        if "<end>" in free[1:]:
+            break
+    found = written(model, tokenizer, [[prompt]], writing, [ends], streamed=told.append)[0]
+    assert "".join(told) == found == free.partition("<end>")[0]
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
