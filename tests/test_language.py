@@ -410,13 +410,16 @@ def test_the_loss_may_be_on_all_of_a_text(base: str, tmp_path: Path) -> None:
 def test_a_plan_of_texts_counts_their_tokens(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--base", base, "--data", pairs(tmp_path / "t.jsonl", 40), *FLAGS)
+    data = tmp_path / "t.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "x" * (1 + i % 17)} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--base", base, "--data", data, *FLAGS[:5], 32, *FLAGS[6:])
     found = []
     for more in ((), ("--packing",)):
         assert lora("plan", *flags, *more, "--json") == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["tokens"] == found[1]["tokens"]
-    assert found[0]["largest"][0] == 8
+    assert found[0]["largest"][0] == 32
     assert found[1]["padding"] < found[0]["padding"]
 
 
