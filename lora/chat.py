@@ -12,8 +12,10 @@ from pathlib import Path
 import rich
 from rich.columns import Columns
 from rich.panel import Panel
+from rich.text import Text
 
 from lora.conversations import Message
+from lora.errors import DataError
 from lora.generate import Writing
 from lora.run import progress_bar, reading
 from lora.trained import Acts, Trained, answers, conversation, reopen
@@ -45,12 +47,18 @@ def once(directory: Path, prompt: str, writing: Writing, adapter: Acts, system: 
 
 def _typed() -> Iterator[str]:
     """Each line of the input, asked for where it is a terminal."""
+    if sys.stdin is None:  # closed: `lora generate RUN <&-`
+        return
     lines: Iterable[str] = iter(_ask, None) if sys.stdin.isatty() else sys.stdin
-    for line in lines:
-        if line.strip() == "/exit":
-            return
-        if line.strip():
-            yield line.strip()
+    try:
+        for line in lines:
+            line.encode()  # what is no UTF-8 may also arrive as surrogates
+            if line.strip() == "/exit":
+                return
+            if line.strip():
+                yield line.strip()
+    except UnicodeError:
+        raise DataError("a line is not in this system's encoding. Write it in UTF-8.") from None
 
 
 def _ask() -> str | None:
@@ -69,7 +77,7 @@ def _answered(
     if adapter == "both":
         found = answers(trained, asked, writing, adapter)
         heads = {"on": "adapter on", "off": "adapter off"}
-        panels = [Panel(found[acts][0].strip(), title=head) for acts, head in heads.items()]
+        panels = [Panel(Text(found[acts][0].strip()), title=head) for acts, head in heads.items()]
         rich.print(Columns(panels, equal=True, expand=True))
         return found["on"][0]
 

@@ -356,9 +356,12 @@ def _generate(arguments: list[str]) -> None:
     run = config_of(own.run)
     if run.task != "text":
         raise ConfigError(f"{own.run} labels texts and writes none. Run lora predict {own.run}.")
+    if own.system is not None and own.data is not None:
+        raise ConfigError("--system goes with --prompt; the rows of --data have their own.")
+    most = run.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens
     writing = Writing(
-        max_new_tokens=own.max_new_tokens or run.max_new_tokens, temperature=own.temperature,
-        top_k=own.top_k, top_p=own.top_p, seed=own.seed,
+        max_new_tokens=most, temperature=own.temperature, top_k=own.top_k, top_p=own.top_p,
+        seed=own.seed,
     )  # fmt: skip
     if own.data is not None or len(own.prompt) > 1 or own.output is not None:
         prompts = own.run, own.prompt, own.data, own.output
@@ -400,9 +403,17 @@ def _data(arguments: list[str]) -> None:
     path, flags = split_config(rest)
     own, others = parse(PreviewConfig, flags, "lora data preview", return_unknown_args=True)
     config = parse_run([*(["--config", str(path)] if path else []), *others], "lora data preview")
-    from lora.inputs import show
+    from dataclasses import replace
 
-    show(config, own.split, own.count)
+    from lora.distributed import device
+    from lora.inputs import read_corpus, show
+    from lora.models import load_skeleton
+    from lora.run import resolve
+
+    corpus = read_corpus(replace(config, task="text"))
+    base = load_skeleton(config.base, 1, "text")  # no weights are read
+    config, _ = resolve(config, corpus, base, device())
+    show(config, corpus, base, own.split, own.count)
 
 
 @dataclass(frozen=True, kw_only=True)

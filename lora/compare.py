@@ -187,8 +187,9 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
         elif key == "data":
             if [placed(source) for source in wanted or ()] != value and wanted != value:
                 return False
-        elif key in ("base", "adapter") and value is not None:
-            if wanted != value and str(Path(str(wanted)).resolve()) != value:
+        elif key in ("base", "adapter", "template") and value is not None:
+            auto = key == "template" and wanted in (None, "auto")
+            if not auto and wanted != value and str(Path(str(wanted)).resolve()) != value:
                 return False
         elif key in (
             "task",
@@ -197,7 +198,6 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
             "pair_column",
             "dtype",
             "max_length",
-            "template",
         ):
             if wanted not in (None, "auto", value):
                 return False

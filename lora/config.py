@@ -32,6 +32,8 @@ Task = Literal["auto", "classification", "regression", "text"]
 Schedule = Literal["linear", "cosine", "constant"]
 Final = Literal["last", "best"]
 LossOn = Literal["answers", "all"]
+TEMPLATES = ("auto", "plain", "none")
+"""What --template takes besides a file."""
 ABOUT = """Train one method on one data set.
 
 Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, by the

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.checkpoint import json_object
-from lora.data import SPLITS, read_hub, text_of
+from lora.data import LABEL, SPLITS, TEXT, read_hub, text_of
 from lora.errors import DataError
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -163,7 +163,8 @@ def holds_conversations(source: str) -> bool:
 
 def conversational(row: Row) -> bool:
     """Whether a row is a conversation by its keys. A text alone may be of any task."""
-    labelled = "label" in row or "labels" in row  # a question and an answer to classify
+    # A question and an answer to classify, or to rate.
+    labelled = "label" in row or "labels" in row or bool({*LABEL} & {*row} and {*TEXT} & {*row})
     form = _form(row)
     return form is not None and form != "text" and not (form == "pair" and labelled)
 
@@ -425,7 +426,8 @@ def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
         return
     said = () if answer is None else (Message("assistant", _text(row, answer)),)
     if ask == "prompt" and answer in ("completion", None):
-        yield Conversation((Message("user", _text(row, ask)), *said), raw=True)
+        prompt = _text(row, ask)
+        yield Conversation((Message("user", prompt), *said) if prompt else said, raw=True)
         return
     more = _first(BESIDE, row) if ask != "input" else None
     parts = [_text(row, ask), _text(row, more) if more else ""]

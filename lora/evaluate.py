@@ -120,12 +120,12 @@ def evaluate(
 
 def _of_tokens(corpus: Corpus, encoded: Encoded, found: Tensor) -> tuple[float, dict[str, float]]:
     """The loss in nats per token, and perplexity and accuracy over the tokens with a label: of all,
-    and of each task where there are several, as `metric/task`."""
+    and of each task with examples where there are several, as `metric/task`."""
     counts = torch.tensor(encoded.counts, dtype=torch.float64)
     of = torch.tensor(encoded.tasks or [0] * len(counts))
     several = enumerate(corpus.tasks) if len(corpus.tasks) > 1 else ()
     parts = [("", torch.ones(len(counts), dtype=torch.bool))]
-    parts += [(f"/{name}", of == number) for number, name in several]
+    parts += [(f"/{name}", rows) for n, name in several if (rows := of == n).any()]
     metrics = {}
     for end, rows in parts:
         loss, hits = (found[rows].sum(0) / counts[rows].sum()).tolist()

@@ -3,16 +3,19 @@
     written(model, tokenizer, prompts, writing)   an answer for each prompt
     scored(config, model, ...)                    a model on a split: its scores, and a row for each
 
-Prompts are padded on the left, so that all of a batch go on at the same position. The most probable
-token at each step (temperature 0), or one drawn from the softmax of logits / temperature, of the
-`top_k` most probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and
-its streams are transformers' own.
+Prompts are padded on the left, so that all of a batch go on at the same position; those of an
+encoder on the right, since BART counts positions with the padding. The most probable token at each
+step (temperature 0), or one drawn from the softmax of logits / temperature, of the `top_k` most
+probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and its streams
+are transformers' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from statistics import fmean
 from typing import Any
 
@@ -24,11 +27,10 @@ from torch import Tensor
 from lora import distributed
 from lora.adapter import check, is_number, whole_number
 from lora.config import RunConfig
-from lora.conversations import Conversation, grouped
+from lora.conversations import Conversation
 from lora.data import Corpus
-from lora.errors import DataError
 from lora.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
-from lora.inputs import metrics_of, prompts_of
+from lora.inputs import asked_of, check_positions, decoder_start, metrics_of, prompts_of
 from lora.metrics import score
 from lora.tokens import Encoded, sorted_batches
 
@@ -72,32 +74,44 @@ def written(
     batch_size: int = 32,
     progress: Progress | None = None,
     streamed: Callable[[str], None] | None = None,
+    sharded: bool = False,
 ) -> list[str]:
     """What the model writes after each prompt's ids, up to its end token or one of `stops`, special
     tokens left out. Sets eval mode.
 
     `streamed` is told of a single prompt's answer as it is written. Batches are divided among the
-    ranks; every rank has all in the end.
+    ranks; of a `sharded` model the rows of each, and a rank that has none, or is done, computes on
+    for company: its pieces are wanted. Every rank has all in the end.
     """
     device = device_of(model)
     model.eval()
-    _check_room(model, prompts, writing)
-    how = _decoding(tokenizer, writing, stops)
+    check_positions(model, prompts, writing.max_new_tokens)
+    how = _decoding(model, tokenizer, writing, stops)
+    ends = {*how.eos_token_id}  # which decoding leaves out only where it takes them for special
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
-    own = order[distributed.rank() :: distributed.size()]
+    rank, ranks = distributed.rank(), distributed.size()
+    own = [rows[rank::ranks] for rows in order] if sharded else order[rank::ranks]
     bar = progress.add_task("writing", total=len(own)) if progress else None
     found: dict[int, str] = {}
     for rows in own:
-        batch = left_padded([prompts[row] for row in rows], tokenizer.pad_token_id, device)
-        streamer = _Stream(tokenizer, streamed) if streamed else None
+        some = rows or order[0][:1]
+        batch = padded(model, [prompts[row] for row in some], tokenizer.pad_token_id, device)
+        streamer = _Stream(tokenizer, streamed, how.eos_token_id) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
-        with torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype):
-            torch.manual_seed(writing.seed + rows[0])
-            ids = model.generate(**batch, generation_config=how, streamer=streamer)
-        if not model.config.is_encoder_decoder:
-            ids = ids[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        found |= dict(zip(rows, texts, strict=True))
+        with (
+            torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype), _bare(model)
+        ):  # fmt: skip
+            torch.manual_seed(writing.seed + some[0])
+            ids = model.generate(
+                **batch,
+                generation_config=how,
+                streamer=streamer,
+                synced_gpus=sharded and ranks > 1,
+            )
+        begun = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        kept = [[*takewhile(lambda i: i not in ends, row)] for row in ids[:, begun:].tolist()]
+        texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        found |= dict(zip(rows, texts, strict=False))  # or it was for company
         if progress and bar is not None:
             progress.advance(bar)
     if progress and bar is not None:
@@ -107,20 +121,19 @@ def written(
     return [found[row] for row in range(len(prompts))]
 
 
-def _check_room(model: Any, prompts: Sequence[Sequence[int]], writing: Writing) -> None:
-    """Raise DataError where a prompt and its answer have more tokens than the model positions."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
-    if most is not None and longest + writing.max_new_tokens > most:
-        raise DataError(
-            f"a prompt of {longest} tokens leaves no room for {writing.max_new_tokens} new ones in"
-            f" the model's {most} positions. Set --max-new-tokens {max(1, most - longest)}, or"
-            " shorten it."
-        )
+@contextmanager
+def _bare(model: Any) -> Iterator[None]:
+    """Within, the model has no generation_config of its own: transformers fills what it is not told
+    from there, a repetition penalty or beams, which neither training nor its scores know of."""
+    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
-def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
-    """transformers' settings; what the model's own file says of sampling is left aside."""
+def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
+    """transformers' settings."""
     drawn: dict[str, Any] = {}
     if writing.temperature > 0:
         # top_k is 50 where nothing is said.
@@ -131,29 +144,36 @@ def _decoding(tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
         do_sample=bool(drawn),
         eos_token_id=sorted({tokenizer.eos_token_id, *stops}),
         pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=decoder_start(model) if model.config.is_encoder_decoder else None,
         use_cache=True,
         **drawn,
     )
 
 
-def left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+def padded(
+    model: Any, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> dict[str, Tensor]:
+    """What the model goes on from: ids and mask (prompts, longest)."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad)
     real = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        real[row, longest - len(prompt) :] = 1
+        start = 0 if model.config.is_encoder_decoder else longest - len(prompt)
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt)
+        real[row, start : start + len(prompt)] = 1
     return {"input_ids": ids.to(device), "attention_mask": real.to(device)}
 
 
 class _Stream(transformers.TextStreamer):  # type: ignore[misc]
     """Passes on each stretch of text once it is certain."""
 
-    def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, told: Callable[[str], None], ends: Sequence[int]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.told = told
+        self.told, self.ends = told, ends
+
+    def put(self, value: Tensor) -> None:
+        if self.next_tokens_are_prompt or value.flatten().tolist()[-1] not in self.ends:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.told(text)
@@ -173,15 +193,15 @@ def scored(
     found = evaluate(model, corpus, encoded, examples, dtype=config.dtype, progress=progress)
     if corpus.task != "text":
         return found, list(rows_of(corpus, examples, found.logits))
-    asked: list[Conversation] = []
-    for name in corpus.tasks:
-        own = grouped(one for one in examples if one.task == name and one.prompt)
-        asked += own[: config.answered]
+    asked = asked_of(config, corpus, examples)
     if not asked:  # texts without a prompt
         return found, []
     ids, stops = prompts_of(config, tokenizer, model, asked)
     writing = Writing(max_new_tokens=config.max_new_tokens)
-    texts = written(model, tokenizer, ids, writing, stops, config.dtype, progress=progress)
+    cut = config.shard or config.offload
+    texts = written(
+        model, tokenizer, ids, writing, stops, config.dtype, progress=progress, sharded=cut
+    )
     scores = _scores(corpus, metrics_of(config), asked, texts)
     rows = [
         row_of(one, text, len(corpus.tasks) > 1) for one, text in zip(asked, texts, strict=True)

@@ -13,11 +13,11 @@ from torch import Tensor
 from lora import conversations, tokens
 from lora.adapter import Adapter
 from lora.config import RunConfig, method_named, named
-from lora.conversations import Conversation, Message
+from lora.conversations import Conversation, Message, grouped
 from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
-from lora.models import Base, load_skeleton
+from lora.models import Base
 from lora.templates import encode, encode_pairs, preview, prompt_ids, template_of
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
@@ -27,7 +27,8 @@ MADE = "tasks/"  # before the name of a task of lora.demo.tasks
 def read_corpus(config: RunConfig[Any]) -> Corpus:
     """The data set that a configuration asks for."""
     task = config.task
-    if task == "auto" and config.label_column is None and any(map(_conversational, config.data)):
+    named_so = asked(config) != Columns() or config.labels  # as of no text that is to be written
+    if task == "auto" and not named_so and any(map(_conversational, config.data)):
         task = "text"
     if task == "text":
         return _texts(config)
@@ -126,7 +127,10 @@ class Inputs:
 
 
 def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
-    """Every split's token ids, for training."""
+    """Every split's token ids, for training.
+
+    Raises DataError where a prompt that is to be answered afterwards leaves no room to.
+    """
     splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
     found, said = {}, []
     for name, examples in splits.items():
@@ -135,6 +139,9 @@ def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
             said += [f"{name}: {note}" for note in notes]
     if corpus.task == "text":
         found["train"] = _mixed(config, corpus, found["train"])
+        if later := asked_of(config, corpus, corpus.held_out[1]):
+            ids, _ = prompts_of(config, base.tokenizer, base.model, later)
+            check_positions(base.model, ids, config.max_new_tokens)
     return Inputs(found, tuple(said))
 
 
@@ -185,10 +192,15 @@ def encoded_of(
 
 def _shown(model: Any, labels: Tensor, offsets: Tensor) -> Tensor:
     """What a decoder is shown to predict the labels: those before, after the token it starts by."""
-    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
     shown = labels.roll(1)
-    shown[offsets[:-1]] = pad if start is None else start
+    shown[offsets[:-1]] = decoder_start(model)
     return shown
+
+
+def decoder_start(model: Any) -> int:
+    """The token that a decoder of its own starts by."""
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    return int(pad if start is None else start)
 
 
 def _mixed(config: RunConfig[Any], corpus: Corpus, train: Encoded) -> Encoded:
@@ -247,12 +259,43 @@ def prompts_of(
     return prompt_ids(template, asked, encodes), template.stops
 
 
-def show(config: RunConfig[Any], split: str, count: int) -> None:
-    """Print the first examples of each data set token by token: no weights are read."""
-    corpus = read_corpus(replace(config, task="text"))
-    base = load_skeleton(config.base, 1, "text")
-    template = template_of(base.tokenizer, config.template)
-    length = config.max_length or 1024
+def asked_of(
+    config: RunConfig[Any], corpus: Corpus, examples: Sequence[Conversation]
+) -> list[Conversation]:
+    """The prompts of a split that are answered: of each data set the first `config.answered`."""
+    found: list[Conversation] = []
     for name in corpus.tasks:
-        some = [one for one in take(corpus, split) if one.task == name]
-        preview(template, some, length, config.loss_on, count)
+        own = grouped(one for one in examples if one.task == name and one.prompt)
+        found += own[: config.answered]
+    return found
+
+
+def check_positions(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise DataError where a prompt is of no token, or it and an answer of `new` tokens need more
+    positions than the model has; an encoder and its decoder have as many each."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    lengths = [len(ids) for ids in prompts]
+    if not min(lengths):
+        raise DataError("a prompt is empty: there is nothing to go on from. Write one.")
+    if most is None:
+        return
+    longest = max(lengths)
+    left = most if model.config.is_encoder_decoder else most - longest
+    if longest > most or new > left:
+        way = "Shorten it; in training, --answered N answers the first N prompts alone, 0 none."
+        if longest <= most and left:
+            way = f"Set --max-new-tokens {left}, or shorten it."
+        raise DataError(
+            f"a prompt of {longest} tokens leaves no room for {new} new ones in the model's {most}"
+            f" positions. {way}"
+        )
+
+
+def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: int) -> None:
+    """Print the first examples of each data set token by token, of a configuration as resolved."""
+    assert config.max_length is not None
+    template = template_of(base.tokenizer, config.template)
+    there = take(corpus, split)
+    for name in corpus.tasks:
+        if some := [one for one in there if one.task == name]:
+            preview(template, some, config.max_length, config.loss_on, count)

@@ -75,21 +75,28 @@ class Shape(NamedTuple):
     rows: int
     longest: int  # tokens of the longest row
     targets: int  # classes, quantities, or tokens with a label
+    shown: int = 0  # tokens of the longest answer that a decoder of its own is shown
 
     @property
     def positions(self) -> int:
         return self.rows * self.longest
 
+    @property
+    def size(self) -> int:
+        """Positions, a decoder's own too: by it the largest is told."""
+        return self.rows * (self.longest + self.shown)
+
     def part(self, rows: int) -> Shape:
         """So many of its rows."""
-        return Shape(rows, self.longest, -(-self.targets * rows // self.rows))
+        return self._replace(rows=rows, targets=-(-self.targets * rows // self.rows))
 
 
 def shape_of(encoded: Encoded, rows: Sequence[int]) -> Shape:
     """Of the batch that some examples are."""
     laid = layout(encoded, rows)
     longest = max(sum(encoded.lengths[row] for row in some) for some in laid)
-    return Shape(len(laid), longest, sum(encoded.counts[row] for row in rows))
+    shown = max(encoded.counts[row] for row in rows) if encoded.shown is not None else 0
+    return Shape(len(laid), longest, sum(encoded.counts[row] for row in rows), shown)
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -196,7 +203,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        (rows, longest, _), per_epoch = self.largest, self.steps_per_epoch
+        (rows, longest, *_), per_epoch = self.largest, self.steps_per_epoch
         sizes = ", ".join(f"{rows:,} {name}" for name, rows in self.splits.items())
         lines = [
             str(self.report),
@@ -339,12 +346,12 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         shape_of(train, rows)
         for _, rows in plan_of(train, config.batch_size, config.epochs, config.seed)
     ]
-    largest = max(each, key=lambda shape: shape.positions)
-    typical = sorted(each, key=lambda shape: shape.positions)[len(each) // 2]
+    largest = max(each, key=lambda shape: shape.size)
+    typical = sorted(each, key=lambda shape: shape.size)[len(each) // 2]
     apart = [dataclasses.replace(split, row=None) for n, split in splits.items() if n != "train"]
     evaluated = max(
         (shape_of(s, rows) for s in apart for rows in sorted_batches(s.lengths, EVALUATED)),
-        key=lambda shape: shape.positions,
+        key=lambda shape: shape.size,
     )
     positions, total = sum(shape.positions for shape in each), config.epochs * sum(train.lengths)
     report, memory = None, []
@@ -517,7 +524,7 @@ class _Step:
         if self.encoded.row is not None:
             batch["position_ids"] = ones.clone()
         if self.encoded.shown is not None:
-            batch["decoder_input_ids"] = ones[:, : -(-shape.targets // shape.rows)].clone()
+            batch["decoder_input_ids"] = ones[:, :1].repeat(1, shape.shown)
         size = (2, shape.targets) if task == "text" else (shape.rows,)
         dtype = torch.float32 if task == "regression" else torch.long
         return batch, torch.zeros(size, dtype=dtype, device=self.device)

@@ -46,7 +46,7 @@ from rich.progress import (
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
 from lora.checkpoint import json_object, load, save, write_together, write_whole
-from lora.config import RunConfig, from_table, method_named, placed, read_toml, to_table
+from lora.config import TEMPLATES, RunConfig, from_table, method_named, placed, read_toml, to_table
 from lora.data import Corpus
 from lora.errors import (
     CheckpointError,
@@ -745,7 +745,7 @@ def resolve(
         # By whole paths, so that the run can be reopened from anywhere.
         base=placed(config.base),
         data=tuple(map(placed, config.data)),
-        template=placed(template),
+        template=template if template in TEMPLATES else placed(template),
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
     return resolved, said
@@ -754,6 +754,10 @@ def resolve(
 def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
     """Raise ConfigError where a setting says nothing in the task."""
     if corpus.task == "text":
+        for name in ("text_column", "pair_column", "label_column", "labels"):
+            if getattr(config, name):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} says nothing in --task text. Leave it out.")
         if config.packing and base.model.config.is_encoder_decoder:
             raise ConfigError("--packing is of models that only decode. Leave it out.")
         if config.loss_on == "all" and base.model.config.is_encoder_decoder:

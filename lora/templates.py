@@ -22,9 +22,11 @@ turn. Where the pieces do not fit together, or a message before the answer is no
 the template is refused: better no mask than a wrong one.
 
 Text into tokens. The text holds every special token, and the tokenizer adds none: a template writes
-its own, and where there is none we write the first token that the tokenizer would. Each text is
-tokenised whole; a token is learned where its characters lie in an answer. Offsets are those of the
-tokenizer's core without its post-processor, which would leave out leading spaces.
+its own, and where there is none we write the first token that the tokenizer would, and hand it what
+follows alone: a SentencePiece tokenizer may begin the first word of all by a space, and no word
+behind a token. Each text is tokenised whole; a token is learned where its characters lie in an
+answer. Offsets are those of the tokenizer's core without its post-processor, which would leave out
+leading spaces.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from lora.config import LossOn
+from lora.config import TEMPLATES, LossOn
 from lora.conversations import Conversation, Message
 from lora.errors import ConfigError, DataError, ModelError
 from lora.tokens import IGNORED
@@ -172,6 +174,11 @@ class Template:
         probe = (Message("user", "x"),)
         return self._text(probe, "one message") != self._text(probe, "one message", True)
 
+    def head(self, conversation: Conversation) -> str:
+        """The token before its text that the tokenizer would put there; "" where a template writes
+        what begins it."""
+        return self.start if self._bare(conversation) else ""
+
     def _bare(self, conversation: Conversation) -> bool:
         return self.jinja is None or (conversation.raw and not self.raw)
 
@@ -253,7 +260,7 @@ def template_of(tokenizer: Any, asked: str = "auto") -> Template:
             return Template(tokenizer, tokenizer.get_chat_template(), "the tokenizer's", raw=False)
         except ValueError as error:
             raise ConfigError(f"--template auto: {error} Pass --template FILE.") from None
-    if asked in ("auto", "plain", "none"):
+    if asked in TEMPLATES:
         _end_token(tokenizer)
         bare = Template(tokenizer, None, "none", raw=False)
         plain = ("{{ bos_token }}" if bare.start else "") + PLAIN
@@ -400,8 +407,8 @@ def prompt_ids(
     """The tokens that a model goes on from, uncut; for an encoder with what it ends a text by."""
     texts = [template.prompt(one) for one in conversations]
     if not encoder:
-        found = template.core.encode_batch_fast(texts, add_special_tokens=False)
-        return [one.ids for one in found]
+        heads = [template.head(one) for one in conversations]
+        return [ids for ids, _ in _ids(template, texts, heads)]
     head, tail = _frame(template.tokenizer, text="a")
     texts = [text.removeprefix(template.start) for text in texts]
     found = template.core.encode_batch_fast(texts, add_special_tokens=False)
@@ -449,11 +456,10 @@ def _tokenise(
     template: Template, conversations: Sequence[Conversation], loss_on: LossOn
 ) -> Iterator[Tokens]:
     rendered = [template.render(one, loss_on) for one in conversations]
-    core = template.core
-    wholes = core.encode_batch([one.text for one in rendered], add_special_tokens=False)
-    starts = core.encode_batch_fast([one.prompt for one in rendered], add_special_tokens=False)
-    for one, whole, start in zip(rendered, wholes, starts, strict=True):
-        ids, offsets = whole.ids, whole.offsets
+    heads = [template.head(one) for one in conversations]
+    wholes = _ids(template, [one.text for one in rendered], heads)
+    starts = _ids(template, [one.prompt for one in rendered], heads)
+    for one, (ids, offsets), (start, _) in zip(rendered, wholes, starts, strict=True):
         stretches = [_stretch(one.text, offsets, span) for span in one.spans]
         yield Tokens(
             text=one.text,
@@ -461,8 +467,22 @@ def _tokenise(
             offsets=offsets,
             learned=[stretch for stretch, _ in stretches],
             straddling=any(straddling for _, straddling in stretches),
-            unlike=ids[: len(start.ids)] != start.ids,
+            unlike=ids[: len(start)] != start,
         )
+
+
+def _ids(
+    template: Template, texts: Sequence[str], heads: Sequence[str]
+) -> Iterator[tuple[list[int], list[Span]]]:
+    """Of each text its ids and their characters: its head is a token, the rest the tokenizer's."""
+    rests = [text[len(head) :] for text, head in zip(texts, heads, strict=True)]
+    found = template.core.encode_batch(rests, add_special_tokens=False)
+    for head, rest in zip(heads, found, strict=True):
+        first, far = [template.tokenizer.bos_token_id] * bool(head), len(head)
+        offsets = (
+            [(start + far, end + far) for start, end in rest.offsets] if head else rest.offsets
+        )
+        yield first + rest.ids, [(0, far)] * bool(head) + offsets
 
 
 def _stretch(text: str, offsets: Sequence[Span], span: Span) -> tuple[Span, bool]:

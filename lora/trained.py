@@ -24,9 +24,9 @@ from lora.conversations import Conversation, Message, from_row, read_prompts
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, RunError
 from lora.evaluate import EVALUATED, predict, rows_of
-from lora.generate import Writing, left_padded, row_of, scored, written
+from lora.generate import Writing, padded, row_of, scored, written
 from lora.injection import disabled, eject, merge
-from lora.inputs import asked, encoded_of, prompts_of, read_corpus, read_texts
+from lora.inputs import asked, decoder_start, encoded_of, prompts_of, read_corpus, read_texts
 from lora.models import hold
 from lora.run import (
     CHECKPOINTS,
@@ -344,7 +344,11 @@ def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
     if config.task == "text":
         asked = [one for row in rows for one in from_row(row, str(path), answered=False)]
         ids, _ = prompts_of(config, trained.tokenizer, trained.model, asked)
-        return left_padded(ids, trained.tokenizer.pad_token_id, trained.device)
+        model = trained.model
+        batch = padded(model, ids, trained.tokenizer.pad_token_id, trained.device)
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = torch.full_like(batch["input_ids"], decoder_start(model))
+        return batch
     examples = [Example(str(row["text"]), row.get("pair"), None) for row in rows]
     encoded = _encoded(trained, corpus, examples, labelled=False)
     return collate(encoded, layout(encoded, range(len(examples))), trained.device)[0]

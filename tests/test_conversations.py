@@ -47,6 +47,12 @@ def said(row: dict[str, Any], **more: Any) -> list[list[tuple[str, str]]]:
     return [[(m.role, m.content) for m in c.messages] for c in from_row(row, "here", **more)]
 
 
+@pytest.mark.parametrize("key", ["label", "labels", "score", "class", "target"])
+def test_a_question_and_an_answer_with_a_label_are_to_be_classified(key: str) -> None:
+    assert not conversational({"question": "how", "answer": "so", key: "0.5"})
+    assert conversational({"question": "how", "answer": "so", "source": "here"})
+
+
 def test_openai_messages() -> None:
     row = {
         "messages": [

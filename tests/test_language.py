@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import CAUSAL, SEQUENCES, SHAPE
+from architectures import CAUSAL, SEQUENCES, SHAPE, build
+from tokenizers import AddedToken
 
 from lora.cli import main
+from lora.compare import parse_compare, standing
 from lora.data import read_predictions
 from lora.demo import language
-from lora.generate import Writing, written
+from lora.generate import Writing, padded, written
 from lora.metrics import score
 from lora.models import load_base
 from lora.trained import reopen
@@ -177,6 +179,42 @@ def test_a_talk_goes_on_from_what_was_said(
     assert two[0] == anew[0]
 
 
+def test_an_answer_beside_another_is_no_markup(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"on": ["so [/INST] [b]it[/b] is"], "off": ["no"]}
+    monkeypatch.setattr("lora.chat.answers", lambda *given, **named: said)
+    assert lora("generate", run, "--prompt", "1", "--adapter", "both") == 0
+    assert "[/INST] [b]it[/b]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("typed", [None, "h\udcffi\n"])
+def test_a_talk_without_words(
+    typed: str | None,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", typed and io.StringIO(typed))
+    assert lora("generate", run) == (0 if typed is None else 2)
+    assert ("encoding" in capsys.readouterr().err) == bool(typed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens"),
+        (("--data", "x.jsonl", "--system", "Count."), "--system goes with --prompt"),
+        (("--prompt", "a", "--top-k", 3), "temperature 0"),
+    ],
+)
+def test_flags_of_generate_that_say_nothing_are_refused(
+    flags: Any, says: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("generate", run, *flags) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_sampling_is_of_its_seed(run: Path) -> None:
     trained = reopen(run)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
@@ -191,6 +229,57 @@ def test_sampling_is_of_its_seed(run: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert write(temperature=1.0, seed=2) != warm
     assert write(temperature=1.0, seed=1, top_k=1) == write()
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *SEQUENCES])
+def test_what_is_padded_goes_on_as_it_would_alone(name: str) -> None:
+    model = build(name)
+    prompts = [list(range(5, 5 + n)) for n in (4, 13)]
+    batch = padded(model, prompts, 0, torch.device("cpu"))
+    first: dict[str, Any] = {}
+    if name in SEQUENCES:
+        first = {"decoder_input_ids": torch.tensor([[2]])}
+        batch |= {"decoder_input_ids": torch.tensor([[2]] * 2)}
+    else:  # as generate() counts them
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        together = model(**batch).logits[0, -1]
+        alone = model(input_ids=torch.tensor(prompts[:1]), **first).logits[0, -1]
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_a_token_that_ends_an_answer_is_none_of_it() -> None:
+    """Also one that the tokenizer does not take for special, and decodes."""
+    model = build("llama")
+    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer.add_tokens([AddedToken("<end>", special=False)])
+    ends = tokenizer.convert_tokens_to_ids("<end>")
+    model.get_output_embeddings().weight.data[ends] *= 1.4
+    told: list[str] = []
+    writing = Writing(max_new_tokens=40)
+    for prompt in range(5, 60):
+        with torch.no_grad():
+            free = written(model, tokenizer, [[prompt]], writing)[0]
+        if "<end>" in free[1:]:
+            break
+    found = written(model, tokenizer, [[prompt]], writing, [ends], streamed=told.append)[0]
+    assert "".join(told) == found == free.partition("<end>")[0]
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_a_bases_own_generation_config_decides_nothing(name: str) -> None:
+    model = build(name)
+    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
+
+    def write() -> list[str]:
+        return written(model, tokenizer, prompts, Writing(max_new_tokens=12))
+
+    want = write()
+    own = transformers.GenerationConfig(repetition_penalty=1.9, num_beams=3, no_repeat_ngram_size=1)
+    model.generation_config = own
+    assert write() == want
+    assert model.generation_config is own
 
 
 def test_a_batch_is_padded_without_a_trace(run: Path) -> None:
@@ -239,6 +328,34 @@ def test_a_cut_off_run_goes_on_to_the_same_bytes(base: str, tmp_path: Path) -> N
     assert {row["task"] for row in lines(tmp_path / "whole" / "predictions.jsonl")} == {"a", "b"}
 
 
+@pytest.mark.slow
+def test_ranks_write_what_one_writes(base: str, tmp_path: Path) -> None:
+    """Also where the base lies in pieces on them, and one has a prompt less than the other."""
+    data = talks(tmp_path / "x.jsonl", 40)
+    flags = ("--base", base, "--data", data, *FLAGS, "--epochs", 1, "--answered", 3)
+    found = []
+    for name, more in (("one", ()), ("two", ("--nproc", 2)), ("cut", ("--nproc", 2, "--shard"))):
+        assert lora("train", *flags, *more, "--run-dir", tmp_path / name) == 0
+        found.append(lines(tmp_path / name / "predictions.jsonl"))
+    assert len(found[0]) == 3
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_data_set_without_the_held_out_split_has_no_score_there(
+    base: str, tmp_path: Path
+) -> None:
+    for name, splits in (("a", ("train", "dev", "test")), ("b", ("train", "dev"))):
+        (tmp_path / name).mkdir()
+        for split in splits:
+            pairs(tmp_path / name / f"{split}.jsonl", 8)
+    flags = ("--base", base, "--data", tmp_path / "a", tmp_path / "b", *FLAGS, "--epochs", 1)
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    summary = summary_of(tmp_path / "run")
+    assert {"perplexity/a", "exact_match/a"} <= summary["metrics"].keys()
+    assert not any(name.endswith("/b") for name in summary["metrics"])
+    assert "perplexity/b" in summary["evaluations"][0]["dev"]
+
+
 def test_merging_leaves_a_plain_language_model(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +380,8 @@ def test_an_encoder_and_a_decoder_learn_answers(name: str, tmp_path: Path) -> No
     summary = summary_of(tmp_path / "run")
     assert summary["evaluations"][-1]["loss"] < summary["evaluations"][0]["loss"]
     assert lora("generate", tmp_path / "run", "--prompt", "3 is") == 0
+    assert lora("merge", tmp_path / "run", "--output", tmp_path / "plain") == 0
+    transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "plain")
     assert lora("train", *flags, "--packing", "--run-dir", tmp_path / "packed") == 2
 
 
@@ -291,14 +410,32 @@ def test_the_loss_may_be_on_all_of_a_text(base: str, tmp_path: Path) -> None:
 def test_a_plan_of_texts_counts_their_tokens(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--base", base, "--data", pairs(tmp_path / "t.jsonl", 40), *FLAGS)
+    data = tmp_path / "t.jsonl"
+    rows = [{"prompt": f"{i}", "completion": "x" * (1 + i % 17)} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--base", base, "--data", data, *FLAGS[:5], 32, *FLAGS[6:])
     found = []
     for more in ((), ("--packing",)):
         assert lora("plan", *flags, *more, "--json") == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["tokens"] == found[1]["tokens"]
-    assert found[0]["largest"][0] == 8
+    assert found[0]["largest"][0] == 32
     assert found[1]["padding"] < found[0]["padding"]
+
+
+def test_a_plan_counts_what_a_decoder_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, found = saved(tmp_path / "base", "t5"), []
+    for length in (4, 100):
+        data = tmp_path / f"{length}.jsonl"
+        rows = [{"prompt": f"{i}", "completion": "x" * length} for i in range(30)]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert lora("plan", "--base", base, "--data", data, *FLAGS, "--json") == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert [one["largest"][3] for one in found] == [5, 101]
+    few, many = (one["memory"][0]["training"]["activations"] for one in found)
+    assert many > 4 * few
 
 
 class TestBadInput:
@@ -397,6 +534,8 @@ class TestBadInput:
             (("--temperature", 0), "temperature"),
             (("--template", "gone.jinja"), "gone.jinja cannot be read"),
             (("--loss-on", "none"), "loss-on"),
+            (("--task", "text", "--text-column", "body"), "--text-column says nothing"),
+            (("--task", "text", "--labels", "a", "b"), "--labels says nothing"),
         ],
     )
     def test_settings(
@@ -405,6 +544,15 @@ class TestBadInput:
         data = pairs(tmp_path / "x.jsonl")
         said = self.refused(capsys, tmp_path, "--base", base, "--data", data, *FLAGS, *flags)
         assert says in said
+
+    def test_a_prompt_that_cannot_be_answered_after_training(
+        self, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        flags = ("--base", base, "--data", pairs(tmp_path / "x.jsonl"), *FLAGS[:8])
+        said = self.refused(capsys, tmp_path, *flags, "--max-new-tokens", 510)
+        assert "leaves no room for 510 new ones in the model's 512 positions" in said
+        assert lora("plan", *flags, "--max-new-tokens", 510) == 2
+        assert lora("plan", *flags, "--max-new-tokens", 510, "--answered", 0) == 0
 
     def test_settings_of_texts_on_classes(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -420,6 +568,40 @@ def test_a_prompt_that_leaves_no_room_is_refused(
     assert "leaves no room" in capsys.readouterr().err
 
 
+def test_an_empty_prompt_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a tokenizer that puts nothing before a text there is nothing to go on from."""
+    base = saved(tmp_path / "base", "gpt2")
+    for split in ("train", "dev", "test"):
+        data = Path(pairs(tmp_path / f"{split}.jsonl", 8))
+        data.write_text(data.read_text() + '{"prompt": "", "completion": "by itself"}\n' * 2)
+    flags = ("--base", base, "--data", tmp_path, *FLAGS, "--epochs", 1)
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    assert all(row["prompt"] for row in lines(tmp_path / "run" / "predictions.jsonl"))
+    assert lora("generate", tmp_path / "run", "--prompt", "") == 2
+    assert "a prompt is empty" in capsys.readouterr().err
+
+
+def test_a_file_called_as_a_template_is_not_meant_by_it(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain").mkdir()
+    monkeypatch.chdir(tmp_path)
+    flags = ("--base", base, "--data", talks(tmp_path / "x.jsonl"), *FLAGS)
+    assert lora("plan", *flags, "--template", "plain") == 0
+
+
+def test_a_comparison_with_a_template_of_a_file_goes_on(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.jinja").write_text(CHATML)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--base", base, "--data", talks(tmp_path / "x.jsonl"), *FLAGS, "--epochs", 1)
+    (run,) = parse_compare([*map(str, flags), "--template", "own.jinja", "--methods", "lora"])[1]
+    assert run.run_dir is not None
+    assert lora("train", *flags, "--template", "own.jinja", "--run-dir", run.run_dir) == 0
+    assert standing(run) == "complete"
+
+
 def test_preview_shows_what_is_learned(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -432,6 +614,27 @@ def test_preview_shows_what_is_learned(
     assert lora("data", "tasks") == 0
     assert "tasks/reverse" in capsys.readouterr().out
     assert lora("data") == 2
+
+
+def test_preview_is_of_what_training_would_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut where the model's positions end, and T5, which knows no turns, without a template."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(
+        "".join(json.dumps({"prompt": f"{i}", "completion": "b" * 300}) + "\n" for i in range(20))
+    )
+    assert lora("data", "preview", "--base", "demo-lm", "--data", long, "--count", 1) == 0
+    assert "--max-length 256 and cut" in capsys.readouterr().out
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(
+        "".join(json.dumps({"question": f"{i}?", "answer": "so"}) + "\n" for i in range(20))
+    )
+    base = saved(tmp_path / "t5", "t5")
+    assert lora("data", "preview", "--base", base, "--data", asked, "--count", 1) == 0
+    shown = capsys.readouterr().out
+    assert "learned s│o│</s>" in shown
+    assert "U│s│e│r" not in shown
 
 
 def test_the_demos_tokenizer_is_of_bytes() -> None:

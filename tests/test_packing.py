@@ -115,6 +115,13 @@ def test_every_architecture_keeps_packed_texts_apart(name: str) -> None:
     check_language(build(name), packs=True)
 
 
+def test_rounding_over_many_layers_is_no_text_that_is_seen() -> None:
+    config: Any = CAUSAL["llama"][1]()
+    config.num_hidden_layers, config.initializer_range = 32, 0.2
+    torch.manual_seed(0)
+    check_language(CAUSAL["llama"][0](config), packs=True)
+
+
 def test_texts_that_see_one_another_are_refused() -> None:
     model: Any = build("llama")
     real = model.model.forward

@@ -95,7 +95,7 @@ def test_it_counts_the_bytes_that_torchs_allocator_gives_out(bare: Path, method:
     real = load_base_of(bare, config.quantize)
     config, _ = lora.run.resolve(config, corpus, real, torch.device("cpu"))
     lora.inject(real.model, config.settings)
-    rows, longest, _ = found.largest
+    rows, longest, *_ = found.largest
     offsets = torch.arange(rows + 1) * longest
     fields = {
         n: torch.ones(rows * longest, dtype=torch.int32) for n in ("input_ids", "attention_mask")

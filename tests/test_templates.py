@@ -122,10 +122,20 @@ def llama2_like(crossing: bool = False) -> Any:
     return tokenizer
 
 
+def mistral_like() -> Any:
+    """As LLaMA 2's, but that ▁ is put before the first word of all alone, and behind no token."""
+    tokenizer = llama2_like()
+    core = tokenizer.backend_tokenizer
+    core.normalizer = normalizers.Sequence([])
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "gpt2": gpt2_like,
     "llama3": llama3_like,
     "llama2": llama2_like,
+    "mistral": mistral_like,
     "crossing": lambda: llama2_like(crossing=True),
 }
 
@@ -381,6 +391,16 @@ def test_a_text_begins_with_one_beginning(kind: str, name: str) -> None:
     assert count == ("bos_token" in own)
     if count:
         assert found["input_ids"][0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_text_as_it_stands_is_the_tokenizers_own_tokens(kind: str) -> None:
+    tokenizer = made(kind)
+    template = template_of(tokenizer, "none")
+    raw = said("a good", " answer", raw=True)
+    assert prompt_ids(template, [raw]) == [tokenizer("a good")["input_ids"]]
+    ids = encode(template, [raw], 10_000)[0]["input_ids"].tolist()
+    assert ids == [*tokenizer("a good answer")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_a_marked_template_is_masked_as_it_marks_and_its_ends_besides() -> None:
