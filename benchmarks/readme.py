@@ -48,8 +48,8 @@ def tables() -> dict[str, str]:
     table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
     tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
               "checkpointing": checkpointing(), "shard": shards(), "plan": plans(),
-              "kills": kills(), "language": language(), "vocabulary": vocabulary(), "compiled": compiled(), "nf4": four_bits(),
-              "nf4 errors": errors()}  # fmt: skip
+              "kills": kills(), "language": language(), "vocabulary": vocabulary(),
+              "compiled": compiled(), "nf4": four_bits(), "nf4 errors": errors()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
     return found | {"startup": markdown(table)}
 
@@ -76,7 +76,8 @@ def vocabulary() -> list[tuple[str, ...]]:
     """The most memory of a step of each loss, and its time over the plain one's."""
     found = read("vocabulary")
     shown = {
-        "plain": "all logits at once, as transformers has it", "ours": "ours, a label at every token",
+        "plain": "all logits at once, as transformers has it",
+        "ours": "ours, a label at every token",
         "ours, answers": "ours, labels on a quarter of the tokens",
     }  # fmt: skip
     rows = [("loss", "most held in a step, MiB", "time over the first")]

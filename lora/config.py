@@ -99,9 +99,9 @@ class RunConfig(Generic[C]):
     batch_size: int = 16
     """Examples per optimiser step, over all devices."""
     micro_batch_size: int | None = None
-    """Examples computed at a time on a device, whose gradients add up to the step's. Less needs
-    less memory and changes the result by rounding and the dropout's masks only. Default: its share
-    of batch_size."""
+    """Rows computed at a time on a device, of an example each or packed, whose gradients add up to
+    the step's. Less needs less memory and changes the result by rounding and the dropout's masks
+    only. Default: its share of batch_size."""
     learning_rate: float | None = None
     """Peak rate of AdamW. Default: the method's own (`lora methods` shows it)."""
     weight_decay: float = 0.0

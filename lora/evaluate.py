@@ -20,6 +20,7 @@ from lora.metrics import score
 from lora.tokens import Encoded, ahead, collate, layout, sorted_batches
 
 EVALUATED = 64  # rows at a time
+TOKENS = 2**13  # at a time, with their padding
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def predict(
     model.eval()
     rank, ranks = distributed.rank(), distributed.size()
     found: Tensor | None = None
-    order = sorted_batches(encoded.lengths, batch_size)
+    order = sorted_batches(encoded.lengths, batch_size, TOKENS)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
     apart = replace(encoded, row=None)
     with torch.inference_mode(), autocast(device, dtype):

@@ -37,7 +37,7 @@ from lora.config import RunConfig, method_named
 from lora.data import Corpus
 from lora.distributed import device as device_here
 from lora.errors import ModelError
-from lora.evaluate import EVALUATED, autocast
+from lora.evaluate import EVALUATED, TOKENS, autocast
 from lora.injection import (
     Report,
     build,
@@ -350,7 +350,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     typical = sorted(each, key=lambda shape: shape.size)[len(each) // 2]
     apart = [dataclasses.replace(split, row=None) for n, split in splits.items() if n != "train"]
     evaluated = max(
-        (shape_of(s, rows) for s in apart for rows in sorted_batches(s.lengths, EVALUATED)),
+        (shape_of(s, rows) for s in apart for rows in sorted_batches(s.lengths, EVALUATED, TOKENS)),
         key=lambda shape: shape.size,
     )
     positions, total = sum(shape.positions for shape in each), config.epochs * sum(train.lengths)

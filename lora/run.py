@@ -493,7 +493,7 @@ class Record:
 
     def evaluation(self, step: int, epoch: float, dev: Evaluation) -> Mapping[str, Any]:
         """The training since the last evaluation, and what it has led to."""
-        seen = sum(s["examples"] for s in self.steps)
+        seen = sum(s["targets"] for s in self.steps)
         tokens = sum(s["tokens"] for s in self.steps)
         places = sum(s["tokens"] / (1 - s["padding"]) for s in self.steps)
         self._write(
@@ -501,7 +501,7 @@ class Record:
                 "kind": "evaluation",
                 "step": step,
                 "epoch": epoch,
-                "loss": sum(s["loss"] * s["examples"] for s in self.steps) / seen,
+                "loss": sum(s["loss"] * s["targets"] for s in self.steps) / seen,
                 "first_loss": self.steps[0]["loss"],
                 "seconds": sum(s["seconds"] for s in self.steps),
                 "padding": 1 - tokens / places,

@@ -243,28 +243,44 @@ def batches(
     return found
 
 
-def sorted_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Row numbers in batches by falling length: the order of evaluation."""
+def sorted_batches(lengths: Sequence[int], size: int, tokens: int = sys.maxsize) -> list[list[int]]:
+    """Numbers of examples in batches by falling length, at most so many, and so many tokens with
+    their padding (but one example): the order of evaluation."""
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [order[i : i + size] for i in range(0, len(order), size)]
+    found: list[list[int]] = []
+    while order:
+        most = max(1, min(size, tokens // max(1, lengths[order[0]])))
+        found.append(order[:most])
+        del order[:most]
+    return found
 
 
 def layout(encoded: Encoded, rows: Sequence[int]) -> list[list[int]]:
-    """The examples of each row of a batch: one, or, packed, the longest first, each in the first
-    row that has room for it."""
+    """The examples of each row of a batch: one, or, packed, the longest first, in as few rows as
+    the first with room for each would make, spread over them so that none is the longest by far."""
     if encoded.row is None:
         return [[row] for row in rows]
-    found: list[list[int]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=lambda row: -encoded.lengths[row]):
-        need = encoded.lengths[row]
-        place = next((i for i, left in enumerate(room) if left >= need), len(room))
-        if place == len(room):
-            found.append([])
-            room.append(encoded.row)
-        found[place].append(row)
-        room[place] -= need
-    return found
+    order = sorted(rows, key=lambda row: -encoded.lengths[row])
+    first: list[list[int]] = []
+    for row in order:
+        place = next((some for some in first if _fits(encoded, some, row)), None)
+        if place is None:
+            first.append([row])
+        else:
+            place.append(row)
+    spread: list[list[int]] = [[] for _ in first]
+    for row in order:
+        place = min(spread, key=lambda some: sum(encoded.lengths[other] for other in some))
+        if not _fits(encoded, place, row):
+            return first
+        place.append(row)
+    return spread
+
+
+def _fits(encoded: Encoded, some: Sequence[int], row: int) -> bool:
+    """Whether a row has room for one more example."""
+    assert encoded.row is not None
+    return sum(encoded.lengths[other] for other in (*some, row)) <= encoded.row
 
 
 def collate(

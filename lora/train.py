@@ -54,6 +54,7 @@ class Step:
     learning_rate: float
     gradient_norm: float  # before clipping
     examples: int
+    targets: int  # what the loss is the mean of: examples, or tokens with a label
     tokens: int  # without padding
     padding: float  # share of the batch's positions that are padding
     seconds: float
@@ -144,6 +145,7 @@ def fit(
             learning_rate=rate,
             gradient_norm=norm,
             examples=len(rows),
+            targets=divisor,
             tokens=tokens,
             padding=1 - tokens / positions,
             seconds=time.perf_counter() - started,

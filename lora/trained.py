@@ -232,7 +232,10 @@ def answer(
             if data is None:
                 asked = [conversation(trained, [Message("user", one)], system) for one in prompts]
             else:
-                asked = read_prompts(data)
+                bare = trained.config.template == "none"
+                # A prompt without an answer does not say how it is meant: as those of the run.
+                asked = [one if one.references else replace(one, raw=bare and one.raw)
+                         for one in read_prompts(data)]  # fmt: skip
         texts = answers(trained, asked, writing, adapter, progress)
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(asked):

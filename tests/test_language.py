@@ -433,7 +433,7 @@ def test_a_plan_counts_what_a_decoder_writes(
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert lora("plan", "--base", base, "--data", data, *FLAGS, "--json") == 0
         found.append(json.loads(capsys.readouterr().out))
-    assert [one["largest"][3] for one in found] == [5, 101]
+    assert [one["largest"][3] for one in found] == [6, 102]  # between <s> and </s>
     few, many = (one["memory"][0]["training"]["activations"] for one in found)
     assert many > 4 * few
 
@@ -571,6 +571,8 @@ def test_a_prompt_that_leaves_no_room_is_refused(
 def test_an_empty_prompt_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a tokenizer that puts nothing before a text there is nothing to go on from."""
     base = saved(tmp_path / "base", "gpt2")
+    path = tmp_path / "base" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
     for split in ("train", "dev", "test"):
         data = Path(pairs(tmp_path / f"{split}.jsonl", 8))
         data.write_text(data.read_text() + '{"prompt": "", "completion": "by itself"}\n' * 2)
@@ -622,10 +624,10 @@ def test_preview_is_of_what_training_would_make(
     """Cut where the model's positions end, and T5, which knows no turns, without a template."""
     long = tmp_path / "long.jsonl"
     long.write_text(
-        "".join(json.dumps({"prompt": f"{i}", "completion": "b" * 300}) + "\n" for i in range(20))
+        "".join(json.dumps({"prompt": f"{i}", "completion": "b" * 600}) + "\n" for i in range(20))
     )
     assert lora("data", "preview", "--base", "demo-lm", "--data", long, "--count", 1) == 0
-    assert "--max-length 256 and cut" in capsys.readouterr().out
+    assert "--max-length 512 and cut" in capsys.readouterr().out
     asked = tmp_path / "asked.jsonl"
     asked.write_text(
         "".join(json.dumps({"question": f"{i}?", "answer": "so"}) + "\n" for i in range(20))
