@@ -201,3 +201,28 @@ def test_the_default_rates_are_the_better_ones_of_those_tried() -> None:
     for method, scores in found.items():
         best = max(scores, key=lambda rate: scores[rate])
         assert METHODS[method].learning_rate == float(best), method
+
+
+def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
+    summaries = json.loads((RESULTS / "demo-lm" / "comparison.json").read_text())
+    score = {s["method"]: s["metrics"]["exact_match"] for s in summaries}
+    (base,) = [s["baseline"]["exact_match"] for s in summaries if "baseline" in s]
+    assert score["lora"] - base >= 0.60
+    assert score["lora"] >= score["full"] - 0.05
+    assert len(summaries) == 4
+
+
+def test_logits_are_not_held_as_a_whole() -> None:
+    found = json.loads((RESULTS / "vocabulary.json").read_text())
+    assert found["bytes"]["ours"] < found["logits"] < found["bytes"]["plain"] / 2
+    assert found["ratios"]["ours, answers"]["median"] < 1
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_is_read(path: Path) -> None:
+    config = parse_run(["--config", str(path)])
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert config.data
+    if config.data != ("demo",):
+        assert "lora " in text.partition("\n\n")[0] or "make " in text  # how it is run
