@@ -6,9 +6,9 @@ The model of `make demo-lm` (base demo-lm, random weights, which cost what train
 r = 16, on all linears, on the demonstration's tasks, a batch of 32 texts, float32, AdamW, a linear
 schedule. Each contender is a process on one thread, as the demonstration is, and times its epoch
 from the first step to the last; they take turns, in an order that rotates with the seed. "trainer"
-is Trainer at its defaults with peft: texts in random order, each batch padded to its longest, labels
--100 where the prompt is. "trainer, best" groups texts of a length. "ours, packed" is `--packing`.
-The losses of the last tenth of the steps say that all have learned the same.
+is Trainer at its defaults with peft: texts in random order, each batch padded to its longest,
+labels -100 where the prompt is. "trainer, best" groups texts of a length. "ours, packed" is
+`--packing`. The losses of the last tenth of the steps say that all have learned the same.
 """
 
 from __future__ import annotations

@@ -99,8 +99,8 @@ def _read(
         pairs = tasks.generate(made, split)
         splits[split] = [
             Conversation(
-                (Message("user", f"{prompt}\n"), Message("assistant", answer)), (answer,), name,
-                f"{place}, {split} {number}", raw=True,
+                (Message("user", prompt), Message("assistant", answer)), (answer,), name,
+                f"{place}, {split} {number}",
             )
             for number, (prompt, answer) in enumerate(pairs, 1)
         ]  # fmt: skip

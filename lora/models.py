@@ -399,7 +399,7 @@ def _language() -> Base:
         tokenizer_object=tokenizers.Tokenizer.from_str(language.tokenizer_json()),
         pad_token=pad, bos_token=start, eos_token=end,
         model_max_length=language.ARCHITECTURE["max_position_embeddings"],
-        clean_up_tokenization_spaces=False,
+        clean_up_tokenization_spaces=False, chat_template=language.TEMPLATE,
     )  # fmt: skip
     return Base(model.eval(), tokenizer, ())
 

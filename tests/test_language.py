@@ -639,6 +639,25 @@ def test_preview_is_of_what_training_would_make(
     assert "U│s│e│r" not in shown
 
 
+def test_a_made_task_is_asked_as_it_was_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--base", "demo-lm", "--data", "tasks/copy", "--method", "full", "--max-length", 64)
+    assert lora("data", "preview", *flags[:4], "--count", 1) == 0
+    shown = capsys.readouterr().out
+    assert "masked  <s>│c│o│p│y│:│ │" in shown
+    run = tmp_path / "run"
+    more = ("--limit", 8, "--epochs", 1, "--max-new-tokens", 8)
+    assert lora("train", *flags, *more, "--run-dir", run) == 0
+    first = lines(run / "predictions.jsonl")[0]
+    prompt = first["messages"][0]["content"]
+    assert first["references"] == [prompt.removeprefix("copy: ")]
+    capsys.readouterr()
+    assert lora("generate", run, "--prompt", prompt, prompt) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prediction"] for row in rows] == [first["prediction"]] * 2
+
+
 def test_the_demos_tokenizer_is_of_bytes() -> None:
     tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
     text = "Ünï 漢字\n\t x  y"

@@ -9,6 +9,11 @@ from __future__ import annotations
 import json
 
 SPECIAL = ("<pad>", "<s>", "</s>")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
+)
+"""A line for each message but the answer, which the end token closes."""
 
 # What LlamaConfig takes besides its defaults.
 ARCHITECTURE = {
