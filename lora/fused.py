@@ -18,6 +18,7 @@ derivatives are all there are: a second backward is a TrainingError.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -383,35 +384,40 @@ class _Whole(torch.autograd.Function):
                     A0, B0 = u.start
                     merged.append(torch.add(W, B @ A - B0 @ A0, alpha=u.scaling))
                 ys.append(F.linear(rows, merged[-1], None if u.b is None else u.b.to(x.dtype)))
+            needs_A, needs_B = any(ctx.needs_input_grad[3::3]), any(ctx.needs_input_grad[4::3])
+            # Under LoRA-FA h is kept, which is thin, and no input.
+            h = rows @ _stacked([u.A for u in updates], 0).t() if needs_B and not needs_A else None
         factors = [(u.A, u.B) for u in updates]
-        _save(ctx, x, x.dtype, None, (x,), merged, *factors)
+        _save(ctx, x, x.dtype, None, (x if needs_A else None, h), merged, *factors)
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _once()
-        _, ((x,), merged, *factors) = _saved(ctx)
+        _, ((x, h), merged, *factors) = _saved(ctx)
         needs_x, _, *needs = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * len(needs)  # of b, A and B, layer by layer
-        gx, rows = None, _rows(x)
-        with without_autocast(x):
-            h = rows @ _stacked([A for A, _ in factors], 0).t()
-            hs = torch.split(h, [len(A) for A, _ in factors], 1)
+        gx, rows, ranks = None, None if x is None else _rows(x), [len(A) for A, _ in factors]
+        with without_autocast(merged[0]):
+            if rows is not None:
+                h = rows @ _stacked([A for A, _ in factors], 0).t()
             ghs: list[Tensor] = []
-            for i, (g, own) in enumerate(zip(grads, hs, strict=True)):
+            for i, g in enumerate(grads):
                 _, B = factors[i]
-                ghs.append(torch.zeros_like(own) if g is None else g @ B)
                 if g is None:
+                    ghs.append(B.new_zeros(math.prod(ctx.shape[:-1]), ranks[i]))
                     continue
+                ghs.append(g @ B)
                 if needs[3 * i]:
                     found[3 * i] = g.sum(0)
                 if needs[3 * i + 2]:
-                    found[3 * i + 2] = ctx.scalings[i] * _summed(g, own)
+                    found[3 * i + 2] = ctx.scalings[i] * _summed(g, torch.split(h, ranks, 1)[i])
                 if needs_x:
                     gx = g @ merged[i] if gx is None else gx.addmm_(g, merged[i])
-            gA = torch.split(_summed(_stacked(ghs, 1), rows), [len(A) for A, _ in factors])
-        for i, g in enumerate(grads):
-            found[3 * i + 1] = None if g is None else ctx.scalings[i] * gA[i]
+            if rows is not None:
+                parts = torch.split(_summed(_stacked(ghs, 1), rows), ranks)
+                for i, (g, part) in enumerate(zip(grads, parts, strict=True)):
+                    found[3 * i + 1] = None if g is None else ctx.scalings[i] * part
         return None if gx is None else gx.view(ctx.shape), None, *found
 
 
@@ -425,7 +431,6 @@ def _small(x: Tensor, updates: Sequence[Update]) -> bool:
     return compute_dtype(x) == dtype and all(
         u.A.dtype == u.B.dtype == dtype != torch.bfloat16 != torch.float16
         and (u.view.packed or u.view.dtype == dtype)
-        and u.A.requires_grad
         and SMALL * u.view.in_features * u.view.out_features
         <= tokens * (u.view.in_features + u.view.out_features)
         for u in updates

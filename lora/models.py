@@ -438,8 +438,8 @@ def _check_place(base: str) -> None:
 
 
 def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
-    """Raise ModelError where the tokenizer lacks a token that the task needs, or has more than the
-    model. Many that write text have no pad token: theirs for the end serves."""
+    """Raise ModelError where the tokenizer lacks a token that the task needs, or for texts has more
+    than the model. Many that write text have no pad token: theirs for the end serves."""
     if task == "text" and tokenizer.eos_token_id is None:
         raise ModelError(
             f"--base {base}: its tokenizer has no end token, so that an answer would never end. Set"
@@ -452,6 +452,8 @@ def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
             f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
             " tokenizer_config.json."
         )
+    if task != "text":
+        return
     most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
     if most >= rows:
         raise ModelError(

@@ -134,7 +134,7 @@ def nodes(y: Tensor) -> set[str]:
     return {node.name() for node in seen}
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"use_lorafa": True}])
 def test_both_ways_of_a_low_rank_are_one_equation(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +155,8 @@ def test_both_ways_of_a_low_rank_are_one_equation(
         }
         y.square().sum().backward()
         grads = [p.grad for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():  # as it is when nothing trains
+            assert torch.equal(model.requires_grad_(False)(inputs_embeds=embedded).logits, y)
         found.append([y.detach(), embedded.grad, *grads])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
@@ -172,7 +174,9 @@ def test_a_weight_is_merged_where_it_is_small_and_loses_nothing(
     assert ("_WholeBackward" in nodes(y)) == whole
 
 
-def test_lora_fa_keeps_no_input() -> None:
+@pytest.mark.parametrize("small", [0, math.inf])
+def test_lora_fa_keeps_no_input(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SMALL", small)
     layer = adapted(use_lorafa=True)[0]
     x = torch.randn(64, 12, requires_grad=True)
     assert not [t for t in saved_by(lambda: layer(x)) if t.shape == (64, 12)]
