@@ -226,3 +226,12 @@ def test_every_recipe_is_read(path: Path) -> None:
     assert config.data
     if config.data != ("demo",):
         assert "lora " in text.partition("\n\n")[0] or "make " in text  # how it is run
+
+
+def test_the_e2e_recipe_takes_a_small_model_as_it_says() -> None:
+    path = ROOT / "recipes" / "gpt2-e2e.toml"
+    text = path.read_text(encoding="utf-8")
+    flags = text.partition("gpt2-e2e.toml --base")[2].partition("\nbase")[0]
+    words = ("--base" + flags).replace("\\\n#", " ").split()
+    config = parse_run(["--config", str(path), *words])
+    assert (config.base, config.method, config.max_length) == ("demo-lm", "full", 512)
