@@ -235,3 +235,9 @@ def test_the_e2e_recipe_takes_a_small_model_as_it_says() -> None:
     words = ("--base" + flags).replace("\\\n#", " ").split()
     config = parse_run(["--config", str(path), *words])
     assert (config.base, config.method, config.max_length) == ("demo-lm", "full", 512)
+
+
+def test_e2e_is_as_the_page_says() -> None:
+    found = json.loads((RESULTS / "e2e" / "summary.json").read_text())["summary"]["metrics"]
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    assert f"at BLEU {found['bleu']:.1f} and ROUGE-L {100 * found['rougeL']:.1f} against" in page
