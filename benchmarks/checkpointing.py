@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import memory, step
 from benchmarks.machine import write
@@ -62,11 +60,7 @@ def peak(model: Any) -> int:
     ids = torch.randint(1, 1000, (memory.ROWS, memory.LENGTH))
     for parameter in model.parameters():  # there from the second step on
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        model(input_ids=ids).logits.float().square().mean().backward()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events))
+    return memory.most_held(lambda: model(input_ids=ids).logits.float().square().mean().backward())
 
 
 def measure_memory() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,15 @@ def kept(model: Any) -> int:
         if event.name() == "[memory]":
             total += event.nbytes()
     return total - logits.numel() * logits.element_size()
+
+
+def most_held(step: Callable[[], Any]) -> int:
+    """The most bytes that the allocator holds at any moment of a step, above those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
 
 
 def main() -> None:

@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 
 import lora
 from benchmarks.machine import write
+from benchmarks.memory import most_held
 from benchmarks.turns import median, ratio, shown, take_turns
 from lora.losses import batch_loss
 from lora.scratch import keep_freed_memory
@@ -61,16 +60,6 @@ def contenders(found: Any) -> dict[str, Callable[[], None]]:
     }
 
 
-def peak(step: Callable[[], None]) -> int:
-    """The most bytes held in a step above those before."""
-    step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events))
-
-
 def timed(step: Callable[[], None]) -> Callable[[], float]:
     def took() -> float:
         started = time.perf_counter()
@@ -87,7 +76,9 @@ def main() -> None:
     given = flags.parse_args()
     keep_freed_memory()
     steps = contenders(model())
-    memory = {name: peak(step) for name, step in steps.items()}
+    for step in steps.values():
+        step()  # gradients and what is made once are there from the second on
+    memory = {name: most_held(step) for name, step in steps.items()}
     rounds = take_turns({n: timed(s) for n, s in steps.items()}, 3 if given.quick else 11)
     ratios = {name: ratio(rounds, name, "plain") for name in steps}
     logits = ROWS * LENGTH * VOCABULARY * 4

@@ -74,7 +74,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
     )
 
 
-def read_texts(source: str, split: str | None, limit: int | None = None) -> tuple[Corpus, str]:
+def read_texts(source: str, split: str | None) -> tuple[Corpus, str]:
     """Conversations to score a trained model on, as the corpus's split of the name returned."""
     name, place = named(source)
     if place.startswith(MADE):
@@ -83,7 +83,7 @@ def read_texts(source: str, split: str | None, limit: int | None = None) -> tupl
         found = splits[there]
     else:
         found, there, _ = conversations.read_split(place, name, split)
-    held = {one: tuple(found[:limit]) if one == there else () for one in SPLITS}
+    held = {one: tuple(found) if one == there else () for one in SPLITS}
     parts = held["train"], held["dev"], held["test"]
     return Corpus(source, "text", (), *parts, tasks=(name,)), there
 
@@ -113,8 +113,8 @@ def metrics_of(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str
     for name, place in map(named, config.data):
         if place.startswith(MADE):
             metric = tasks.TASKS[place.removeprefix(MADE)].metric
-            found[name] = {"exact_match": tasks.exact, metric.__name__: metric}
-            found[name].pop("exact", None)
+            own = {} if metric is tasks.exact else {metric.__name__: metric}
+            found[name] = {"exact_match": tasks.exact, **own}
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from architectures import CAUSAL, SEQUENCES, build
 from torch import Tensor, nn
 
 import lora
+from benchmarks.memory import most_held
 from lora import losses
 from lora.errors import ModelError
 from lora.losses import batch_loss, check_language, token_scores
@@ -117,8 +117,6 @@ def test_the_models_forward_is_its_own_again() -> None:
 
 def test_logits_are_never_there_as_a_whole() -> None:
     """Peak memory at 128 k tokens of vocabulary, above what the model and its gradient take."""
-    from torch.profiler import ProfilerActivity, profile
-
     torch.manual_seed(0)
     make, config = CAUSAL["llama"]
     shape = config()
@@ -128,10 +126,7 @@ def test_logits_are_never_there_as_a_whole() -> None:
     model.get_input_embeddings().register_forward_hook(lambda m, a, y: y.requires_grad_())
     ids = torch.arange(2048).view(4, 512)
     positions = {"position_ids": torch.arange(64).repeat(8)[None]}
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        targets = torch.stack([ids.flatten(), ids.flatten() + 1])
-        batch_loss(model, {"input_ids": ids, **positions}, targets, "text").backward()
-    events = seen.profiler.kineto_results.events()  # type: ignore[union-attr]
-    sizes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    most = max(itertools.accumulate(size for _, size in sorted(sizes)))
+    targets = torch.stack([ids.flatten(), ids.flatten() + 1])
+    batch = {"input_ids": ids, **positions}
+    most = most_held(lambda: batch_loss(model, batch, targets, "text").backward())
     assert most < 2048 * 131_072 * 4 / 2  # a half of the logits in float32
