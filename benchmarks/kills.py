@@ -12,7 +12,6 @@ kills fell into the writing of a checkpoint is counted by what they left.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write
+from lora.checkpoint import json_lines
 
 
 def files(run: Path) -> dict[str, Any]:
     """What the end of a run has to be equal in."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [*json_lines((run / "metrics.jsonl").read_bytes())]
     return {
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
         "predictions": (run / "predictions.jsonl").read_bytes(),

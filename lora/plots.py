@@ -14,7 +14,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from lora.checkpoint import json_object, write_together
+from lora.checkpoint import json_lines, write_together
 from lora.errors import RunError
 from lora.trained import summary_of
 
@@ -34,8 +34,7 @@ def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, 
     steps, epochs = [], []
     try:
         # What follows the last line break was cut off in the writing.
-        for line in text[: text.rfind(b"\n") + 1].splitlines():
-            row = json_object(line)
+        for row in json_lines(text[: text.rfind(b"\n") + 1]):
             if row["kind"] == "step":
                 counts = {key: int(row[key]) for key in ("step", "epoch")}
                 steps.append({**counts, "loss": float(row["loss"])})

@@ -45,7 +45,7 @@ from rich.progress import (
 
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
-from lora.checkpoint import json_object, load, save, write_together, write_whole
+from lora.checkpoint import json_lines, json_object, load, save, write_together, write_whole
 from lora.config import TEMPLATES, RunConfig, from_table, method_named, placed, read_toml, to_table
 from lora.data import Corpus
 from lora.errors import (
@@ -551,7 +551,7 @@ def recorder(directory: Path, mark: Sequence[Any], log: trackers.Log) -> Iterato
         written = path.read_bytes()[:length] if length else b""
         if hashlib.sha256(written).hexdigest() != digest:
             raise ValueError("it is not as it was at its checkpoint")
-        record = Record(None, [json_object(line) for line in written.splitlines()], log)
+        record = Record(None, [*json_lines(written)], log)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} is damaged: {reason}. Bring it back, or run anew.") from None

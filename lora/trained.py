@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lora import distributed, nf4, state
 from lora.adapter import is_number
-from lora.checkpoint import CONFIG, json_object, load
+from lora.checkpoint import CONFIG, json_lines, json_object, load
 from lora.config import RunConfig, method_named
 from lora.conversations import Conversation, Message, from_row, read_prompts
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
@@ -341,8 +342,11 @@ def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> s
 def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
     """The first texts that the run answered, as one batch; before its end, a text."""
     path = directory / "predictions.jsonl"
-    whole = path.read_text(encoding="utf-8") if path.is_file() else ""
-    rows = [json_object(line) for line in whole.splitlines()[:8]] or [{"text": "a", "prompt": "a"}]
+    written = path.read_bytes() if path.is_file() else b""
+    try:
+        rows = [*islice(json_lines(written), 8)] or [{"text": "a", "prompt": "a"}]
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Remove it, and merge again.") from None
     config, corpus = trained.config, Corpus(str(path), trained.config.task, (), (), (), ())
     if config.task == "text":
         asked = [one for row in rows for one in from_row(row, str(path), answered=False)]

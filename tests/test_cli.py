@@ -18,6 +18,7 @@ from conftest import ROOT
 
 import lora.methods
 from lora.adapter import METHODS
+from lora.checkpoint import json_lines
 from lora.cli import VERBS, main
 
 REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
@@ -227,6 +228,33 @@ def test_merge_writes_a_plain_model(
     assert lora("merge", run, "--output", out, *how) == 2
     assert "exists: no model is written over" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"data", "run", "out"}
+
+
+BREAKS = ("\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c")
+"""What str.splitlines() cuts at besides \\n and \\r."""
+
+
+def test_texts_with_unicode_line_breaks_train_merge_and_score(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, run = tmp_path / "data", tmp_path / "run"
+    data(folder)
+    for path in folder.iterdir():
+        rows = path.read_text("utf-8").split("\n")
+        some = [row.replace(" film", f"{BREAKS[i % 6]}film") for i, row in enumerate(rows)]
+        path.write_text("\n".join(some), "utf-8")
+    given = ("--base", base, "--data", folder, "--run-dir", run, "--r", 2, "--epochs", 1)
+    assert lora("train", *given) == 0
+    kept = [row["text"] for row in json_lines((run / "predictions.jsonl").read_bytes())]
+    assert len(kept) == 24
+    assert {mark for mark in BREAKS if any(mark in text for text in kept)} == {*BREAKS}
+    assert lora("merge", run, "--output", tmp_path / "out") == 0
+    assert lora("plot", run) == 0
+    capsys.readouterr()
+    assert lora("eval", "--predictions", run / "predictions.jsonl") == 0
+    again = dict(line.split() for line in capsys.readouterr().out.split("\n") if line)
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    assert again == {name: f"{value:.4f}" for name, value in metrics.items()}
 
 
 def test_dequantize_is_of_a_packed_base(

@@ -371,6 +371,18 @@ def test_merging_leaves_a_plain_language_model(
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
+def test_answers_with_unicode_line_breaks_merge(base: str, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{i % 9} is\u2028", "completion": f" number\u2029{i}\u0085."} for i in range(24)
+    ]
+    path, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    flags = ("--base", base, "--data", path, *FLAGS, "--epochs", 1, "--run-dir", run)
+    assert lora("train", *flags) == 0
+    assert "\u2028" in (run / "predictions.jsonl").read_text("utf-8")
+    assert lora("merge", run, "--output", tmp_path / "plain") == 0
+
+
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_an_encoder_and_a_decoder_learn_answers(name: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base", name)
