@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -34,9 +33,13 @@ from lora.errors import ConfigError, MergeError
 from lora.fused import Update, autocast_on, unseen, without_autocast
 from lora.layers import View, apply, in_pieces, views
 from lora.nf4 import NF4
+from lora.patterns import BLOCKS, check_pattern
 from lora.siblings import plain, reading_of
 
 METHODS: dict[str, type[Method]] = {}
+
+LARGEST = 2**31 - 1  # of a whole number in a setting: what counts or sizes can be
+MOST_ENTRIES = 50_000  # of a list or a table of layers' names
 
 SHORTHANDS = ("all-linear", "attention")
 """Words that target_modules takes for layers' names; what they mean is targets.py's."""
@@ -59,17 +62,6 @@ def is_number(value: object) -> bool:
         return False
 
 
-def check_pattern(field: str, text: object) -> None:
-    """Raise ConfigError where a text is no regular expression."""
-    try:
-        re.compile(text)  # type: ignore[call-overload]
-    except (re.error, OverflowError, RecursionError, TypeError) as error:
-        flag = "--" + field.replace("_", "-")
-        raise ConfigError(
-            f"{field}={str(text)[:80]!r} is no regular expression: {error}. Set {flag}."
-        ) from None
-
-
 def names_tuple(field: str, value: object) -> tuple[str, ...]:
     """A list or tuple of non-empty strings, as a tuple without repeats."""
     good = isinstance(value, list | tuple | set | frozenset) and all(
@@ -77,14 +69,25 @@ def names_tuple(field: str, value: object) -> tuple[str, ...]:
     )
     check(field, value, "a list of module names", good)
     assert isinstance(value, list | tuple | set | frozenset)
+    check_count(field, len(value))
     ordered = sorted(value) if isinstance(value, set | frozenset) else value
     return tuple(dict.fromkeys(ordered))
 
 
-def whole_number(field: str, value: object, least: int = 1) -> None:
-    """Raise ConfigError unless the value is an int of at least `least`."""
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    check(field, value, f"a whole number of at least {least}", good)
+def check_count(field: str, count: int) -> None:
+    """Raise ConfigError if a file lists more than any model has layers: each entry is compared with
+    each layer's name."""
+    if count > MOST_ENTRIES:
+        raise ConfigError(f"{field} has {count:,} entries, at most {MOST_ENTRIES:,} are read.")
+
+
+def whole_number(field: str, value: object, least: int = 1, most: int = LARGEST) -> None:
+    """Raise ConfigError unless the value is an int from `least` to `most`."""
+    good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    above = isinstance(value, int) and value > most
+    limit = f", and at most {most:,}" if above else ""
+    shown = f"one of {value.bit_length()} bits" if isinstance(value, int) and above else value
+    check(field, shown, f"a whole number of at least {least}{limit}", good)
 
 
 def positive(field: str, value: object) -> None:
@@ -167,7 +170,7 @@ class AdapterConfig(PartialConfig):
         lists = (lists,) if isinstance(lists, str) else names_tuple("layers_pattern", lists)
         object.__setattr__(self, "layers_pattern", lists)
         for one in lists:
-            check_pattern("layers_pattern", one)
+            check_pattern("layers_pattern", one, BLOCKS)
         listed = self.target_modules in SHORTHANDS or not isinstance(self.target_modules, str)
         check("layers_to_transform", layers, "left out beside a pattern", listed or not layers)
         check("layers_pattern", lists, "beside layers_to_transform", bool(layers) or not lists)

@@ -38,6 +38,7 @@ from lora.adapter import (
     METHODS,
     SHORTHANDS,
     AdaptedLayer,
+    Adapter,
     AdapterConfig,
     Method,
     MethodConfig,
@@ -78,6 +79,7 @@ PREFIX = ROOT + "model."
 MARK = "lora_from_scratch"
 
 LARGEST_JSON = 64 * 2**20  # bytes
+LARGEST_UNFILED = 2**24  # numbers that a config may state beyond 64 times what its file holds
 
 # Keys of PEFT's config that never change what a saved adapter computes.
 INERT = {
@@ -358,6 +360,7 @@ def load(
     check_mix(model, name, planned)
     if trainable:
         check_statistics(model, planned)
+    check_size(folder, model, planned, stored)
     parts = build(model, planned)
     wanted = tensors(model, planned, parts)
     check_fit(folder, stored, wanted)
@@ -628,6 +631,25 @@ def _as_peft_means(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         target_modules=met(config.target_modules, free) or config.target_modules,
         exclude_modules=excluded,
     )
+
+
+def check_size(folder: Path, model: nn.Module, planned: Plan, stored: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if the config states adapters so much larger than the file that they
+    are not worth making to be compared with it."""
+    if not issubclass(planned.method, Adapter):
+        return
+    modules = dict(walk(model))
+    layers = {id(modules[name]): name for name in planned.targets if name not in planned.further}
+    stated = sum(
+        planned.method.size(views(modules[name])[0], planned.config, name)
+        for name in layers.values()
+    )
+    held = sum(tensor.numel() for tensor in stored.values())
+    if stated > LARGEST_UNFILED + 64 * held:
+        raise CheckpointError(
+            f"{folder / CONFIG} states adapters of {stated:,} numbers, and {WEIGHTS} holds"
+            f" {held:,}. Copy both files again from where they were saved."
+        )
 
 
 def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

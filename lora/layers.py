@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.errors import TargetError
+from lora.patterns import compiled
 
 
 @dataclass(frozen=True)
@@ -160,5 +160,5 @@ def inside(name: str, whole: str) -> bool:
 def fits(name: str, entries: str | tuple[str, ...]) -> bool:
     """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
     if isinstance(entries, str):
-        return re.fullmatch(entries, name) is not None
+        return compiled(entries).fullmatch(name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in entries)

@@ -28,6 +28,7 @@ from lora.adapter import (
 )
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, backbone, fits, inside, kind
+from lora.patterns import BLOCKS, compiled
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
 _BERT = ("query", "key", "value", "attention.output.dense", "crossattention.output.dense")
@@ -159,7 +160,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
 def _block(name: str, config: AdapterConfig) -> int | None:
     """The number of the block that a layer is in: the first one in its name."""
     for pattern in config.layers_pattern or (r"[^.]*",):
-        match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name)
+        match = compiled(pattern, BLOCKS).match(name)
         if match:
             return int(match.groups()[-1])
     return None

@@ -140,7 +140,7 @@ def test_what_does_not_fit_is_named_and_the_model_left_alone(settings, kind, mat
 @pytest.mark.parametrize(
     ("method", "settings", "match"),
     [
-        ("vera", {"projection_prng_key": 10**30}, "below 2"),
+        ("vera", {"projection_prng_key": 10**30}, "at most 9,223"),
         ("vera", {"d_initial": 10**30}, "a million at most"),
         ("vera", {"save_projection": "no"}, "true or false"),
         ("ia3", {"feedforward_modules": "(" * 2000}, "no regular expression"),

@@ -37,7 +37,7 @@ from lora.adapter import (
     Adapter,
     AdapterConfig,
     check,
-    check_pattern,
+    check_count,
     forward,
     positive,
     probability,
@@ -47,6 +47,7 @@ from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
 from lora.nf4 import NF4, dequantize
+from lora.patterns import ENDING, check_pattern, compiled
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -91,9 +92,10 @@ class LowRankConfig(AdapterConfig):
         for name, check_value in (("rank_pattern", whole_number), ("alpha_pattern", positive)):
             pattern = getattr(self, name)
             check(name, pattern, "a mapping of layers' names", isinstance(pattern, Mapping))
+            check_count(name, len(pattern))
             for key, value in pattern.items():
                 check_value(f"{name} of {key}", value)
-                check_pattern(name, key)
+                check_pattern(name, key, ENDING)
             kind = int if name == "rank_pattern" else float
             object.__setattr__(self, name, {key: kind(value) for key, value in pattern.items()})
         init: object = self.init_lora_weights
@@ -113,7 +115,7 @@ class LowRankConfig(AdapterConfig):
 def pick(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value for a layer's name: of the first key that fits it, or a dotted ending of it."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if compiled(key, ENDING).match(module):
             return value
     return default
 

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter, AdapterConfig, check_pattern, names_tuple
+from lora.adapter import Adapter, AdapterConfig, names_tuple
 from lora.dropout import Mask
 from lora.errors import TargetError
 from lora.layers import View, fits
+from lora.patterns import check_pattern
 
 
 @dataclass(frozen=True, kw_only=True)

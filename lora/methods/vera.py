@@ -37,9 +37,8 @@ class VeRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         whole_number("r", self.r)
-        whole_number("projection_prng_key", self.projection_prng_key, least=0)
-        key, start = self.projection_prng_key, self.d_initial
-        check("projection_prng_key", key, "below 2**63", key < 2**63)
+        whole_number("projection_prng_key", self.projection_prng_key, least=0, most=2**63 - 1)
+        start = self.d_initial
         small = is_number(start) and 0 < abs(start) <= 1e6
         check("d_initial", start, "a number other than 0, of a million at most", small)
         probability("vera_dropout", self.vera_dropout)
