@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -28,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from lora import fused
+from lora.declared import declared, fitted, words
+from lora.declared import is_number as is_number
 from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError
 from lora.fused import Update, autocast_on, unseen, without_autocast
@@ -50,16 +51,6 @@ def check(field: str, value: object, wanted: str, good: bool) -> None:
     if not good:
         flag = "--" + field.replace("_", "-")
         raise ConfigError(f"{field} must be {wanted}, found {value!r}. Set {flag}.")
-
-
-def is_number(value: object) -> bool:
-    """True for an int or a finite float; bool is no number here."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int past the range of a float
-        return False
 
 
 def names_tuple(field: str, value: object) -> tuple[str, ...]:
@@ -95,6 +86,13 @@ def positive(field: str, value: object) -> None:
     check(field, value, "a positive number", is_number(value) and value > 0)  # type: ignore[operator]
 
 
+def strength(field: str, value: object) -> None:
+    """Raise ConfigError unless the value can scale an update: beyond a million what it gives would
+    leave the range of float32."""
+    good = is_number(value) and 0 < value <= 1e6  # type: ignore[operator]
+    check(field, value, "a positive number of a million at most", good)
+
+
 def probability(field: str, value: object) -> None:
     """Raise ConfigError unless the value is a dropout's probability."""
     check(field, value, "a number with 0 <= p < 1", is_number(value) and 0 <= value < 1)  # type: ignore[operator]
@@ -112,10 +110,12 @@ class MethodConfig:
     """Fields that a save fills, and no user."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type in ("bool", bool):
-                value = getattr(self, field.name)
-                check(field.name, value, "true or false", isinstance(value, bool))
+        for name, kind in declared(type(self)).items():
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, fitted(value, kind))
+            except TypeError:
+                check(name, value, words(kind), False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +147,10 @@ class AdapterConfig(PartialConfig):
     """Names of the lists that the blocks are numbered in, such as layers or h. Default: any."""
 
     def __post_init__(self) -> None:
+        for field in ("layers_to_transform", "layers_pattern"):
+            value = getattr(self, field)
+            if isinstance(value, int | str):  # PEFT takes one without its list
+                object.__setattr__(self, field, (value,))
         super().__post_init__()
         for field in ("target_modules", "exclude_modules"):
             value = getattr(self, field)
@@ -161,13 +165,11 @@ class AdapterConfig(PartialConfig):
                 # One name after a flag arrives as a tuple; the word and not the name is meant.
                 short = len(names) == 1 and names[0] in SHORTHANDS
                 object.__setattr__(self, field, names[0] if short else names)
-        layers: Any = self.layers_to_transform
-        layers = (layers,) if isinstance(layers, int) else layers
-        good = isinstance(layers, list | tuple) and all(type(n) is int and n >= 0 for n in layers)
+        layers = tuple(dict.fromkeys(self.layers_to_transform))
+        good = min(layers, default=0) >= 0
         check("layers_to_transform", layers, "numbers of blocks, from 0", good)
-        object.__setattr__(self, "layers_to_transform", tuple(dict.fromkeys(layers)))
-        lists: Any = self.layers_pattern
-        lists = (lists,) if isinstance(lists, str) else names_tuple("layers_pattern", lists)
+        object.__setattr__(self, "layers_to_transform", layers)
+        lists = names_tuple("layers_pattern", self.layers_pattern)
         object.__setattr__(self, "layers_pattern", lists)
         for one in lists:
             check_pattern("layers_pattern", one, BLOCKS)

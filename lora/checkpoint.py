@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import safetensors
@@ -266,7 +267,9 @@ def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
 
 
 def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings that change what the saved adapter computes, as read back."""
+    """SHA-256 of the settings that change what the saved adapter computes, as read back: 8 and 8.0
+    are the same number."""
+    settings = _as_int(settings)
     config = read_config(method, settings, Path())
     # Of the fields those that the file states: a field that comes later leaves old files good.
     values = {k: v for k, v in config_fields(config).items() if k in settings}
@@ -547,6 +550,12 @@ def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
     """The one method whose equation the file states."""
     if "peft_type" not in settings:
         raise CheckpointError(f"{folder / CONFIG} has no peft_type: not an adapter's config.")
+    for key in sorted({key for method in METHODS.values() for key in method.states}):
+        if not isinstance(settings.get(key), bool | NoneType):
+            raise CheckpointError(
+                f"{folder / CONFIG}: {key} must be true or false, found {settings[key]!r}. Mend it"
+                " there."
+            )
     found = [method for method in METHODS.values() if method.matches(settings)]
     if len(found) != 1:
         known = ", ".join(sorted({method.peft_type for method in METHODS.values()}))

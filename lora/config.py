@@ -26,6 +26,7 @@ import tyro
 import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import METHODS, Method, MethodConfig, check, is_number, positive, whole_number
 from lora.checkpoint import settings_of
+from lora.declared import declared, is_list
 from lora.errors import ConfigError
 
 Task = Literal["auto", "classification", "regression", "text"]
@@ -242,7 +243,13 @@ def method_named(name: Any) -> type[Method]:
         raise ConfigError(
             f"--method {name!r} is unknown. Found: {', '.join(sorted(NAMES))}. Run lora methods."
         )
-    return METHODS[NAMES[name][0]]
+    method = METHODS[NAMES[name][0]]
+    if both := {*declared(method.Config)} & ({*declared(RunConfig)} - {"settings"}):
+        raise ConfigError(
+            f"{method.Config.__name__} has a field {min(both)}, which is a flag of every run."
+            " Rename the field."
+        )
+    return method
 
 
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
@@ -307,7 +314,7 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     What tyro itself refuses it reports on stderr, and leaves by SystemExit 2; --help by 0.
     """
     kinds = [get_origin(kind) or kind, *(method.Config for method in METHODS.values())]
-    lists = {f"--{field.name}" for one in kinds for field in fields(one) if "tuple" in field.type}
+    lists = {f"--{name}" for one in kinds for name, its in declared(one).items() if is_list(its)}
     given = Counter(argument.partition("=")[0].replace("-", "_") for argument in arguments)
     for flag in sorted(lists):  # of a list the last would win, the others go in silence
         if given[flag.replace("-", "_")] > 1:
@@ -410,10 +417,10 @@ def value_of(arguments: Sequence[str], flag: str) -> str | None:
 def _plain_name_is_a_name(settings: MethodConfig) -> MethodConfig:
     """One plain word after --target-modules is a name; a string in the config is a pattern."""
     plain = {
-        field.name: (value,)
-        for field in fields(settings)
-        if str(field.type).startswith("str | tuple[str")
-        and isinstance(value := getattr(settings, field.name), str)
+        name: (value,)
+        for name, kind in declared(type(settings)).items()
+        if is_list(kind)
+        and isinstance(value := getattr(settings, name), str)
         and re.fullmatch(r"[\w.]+", value)
     }
     return replace(settings, **plain)

@@ -16,7 +16,7 @@ import lora
 # Each room may import from those above it, and from its own line.
 LADDER = [
     {"errors"},
-    {"patterns", "scratch"},
+    {"patterns", "scratch", "declared"},
     {"layers"},
     {"dropout"},
     {"fused"},
@@ -43,6 +43,7 @@ CORE = {
     "patterns",
     "layers",
     "scratch",
+    "declared",
     "dropout",
     "fused",
     "nf4",

@@ -27,7 +27,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ from lora.adapter import (
     forward,
     positive,
     probability,
+    strength,
     whole_number,
 )
 from lora.dropout import Mask, drop
@@ -84,31 +85,26 @@ class LowRankConfig(AdapterConfig):
     """LoRA+: B trains at this multiple of the learning rate (arXiv:2402.12354; there 16)."""
 
     def __post_init__(self) -> None:
+        init: Any = self.init_lora_weights
+        if init is True:  # as PEFT writes the default
+            object.__setattr__(self, "init_lora_weights", "default")
         super().__post_init__()
         whole_number("r", self.r)
-        positive("lora_alpha", self.lora_alpha)
-        object.__setattr__(self, "lora_alpha", float(self.lora_alpha))
+        strength("lora_alpha", self.lora_alpha)
         probability("lora_dropout", self.lora_dropout)
-        for name, check_value in (("rank_pattern", whole_number), ("alpha_pattern", positive)):
+        for name, check_value in (("rank_pattern", whole_number), ("alpha_pattern", strength)):
             pattern = getattr(self, name)
-            check(name, pattern, "a mapping of layers' names", isinstance(pattern, Mapping))
             check_count(name, len(pattern))
             for key, value in pattern.items():
                 check_value(f"{name} of {key}", value)
                 check_pattern(name, key, ENDING)
-            kind = int if name == "rank_pattern" else float
-            object.__setattr__(self, name, {key: kind(value) for key, value in pattern.items()})
-        init: object = self.init_lora_weights
-        if init is True:  # as PEFT writes the default
-            init = "default"
-            object.__setattr__(self, "init_lora_weights", init)
-        good = isinstance(init, str) and re.fullmatch(
+        init = self.init_lora_weights
+        good = re.fullmatch(
             "default|gaussian|pissa(_niter_[1-9][0-9]*)?|olora|eva|lora_ga|loftq(_[1-9][0-9]*)?",
             init,
         )
         wanted = "default, gaussian, pissa, pissa_niter_N, olora, eva, lora_ga, loftq or loftq_N"
         check("init_lora_weights", init, wanted, bool(good))
-        check("bias", self.bias, "one of " + ", ".join(get_args(Bias)), self.bias in get_args(Bias))
         positive("loraplus_lr_ratio", self.loraplus_lr_ratio)
 
 

@@ -15,8 +15,8 @@ from lora.adapter import (
     AdapterConfig,
     check,
     is_number,
-    positive,
     probability,
+    strength,
     whole_number,
 )
 from lora.dropout import Mask, drop
@@ -70,8 +70,7 @@ class AdaLoRAConfig(AdapterConfig):
         for name in ("tinit", "tfinal"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name), least=0)
-        positive("lora_alpha", self.lora_alpha)
-        object.__setattr__(self, "lora_alpha", float(self.lora_alpha))
+        strength("lora_alpha", self.lora_alpha)
         probability("lora_dropout", self.lora_dropout)
         for name in ("beta1", "beta2"):
             beta = getattr(self, name)
@@ -80,12 +79,6 @@ class AdaLoRAConfig(AdapterConfig):
         check(
             "orth_reg_weight", weight, "a number of at least 0", is_number(weight) and weight >= 0
         )
-        pattern = self.rank_pattern
-        good = isinstance(pattern, Mapping) and all(
-            isinstance(kept, list) and all(isinstance(one, bool) for one in kept)
-            for kept in pattern.values()
-        )
-        check("rank_pattern", pattern, "lists of truths by layer", good)
 
     def schedule(self, total: int) -> tuple[int, int]:
         """The steps after which the first rank goes, and at which the last has gone."""

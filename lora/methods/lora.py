@@ -31,17 +31,10 @@ class LoRAConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         asked: Any = self.trainable_token_indices
-        if isinstance(asked, Mapping):
-            asked = {name: tuple(ids) if isinstance(ids, list) else ids
-                     for name, ids in asked.items()}  # fmt: skip
-        elif isinstance(asked, list):
-            asked = tuple(asked)
+        if isinstance(asked, dict):
+            asked = {name: tuple(ids) for name, ids in asked.items()}
         lists = list(asked.values()) if isinstance(asked, dict) else [asked] if asked != () else []
-        good = all(
-            isinstance(ids, tuple) and ids and all(type(n) is int for n in ids)
-            and len(set(ids)) == len(ids)
-            for ids in lists
-        )  # fmt: skip
+        good = all(ids and len(set(ids)) == len(ids) for ids in lists)
         check("trainable_token_indices", asked, "distinct ids, or lists of them by layer", good)
         object.__setattr__(self, "trainable_token_indices", asked)
 
