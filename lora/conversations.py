@@ -52,6 +52,17 @@ class Message:
     role: str  # system, user, assistant or tool
     content: str
     learned: bool = True  # False: an answer that is read and not learned, OpenAI's weight 0
+    more: tuple[tuple[str, str], ...] = ()  # its other fields that a template may read, as JSON
+
+    def has(self, name: str) -> bool:
+        return any(name == key for key, _ in self.more)
+
+    def fields(self) -> dict[str, Any]:
+        """The message as a template reads it."""
+        more = {name: json.loads(value) for name, value in self.more}
+        if "reasoning_content" in more:  # another name for it, in gpt-oss's template
+            more["thinking"] = more["reasoning_content"]
+        return {"role": self.role, "content": self.content, **more}
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,7 @@ class Conversation:
     task: str = ""  # the name of its data set
     place: str = ""  # "FILE, line N"
     raw: bool = False  # stands as it is, without a template
+    given: str = ""  # what a template is given beside the messages, a JSON object: tools
 
     def content(self) -> tuple[Any, ...]:
         """All that a model sees of it, and its answers."""

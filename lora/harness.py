@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 from lora.adapter import is_number
 from lora.errors import DataError
 from lora.injection import evaluating
+from lora.rendering import LimitError, render
 
 
 def evaluate(
@@ -49,7 +50,7 @@ def evaluate(
         ) from error
     with evaluating(model), torch.random.fork_rng(devices=[]):
         found: Any = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            _Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
@@ -67,6 +68,24 @@ def evaluate(
         }
         for task, values in found["results"].items()
     }
+
+
+class _Model(HFLM):  # type: ignore[misc]
+    """The library's model, whose chat template is first tried within limits."""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        values = {
+            **self.tokenizer.special_tokens_map,
+            "messages": chat_history,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        (tried,) = render(self.tokenizer.get_chat_template(), [values])
+        if isinstance(tried, LimitError):
+            raise DataError(f"the base's chat template cannot be used: {tried}. Mend it.")
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        return text
 
 
 def _name(key: str) -> str:

@@ -33,10 +33,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ from torch import Tensor
 from lora.config import TEMPLATES, LossOn
 from lora.conversations import Conversation, Message
 from lora.errors import ConfigError, DataError, ModelError
+from lora.rendering import LimitError, RenderError, render
 from lora.tokens import IGNORED
 
 PLAIN = (
@@ -62,7 +64,11 @@ PLAIN = (
 MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
 AT_ONCE = 1_000  # texts tokenised at a time: the offsets of more would be held as Python's numbers
 
+THOUGHT = "\ue0da\ue0db\ue0dc"  # in the place of an answer's reasoning
+LISTS = ("tools", "documents")  # what a template is given beside messages, and writes
+
 Span = tuple[int, int]
+_Asked = tuple[tuple[Message, ...], str, bool]  # a text: messages, what else is given, an opening
 
 
 @dataclass(frozen=True)
@@ -82,39 +88,70 @@ class Template:
     jinja: str | None  # None: prompt and answer as they stand, and the end token
     name: str
     raw: bool  # whether raw conversations go by the template too
+    _texts: dict[_Asked, str | RenderError] = field(default_factory=dict, compare=False, repr=False)
 
     def render(self, conversation: Conversation, loss_on: LossOn = "answers") -> Rendered:
         """Text, what is to be learned of it, and prompt.
 
-        Raises DataError where the template refuses the conversation, or where its answers cannot be
-        told from the rest; ConfigError where nothing ends them.
+        Raises DataError if the template refuses the conversation, leaves out a part of it, or if
+        its answers cannot be told from the rest; ConfigError if nothing ends them.
         """
-        place, messages = conversation.place, conversation.messages
-        prompt = self.prompt(conversation)
+        messages = conversation.messages
         if self._bare(conversation):
-            text = prompt + messages[-1].content + _end_token(self.tokenizer)
-            spans = [(len(prompt), len(text))] * messages[-1].learned
+            prompt = self.prompt(conversation)
+            text, written = self._as_it_stands(conversation)
+            answers = {len(messages) - 1: (len(written), len(text))}
         else:
-            text = self._text(messages, place)
-            openings = {len(messages) - 1: prompt}
-            spans = [
-                self._span(messages, number, text, openings.get(number), place)
+            numbers = [
+                number
                 for number, one in enumerate(messages)
-                if loss_on == "answers" and one.role == "assistant" and one.learned
+                if one.role == "assistant" and one.learned == (loss_on == "answers")
             ]
-        return Rendered(text, ((0, len(text)),) if loss_on == "all" else tuple(spans), prompt)
+            self._prepare(conversation, numbers)
+            prompt, text = self.prompt(conversation), self._text(conversation)
+            openings = {len(messages) - 1: prompt}
+            answers = {
+                number: self._span(conversation, number, text, openings.get(number))
+                for number in numbers
+            }
+        if loss_on == "answers":
+            spans = [span for number, span in answers.items() if messages[number].learned]
+        else:
+            muted = [span for number, span in answers.items() if not messages[number].learned]
+            spans = _between(len(text), muted)
+        return Rendered(text, tuple(spans), prompt)
 
     def prompt(self, conversation: Conversation) -> str:
         """The text that a model is asked to continue."""
         if self._bare(conversation):
             roles = [message.role for message in conversation.messages]
-            if roles not in (["user"], ["assistant"], ["user", "assistant"]):
+            fields = conversation.given or any(message.more for message in conversation.messages)
+            if fields or roles not in (["user"], ["assistant"], ["user", "assistant"]):
+                found = f"{len(roles)} messages ({', '.join(roles[:4])})"
                 raise DataError(
-                    f"{conversation.place}: {len(roles)} messages ({', '.join(roles[:4])}) need a"
-                    " template. Pass --template plain."
+                    f"{conversation.place}: {'tools or thoughts' if fields else found} need a"
+                    " template. Pass --template plain, or a file."
                 )
-            return self.start + "".join(message.content for message in conversation.prompt)
-        return self._opening(conversation.prompt, conversation.place)
+            return self._as_it_stands(conversation)[1]
+        self._check_written(conversation)
+        return self._opening(replace(conversation, messages=conversation.prompt))
+
+    def _as_it_stands(self, conversation: Conversation) -> tuple[str, str]:
+        """A conversation without a template, whole and to the answer, with the tokens that begin
+        and end a text: each once, also if the text has them already."""
+        ended = conversation.messages[-1].role == "assistant"
+        asked = "".join(message.content for message in conversation.prompt)
+        answer = conversation.messages[-1].content if ended else ""
+        begin, end = self.start, _end_token(self.tokenizer)
+        if begin and (asked or answer).lstrip().startswith(begin):
+            asked, answer, begin = asked.lstrip(), answer if asked else answer.lstrip(), ""
+        if answer.rstrip().endswith(end):
+            answer = answer.rstrip().removesuffix(end)
+        text = begin + asked + answer + end
+        if (ended and text.endswith(2 * end)) or (self.start and text.startswith(2 * self.start)):
+            token = end if text.endswith(2 * end) else self.start
+            raise DataError(f"{conversation.place}: {token} stands there twice. Remove one.")
+        return text, begin + asked
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
@@ -156,10 +193,8 @@ class Template:
         lies between. Raises ConfigError where the template writes nothing there."""
         if self.jinja is None:
             return _end_token(self.tokenizer)
-        probe = (Message("user", "x"), Message("assistant", MARK))
-        behind = self._around(probe, 1, "a conversation of one turn")[1]
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
-        ends = [behind.find(one) + len(one) for one in special if one.strip() and one in behind]
+        behind = self._around(_probe(Message("assistant", MARK)), 1)[1]
+        ends = [behind.find(one) + len(one) for one in self._special if one in behind]
         closing = behind[: min(ends)] if ends else behind.rstrip()
         if not closing:
             raise ConfigError(
@@ -169,78 +204,232 @@ class Template:
         return closing
 
     @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """The special tokens that are not white space."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in tokens if token.content.strip())
+
+    @cached_property
     def _opens(self) -> bool:
         """Whether the template writes the opening of an answer where it is asked for it."""
-        probe = (Message("user", "x"),)
-        return self._text(probe, "one message") != self._text(probe, "one message", True)
+        return self._text(_probe()) != self._text(_probe(), True)
+
+    @cached_property
+    def _thinks(self) -> bool:
+        """Whether the template writes the reasoning of an answer."""
+        thought = Message("assistant", "y", more=(("reasoning_content", json.dumps(THOUGHT)),))
+        return THOUGHT in self._text(_probe(thought))
 
     def head(self, conversation: Conversation) -> str:
-        """The token before its text that the tokenizer would put there; "" where a template writes
-        what begins it."""
-        return self.start if self._bare(conversation) else ""
+        """The token before its text that the tokenizer would put there; "" where a template, or the
+        text, has what begins it."""
+        if not self._bare(conversation):
+            return ""
+        first = next((one.content for one in conversation.messages if one.content), "")
+        return "" if first.lstrip().startswith(self.start) else self.start
 
     def _bare(self, conversation: Conversation) -> bool:
         return self.jinja is None or (conversation.raw and not self.raw)
 
-    def _text(self, messages: Sequence[Message], place: str, opening: bool = False) -> str:
-        said = [{"role": one.role, "content": one.content} for one in messages]
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                said, chat_template=self.jinja, tokenize=False, add_generation_prompt=opening
-            )
-        except ImportError as error:
-            raise ModelError(str(error)) from error
-        except Exception as error:  # a template raises what it likes
+    def _text(self, conversation: Conversation, opening: bool = False) -> str:
+        """A conversation as the template writes it, with the opening of an answer behind it or
+        not."""
+        place, messages = conversation.place, conversation.messages
+        key = messages, conversation.given, opening
+        if key not in self._texts:
+            self._render([key])
+        text = self._texts[key]
+        if isinstance(text, LimitError):
+            raise ConfigError(
+                f"the chat template ({self.name}) cannot be used. At {place} {text}. Pass"
+                " --template plain, or a file with another."
+            ) from text
+        if isinstance(text, RenderError):  # a template raises what it likes
             roles = ", ".join(dict.fromkeys(one.role for one in messages))
             raise DataError(
                 f"{place}: the chat template ({self.name}) refuses a conversation of {roles}:"
-                f" {error}. Mend the row, or pass --template plain."
-            ) from error
+                f" {text}. Mend the row, or pass --template plain."
+            ) from text
         return text
 
-    def _around(self, messages: Sequence[Message], number: int, place: str) -> tuple[str, str]:
-        """What lies before and behind a message's content."""
-        marked = [*messages]
-        marked[number] = replace(messages[number], content=MARK)
-        ahead, *behind = self._text(marked, place).split(MARK)
+    def _prepare(self, conversation: Conversation, numbers: Sequence[int]) -> None:
+        """Render what most conversations need, with answers of these numbers, in one go."""
+        messages, given = conversation.messages, conversation.given
+        keys = [(messages, given, False)]
+        keys += [(messages[:number], given, True) for number in numbers if number]
+        keys += [(_marked(messages, number), given, False) for number in numbers]
+        self._texts.clear()
+        self._render(keys)
+
+    def _render(self, keys: Sequence[_Asked]) -> None:
+        assert self.jinja is not None
+        special = self.tokenizer.special_tokens_map
+        values = [
+            {
+                **special,
+                "tools": None,
+                "documents": None,
+                **(json.loads(given) if given else {}),
+                "messages": [message.fields() for message in messages],
+                "add_generation_prompt": opening,
+            }
+            for messages, given, opening in keys
+        ]
+        try:
+            self._texts.update(zip(keys, render(self.jinja, values), strict=True))
+        except ImportError as error:
+            raise ModelError(str(error)) from error
+
+    def _around(self, conversation: Conversation, number: int) -> tuple[str, str]:
+        """What lies before and behind what the model writes of a message without calls."""
+        marked = replace(conversation, messages=_marked(conversation.messages, number))
+        ahead, *behind = self._text(marked).split(MARK)
         if len(behind) != 1:
             raise DataError(
-                f"{place}: the chat template ({self.name}) writes an answer {len(behind)} times,"
-                " not once: what is to be learned is unknown. Pass --template plain."
+                f"{conversation.place}: the chat template ({self.name}) writes an answer"
+                f" {len(behind)} times, not once: what is to be learned is unknown. Pass --template"
+                " plain."
             )
-        return ahead, behind[0]
+        return ahead.partition(THOUGHT)[0], behind[0]
 
-    def _opening(self, messages: Sequence[Message], place: str) -> str:
+    def _behind_calls(self, conversation: Conversation, number: int) -> str:
+        """What lies behind a message that calls tools. Raises DataError if the template does not
+        write the calls."""
+        messages = conversation.messages
+        marked = (*messages[:number], _called(messages[number]))
+        alone = replace(conversation, messages=marked)
+        whole = replace(conversation, messages=(*marked, *messages[number + 1 :]))
+        tails = [self._text(one).split(MARK)[1:] for one in (alone, whole)]
+        if [len(tail) for tail in tails] == [1, 1]:
+            (tail,), (rest,) = tails
+            last = self.closing.strip()
+            ends = [tail.rfind(one) + len(one) for one in self._special if one in tail]
+            end = tail.rfind(last) + len(last) if last in tail else max(ends, default=0)
+            if end and rest.startswith(tail[:end]):
+                return rest[end:]
+        raise DataError(
+            f"{conversation.place}: the chat template ({self.name}) does not write the tool_calls"
+            f" of message {number + 1} so that they can be learned. Pass --template FILE with one"
+            " that does, or remove them."
+        )
+
+    def _opening(self, conversation: Conversation) -> str:
         """The messages and the opening of the answer, also where the template writes the one with
         an answer alone; a space before it is the answer's."""
-        asked = self._text(messages, place, True) if messages else ""
+        messages = conversation.messages
+        asked = self._text(conversation, True) if messages else ""
         if messages and self._opens:
             return asked
-        ahead, _ = self._around((*messages, Message("assistant", MARK)), len(messages), place)
-        ahead = ahead.rstrip(" ")
+        answered = replace(conversation, messages=(*messages, Message("assistant", MARK)))
+        ahead = self._around(answered, len(messages))[0].rstrip(" ")
         return ahead if ahead.startswith(asked) else asked
 
     def _span(
-        self, messages: Sequence[Message], number: int, text: str, opening: str | None, place: str
+        self, conversation: Conversation, number: int, text: str, opening: str | None
     ) -> Span:
         """From and to: the characters of an answer and the end of its turn."""
-        opening = self._opening(messages[:number], place) if opening is None else opening
-        ahead, behind = self._around(messages, number, place)
+        messages, calls = conversation.messages, conversation.messages[number].has("tool_calls")
+        before = replace(conversation, messages=messages[:number])
+        opening = self._opening(before) if opening is None else opening
         said = [one for one in messages[:number] if one.role in ("system", "user")]
         lost = [one.role for one in said if one.content.strip() not in text]
         # An opening that lacks what was said is none: its template writes that with the answer.
         full = all(one.content.strip() in opening for one in said)
-        fitting = [one for one in (opening, ahead.rstrip(" "))[not full :] if text.startswith(one)]
-        start, end = len(fitting[0]) if fitting else len(text), len(text) - len(behind)
-        around = start < end and text.endswith(behind) and behind.startswith(self.closing)
-        if around and not lost:
-            return start, end + len(self.closing)
+        start = len(opening) if full and text.startswith(opening) else None
+        behind = self._behind_calls(conversation, number) if calls else None
+        if start is None or behind is None:
+            ahead, rest = self._around(conversation, number)
+            ahead, behind = ahead.rstrip(" "), rest if behind is None else behind
+            if start is None:
+                start = len(ahead) if text.startswith(ahead) else len(text)
+        end = len(text) - len(behind)
+        around = start < end and text.endswith(behind)
+        if around and not lost and (calls or behind.startswith(self.closing)):
+            return start, end + (0 if calls else len(self.closing))
         why = f"changes around message {number + 1}"
         why = f"leaves out the {lost[0]}'s message" if lost else why
         raise DataError(
-            f"{place}: the chat template ({self.name}) {why}: what is to be learned cannot be told"
-            " from the rest. Pass --template plain."
+            f"{conversation.place}: the chat template ({self.name}) {why}: what is to be learned"
+            " cannot be told from the rest. Pass --template plain."
         )
+
+    def _check_written(self, conversation: Conversation) -> None:
+        """Raise DataError if the template leaves out a part of the conversation beside what was
+        said, or would write a token a second time that a message has already."""
+        messages = conversation.messages
+        for number, one in enumerate(messages):
+            self._check_ends(conversation.place, number, one)
+            lost = None
+            if one.has("tool_calls"):
+                self._behind_calls(conversation, number)
+            if one.has("reasoning_content") and not self._thinks:
+                lost = f"the reasoning_content of message {number + 1}"
+            if one.role == "tool" and one.content not in self._text(conversation):
+                marked = replace(conversation, messages=_marked(messages, number))
+                if MARK not in self._text(marked):
+                    lost = f"the tool's message {number + 1}"
+            if lost:
+                raise self._unwritten(conversation.place, lost)
+        given: dict[str, Any] = json.loads(conversation.given) if conversation.given else {}
+        for name in given:
+            rest = json.dumps({key: value for key, value in given.items() if key != name})
+            without = replace(conversation, given=rest)
+            if name not in str(self.jinja) or (
+                name in LISTS and self._text(without) == self._text(conversation)
+            ):
+                raise self._unwritten(conversation.place, name)
+
+    def _unwritten(self, place: str, what: str) -> DataError:
+        return DataError(
+            f"{place}: the chat template ({self.name}) does not write {what}, so that it cannot be"
+            " learned from. Pass --template FILE with one that does, or remove it."
+        )
+
+    def _check_ends(self, place: str, number: int, message: Message) -> None:
+        """Raise DataError for what was said with a token at its edge that the template writes."""
+        content, begin = message.content.strip(), self.tokenizer.bos_token
+        ends = [self.tokenizer.eos_token, self.closing.strip()]
+        twice = [begin] if begin and content.startswith(begin) else []
+        twice += [end for end in ends if end and content.endswith(end)]
+        if twice:
+            raise DataError(
+                f"{place}: message {number + 1} has {twice[0]} at its edge, which is the chat"
+                f" template's ({self.name}) to write. Remove it; for texts that are written out"
+                " already, pass --template none."
+            )
+
+
+def _probe(*answer: Message) -> Conversation:
+    return Conversation((Message("user", "x"), *answer), place="a conversation of one turn")
+
+
+def _marked(messages: Sequence[Message], number: int) -> tuple[Message, ...]:
+    """Messages with marks in the place of what one of them says and thinks, and without its
+    calls."""
+    more = tuple(
+        (name, json.dumps(THOUGHT) if name == "reasoning_content" else value)
+        for name, value in messages[number].more
+        if name != "tool_calls"
+    )
+    marked = replace(messages[number], content=MARK, more=more)
+    return (*messages[:number], marked, *messages[number + 1 :])
+
+
+def _called(message: Message) -> Message:
+    """A message with a mark in the place of its last call's arguments."""
+    *calls, last = message.fields()["tool_calls"]
+    inner = last.get("function", last)
+    marked = MARK if isinstance(inner["arguments"], str) else {"x": MARK}
+    inner = {**inner, "arguments": marked}
+    last = {**last, "function": inner} if "function" in last else inner
+    fields = {**dict(message.more), "tool_calls": json.dumps([*calls, last])}
+    return replace(message, more=tuple(fields.items()))
+
+
+def _between(length: int, spans: Sequence[Span]) -> list[Span]:
+    """What spans leave of a text."""
+    edges = [0, *itertools.chain.from_iterable(spans), length]
+    return [(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end]
 
 
 def template_of(tokenizer: Any, asked: str = "auto") -> Template:

@@ -123,6 +123,24 @@ def test_the_first_examples_generated_behind_a_filter(tokenizer: Any, task: Any)
         assert found == {"write": {"exact_match (first)": score}}
 
 
+def test_a_chat_template_is_the_librarys_unless_it_goes_past_a_limit(
+    tokenizer: Any, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("gpt2")
+    asked = tokenizer("<q>1 + 1 =</q>", return_tensors="pt").input_ids
+    given = model.generate(asked, max_new_tokens=3, do_sample=False)[0, asked.shape[1] :]
+    answer = tokenizer.decode(given, skip_special_tokens=True)
+    path = task(WRITE, [ROWS[0] | {"a": answer}])
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{% for m in messages %}<q>{{ m.content }}</q>{% endfor %}"
+    )
+    found = evaluate(model, tokenizer, [path], chat=True)
+    assert found == {"write": {"exact_match (first)": 1.0}}
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ 'x' * 10 ** 8 }}")
+    with pytest.raises(lora.errors.DataError, match="the base's chat template cannot be used: it"):
+        evaluate(model, tokenizer, [path], chat=True)
+
+
 def test_a_task_that_is_not_to_be_had(tokenizer: Any, task: Any, tmp_path: Path) -> None:
     path = Path(task(GUESS))
     (tmp_path / "data.json").unlink()
