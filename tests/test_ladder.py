@@ -16,7 +16,7 @@ import lora
 # Each room may import from those above it, and from its own line.
 LADDER = [
     {"errors"},
-    {"patterns", "scratch", "declared"},
+    {"patterns", "scratch", "declared", "rendering"},
     {"layers"},
     {"dropout"},
     {"fused"},
