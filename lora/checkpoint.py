@@ -47,6 +47,7 @@ from lora.adapter import (
     initialise,
 )
 from lora.errors import CheckpointError, ConfigError, LoraError
+from lora.foreign import as_peft_means, renamed
 from lora.injection import (
     Report,
     build,
@@ -63,7 +64,7 @@ from lora.injection import (
     with_views,
     wrap,
 )
-from lora.layers import fits, gathered, inside, kind, views
+from lora.layers import fits, gathered, inside, views
 from lora.nf4 import NF4Linear
 from lora.targets import (
     Plan,
@@ -356,8 +357,11 @@ def load(
     stored, mark = read_tensors(folder)
     config = read_config(method, settings, folder)
     check_unedited(method, settings, mark, folder)
-    if not mark and isinstance(config, AdapterConfig):
-        config = _as_peft_means(model, config)
+    notes: list[str] = []
+    if not mark:
+        stored = renamed(model, stored)
+        if isinstance(config, AdapterConfig):
+            config, notes = as_peft_means(model, config)
     planned = replace(plan_of(model, config, strict=bool(mark)), trainable=trainable)
     planned, said = _bring(model, planned, stored)
     check_mix(model, name, planned)
@@ -380,7 +384,7 @@ def load(
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(ready[key])
-    return report_of(model, name, "\n".join(filter(None, [*said, note])))
+    return report_of(model, name, "\n".join(filter(None, [*notes, *said, note])))
 
 
 def check_unedited(
@@ -608,37 +612,6 @@ def _neutral(method: type[Method], key: str, value: object) -> bool:
     options = allowed if isinstance(allowed, tuple) else (allowed,)
     return any(
         value is option or (isinstance(value, str) and value == option) for option in options
-    )
-
-
-def _as_peft_means(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """The config of a file of PEFT's with the names that PEFT makes of it.
-
-    PEFT matches modules_to_save by a bare `endswith`, so that its automatic "classifier" means
-    DistilBERT's pre_classifier as well. It ignores entries that match nothing, or only layers
-    that are excluded or inside saved modules; here check_fit proves that none of the file's
-    tensors is left over.
-    """
-    modules = {name: module for name, module in walk(model) if name}
-    hits = [name for name in modules if any(name.endswith(end) for end in config.modules_to_save)]
-    saved = tuple(name for name in hits if modules[name].state_dict())
-    if config.modules_to_save and not hits:
-        saved = config.modules_to_save  # for saved_of to name the first that is missing
-    free = [name for name in modules if not any(inside(name, whole) for whole in saved)]
-
-    def met(entries: str | tuple[str, ...] | None, names: list[str]) -> Any:
-        """What of the entries fits any of the names, None where nothing does."""
-        if entries is None or isinstance(entries, str):
-            return entries if entries and any(fits(name, entries) for name in names) else None
-        return tuple(e for e in entries if any(fits(name, (e,)) for name in names)) or None
-
-    excluded = met(config.exclude_modules, [name for name in free if kind(modules[name])])
-    free = [name for name in free if excluded is None or not fits(name, excluded)]
-    return replace(
-        config,
-        modules_to_save=saved,
-        target_modules=met(config.target_modules, free) or config.target_modules,
-        exclude_modules=excluded,
     )
 
 

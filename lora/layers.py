@@ -88,8 +88,8 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, None where no view exists.
 
-    A subclass of nn.Linear with a forward of its own is no plain linear map; one of nn.Embedding
-    may scale what it looks up, which apply() leaves to its forward. torch's
+    A subclass of nn.Linear counts if its forward computes x Wᵀ + b and nothing else; one of
+    nn.Embedding may scale what it looks up, which apply() leaves to its forward. torch's
     NonDynamicallyQuantizableLinear is never called at all: nn.MultiheadAttention reads its
     weight, so that an adapter around it would be dead.
     """
@@ -108,11 +108,48 @@ def kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None
-        return "Linear" if type(module).forward is nn.Linear.forward else None
+        return "Linear" if _is_linear(type(module), parameters["bias"] is not None) else None
     # By name: the core does not load transformers.
     if f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D":
         return "Conv1D"
     return None
+
+
+_READ = {"weight", "bias", "T", "mT", "t", "transpose", "matmul", "addmm", "linear"}
+_READ |= {"F", "nn", "torch", "functional"}
+_LINEAR: dict[tuple[type[nn.Linear], bool], bool] = {}  # a dict, since torch.compile reads it too
+
+
+def _is_linear(kind: type[nn.Linear], bias: bool) -> bool:
+    """True if the class's forward computes x Wᵀ + b of its weight and bias, as FalconLinear's does.
+
+    It may name nothing but those two and the operations of a linear map, so that neither training
+    nor another attribute changes what it does; what it gives for small tensors then decides.
+    """
+    if kind.forward is nn.Linear.forward:
+        return True
+    if (kind, bias) not in _LINEAR:
+        code = getattr(kind.forward, "__code__", None)
+        plain = code is not None and not code.co_freevars and _READ.issuperset(code.co_names)
+        with torch.utils._python_dispatch._disable_current_modes():  # type: ignore[no-untyped-call]
+            _LINEAR[kind, bias] = plain and _tried(kind, bias)
+    return _LINEAR[kind, bias]
+
+
+def _tried(kind: type[nn.Linear], bias: bool) -> bool:
+    """True if a layer of the class, 3 -> 2, gives x Wᵀ + b."""
+    x = torch.arange(12.0, dtype=torch.float64, device="cpu").reshape(2, 2, 3).sin()
+    W, b = x[0].cos(), x[1, :, 0] if bias else None
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    try:
+        layer.register_parameter("weight", nn.Parameter(W, requires_grad=False))
+        layer.register_parameter("bias", None if b is None else nn.Parameter(b, False))
+        y = layer.forward(x)
+    except Exception:  # a forward of other arguments, or of shapes of its own
+        return False
+    good = isinstance(y, Tensor) and y.shape == (2, 2, 2)
+    return good and torch.allclose(y, F.linear(x, W, b), rtol=0, atol=1e-12)
 
 
 @functools.cache

@@ -24,7 +24,7 @@ LADDER = [
     {"adapter"},
     {"methods"},
     {"targets"},
-    {"injection"},
+    {"injection", "foreign"},
     {"checkpoint"},
     {"testing"},
     {"config", "convert", "demo", "models", "data", "losses", "metrics", "trackers", "distributed"},
@@ -52,11 +52,13 @@ CORE = {
     "methods",
     "targets",
     "injection",
+    "foreign",
     "checkpoint",
     "testing",
 }
-# export reads a base's config, run records its version, testing builds a Conv1D
-TRANSFORMERS = {"export", "generate", "models", "run", "testing", "trainer"}
+# export reads a base's config, foreign the modules' old names, run records its version, testing
+# builds a Conv1D
+TRANSFORMERS = {"export", "foreign", "generate", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:

@@ -1,0 +1,80 @@
+"""What an adapter's file of PEFT's means in a model: which modules its entries and keys name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora.adapter import AdapterConfig
+from lora.layers import fits, inside, kind
+from lora.targets import walk
+
+
+def as_peft_means(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
+    """The config of a file of PEFT's with the names that PEFT makes of it, and notes on them.
+
+    PEFT matches modules_to_save by a bare `endswith`, so that its automatic "classifier" means
+    DistilBERT's pre_classifier as well. It ignores entries that match nothing, or only layers
+    that are excluded or inside saved modules; check_fit then proves that none of the file's
+    tensors is left over.
+    """
+    modules = {name: module for name, module in walk(model) if name}
+    hits = [name for name in modules if any(name.endswith(end) for end in config.modules_to_save)]
+    saved = tuple(name for name in hits if modules[name].state_dict())
+    notes = []
+    if config.modules_to_save and not saved:
+        # PEFT writes classifier and score for every classifier, whatever its head is called.
+        named = ", ".join(config.modules_to_save)
+        notes.append(f"modules_to_save names no module of the model, as PEFT allows: {named}")
+    free = [name for name in modules if not any(inside(name, whole) for whole in saved)]
+
+    def met(entries: str | tuple[str, ...] | None, names: list[str]) -> Any:
+        """What of the entries fits any of the names, None where nothing does."""
+        if entries is None or isinstance(entries, str):
+            return entries if entries and any(fits(name, entries) for name in names) else None
+        return tuple(e for e in entries if any(fits(name, (e,)) for name in names)) or None
+
+    excluded = met(config.exclude_modules, [name for name in free if kind(modules[name])])
+    free = [name for name in free if excluded is None or not fits(name, excluded)]
+    found = replace(
+        config,
+        modules_to_save=saved,
+        target_modules=met(config.target_modules, free) or config.target_modules,
+        exclude_modules=excluded,
+    )
+    return found, notes
+
+
+def renamed(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors with keys of the model's modules as transformers names them now.
+
+    transformers has renamed modules (LLaVA's language_model.model is model.language_model), and
+    knows the old names, by which it still reads checkpoints; so does PEFT. A key is renamed if it
+    names no layer of the model, and does by its new name.
+    """
+    modules = dict(walk(model))
+    lost = [key for key in stored if _owner(key, modules)._modules]
+    if not lost or not any(c.__module__.startswith("transformers.") for c in type(model).__mro__):
+        return dict(stored)
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    found = get_model_conversion_mapping(model) or []
+    renamings = [one for one in found if isinstance(one, WeightRenaming)]
+    new = {key: rename_source_key(key, renamings, [])[0] for key in lost}
+    new = {
+        key: name
+        for key, name in new.items()
+        if name not in stored and not _owner(name, modules)._modules
+    }
+    return {new.get(key, key): tensor for key, tensor in stored.items()}
+
+
+def _owner(key: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The innermost module that a key names, the model itself if it names none."""
+    while key and key not in modules:
+        key = key.rpartition(".")[0]
+    return modules[key]
