@@ -187,6 +187,8 @@ class Method(ABC):
     """When to choose it, in a line."""
     Config: ClassVar[type[MethodConfig]]
     peft_type: ClassVar[str]
+    in_peft: ClassVar[bool] = True
+    """Whether PEFT has the method, under peft_type."""
     learning_rate: ClassVar[float] = 1e-3
     """The peak rate that `lora train` takes where none is given."""
     states: ClassVar[Mapping[str, bool]] = {}

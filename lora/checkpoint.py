@@ -5,10 +5,10 @@
     README.md                   a card
 
 The safetensors metadata carries, under `lora_from_scratch`, a fingerprint of the base and a digest
-of the settings that change the mathematics: PEFT ignores it, we hold the file to it. Of a base in
-NF4 it also says which layers were packed: the base that it was packed from is packed anew to be
-known, and the report says that it is not rounded. For a file of PEFT's own nothing can be checked,
-and the report says so.
+of the settings that change the mathematics: PEFT ignores it, we hold the file to it. It also has
+the names of a classifier's classes. Of a base in NF4 it says which layers were packed: the base
+that it was packed from is packed anew to be known, and the report says that it is not rounded. For
+a file of PEFT's own nothing can be checked, and the report says so.
 
 `load` reads and checks everything before it touches the model.
 """
@@ -46,6 +46,7 @@ from lora.adapter import (
     config_fields,
     initialise,
 )
+from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
 from lora.foreign import as_peft_means, renamed
 from lora.injection import (
@@ -121,6 +122,8 @@ def save(
                 " Lower the learning rate."
             )
     mark = {"config": config_digest(planned.method, settings)}
+    if labels := labels_of(model):
+        mark["labels"] = json.dumps(labels)
     if planned.method.keeps_base:
         mark |= fingerprint(model, planned.saved)
         held = {id(m): (name, m) for name, m in reversed(list(walk(model)))}  # by its first path
@@ -137,7 +140,8 @@ def save(
         if shared[tensor.untyped_storage().data_ptr()] > 1:
             stored[key] = tensor.clone()
     metadata = {"format": "pt", MARK: json.dumps(mark, sort_keys=True)}
-    files = adapter_files(stored, metadata, settings, planned.method)
+    arguments = arguments_of(model, planned.saved)
+    files = adapter_files(stored, metadata, settings, planned.method, arguments)
     folder = Path(directory) if name == "default" else Path(directory) / name
     if not writes:
         return folder
@@ -157,14 +161,16 @@ def adapter_files(
     metadata: dict[str, str],
     settings: dict[str, Any],
     method: type[Method],
+    arguments: Mapping[str, Any] = {},
 ) -> dict[str, bytes]:
-    """What an adapter's folder holds, by file name, of tensors by their whole keys."""
-    fixed = {"peft_type": method.peft_type, "inference_mode": True, "task_type": None}
-    settings = {"base_model_name_or_path": None} | settings | fixed
+    """What an adapter's folder holds, by file name, of tensors by their whole keys; `arguments`
+    are card.arguments_of()."""
+    unstated = dict.fromkeys(("base_model_name_or_path", "task_type", "auto_mapping"))
+    settings = unstated | settings | {"peft_type": method.peft_type, "inference_mode": True}
     return {
         WEIGHTS: in_one_order(safetensors.torch.save(stored, metadata)),
         CONFIG: json.dumps(_as_int(settings), indent=2, sort_keys=True).encode(),
-        CARD: _card(method, settings).encode(),
+        CARD: card(method.name, method.in_peft, settings, arguments).encode(),
     }
 
 
@@ -222,8 +228,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
             settings["fan_in_fan_out"] = bool(linear) and all(linear)
     if "modules_to_save" in settings:
         settings["modules_to_save"] = list(planned.saved) or None
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return settings | {"peft_type": planned.method.peft_type, "base_model_name_or_path": base}
+    return settings | {"peft_type": planned.method.peft_type} | stated(model, planned.saved)
 
 
 def _as_int(value: Any, key: str = "") -> Any:
@@ -325,17 +330,6 @@ def fingerprint(
             else:
                 del digests[dtype]
     return {str(dtype).replace("torch.", "base_"): d.hexdigest() for dtype, d in digests.items()}
-
-
-def _card(method: type[Method], settings: Mapping[str, Any]) -> str:
-    base = settings["base_model_name_or_path"] or "its base model"
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: peft\n---\n"
-        f"# A {method.name} adapter for {base}\n\n"
-        "Written by lora-from-scratch in PEFT's format. Load it with\n\n"
-        '    lora.load(model, "this folder")                       # lora-from-scratch\n'
-        '    peft.PeftModel.from_pretrained(model, "this folder")  # PEFT\n'
-    )
 
 
 def load(

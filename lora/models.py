@@ -21,7 +21,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lora import demo, nf4
+from lora import card, demo, nf4
 from lora.demo import language
 from lora.errors import LoraError, ModelError
 from lora.layers import backbone, inside, kind, views
@@ -377,7 +377,7 @@ def _demo_skeleton(base: str, labels: int, task: str) -> Base:
         return _language()
     config = transformers.DistilBertConfig(**demo.ARCHITECTURE, **_head(labels, task))
     model = transformers.DistilBertForSequenceClassification(config)
-    model.config._name_or_path = "sentence-transformers/all-MiniLM-L6-v2 as DistilBERT"
+    model.config._name_or_path = f"{card.EMBEDDED}demo"
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(demo.file("tokenizer.json")),
         pad_token="[PAD]",
@@ -394,6 +394,7 @@ def _demo_skeleton(base: str, labels: int, task: str) -> Base:
 def _language() -> Base:
     """lora.demo.language's."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.ARCHITECTURE))
+    model.config._name_or_path = f"{card.EMBEDDED}demo-lm"
     pad, start, end = language.SPECIAL
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(language.tokenizer_json()),

@@ -45,6 +45,7 @@ from rich.progress import (
 
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
+from lora.card import heads_of
 from lora.checkpoint import json_lines, json_object, load, save, write_together, write_whole
 from lora.config import TEMPLATES, RunConfig, from_table, method_named, placed, read_toml, to_table
 from lora.data import Corpus
@@ -708,9 +709,15 @@ def resolve(
     rate = config.learning_rate or method_named(config.method).learning_rate
     settings, said = config.settings, ""
     if isinstance(settings, PartialConfig) and config.adapter is None and base.new:
-        named = tuple(dict.fromkeys((*settings.modules_to_save, *base.new)))
-        settings = replace(settings, modules_to_save=named)
-        said = f"the head is new: {', '.join(base.new)} trained whole, in modules_to_save"
+        heads = heads_of(base.model)  # as PEFT names them, so that it reads the file
+        others = [
+            name
+            for name in (*settings.modules_to_save, *base.new)
+            if not any(inside(name, head) for head in heads)
+        ]
+        settings = replace(settings, modules_to_save=tuple(dict.fromkeys((*others, *heads))))
+        named = ", ".join(settings.modules_to_save)
+        said = f"the head is new: {named} trained whole, in modules_to_save"
     length, special = config.max_length, 0
     if length is None:
         length = 1024 if corpus.task == "text" else 128

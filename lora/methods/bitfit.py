@@ -30,7 +30,8 @@ class BitFit(Selection):
     when = "On small and middling data with an encoder, when nothing may be added to the model."
     Config = BitFitConfig
     learning_rate = 4e-3
-    peft_type = "BITFIT"  # no type of PEFT's: PEFT refuses the file by this name
+    peft_type = "BITFIT"
+    in_peft = False  # PEFT refuses the file by that name
 
     QUERIES = ("query", "q_lin", "q_proj", "q", "query_proj")
     MIDDLES = ("intermediate.dense", "ffn.lin1", "fc1", "wi", "wi_0", "wi_1", "up_proj")

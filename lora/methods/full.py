@@ -26,7 +26,8 @@ class Full(Selection):
     name = "full"
     paper = "Devlin et al. 2018, arXiv:1810.04805, section 3.2"
     Config = FullConfig
-    peft_type = "FULL"  # no type of PEFT's: PEFT refuses the file by this name
+    peft_type = "FULL"
+    in_peft = False  # PEFT refuses the file by that name
     when = "The yardstick; where the data is plenty, and every task may have a model of its own."
     learning_rate = 5e-5
     keeps_base = False

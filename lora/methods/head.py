@@ -28,7 +28,8 @@ class Head(Selection):
     when = "To learn what the frozen features hold already: the floor of every comparison."
     Config = HeadConfig
     learning_rate = 5e-3
-    peft_type = "HEAD"  # no type of PEFT's: PEFT refuses the file by this name
+    peft_type = "HEAD"
+    in_peft = False  # PEFT refuses the file by that name
     example: ClassVar = {"modules_to_save": ("second",)}
 
     @classmethod

@@ -34,7 +34,8 @@ class TopK(Selection):
     paper = "arXiv:1801.06146"
     when = "When memory for full fine-tuning is short and the task is near the pretraining."
     Config = TopKConfig
-    peft_type = "TOPK"  # no type of PEFT's: PEFT refuses the file by this name
+    peft_type = "TOPK"
+    in_peft = False  # PEFT refuses the file by that name
     learning_rate = 3e-4
 
     @classmethod
