@@ -54,7 +54,9 @@ def heads_of(model: nn.Module) -> tuple[str, ...]:
     """The modules that PEFT trains and saves whole for the model's task_type, whatever the file's
     modules_to_save."""
     ends = HEADS.get(task_of(type(model).__name__) or "", ())
-    return tuple(name for name, module in walk(model) if name.endswith(ends) and module.state_dict())
+    return tuple(
+        name for name, module in walk(model) if name.endswith(ends) and module.state_dict()
+    )
 
 
 def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
@@ -96,9 +98,7 @@ def arguments_of(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
     return found | ({"ignore_mismatched_sizes": True} if set(heads_of(model)) <= set(saved) else {})
 
 
-def card(
-    method: str, peft: bool, settings: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> str:
+def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
     """The README of an adapter's folder; `peft`: whether PEFT has the method."""
     base, task = settings["base_model_name_or_path"], settings["task_type"]
     lines = [

@@ -17,7 +17,7 @@ from lora.conversations import Conversation, Message, grouped
 from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
-from lora.models import Base
+from lora.models import Base, check_ids
 from lora.templates import encode, encode_pairs, preview, prompt_ids, template_of
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
@@ -168,7 +168,9 @@ def encoded_of(
     if corpus.task != "text":
         targets = corpus.targets(examples) if labelled else [0.0] * len(examples)
         length = config.max_length
-        return tokens.encode(tokenizer, examples, targets, corpus.task, length), []
+        encoded = tokens.encode(tokenizer, examples, targets, corpus.task, length)
+        check_ids(model, tokenizer, encoded.fields["input_ids"], corpus.source)
+        return encoded, []
     template = template_of(tokenizer, config.template)
     decoder = model.config.is_encoder_decoder
     if decoder:
@@ -176,6 +178,8 @@ def encoded_of(
         found["attention_mask"] = torch.ones_like(found["input_ids"])  # it sees behind the end
     else:
         found, counts = encode(template, examples, config.max_length, config.loss_on)
+    for part in ("input_ids", "labels"):
+        check_ids(model, tokenizer, found[part], corpus.source)
     numbers = {name: number for number, name in enumerate(corpus.tasks)}
     whole = Encoded(
         fields={name: found[name] for name in ("input_ids", "attention_mask") if name in found},
@@ -256,7 +260,10 @@ def prompts_of(
     answer."""
     template = template_of(tokenizer, config.template)
     encodes: bool = model.config.is_encoder_decoder
-    return prompt_ids(template, asked, encodes), template.stops
+    found = prompt_ids(template, asked, encodes)
+    for one, ids in zip(asked, found, strict=True):
+        check_ids(model, tokenizer, ids, one.place)
+    return found, template.stops
 
 
 def asked_of(

@@ -173,6 +173,12 @@ def check_language(model: nn.Module, packs: bool = False) -> None:
         ids = (torch.arange(1, 17, device=device) * 7919 % vocabulary).view(2, 8)
         more = {"decoder_input_ids": ids} if model_.config.is_encoder_decoder else {}
         own = model_(input_ids=ids, **more, use_cache=False).logits.float()
+        if not bool(own.isfinite().all()):
+            raise ModelError(
+                f"{type(model).__name__}: the base's own logits are NaN or infinite, computed in"
+                f" {_computed(model)}, though its weights are not. Set --dtype float32, or pass"
+                " another base."
+            )
         eps, most = torch.finfo(_computed(model)).eps, own.abs().max()
         with _as_forward(model, lambda m, **batch: logits_of(m, features(m, batch))):
             ours = model_(input_ids=ids, **more)

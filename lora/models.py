@@ -7,11 +7,12 @@ import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import safetensors
 import tokenizers
 import torch
 import transformers
@@ -23,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import card, demo, nf4
 from lora.demo import language
-from lora.errors import LoraError, ModelError
+from lora.errors import DataError, LoraError, ModelError
 from lora.layers import backbone, inside, kind, views
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
@@ -103,8 +104,8 @@ def load_base(
     each cut as it is read: what distributed.shard() puts together. Biases, norms, fresh weights and
     the demo base are whole.
 
-    Raises ModelError where the base is not to be had, is packed in another way, or its weights do
-    not fill the backbone.
+    Raises ModelError if the base is not to be had, is packed in another way, its weights do not
+    fill the backbone or are not finite, or its tokenizer has a token past the embedding.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -237,7 +238,10 @@ def _fitting(model: Any, name: str, tensor: Any) -> dict[str, Any]:
     question, and a head of another size would pass."""
     path, _, leaf = name.rpartition(".")
     stated = getattr(model.get_submodule(path), leaf)
-    return {name: tensor} if stated is None or tensor.shape == stated.shape else {}
+    if stated is None or tensor.shape == stated.shape:
+        return {name: tensor}
+    _Quantize.shapes[name] = tensor.shape, stated.shape
+    return {}
 
 
 def _another_shape(name: str, found: Any, stated: Any) -> ModelError:
@@ -255,6 +259,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
     packed: ClassVar[Callable[[int, int], None]]
     done: ClassVar[int]  # from_pretrained makes an op for each weight
     cut: ClassVar[_Cut | None] = None
+    shapes: ClassVar[dict[str, tuple[Any, Any]]] = {}  # left out: in the files, and in the model
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
@@ -439,8 +444,12 @@ def _check_place(base: str) -> None:
 
 
 def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
-    """Raise ModelError where the tokenizer lacks a token that the task needs, or for texts has more
-    than the model. Many that write text have no pad token: theirs for the end serves."""
+    """Raise ModelError if the tokenizer lacks a token that the task needs, or has one past the
+    model's embedding. Many that write text have no pad token: theirs for the end serves.
+
+    A special token of no use here may lie past it, like Gemma 3's for images in the model without
+    any: check_ids() refuses the text that holds it.
+    """
     if task == "text" and tokenizer.eos_token_id is None:
         raise ModelError(
             f"--base {base}: its tokenizer has no end token, so that an answer would never end. Set"
@@ -453,13 +462,75 @@ def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
             f"--base {base}: its tokenizer has no pad token. Set pad_token in its"
             " tokenizer_config.json."
         )
-    if task != "text":
-        return
-    most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().weight.shape[0]
-    if most >= rows:
+    rows, used = model.get_input_embeddings().weight.shape[0], {**tokenizer.get_vocab()}
+    for token, said in tokenizer.added_tokens_decoder.items():
+        if said.special and said.content not in _named_tokens(tokenizer).values():
+            used.pop(said.content, token)
+    most = max(used, key=used.__getitem__)
+    if used[most] >= rows:
+        named = [kind for kind, token in _named_tokens(tokenizer).items() if token == most]
+        which = f"its {' and '.join(named)}" if named else "its last token"
         raise ModelError(
-            f"--base {base}: its tokenizer has ids up to {most}, its embedding {rows} rows. Pass"
-            " the tokenizer that belongs to the weights."
+            f"--base {base}: its tokenizer has ids up to {used[most]} ({which}, {most!r}), its"
+            f" embedding {rows} rows. Pass the tokenizer that belongs to the weights."
+        )
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if model.config.is_encoder_decoder and start is not None and not 0 <= start < rows:
+        raise ModelError(
+            f"--base {base}: decoder_start_token_id {start} in its config.json, its embedding"
+            f" {rows} rows. Set the id that its decoder starts by."
+        )
+
+
+def _named_tokens(tokenizer: Any) -> dict[str, str]:
+    """The tokens that are used whatever the text, by what the tokenizer's config calls them."""
+    kinds = ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token", "unk_token")
+    return {kind: str(found) for kind in kinds if (found := getattr(tokenizer, kind)) is not None}
+
+
+def _check_finite(base: str, model: Any, pieces: dict[str, Tensor]) -> None:
+    """Raise ModelError if a weight that was read is not finite, or a buffer is NaN; of what is cut
+    among ranks this rank's pieces are looked at."""
+    weights = {**dict(model.named_parameters()), **pieces}
+    for name, tensor in (*weights.items(), *model.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        ends = torch.stack(tensor.detach().aminmax())  # NaN if any value is
+        if bool((ends.isfinite() if name in weights else ~ends.isnan()).all()):
+            continue
+        off = int((~tensor.detach().isfinite()).sum())
+        raise ModelError(
+            f"--base {base}: {name} holds NaN or infinity, {off:,} of {tensor.numel():,} values"
+            f"{_damaged_file(base)}. Copy or download its files again, or pass another base."
+        )
+
+
+def _damaged_file(base: str) -> str:
+    """Which of a base's files holds values that are not finite, and under which key, to be put
+    behind a message."""
+    try:
+        found = transformers.utils.cached_file(base, "config.json", local_files_only=True)
+        for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
+            with safetensors.safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (no iteration over the file itself)
+                    tensor = file.get_tensor(key)
+                    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                        return f" ({key} in {path})"
+    except (OSError, safetensors.SafetensorError):  # files of another kind, which say no more
+        pass
+    return ""
+
+
+def check_ids(model: Any, tokenizer: Any, ids: Sequence[int] | Tensor, what: str) -> None:
+    """Raise DataError if a text holds a token past the model's embedding."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    most = int(torch.as_tensor(ids).max()) if len(ids) else 0
+    if most >= rows:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise DataError(
+            f"{what} holds the token {token!r}, id {most}, and the base's embedding has {rows}"
+            " rows: it never learned it. Take it out of the text or of the template, or pass the"
+            " tokenizer that belongs to the weights."
         )
 
 
@@ -475,7 +546,7 @@ def _transformers_base(
 ) -> Base:
     _check_place(base)
     how: dict[str, Any] = {"dtype": torch.float32}
-    _Quantize.refused = None
+    _Quantize.refused, _Quantize.shapes = None, {}
     try:
         config = transformers.AutoConfig.from_pretrained(base, **_head(labels, task))
         packed = _bitsandbytes(base, config, dense)
@@ -508,10 +579,15 @@ def _transformers_base(
     model.config.pad_token_id = tokenizer.pad_token_id
     trunk = backbone(model)
     # A head of another size is a new head.
-    missing = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    shapes = {key: (there, here) for key, there, here in loading["mismatched_keys"]}
+    shapes |= _Quantize.shapes
+    missing = sorted({*loading["missing_keys"], *shapes})
     lost = [key for key in missing if key.startswith(trunk + ".")] if trunk else []
     # A pooler is part of the backbone in BERT, yet absent from masked-language checkpoints.
     lost = [key for key in lost if ".pooler." not in key]
+    for key in lost or (missing if task == "text" else ()):
+        if key in shapes:
+            raise _another_shape(key, *shapes[key])
     if task == "text" and missing and not lost:
         raise ModelError(
             f"--base {base}: {missing[0]} is not in its files, which are of no language model. Pass"
@@ -524,6 +600,7 @@ def _transformers_base(
         )
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     pieces = {} if _Quantize.cut is None else _Quantize.cut.pieces
+    _check_finite(base, model, pieces)
     return Base(model.eval(), tokenizer, new, pieces)
 
 

@@ -367,7 +367,12 @@ def _train(
         if diverged and where:  # what cannot be scored is not to be gone on from
             state.prune(folder, set(state.steps(folder)) - {training.step})
         good, _ = state.find(folder)
-        if diverged:
+        if diverged and not training.step:
+            told = (
+                f"{error} No step was taken yet: it is the base or the data, not the learning rate."
+                " Set --dtype float32, or pass another base."
+            )
+        elif diverged:
             told = f"{error} Run again with a lower --learning-rate than {config.learning_rate:g}."
         elif isinstance(error, TrainingError):
             told = f"{error} Go on with lora train --resume {directory}."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tokenizers
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -97,6 +98,19 @@ ENCODERS: dict[str, tuple[type[nn.Module], Callable[[], Any]]] = {
 }  # fmt: skip
 ARCHITECTURES = {**CAUSAL, **SEQUENCES, **ENCODERS}
 """By model_type; encoders are for two classes."""
+
+
+def tokenizer(rows: int = 99) -> Any:
+    """A tokenizer of so many tokens, for a small embedding: numbers, split at spaces."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *map(str, range(rows - 4))]
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]",
+        unk_token="[UNK]", model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def build(name: str, seed: int = 0) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from architectures import tokenizer
 from torch import Tensor, nn
 
 import lora
@@ -31,7 +32,7 @@ def make_base(folder: Path) -> None:
         bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     transformers.LlamaModel(config).save_pretrained(folder)
-    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
 
 
 def read(folder: Path, kind: str) -> Base:
