@@ -6,6 +6,7 @@ import json
 import secrets
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -342,11 +343,7 @@ def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> s
 def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
     """The first texts that the run answered, as one batch; before its end, a text."""
     path = directory / "predictions.jsonl"
-    written = path.read_bytes() if path.is_file() else b""
-    try:
-        rows = [*islice(json_lines(written), 8)] or [{"text": "a", "prompt": "a"}]
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Remove it, and merge again.") from None
+    rows = _answered(directory, 8) or [{"text": "a", "prompt": "a"}]
     config, corpus = trained.config, Corpus(str(path), trained.config.task, (), (), (), ())
     if config.task == "text":
         asked = [one for row in rows for one in from_row(row, str(path), answered=False)]
@@ -359,3 +356,22 @@ def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
     examples = [Example(str(row["text"]), row.get("pair"), None) for row in rows]
     encoded = _encoded(trained, corpus, examples, labelled=False)
     return collate(encoded, layout(encoded, range(len(examples))), trained.device)[0]
+
+
+def _answered(directory: Path, count: int) -> list[dict[str, Any]]:
+    """The first rows that a run answered; none before its end."""
+    path = directory / "predictions.jsonl"
+    written = path.read_bytes() if path.is_file() else b""
+    try:
+        return [*islice(json_lines(written), count)]
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}. Remove it, and try again.") from None
+
+
+def system_of(directory: Path) -> str | None:
+    """The system prompt that a run's conversations began with, the most frequent if there are
+    several; None if they had none, or the run did not come to its end."""
+    rows = _answered(directory, 100)
+    first = [from_row(row, str(directory), answered=False)[0].messages[0] for row in rows]
+    found = Counter(one.content for one in first if one.role == "system")
+    return found.most_common(1)[0][0] if found else None

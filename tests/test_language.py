@@ -14,6 +14,7 @@ import transformers
 from architectures import CAUSAL, SEQUENCES, SHAPE, build
 from tokenizers import AddedToken
 
+from lora.chat import HELP
 from lora.cli import main
 from lora.compare import parse_compare, standing
 from lora.data import read_predictions
@@ -21,7 +22,7 @@ from lora.demo import language
 from lora.generate import Writing, padded, written
 from lora.metrics import score
 from lora.models import load_base
-from lora.trained import reopen
+from lora.trained import answers, reopen
 
 CHATML = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -179,11 +180,120 @@ def test_a_talk_goes_on_from_what_was_said(
     assert two[0] == anew[0]
 
 
+def test_with_the_adapter_on_and_off_each_talks_with_itself(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What either answers is what it answers when it is asked alone."""
+    heard: dict[str, list[tuple[str, list[str]]]] = {"on": [], "off": []}
+
+    def listening(trained: Any, asked: Any, writing: Any, adapter: str, **more: Any) -> Any:
+        found = answers(trained, asked, writing, adapter, **more)
+        heard[adapter].append(
+            (found[adapter][0], [message.content for message in asked[0].messages])
+        )
+        return found
+
+    monkeypatch.setattr("lora.chat.answers", listening)
+    talk = "1 and one?\nAnd one?\nAnd one?\n"
+    found = {}
+    for adapter in ("both", "on", "off"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(talk))
+        assert lora("generate", run, "--adapter", adapter, "--system", "Count.") == 0
+        found[adapter] = {side: [*some] for side, some in heard.items()}
+        for some in heard.values():
+            some.clear()
+    assert found["both"] == {"on": found["on"]["on"], "off": found["off"]["off"]}
+    on, off = found["both"]["on"], found["both"]["off"]
+    assert on[0][0] != off[0][0]
+    for some in (on, off):
+        assert some[2][1] == [
+            "Count.", "1 and one?", some[0][0], "And one?", some[1][0], "And one?",
+        ]  # fmt: skip
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *said: str) -> None:
+    """Lines typed in a terminal, and Ctrl-D."""
+    lines = iter(said)
+
+    def ask(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", ask)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What the model is asked from here on, and answers "so"."""
+    seen: list[list[str]] = []
+
+    def answer(trained: Any, some: Any, writing: Any, adapter: str, streamed: Any) -> Any:
+        seen.append([message.content for message in some[0].messages])
+        streamed("so")
+        return {adapter: ["so"]}
+
+    monkeypatch.setattr("lora.chat.answers", answer)
+    return seen
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit", "Exit"])
+def test_a_talk_is_left_by_the_word(
+    word: str, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = asked(monkeypatch)
+    typed(monkeypatch, "1 and one?", f" {word} ", "never")
+    assert lora("generate", run) == 0
+    assert seen == [["1 and one?"]]
+    assert "exit, quit or Ctrl-D leaves the talk; /help lists" in capsys.readouterr().out
+
+
+def test_a_talk_has_commands_and_offers_the_system_prompt_of_the_training(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = asked(monkeypatch)
+    typed(monkeypatch, "a", "/system", "b", "/help", "/nothing", "c", "/new", "d",
+          "/system Be brief.", "/etc/hosts is?")  # fmt: skip
+    assert lora("generate", run) == 0
+    assert seen == [
+        ["a"],
+        ["Count.", "b"],
+        ["Count.", "b", "so", "c"],
+        ["Count.", "d"],
+        ["Be brief.", "/etc/hosts is?"],
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "The training had a system prompt, which /system sets here: Count."
+    assert "system: Count." in said
+    assert "system: Be brief." in said
+    assert "/nothing is no command. /help lists them." in said
+    assert "\n".join(said).count(HELP) == 1
+
+
+def test_what_cannot_be_answered_is_named_and_the_talk_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed(monkeypatch, "long " * 400, "1 and one?")
+    assert lora("generate", run) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "leaves no room" in said[2]
+    assert said[2].endswith("Or type /new, which forgets what was said.")
+    assert len(said) > 3
+    monkeypatch.setattr(sys, "stdin", io.StringIO("long " * 400))
+    assert lora("generate", run) == 2
+
+
 def test_an_answer_beside_another_is_no_markup(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = {"on": ["so [/INST] [b]it[/b] is"], "off": ["no"]}
-    monkeypatch.setattr("lora.chat.answers", lambda *given, **named: said)
+    monkeypatch.setattr("lora.chat.answers", lambda *given, **more: {given[3]: said[given[3]]})
     assert lora("generate", run, "--prompt", "1", "--adapter", "both") == 0
     assert "[/INST] [b]it[/b]" in capsys.readouterr().out
 
