@@ -10,7 +10,8 @@ from pathlib import Path
 from lora.data import read_predictions
 from lora.errors import LoraError
 from lora.metrics import score
-from lora.trained import newest_runs, summary_of
+from lora.records import summary_of
+from lora.trained import newest_runs
 
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)

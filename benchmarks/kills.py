@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write
-from lora.checkpoint import json_lines
+from lora.records import metrics_of
 
 
 def files(run: Path) -> dict[str, Any]:
     """What the end of a run has to be equal in."""
-    rows = [*json_lines((run / "metrics.jsonl").read_bytes())]
     return {
         "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
         "predictions": (run / "predictions.jsonl").read_bytes(),
-        "metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in rows],
+        "metrics": [{k: v for k, v in row.items() if k != "seconds"} for row in metrics_of(run)],
     }
 
 

@@ -42,13 +42,13 @@ def config_of(seed: int, limit: int | None, folder: str, packed: bool) -> Any:
 
 
 def ours(seed: int, limit: int | None, folder: str, packed: bool) -> dict[str, float]:
-    from lora.checkpoint import json_lines
+    from lora.records import metrics_of
     from lora.run import run
     from lora.scratch import keep_freed_memory
 
     keep_freed_memory()  # as `lora train` does
     found = run(config_of(seed, limit, folder, packed))
-    rows = [*json_lines((Path(folder) / "run" / "metrics.jsonl").read_bytes())]
+    rows = metrics_of(Path(folder) / "run")
     examples = sum(row["examples"] for row in rows if row["kind"] == "step")
     loss = found["evaluations"][-1]["dev_loss"]
     return {"rate": examples / found["train_seconds"], "loss": loss}

@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -488,21 +488,6 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"found a {type(value).__name__}, not an object")  # noqa: TRY004
     return value
-
-
-def json_lines(text: str | bytes) -> Iterator[dict[str, Any]]:
-    """The JSON object on each line that is not blank. Raises ValueError naming the line.
-
-    Lines end at \\n alone: str.splitlines() also cuts at U+2028, U+2029 and U+0085, which a JSON
-    string may hold as they are.
-    """
-    lines = text.split(b"\n") if isinstance(text, bytes) else text.split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield json_object(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -253,7 +253,7 @@ def _eval(arguments: list[str]) -> None:
     if config.predictions is not None:
         from lora.data import read_predictions
         from lora.metrics import score
-        from lora.trained import summary_of
+        from lora.records import summary_of
 
         task = config.task or "classification"
         if config.task is None and (config.predictions.parent / "summary.json").is_file():

@@ -35,7 +35,7 @@ from lora.config import (
     to_table,
 )
 from lora.errors import ConfigError, RunError, StoppedError
-from lora.trained import summary_of
+from lora.records import Summary, summary_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +105,9 @@ def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> lis
     return kept
 
 
-def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[str, Any]]:
+def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summary]:
     """Run what is not complete; returns the summaries in the order of the runs."""
-    summaries = []
+    summaries: list[Summary] = []
     assert config.run_dir is not None
     with _alone(config.run_dir) as lock:
         for number, run in enumerate(runs, 1):
@@ -117,13 +117,26 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[dict[
             print(head, file=sys.stderr, flush=True)
             if stands != "complete":
                 _spawn(run, lock, stands == "cut off")
-            summaries.append(summary_of(run.run_dir))
+            summaries.append(_like(summaries, run.run_dir))
         files = {
             "comparison.json": json.dumps(summaries, indent=2).encode(),
             "comparison.md": markdown(rows(summaries)).encode(),
         }
         write_together(config.run_dir, files)
     return summaries
+
+
+def _like(others: Sequence[Summary], directory: Path) -> Summary:
+    """A run's result, which has the scores of those before it. Raises RunError."""
+    summary = summary_of(directory)
+    wanted = (others[0] if others else summary)["metrics"].keys()
+    for scores in (summary["metrics"], summary.get("baseline", summary["metrics"])):
+        if odd := sorted(scores.keys() ^ wanted):
+            raise RunError(
+                f"{directory / 'summary.json'} is damaged: its scores are {', '.join(scores)}, and"
+                f" {odd[0]} is not in both runs. Remove {directory}, and run it again."
+            )
+    return summary
 
 
 @contextmanager
@@ -230,7 +243,7 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
         raise RunError(f"{run.method}, seed {run.seed} failed with exit code {code}: see above.")
 
 
-def rows(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """The table: a head, then a row per method, means (± standard deviation) over its seeds; of
     several tasks a column for each. The base alone comes first where a run has scored it."""
     if not summaries:

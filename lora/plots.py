@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from lora.checkpoint import json_lines, write_together
+from lora.checkpoint import write_together
 from lora.errors import RunError
-from lora.trained import summary_of
+from lora.records import Evaluated, StepRow, metrics_of, summary_of
 
 # Distinct for readers who tell few colours apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
-def read_metrics(directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The recorded steps and epochs of a run."""
+def read_metrics(directory: Path) -> tuple[list[StepRow], list[Evaluated]]:
+    """The recorded steps and evaluations of a run."""
+    rows = metrics_of(directory)
+    steps: list[StepRow] = [row for row in rows if row["kind"] == "step"]
+    epochs: list[Evaluated] = [row for row in rows if row["kind"] == "evaluation"]
     path = directory / "metrics.jsonl"
-    try:
-        text = path.read_bytes()
-    except OSError:
-        raise RunError(
-            f"{directory} is no run directory: no metrics.jsonl. Run lora train."
-        ) from None
-    steps, epochs = [], []
-    try:
-        # What follows the last line break was cut off in the writing.
-        for row in json_lines(text[: text.rfind(b"\n") + 1]):
-            if row["kind"] == "step":
-                counts = {key: int(row[key]) for key in ("step", "epoch")}
-                steps.append({**counts, "loss": float(row["loss"])})
-            else:
-                epoch = {key: float(row[key]) for key in ("step", "epoch", "loss", "dev_loss")}
-                dev = {str(name): float(value) for name, value in row["dev"].items()}
-                epochs.append({**epoch, "dev": dev})
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}. Run lora train again.") from None
     if not epochs:
         raise RunError(f"{path} has no finished epoch: nothing to draw. Run lora train again.")
-    if not any(step["epoch"] == 1 for step in steps) or not all(epoch["dev"] for epoch in epochs):
+    alike = all(row["dev"].keys() == epochs[0]["dev"].keys() for row in epochs)
+    if not steps or steps[0]["epoch"] != 1 or not alike:
         raise RunError(f"{path} is damaged: lines are missing. Run lora train again.")
     return steps, epochs
 
@@ -93,18 +77,17 @@ def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
 
 def _method(directory: Path) -> str:
     try:
-        return str(summary_of(directory)["method"])
+        return summary_of(directory)["method"]
     except RunError:  # cut off before its end
         return directory.name
 
 
 def _loss(
-    axes: Axes, steps: list[dict[str, Any]], epochs: list[dict[str, Any]], colour: str,
-    label: str | None,
+    axes: Axes, steps: list[StepRow], epochs: list[Evaluated], colour: str, label: str | None
 ) -> None:  # fmt: skip
     """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
-    per_epoch = round(epochs[0]["step"] / epochs[0]["epoch"])
-    width = max(1, per_epoch // 10)
+    per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
+    width = max(1, round(per_epoch) // 10)
     losses = [step["loss"] for step in steps]
     smooth = [
         sum(losses[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1)
@@ -116,7 +99,7 @@ def _loss(
 
 
 def _points(
-    axes: Axes, epochs: list[dict[str, Any]], values: list[float], colour: str, label: str | None
+    axes: Axes, epochs: list[Evaluated], values: list[float], colour: str, label: str | None
 ) -> None:
     axes.plot([e["epoch"] for e in epochs], values, "o--", color=colour, lw=1.2, label=label)
-    axes.set_xticks(range(math.ceil(epochs[-1]["epoch"]) + 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

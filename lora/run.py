@@ -46,7 +46,7 @@ from rich.progress import (
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
 from lora.card import heads_of
-from lora.checkpoint import json_lines, json_object, load, save, write_together, write_whole
+from lora.checkpoint import load, save, write_together, write_whole
 from lora.config import TEMPLATES, RunConfig, from_table, method_named, placed, read_toml, to_table
 from lora.data import Corpus
 from lora.errors import (
@@ -75,12 +75,12 @@ from lora.models import (
     packable,
     pick_dtype,
 )
+from lora.records import NOTHING, Mark, environment_of, metrics_at
 from lora.state import Training
 from lora.tokens import Encoded
 from lora.train import SIGNALS, Step, begin, check_room, fit, steps_per_epoch
 
 CHECKPOINTS = "checkpoints"
-NOTHING = hashlib.sha256().hexdigest()
 
 
 def run(config: RunConfig[Any]) -> dict[str, Any]:
@@ -149,24 +149,25 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             say(f"note: {line}")
         say(str(report))
 
-        path = None
+        path, noted = None, corpus.note
         with distributed.alike():
             if first and not resumed:
                 create(directory, config, corpus, digest(splits["train"]))
             if first:
                 held.enter_context(alone(directory))
                 tokens = digest(splits["train"])
-                path = _checkpoint(directory, corpus, tokens, say) if resumed else None
+                if resumed:
+                    path, noted = _checkpoint(directory, corpus, tokens, say)
         path = distributed.gather(path)[0]
         with distributed.alike():
-            mark = state.restore(training, path)["recorded"] if path else (0, NOTHING)
+            mark = state.restore(training, path)["recorded"] if path else NOTHING
             if resumed:
                 say(f"resuming {directory} {f'from step {training.step}' if path else 'anew'}.")
         names = config.trackers if first else ()
         try:
             with distributed.alike():
                 log = held.enter_context(trackers.tracking(names, directory, to_table(config)))
-                record = held.enter_context(recorder(directory, mark, log))
+                record = held.enter_context(recorder(directory, mark, training.step, log))
         except BaseException:
             if first and not resumed:
                 shutil.rmtree(directory, ignore_errors=True)
@@ -182,8 +183,6 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         if bad:
             say(f"note: {bad}")
         name, held_out = corpus.held_out
-        # A resumed run has been told what the first one guessed, and has nothing to remark.
-        noted = json_object((directory / "environment.json").read_bytes()).get("note", "")
         summary = {
             "method": config.method,
             "task": corpus.task,
@@ -220,19 +219,17 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
 
 def _checkpoint(
     directory: Path, corpus: Corpus, tokens: str, say: Callable[[str], None]
-) -> Path | None:
-    """The newest whole checkpoint of a run that may go on here, None where it has none yet."""
+) -> tuple[Path | None, str]:
+    """The newest whole checkpoint of a run that may go on here, None if it has none yet; and what
+    the run remarked of its data when it began."""
     resumable(directory)  # again: another process may have completed it meanwhile
-    try:
-        then = json_object((directory / "environment.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{directory}/environment.json cannot be read: {error}. Run anew.") from None
-    if then.get("data") != corpus.digest():
+    then = environment_of(directory)
+    if then["data"] != corpus.digest():
         raise RunError(
             f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
             f" run anew: lora train --config {directory / 'config.toml'}."
         )
-    if then.get("tokens") != tokens:
+    if then["tokens"] != tokens:
         raise RunError(
             f"{directory}: the same data is other tokens than when the run began: of another"
             " tokenizer, or of a chat template that writes today's date. Bring it back, or run"
@@ -250,7 +247,7 @@ def _checkpoint(
         raise RunError(
             f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
         )
-    return path
+    return path, then["note"]
 
 
 @dataclass(frozen=True)
@@ -288,7 +285,7 @@ def _train(
         return evaluates(step) or (config.save_steps is not None and step % config.save_steps == 0)
 
     def checkpoint() -> None:
-        state.save(training, folder, written, {"recorded": record.mark()})
+        state.save(training, folder, written, record.mark())
         if first:
             last = max(1, config.keep_last)
             state.prune(folder, _kept(config, folder, record.evaluations, training.step, last))
@@ -517,11 +514,11 @@ class Record:
         )
         return self.evaluations[-1]
 
-    def mark(self) -> tuple[int, str]:
+    def mark(self) -> Mark:
         """Bytes and SHA-256 of what is recorded, which is on disk; nothing on ranks that write
         none."""
         if self.file is None:
-            return 0, NOTHING
+            return NOTHING
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
@@ -550,17 +547,11 @@ class Record:
 
 
 @contextmanager
-def recorder(directory: Path, mark: Sequence[Any], log: trackers.Log) -> Iterator[Record]:
+def recorder(directory: Path, mark: Mark, step: int, log: trackers.Log) -> Iterator[Record]:
     """metrics.jsonl as it was at a mark(); what follows is done again. Rank 0 writes."""
-    path, (length, digest) = directory / "metrics.jsonl", mark
-    try:
-        written = path.read_bytes()[:length] if length else b""
-        if hashlib.sha256(written).hexdigest() != digest:
-            raise ValueError("it is not as it was at its checkpoint")
-        record = Record(None, [*json_lines(written)], log)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{path} is damaged: {reason}. Bring it back, or run anew.") from None
+    path, length = directory / "metrics.jsonl", mark[0]
+    rows, written = metrics_at(directory, mark, step)
+    record = Record(None, rows, log)
     record.digest.update(written)
     with ExitStack() as held:
         if distributed.rank() == 0:

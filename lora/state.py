@@ -31,24 +31,29 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import AfterValidator, Field, TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from lora import distributed, siblings
+from lora import distributed, documents, siblings
 from lora.adapter import Adapter
-from lora.checkpoint import fingerprint, json_object, write_together
+from lora.checkpoint import fingerprint, write_together
 from lora.checkpoint import save as save_adapter
+from lora.documents import Count, Finite
 from lora.errors import CheckpointError
 from lora.injection import injected
+from lora.records import Mark
 
 TENSORS, STATE, CONFIG, MANIFEST = (
     "training.safetensors", "training.json", "config.toml", "manifest.json"
 )  # fmt: skip
 REMOVED = ".removed"
+ANEW = "Remove the folder: lora train --resume goes on from the checkpoint before it."
 
 
 @dataclass
@@ -61,9 +66,60 @@ class Training:
     step: int = 0  # optimiser steps done
 
 
-def save(training: Training, folder: Path, config: bytes, more: dict[str, Any]) -> Path:
-    """Write a checkpoint into `folder`, `more` (JSON's kinds) in its training.json. Every rank
-    calls it, rank 0 writes.
+Key = Annotated[int, Field(ge=0, lt=2**32)]
+Legacy = tuple[
+    Literal["MT19937"],
+    Annotated[list[Key], Field(min_length=624, max_length=624)],
+    Annotated[int, Field(ge=0, le=624)],
+    Literal[0, 1],
+    Finite,
+]
+"""numpy's state. It is set without a look: a position past the keys would read other memory."""
+
+
+class RandomState(TypedDict):
+    """Of torch's generators in hexadecimal, Python's, and numpy's if a model has loaded it."""
+
+    torch: str
+    python: tuple[int, list[int], float | None]
+    cuda: NotRequired[str]
+    numpy: NotRequired[Legacy]
+
+
+def _tried(state: RandomState) -> RandomState:
+    """The state, set on generators that nobody uses. Raises ValueError."""
+    try:
+        torch.Generator().set_state(_bytes(state["torch"]))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(_bytes(state["cuda"]))
+        version, keys, gauss = state["python"]
+        random.Random().setstate((version, tuple(keys), gauss))
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    return state
+
+
+class State(TypedDict):
+    """training.json."""
+
+    step: Count
+    random: Annotated[
+        list[Annotated[RandomState, AfterValidator(_tried)]], Field(min_length=1)
+    ]  # of each rank
+    methods: dict[str, dict[str, Any]]  # what an adapter remembers, by its path
+    read_together: dict[str, list[list[str]]]
+    base: dict[str, str]  # its fingerprint
+    recorded: Mark
+
+
+STATES = TypeAdapter(State)
+CONTENTS = TypeAdapter(dict[str, tuple[Count, str]])
+"""The manifest: size and SHA-256 of each file."""
+
+
+def save(training: Training, folder: Path, config: bytes, recorded: Mark) -> Path:
+    """Write a checkpoint into `folder`; `recorded` is how far metrics.jsonl is. Every rank calls
+    it, rank 0 writes.
 
     Raises CheckpointError, and what stood in the folder is untouched.
     """
@@ -74,7 +130,7 @@ def save(training: Training, folder: Path, config: bytes, more: dict[str, Any]) 
         "methods": remembered(training.model),
         "read_together": siblings.groups(training.model),
         "base": bases(training.model),
-        **more,
+        "recorded": recorded,
     }
     with distributed.alike():
         _write(training, path, state, config)
@@ -139,10 +195,12 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(path: Path) -> str:
     """What is wrong with a checkpoint's files, "" where nothing is."""
     try:
-        stated = json_object((path / MANIFEST).read_bytes())
+        stated = documents.read(path / MANIFEST, CONTENTS, CheckpointError, "")
         found = _contents(path)
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST}: {getattr(error, 'strerror', None) or error}"
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}/").rstrip(". ")
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     for name in sorted(stated.keys() | found.keys()):
         if stated.get(name) != found.get(name):
             missing = "is missing" if name not in found else "is not as it was written"
@@ -162,31 +220,37 @@ def prune(folder: Path, kept: Iterable[int]) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
-def restore(training: Training, path: Path) -> dict[str, Any]:
+def restore(training: Training, path: Path) -> State:
     """Put a whole checkpoint into a model that is injected as it was; its training.json.
 
     Raises CheckpointError, the model untouched, where the two do not belong together.
     """
-    state = json_object((path / STATE).read_bytes())
-    stored = safetensors.torch.load((path / TENSORS).read_bytes())
+    state = documents.read(path / STATE, STATES, CheckpointError, ANEW)
+    try:
+        stored = safetensors.torch.load((path / TENSORS).read_bytes())
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path / TENSORS} cannot be read: {error}. {ANEW}") from None
     if state["base"] != bases(training.model):
         raise CheckpointError(
             f"{path} is of another base: its weights are not those that the training began on."
             " Bring back the files of --base as they were."
         )
     wanted, moments = values(training.model), {}
+    strange = {k for k in stored if not k.startswith("optimizer.")} ^ wanted.keys()
+    strange |= {k for k in wanted.keys() & stored.keys() if wanted[k].shape != stored[k].shape}
+    strange |= {k for k in stored if k.startswith("optimizer.")}
     for name, parameter in training.model.named_parameters():
         prefix = f"optimizer.{name}."
         own = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
+        strange -= {prefix + k for k, t in own.items() if t.shape in ((), parameter.shape)}
         if own:
             moments[parameter] = own
-    strange = {k for k in stored if not k.startswith("optimizer.")} ^ wanted.keys()
-    strange |= {k for k in wanted.keys() & stored.keys() if wanted[k].shape != stored[k].shape}
     if strange:
         raise CheckpointError(
             f"{path} does not fit the model: {len(strange)} tensors differ, {min(strange)} among"
             " them. Resume with the version of this package that began the run."
         )
+    _check_remembered(training.model, state, path)
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(stored[name])
@@ -206,6 +270,25 @@ def restore(training: Training, path: Path) -> dict[str, Any]:
         torch.manual_seed(rank_seed(state["step"]))
     training.step = state["step"]
     return state
+
+
+def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
+    """Raise CheckpointError unless what the file remembers is of the model's layers."""
+    groups, beside = siblings.groups(model), state["read_together"]
+    odd = sorted(groups.keys() ^ beside.keys())
+    odd += [name for name in groups if name in beside and any(
+        names not in groups[name] for names in beside[name])]  # fmt: skip
+    there = adapters(model)
+    odd += sorted(there.keys() ^ state["methods"].keys())
+    if odd:
+        raise CheckpointError(
+            f"{path / STATE} does not fit the model: {odd[0]} is another there. {ANEW}"
+        )
+    for layer, adapter in there.items():
+        kinds = get_type_hints(type(adapter))
+        schema = TypedDict("schema", {name: kinds.get(name, Any) for name in adapter.remembers})  # type: ignore[misc]
+        name = f"{path / STATE}, methods of {layer},"
+        documents.check(state["methods"][layer], TypeAdapter(schema), name, CheckpointError, ANEW)
 
 
 def tensors(training: Training) -> dict[str, Tensor]:
@@ -264,21 +347,22 @@ def rank_seed(seed: int) -> int:
     return random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed
 
 
-def random_state() -> dict[str, Any]:
-    """Of torch's generators, Python's, and numpy's where a model has loaded it."""
-    found: dict[str, Any] = {
+def random_state() -> RandomState:
+    """The state of every generator that a training draws from."""
+    version, keys, gauss = random.getstate()
+    found: RandomState = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "python": random.getstate(),
+        "python": (version, list(keys), gauss),
     }
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        found["numpy"] = [kind, keys.tolist(), *rest]
+        found["numpy"] = kind, keys.tolist(), *rest
     return found
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: RandomState) -> None:
     """Bring back what random_state() gave."""
     torch.set_rng_state(_bytes(state["torch"]))
     version, keys, gauss = state["python"]
@@ -288,21 +372,22 @@ def set_random_state(state: dict[str, Any]) -> None:
     if "numpy" in state:
         import numpy as np
 
-        np.random.set_state(tuple(state["numpy"]))
+        kind, numbers, position, cached, value = state["numpy"]
+        np.random.set_state((kind, np.array(numbers, np.uint32), position, cached, value))
 
 
 def _bytes(state: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
 
 
-def _contents(folder: Path) -> dict[str, list[Any]]:
+def _contents(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file but the manifest."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+            found[str(path.relative_to(folder))] = path.stat().st_size, digest
     return found
 
 

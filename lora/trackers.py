@@ -27,12 +27,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from lora import documents
 from lora.adapter import is_number
-from lora.checkpoint import json_object, write_whole
+from lora.checkpoint import write_whole
 from lora.errors import ConfigError, RunError
 
 CALLED = {"mlflow": "info.run_id", "tensorboard": "log_dir", "trackio": "name", "wandb": "id"}
 """The trackers, and where each keeps what it calls a run."""
+RUNS = TypeAdapter(dict[str, str])
+"""trackers.json: what each tracker calls the run."""
 PROJECT = "lora"
 Log = Callable[[Mapping[str, Any]], None]
 
@@ -105,7 +110,8 @@ def _begin(
 
     PartialState()  # their logger raises without it
     path = directory / "trackers.json"
-    runs = _read(path) if path.exists() else {}
+    then = "Remove it to track the run anew."
+    runs = documents.read(path, RUNS, RunError, then) if path.exists() else {}
     shown = {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()
@@ -129,13 +135,6 @@ def _begin(
         write_whole(path, json.dumps(runs, indent=2).encode())
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json_object(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}. Remove it to track the run anew.") from None
 
 
 def _tracker(name: str, directory: Path, run: str | None, settings: Mapping[str, Any]) -> Any:

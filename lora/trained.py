@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +18,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from lora import distributed, nf4, state
-from lora.adapter import is_number
-from lora.checkpoint import CONFIG, json_lines, json_object, load
+from lora.checkpoint import CONFIG, load
 from lora.config import RunConfig, method_named
 from lora.conversations import Conversation, Message, from_row, read_prompts
 from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
@@ -30,6 +28,7 @@ from lora.generate import Writing, padded, row_of, scored, written
 from lora.injection import disabled, eject, merge
 from lora.inputs import asked, decoder_start, encoded_of, prompts_of, read_corpus, read_texts
 from lora.models import hold
+from lora.records import answers_of, environment_of, summary_of
 from lora.run import (
     CHECKPOINTS,
     base_of,
@@ -87,29 +86,13 @@ def _reopened(directory: Path) -> Trained:
     return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
 
 
-def summary_of(directory: Path) -> dict[str, Any]:
-    """The result of a complete run. Raises RunError where there is none, or it is damaged."""
-    path = directory / "summary.json"
-    if not path.is_file():
-        raise RunError(f"{directory} holds no complete run: no summary.json. Run lora train.")
-    kinds = {"method": str, "task": str, "metrics": dict, "evaluations": list}
-    try:
-        found = json_object(path.read_bytes())
-        odd = [key for key, kind in kinds.items() if not isinstance(found.get(key), kind)]
-        if odd or not all(map(is_number, found["metrics"].values())):
-            raise ValueError(f"{', '.join(odd) or 'metrics'} not as a run writes it")
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}. Remove {directory}, run it again.") from None
-    return found
-
-
 def newest_runs(folder: Path = Path("runs")) -> list[Path]:
     """The newest complete run of each method under a folder."""
     found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     newest: dict[str, Path] = {}
     for path in found:
         with suppress(RunError):  # a damaged run is no reason to hide the others
-            newest[str(summary_of(path.parent)["method"])] = path.parent
+            newest[summary_of(path.parent)["method"]] = path.parent
     if not newest:
         raise RunError(
             f"no complete run under {folder}/. Run python scripts/train_lora_distilbert.py."
@@ -128,7 +111,8 @@ def rescore(
             if data is None:
                 corpus = read_corpus(config)
                 name = split or corpus.held_out[0]
-                if _learned_from(directory) not in (None, corpus.digest()):
+                known = (directory / "environment.json").is_file()
+                if known and environment_of(directory)["data"] != corpus.digest():
                     progress.console.print(
                         f"note: {corpus.source} is not as it was when {directory} was trained: rows"
                         f" of {name} may be among those that it learned from.",
@@ -146,15 +130,6 @@ def rescore(
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
         found, _ = scored(config, *parts, progress)
     return {"loss": found.loss, **found.metrics}
-
-
-def _learned_from(directory: Path) -> str | None:
-    """The digest of a run's data, None where the run has none to tell."""
-    try:
-        found = json_object((directory / "environment.json").read_bytes()).get("data")
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def predict_texts(
@@ -343,9 +318,10 @@ def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> s
 def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
     """The first texts that the run answered, as one batch; before its end, a text."""
     path = directory / "predictions.jsonl"
-    rows = _answered(directory, 8) or [{"text": "a", "prompt": "a"}]
-    config, corpus = trained.config, Corpus(str(path), trained.config.task, (), (), (), ())
-    if config.task == "text":
+    config, task = trained.config, trained.config.task
+    rows = answers_of(directory, task, 8) or [{"text": "a", "prompt": "a"}]
+    corpus = Corpus(str(path), task, (), (), (), ())
+    if task == "text":
         asked = [one for row in rows for one in from_row(row, str(path), answered=False)]
         ids, _ = prompts_of(config, trained.tokenizer, trained.model, asked)
         model = trained.model
@@ -353,25 +329,15 @@ def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
         if model.config.is_encoder_decoder:
             batch["decoder_input_ids"] = torch.full_like(batch["input_ids"], decoder_start(model))
         return batch
-    examples = [Example(str(row["text"]), row.get("pair"), None) for row in rows]
+    examples = [Example(row["text"], row.get("pair"), None) for row in rows]
     encoded = _encoded(trained, corpus, examples, labelled=False)
     return collate(encoded, layout(encoded, range(len(examples))), trained.device)[0]
-
-
-def _answered(directory: Path, count: int) -> list[dict[str, Any]]:
-    """The first rows that a run answered; none before its end."""
-    path = directory / "predictions.jsonl"
-    written = path.read_bytes() if path.is_file() else b""
-    try:
-        return [*islice(json_lines(written), count)]
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}. Remove it, and try again.") from None
 
 
 def system_of(directory: Path) -> str | None:
     """The system prompt that a run's conversations began with, the most frequent if there are
     several; None if they had none, or the run did not come to its end."""
-    rows = _answered(directory, 100)
+    rows = answers_of(directory, "text", 100)
     first = [from_row(row, str(directory), answered=False)[0].messages[0] for row in rows]
     found = Counter(one.content for one in first if one.role == "system")
     return found.most_common(1)[0][0] if found else None

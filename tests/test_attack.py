@@ -131,7 +131,7 @@ def test_missing_metrics_are_named(
     (run / "metrics.jsonl").unlink()
     assert lora("train", "--resume", run) == 2
     err = said(capsys)
-    assert "metrics.jsonl is damaged: No such file" in err
+    assert "metrics.jsonl cannot be read: No such file" in err
     assert "Free space" not in err
 
 

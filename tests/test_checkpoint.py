@@ -16,7 +16,7 @@ from conftest import ROOT, distilbert, gpt2, tokens
 from torch import nn
 
 import lora
-from lora.checkpoint import fingerprint, json_lines
+from lora.checkpoint import fingerprint
 from lora.testing import perturb, snapshot, unchanged
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,16 +26,6 @@ SETTINGS = {
     "target_modules": ("q_lin", "v_lin"),
     "modules_to_save": ("pre_classifier", "classifier"),
 }
-
-
-@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\u0085"])
-def test_json_lines_end_at_a_line_feed_alone(mark: str) -> None:
-    rows = [{"text": f"a{mark}b"}, {"text": mark}]
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    for form in (text, text.encode(), text.encode().replace(b"\n", b"\r\n") + b"\n\n"):
-        assert [*json_lines(form)] == rows
-    with pytest.raises(ValueError, match="line 3: "):
-        [*json_lines(text + "\n{")]
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
+from test_documents import SUMMARY
 
 import lora.methods
 from lora.adapter import METHODS
-from lora.checkpoint import json_lines
 from lora.cli import VERBS, main
+from lora.records import answers_of
 
 REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
 
@@ -245,7 +246,7 @@ def test_texts_with_unicode_line_breaks_train_merge_and_score(
         path.write_text("\n".join(some), "utf-8")
     given = ("--base", base, "--data", folder, "--run-dir", run, "--r", 2, "--epochs", 1)
     assert lora("train", *given) == 0
-    kept = [row["text"] for row in json_lines((run / "predictions.jsonl").read_bytes())]
+    kept = [row["text"] for row in answers_of(run, "classification", 99)]
     assert len(kept) == 24
     assert {mark for mark in BREAKS if any(mark in text for text in kept)} == {*BREAKS}
     assert lora("merge", run, "--output", tmp_path / "out") == 0
@@ -894,13 +895,12 @@ def test_predictions_are_scored_as_the_run_beside_them_was(
     )
     assert lora("eval", "--predictions", predictions) == 0
     assert "accuracy" in capsys.readouterr().out
-    summary = {"method": "lora", "task": "regression", "metrics": {}, "evaluations": []}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY | {"task": "regression"}))
     assert lora("eval", "--predictions", predictions) == 0
     assert "mse 0.1250" in capsys.readouterr().out
     (tmp_path / "summary.json").write_text("[" * 100_000)
     assert lora("eval", "--predictions", predictions) == 2
-    assert "summary.json is damaged: nested too deeply" in capsys.readouterr().err
+    assert "summary.json is damaged: Invalid JSON: recursion limit" in capsys.readouterr().err
 
 
 def test_a_run_outlives_a_comparison_that_is_killed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 import lora
 from lora import state
 from lora.errors import CheckpointError
+from lora.records import NOTHING
 from lora.state import Training
 from lora.train import begin, fit
 
@@ -59,10 +60,10 @@ def test_a_training_goes_on_bit_for_bit(method: str, at: int, tmp_path: Path) ->
     losses = go(whole)
     cut = training(method)
     assert go(cut, at) == losses[:at]
-    path = state.save(cut, tmp_path, b"", {"more": 1})
+    path = state.save(cut, tmp_path, b"", (7, "f"))
     on = training(method)
     torch.rand(5)
-    assert state.restore(on, path)["more"] == 1
+    assert state.restore(on, path)["recorded"] == (7, "f")
     assert go(on) == losses[at:]
     assert bits(on.model) == bits(whole.model)
     if method == "adalora":
@@ -87,7 +88,7 @@ def test_running_statistics_and_random_states_come_back(tmp_path: Path) -> None:
     lora.inject(model, config)
     one = begin(model, 1e-3)
     model(torch.randn(8, 4))
-    path = state.save(one, tmp_path, b"", {})
+    path = state.save(one, tmp_path, b"", NOTHING)
     drawn = torch.rand(3).tolist(), random.random(), np.random.rand()
     before = bits(model)
     model(torch.randn(8, 4))
@@ -103,7 +104,7 @@ def test_groups_that_were_dissolved_stay_so(tmp_path: Path) -> None:
     assert groups
     path = next(iter(groups))
     one.model.get_submodule(path).__dict__[lora.siblings.GROUPS] = ()
-    state.restore(two, state.save(one, tmp_path, b"", {}))
+    state.restore(two, state.save(one, tmp_path, b"", NOTHING))
     assert lora.siblings.groups(two.model) == {**groups, path: []}
 
 
@@ -111,7 +112,7 @@ def saved(folder: Path, *steps: int) -> Training:
     one = training()
     for step in steps:
         one.step = step
-        state.save(one, folder, b"", {})
+        state.save(one, folder, b"", NOTHING)
     return one
 
 
@@ -150,7 +151,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(harm: Any, tmp_path: Path
 
 
 def test_the_checkpoint_of_another_model_leaves_this_one_alone(tmp_path: Path) -> None:
-    path = state.save(training(), tmp_path, b"", {})
+    path = state.save(training(), tmp_path, b"", NOTHING)
     for other, words in (
         (training("dora"), "does not fit the model"),
         (training(initializer_range=0.1), "is of another base"),
@@ -182,7 +183,7 @@ def test_a_save_that_fails_leaves_what_was_there(
 
         monkeypatch.setattr(owner, call, fail)
         try:
-            state.save(one, tmp_path, b"", {})
+            state.save(one, tmp_path, b"", NOTHING)
             break
         except CheckpointError as error:
             assert "cannot be written: No space left" in str(error)  # noqa: PT017

@@ -130,6 +130,8 @@ class AdaLoRA(Adapter):
     }
 
     remembers = ("pattern", "total")
+    pattern: list[bool] | None
+    total: int
 
     config: AdaLoRAConfig
 

@@ -1,0 +1,82 @@
+"""The one door for documents: a schema says what a file holds, and what it returns needs no checks.
+
+    summary = read(directory / "summary.json", SUMMARY, RunError, "Run it again.")
+
+A schema is a pydantic TypeAdapter, of TypedDicts for the most part. It is strict: "1" is no number
+and true is no 1. Keys that it does not name pass, so that a newer version may add some.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+from pydantic import Field, TypeAdapter
+
+from lora.errors import LoraError
+
+T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Finite = Annotated[float, Field(gt=-1e305, lt=1e305)]
+"""Room to be added up and drawn; perplexity goes to e^700 = 1e304."""
+Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+
+
+def read(path: Path, schema: TypeAdapter[T], error: type[LoraError], then: str) -> T:
+    """The JSON file as its schema states it. Raises `error` with file, key, found and wanted, and
+    `then`, the next command."""
+    return decode(content(path, error, then), schema, str(path), error, then)
+
+
+def content(path: Path, error: type[LoraError], then: str) -> bytes:
+    """The file's bytes. Raises `error`."""
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise error(f"{path} cannot be read: {problem.strerror or problem}. {then}") from None
+
+
+def decode(
+    payload: bytes, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str
+) -> T:
+    """A JSON document as its schema states it; `name` is what the message calls it."""
+    try:
+        return schema.validate_json(payload, strict=True, extra="allow")
+    except pydantic.ValidationError as problem:
+        raise error(f"{name} is damaged: {said(problem)}. {then}") from None
+
+
+def decode_lines(
+    payload: bytes, schema: TypeAdapter[T], path: Path, error: type[LoraError], then: str
+) -> list[T]:
+    """The rows of JSON lines that were read from `path`."""
+    return [
+        decode(line, schema, f"{path}, line {number},", error, then)
+        for number, line in enumerate(payload.split(b"\n"), 1)
+        if line.strip()
+    ]
+
+
+def check(value: object, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str) -> T:
+    """What another reader made of a document, as its schema states it."""
+    try:
+        return schema.validate_python(value, strict=True, extra="allow")
+    except pydantic.ValidationError as problem:
+        raise error(f"{name} is damaged: {said(problem)}. {then}") from None
+
+
+def said(problem: pydantic.ValidationError) -> str:
+    """The first thing that is wrong: its key, what was wanted, and what was found."""
+    first: Any = problem.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = re.sub(r"^(Input|\w+) should ", "must ", first["msg"])
+    message = message.removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    if first["type"] in ("json_invalid", "union_tag_not_found", "union_tag_invalid"):
+        return " ".join(filter(None, (key, message)))
+    found = repr(first["input"])
+    return f"{key or 'the document'} {message}, found {found[:80]}{'...' * (len(found) > 80)}"
