@@ -24,7 +24,7 @@ LADDER = [
     {"adapter"},
     {"methods"},
     {"targets"},
-    {"injection", "foreign"},
+    {"injection", "foreign", "card"},
     {"checkpoint"},
     {"testing"},
     {"documents"},
@@ -41,6 +41,7 @@ LADDER = [
 ]
 CORE = {
     "errors",
+    "card",
     "patterns",
     "layers",
     "scratch",
