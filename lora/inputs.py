@@ -18,7 +18,7 @@ from lora.data import SPLITS, Columns, Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
 from lora.models import Base, check_ids
-from lora.templates import encode, encode_pairs, preview, prompt_ids, template_of
+from lora.templates import Template, encode, encode_pairs, preview, prompt_ids, template_of
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
 MADE = "tasks/"  # before the name of a task of lora.demo.tasks
@@ -263,7 +263,25 @@ def prompts_of(
     found = prompt_ids(template, asked, encodes)
     for one, ids in zip(asked, found, strict=True):
         check_ids(model, tokenizer, ids, one.place)
-    return found, template.stops
+    return found, ends_of(template, model.generation_config)
+
+
+def ends_of(template: Template, base: Any) -> tuple[int, ...]:
+    """The ids that end an answer: of the template, and of the base's own generation config."""
+    own = base.eos_token_id
+    named = [] if own is None else [own] if isinstance(own, int) else [*own]
+    return tuple(dict.fromkeys((*template.stops, *named)))
+
+
+def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
+    """Give a model and its tokenizer what makes their own generate() and apply_chat_template() do
+    as the run does: its template, and all tokens that end an answer."""
+    template = template_of(tokenizer, config.template)
+    model.generation_config.eos_token_id = [*ends_of(template, model.generation_config)]
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if template.jinja is not None:
+        tokenizer.chat_template = template.jinja
 
 
 def asked_of(

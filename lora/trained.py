@@ -26,7 +26,15 @@ from lora.errors import ConfigError, DataError, RunError
 from lora.evaluate import EVALUATED, predict, rows_of
 from lora.generate import Writing, padded, row_of, scored, written
 from lora.injection import disabled, eject, merge
-from lora.inputs import asked, decoder_start, encoded_of, prompts_of, read_corpus, read_texts
+from lora.inputs import (
+    asked,
+    decoder_start,
+    encoded_of,
+    hand_on,
+    prompts_of,
+    read_corpus,
+    read_texts,
+)
 from lora.models import hold
 from lora.records import answers_of, environment_of, summary_of
 from lora.run import (
@@ -303,6 +311,8 @@ def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> s
         if trained.config.labels:
             model.config.id2label = dict(enumerate(trained.config.labels))
             model.config.label2id = {label: i for i, label in enumerate(trained.config.labels)}
+        if trained.config.task == "text":
+            hand_on(trained.config, trained.tokenizer, model)
         making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
         try:
             model.save_pretrained(making)

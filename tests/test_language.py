@@ -481,6 +481,50 @@ def test_merging_leaves_a_plain_language_model(
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
+ENDED = (
+    "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("asked", ["auto", "file"])
+def test_a_merged_model_stops_where_the_run_does(
+    asked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a template whose turn ends in a token that is not the base's end token, the base's own
+    or one of a file."""
+    base = saved(tmp_path / "base", "llama", ENDED if asked == "auto" else CHATML)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]})
+    tokenizer.save_pretrained(base)
+    generation = transformers.GenerationConfig.from_pretrained(base)
+    stop = tokenizer.convert_tokens_to_ids("a")  # as the base's own config may name some more
+    generation.eos_token_id = [tokenizer.eos_token_id, stop]
+    generation.save_pretrained(base)
+    rows = [{"question": f"{i}?", "answer": "no"} for i in range(40)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.jinja").write_text(ENDED)
+    template = ("--template", tmp_path / "mine.jinja") if asked == "file" else ()
+    flags = ("--base", base, "--data", tmp_path / "x.jsonl", *FLAGS, *template, "--epochs", 12)
+    assert lora("train", *flags, "--r", 8, "--run-dir", tmp_path / "run") == 0
+    assert lora("merge", tmp_path / "run", "--output", tmp_path / "plain") == 0
+    capsys.readouterr()
+    assert lora("generate", tmp_path / "run", "--prompt", "7?", "--max-new-tokens", 40) == 0
+    answer = capsys.readouterr().out.strip()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert tokenizer.chat_template == ENDED
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert set(model.generation_config.eos_token_id) == {tokenizer.eos_token_id, stop, end}
+    asking = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "7?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    written = model.generate(**asking, max_new_tokens=40)[0, asking["input_ids"].shape[1] :]
+    assert answer == "no"
+    assert written.tolist() == [*tokenizer("no", add_special_tokens=False)["input_ids"], end]
+
+
 def test_answers_with_unicode_line_breaks_merge(base: str, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"{i % 9} is\u2028", "completion": f" number\u2029{i}\u0085."} for i in range(24)
