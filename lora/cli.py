@@ -229,6 +229,10 @@ class EvalConfig:
     """Column of the second text."""
     label_column: str | None = None
     """Column of the label."""
+    header: Literal["auto", "yes", "no"] = "auto"
+    """Whether the first row of a CSV or TSV in --data names its columns."""
+    skip_bad_lines: int = 0
+    """Rows of --data that may be unusable: they are left out and listed."""
 
 
 def _eval(arguments: list[str]) -> None:
@@ -245,9 +249,9 @@ def _eval(arguments: list[str]) -> None:
     columns = ["text_column", "pair_column", "label_column"]
     idle = ["limit", "task"] if config.run is not None else ["limit", "data", "split"]
     if config.data is None:
-        idle += columns
+        idle += [*columns, "header", "skip_bad_lines"]
     for name in idle:
-        if getattr(config, name) is not None:
+        if getattr(config, name) not in (None, "auto", 0):
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} says nothing beside the other flags. Leave it out.")
     if config.predictions is not None:
@@ -264,7 +268,8 @@ def _eval(arguments: list[str]) -> None:
         from lora.trained import rescore
 
         assert config.run is not None
-        metrics = rescore(config.run, config.data, config.split, asked(config))
+        parts = config.data, config.split, asked(config), config.skip_bad_lines
+        metrics = rescore(config.run, *parts)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
 
@@ -295,7 +300,7 @@ class PredictConfig:
     pair: tuple[str, ...] = ()
     """Their second texts, for tasks on sentence pairs."""
     data: str | None = None
-    """A TSV, CSV or JSONL file of texts, labelled or not."""
+    """A file of texts, labelled or not: TSV, CSV, JSONL, JSON, Parquet or TXT."""
     output: Path | None = None
     """Where the predictions go."""
     text_column: str | None = None
@@ -304,6 +309,10 @@ class PredictConfig:
     """Column of the second text."""
     label_column: str | None = None
     """Column of the label, which is passed on beside the prediction."""
+    header: Literal["auto", "yes", "no"] = "auto"
+    """Whether the first row of a CSV or TSV in --data names its columns."""
+    skip_bad_lines: int = 0
+    """Rows of --data that may be unusable: they are left out and listed."""
 
 
 def _predict(arguments: list[str]) -> None:
@@ -313,7 +322,8 @@ def _predict(arguments: list[str]) -> None:
     from lora.inputs import asked
     from lora.trained import predict_texts
 
-    predict_texts(config.run, config.text, config.pair, config.data, config.output, asked(config))
+    parts = config.data, config.output, asked(config), config.skip_bad_lines
+    predict_texts(config.run, config.text, config.pair, *parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +341,8 @@ class GenerateConfig:
     """What the system says first, where the template has room for it."""
     output: Path | None = None
     """Where the JSON lines go."""
+    skip_bad_lines: int = 0
+    """Rows of --data that may be unusable: they are left out and listed."""
     adapter: Literal["on", "off", "both"] = "on"
     """off: the base alone; both: one beside the other."""
     max_new_tokens: int | None = None
@@ -365,7 +377,7 @@ def _generate(arguments: list[str]) -> None:
     )  # fmt: skip
     if own.data is not None or len(own.prompt) > 1 or own.output is not None:
         prompts = own.run, own.prompt, own.data, own.output
-        answer(*prompts, writing, own.adapter, own.system)
+        answer(*prompts, writing, own.adapter, own.system, own.skip_bad_lines)
         return
     from lora.chat import chat, once
 

@@ -208,7 +208,9 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
             "task",
             "labels",
             "learning_rate",
+            "text_column",
             "pair_column",
+            "label_column",
             "dtype",
             "max_length",
         ):

@@ -70,11 +70,14 @@ class RunConfig(Generic[C]):
     """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
     those of its file."""
     text_column: str | None = None
-    """Column of the text: a name, or a number from 0 in a file without header."""
+    """Column of the text: a name, or a number from 0."""
     pair_column: str | None = None
     """Column of the second text, for tasks on sentence pairs."""
     label_column: str | None = None
     """Column of the label."""
+    header: Literal["auto", "yes", "no"] = "auto"
+    """Whether the first row of a CSV or TSV file names its columns. auto: it is told from the rows
+    below, and asked for if they leave it open."""
     task: Task = "auto"
     """auto: text where the data has prompts and answers or conversations, regression where the
     labels are fractional numbers. text: a language model learns to write."""
@@ -87,7 +90,7 @@ class RunConfig(Generic[C]):
     """Texts share rows of --max-length tokens, without seeing one another: no padding, the same
     result."""
     skip_bad_lines: int = 0
-    """Lines of a data file that may be broken: they are left out and counted."""
+    """Rows of the data that may be unusable: they are left out, counted and listed."""
     max_new_tokens: int = 256
     """Tokens at most of an answer that is written on the held-out split."""
     answered: int | None = None
@@ -179,7 +182,10 @@ class RunConfig(Generic[C]):
             check(name, value, "a text", isinstance(value, str) and bool(value or name == "note"))
         for name in ("text_column", "pair_column", "label_column"):
             value = getattr(self, name)
-            check(name, value, "a column's name", value is None or isinstance(value, str))
+            good = value is None or (isinstance(value, str) and bool(value))
+            check(name, value, "a column's name", good)
+        good = self.header in ("auto", "yes", "no")
+        check("header", self.header, "auto, yes or no", good)
         check("task", self.task, "one of " + ", ".join(get_args(Task)), self.task in get_args(Task))
         good = self.dtype in ("auto", "float32", "bfloat16")
         check("dtype", self.dtype, "auto, float32 or bfloat16", good)

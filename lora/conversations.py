@@ -16,21 +16,18 @@ Rows stand in JSON lines, JSON, CSV, TSV, Parquet, on the hub, or in text files:
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora.checkpoint import json_object
-from lora.data import LABEL, SPLITS, TEXT, read_hub, text_of
+from lora.columns import LABEL, TEXT
 from lora.errors import DataError
+from lora.rows import ENDINGS, SPLITS, BadRows, Row, read_rows, read_source, text_in
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
@@ -42,9 +39,6 @@ ASKED = ("instruction", "prompt", "question", "input")
 BESIDE = ("input", "context")
 ANSWERED = ("output", "completion", "response", "answer")
 SYSTEM = ("system", "system_prompt")
-
-Row = dict[str, Any]
-Read = Row | DataError  # a row, or in its place the error that names it
 
 
 @dataclass(frozen=True)
@@ -90,16 +84,33 @@ class Conversation:
 
 
 def read_conversations(
-    source: str, task: str = "", skip_bad_lines: int = 0
+    source: str, task: str = "", bad: BadRows | None = None
 ) -> tuple[dict[str, list[Conversation]], list[str]]:
     """The conversations of a file, a folder or a hub data set as train, dev and test, and what was
-    decided on the user's behalf.
+    decided on the user's behalf. Rows that are none are added to `bad`, which the caller judges
+    when a template has added those that it refuses; without it they are an error.
 
     A file without a column `split` is cut 80/10/10, and every tenth of train held out where there
     is no dev; conversations with the same prompt stay together, or the answers to it would leak.
     Raises DataError with the file, the line and the remedy.
     """
-    splits, notes = _read_splits(source, task, skip_bad_lines)
+    rows = BadRows() if bad is None else bad
+    splits = _read_splits(source, task, rows)
+    try:
+        whole, notes = _in_three(source, splits)
+    except DataError:  # too few rows, of which the broken ones are the reason
+        rows.judge(left=False)
+        raise
+    if bad is None:
+        rows.judge()
+    return whole, notes
+
+
+def _in_three(
+    source: str, splits: dict[str, list[Conversation]]
+) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """Train, dev and test, cut and held out if the source has none of its own; and notes."""
+    notes = []
     if "" in splits:
         groups = _by_prompt(splits[""])
         if len(groups) < 3:
@@ -140,28 +151,39 @@ def read_conversations(
 
 
 def read_split(
-    source: str, task: str = "", split: str | None = None, skip_bad_lines: int = 0
-) -> tuple[list[Conversation], str, list[str]]:
-    """Conversations to score a trained model on, their split's name, and notes.
+    source: str, task: str = "", split: str | None = None, bad: BadRows | None = None
+) -> tuple[list[Conversation], str]:
+    """Conversations to score a trained model on, and their split's name; `bad` as above.
 
     A file without a column `split` is scored whole, as test. A folder needs no train file.
     """
-    splits, notes = _read_splits(source, task, skip_bad_lines)
+    rows = BadRows() if bad is None else bad
+    splits = _read_splits(source, task, rows)
     if "" in splits:
         splits = {split or "test": splits[""]}
     there = [name for name in ([split] if split else ["test", "dev", "train"]) if splits.get(name)]
     if not there:
+        rows.judge(left=False)
         raise DataError(f"--data {source} has no {split or ''} split, found {', '.join(splits)}.")
-    return splits[there[0]], there[0], notes
+    if bad is None:
+        rows.judge()
+    return splits[there[0]], there[0]
 
 
-def read_prompts(path: str, task: str = "") -> list[Conversation]:
-    """The conversations of one file in its order, answered or not: what a model goes on from."""
-    found = [
-        conversation
-        for place, row in read_rows(Path(path))
-        for conversation in from_row(_no_error(row), place, task, answered=False)
-    ]
+def read_prompts(path: str, task: str = "", bad: BadRows | None = None) -> list[Conversation]:
+    """The conversations of one file in its order, answered or not: what a model goes on from; `bad`
+    as above."""
+    rows = BadRows() if bad is None else bad
+    found: list[Conversation] = []
+    for place, row in read_rows(Path(path)):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            found += from_row(row, place, task, answered=False)
+        except DataError as error:
+            rows.add(error, place)
+    if bad is None or not found:
+        rows.judge(left=bool(found))
     if not found:
         raise DataError(f"{path} has no rows.")
     return found
@@ -169,7 +191,7 @@ def read_prompts(path: str, task: str = "") -> list[Conversation]:
 
 def holds_conversations(source: str) -> bool:
     """Whether a data set's first row is one to converse by: what `--task auto` goes by."""
-    rows = (row for _, _, row in _entries(source))
+    rows = (row for _, _, row in read_source(source))
     return conversational(next((row for row in rows if not isinstance(row, DataError)), {}))
 
 
@@ -199,184 +221,21 @@ def _by_prompt(conversations: Iterable[Conversation]) -> list[list[Conversation]
     return list(found.values())
 
 
-@dataclass
-class _Bad:
-    """The errors that --skip-bad-lines tolerates, counted in full."""
-
-    allowed: int
-    kept: list[DataError] = field(default_factory=list)
-    count: int = 0
-
-    def add(self, error: DataError) -> None:
-        self.count += 1
-        if len(self.kept) <= self.allowed:  # not a million of them, where the format is another
-            self.kept.append(error)
-
-    def judge(self, source: str) -> list[str]:
-        """Notes of what is left out. Raises DataError where it is too much."""
-        if not self.count:
-            return []
-        lines = "1 bad line" if self.count == 1 else f"{self.count} bad lines"
-        if self.count > self.allowed:
-            raise DataError(
-                f"{self.kept[0]} {source} has {lines}. Mend, or leave out with --skip-bad-lines"
-                f" {self.count}."
-            )
-        places = "; ".join(str(error).partition(": ")[0] for error in self.kept)
-        return [f"{source}: {lines} left out: {places}. The first: {self.kept[0]}"]
-
-
-def _read_splits(
-    source: str, task: str, skip_bad_lines: int
-) -> tuple[dict[str, list[Conversation]], list[str]]:
+def _read_splits(source: str, task: str, bad: BadRows) -> dict[str, list[Conversation]]:
     """Conversations by split; "" holds the rows of a file that names none."""
-    bad = _Bad(skip_bad_lines)
     splits: dict[str, list[Conversation]] = {}
-    for split, place, row in _entries(source):
+    for split, place, row in read_source(source):
         try:
-            found = from_row(_no_error(row), place, task)
+            if isinstance(row, DataError):
+                raise row
+            splits.setdefault(split, []).extend(from_row(row, place, task))
         except DataError as error:
-            bad.add(error)
-            continue
-        splits.setdefault(split, []).extend(found)
-    notes = bad.judge(source)
-    if "" in splits and len(splits) > 1:
-        raise DataError(f"{splits[''][0].place}: no split, where other rows have one. Fill it in.")
-    return splits, notes
-
-
-def _no_error(row: Read) -> Row:
-    if isinstance(row, DataError):
-        raise row
-    return row
-
-
-def _entries(source: str) -> Iterator[tuple[str, str, Read]]:
-    """Split, place and row of each row of a data set."""
-    path = Path(source)
-    if path.is_dir():
-        for split, names in SPLITS.items():
-            paths = [path / (name + end) for name in names for end in ENDINGS]
-            there = [path for path in paths if path.is_file()]
-            if len(there) > 1:
-                raise DataError(f"{source} has {', '.join(p.name for p in there)}: keep one.")
-            for place, row in read_rows(there[0]) if there else ():
-                yield split, place, row
-        return
-    if not path.is_file():
-        if path.suffix in ENDINGS:
-            raise DataError(f"--data {source}: no such file. Pass one, or a folder.")
-        for split, rows in read_hub(source).items():
-            for place, row in rows:
-                yield split, place, row
-        return
-    known = {name: split for split, names in SPLITS.items() for name in names}
-    for place, row in read_rows(path):
-        split = "" if isinstance(row, DataError) else row.get("split") or ""
-        if split and split not in known:
-            row = DataError(f"{place}: split {split!r} is none of {', '.join(sorted(known))}.")
-        yield known.get(split, ""), place, row
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, Read]]:
-    """Each row of a file behind its place, "FILE, line N"; in a broken one's place its error.
-
-    Raises DataError where the file cannot be read at all.
-    """
-    if path.suffix not in ENDINGS:
-        raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
-    if path.suffix == ".parquet":
-        rows: Iterator[tuple[str, Read | str]] = _parquet(path)
-    else:
-        read = {".jsonl": _json_lines, ".json": _json, ".txt": _lines}.get(path.suffix, _table)
-        rows = read(path, text_of(path))
-    for where, row in rows:
-        place = f"{path}, {where}"
-        yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
-
-
-def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json_object(line)
-            except ValueError as error:
-                yield f"line {number}", f"no JSON object: {error}."
-
-
-def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "Rename it to .jsonl" if error.msg == "Extra data" else "Mend it"
-        raise DataError(f"{path}, line {error.lineno}: no JSON: {error.msg}. {hint}.") from None
-    except RecursionError:
-        raise DataError(f"{path}: no JSON of rows: nested too deeply.") from None
-    rows = value.get("data") if isinstance(value, dict) else value
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path}: a {type(value).__name__} without rows. Write [{{...}}, ...], or"
-            ' {"data": [...]}.'
-        )
-    for number, row in enumerate(rows, 1):
-        kind = type(row).__name__
-        yield f"item {number}", row if isinstance(row, dict) else f"found a {kind}, not an object."
-
-
-def _table(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
-    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, **quotes)  # type: ignore[arg-type]
-    header: list[str] = []
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield f"line {reader.line_num}", f"{error}. Mend the quotes."
-            continue
-        if cells is None:
-            return
-        if not header:
-            header = cells
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}: two columns have the same name. Rename one.")
-        elif len(cells) == len(header):
-            yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
-        elif cells:
-            found = f"{len(cells)} columns, where the first line names {len(header)}"
-            yield f"line {reader.line_num}", f"{found}. Quote the separator."
-
-
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
-    """A text per line; or E2E's pairs, which nine lines in ten show to be meant."""
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    pairs = 10 * sum("||" in line for _, line in lines) >= 9 * len(lines)
-    for number, line in lines:
-        meaning, mark, reference = line.partition("||")
-        row: Read | str = {"text": line}
-        if pairs:  # words begin with their space, as they do within a text
-            row = {"prompt": f"{meaning.strip()} ||", "completion": f" {reference.strip()}"}
-        if pairs and not mark:
-            row = "no '||' between a meaning representation and its text."
-        yield f"line {number}", row
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise DataError(
-            f"{path}: Parquet needs pyarrow. Run pip install 'lora-from-scratch[hub]'."
-        ) from None
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {error}. Write it anew.") from None
+            bad.add(error, place)
+    if len(splits) > 1:
+        for one in splits.pop("", ()):
+            lacking = f"{one.place}: no split, where other rows have one. Fill it in."
+            bad.add(DataError(lacking), one.place)
+    return splits
 
 
 def from_row(row: Row, place: str, task: str = "", answered: bool = True) -> list[Conversation]:
@@ -508,6 +367,8 @@ def _listed(value: Any) -> list[Any] | None:
 
     A text is taken for one only where it holds turns or instances: `[3, 1, 2]` may be a prompt.
     """
+    if isinstance(value, DataError):  # a cell that could not be read
+        raise value
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -521,9 +382,6 @@ def _listed(value: Any) -> list[Any] | None:
 
 
 def _text(row: Row, name: str) -> str:
-    value = row[name]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise DataError(f"{name} is no text, found {type(value).__name__}.")
-    return value
+    if isinstance(row[name], bool):
+        raise DataError(f"{name} is no text, found bool.")
+    return text_in(row, name)

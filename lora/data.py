@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora import demo
-from lora.checkpoint import json_object
+from lora.columns import (
+    ANY,
+    LABEL,
+    Columns,
+    Header,
+    Placed,
+    adopted,
+    choose_columns,
+    find,
+    first_row,
+    names_of,
+    number_of,
+)
 from lora.config import Task
 from lora.errors import DataError
-from lora.models import hub_answers
-
-TEXT = ("text", "sentence", "review", "question", "sentence1", "question1", "premise")
-PAIR = {"sentence1": "sentence2", "question1": "question2", "premise": "hypothesis",
-        "question": "sentence"}  # fmt: skip
-LABEL = ("label", "labels", "score", "target", "class")
-SPLITS = {
-    "train": ("train", "training"),
-    "dev": ("dev", "validation", "valid", "val", "validation_matched"),
-    "test": ("test",),
-}
-ENDINGS = (".tsv", ".csv", ".jsonl")
-
-Row = dict[str, str]
-Placed = tuple[str, Row]  # where it stands, for errors: "FILE, line N"
-
-csv.field_size_limit(2**31 - 1)  # as for TSV and JSONL: a text may be long
+from lora.rows import SPLITS, BadRows, Row, is_plain, read_rows, read_source, text_in
 
 
 @dataclass(frozen=True)
@@ -63,9 +57,12 @@ class Corpus:
     train: tuple[Any, ...]  # Examples; of the task text lora.conversations.Conversations
     dev: tuple[Any, ...]
     test: tuple[Any, ...]
-    pair: str | None = None  # the column of the second text, where there is one
+    columns: Columns = ANY  # those that were taken; of the task text none
     note: str = ""  # what was decided on the user's behalf
+    said: tuple[str, ...] = ()  # which columns were taken, and the rows of each class
     tasks: tuple[str, ...] = ()  # names of the data sets that texts are from
+    bad: BadRows = field(default_factory=BadRows)
+    """Of the task text: rows left out so far. Who applies a template adds those that it refuses."""
 
     @property
     def held_out(self) -> tuple[str, tuple[Any, ...]]:
@@ -83,57 +80,51 @@ class Corpus:
     def targets(self, examples: Sequence[Example]) -> list[float]:
         """Labels as numbers: class indices, or the values of a regression."""
         if self.task == "regression":
-            return [_number(example.label) for example in examples]
+            return [number_of(example.label) for example in examples]
         index = {label: i for i, label in enumerate(self.labels)}
         return [float(index[str(example.label)]) for example in examples]
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what; a number from 0 where the file has no header."""
-
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
-
-
 def read(
     data: str,
-    columns: Columns = Columns(),
+    columns: Columns = ANY,
     task: Task = "auto",
     labels: tuple[str, ...] = (),
     limit: int | None = None,
+    skip_bad_lines: int = 0,
 ) -> Corpus:
     """A data set in three splits. Raises DataError with the file, the row and the remedy."""
-    splits, notes = _read_splits(data, columns)
-    if not splits.get("train"):
+    bad, header = BadRows(skip_bad_lines), Header(columns)
+    splits = _read_splits(data, header, bad)
+    notes = []
+    if "" in splits:
+        notes.append(f"{data} has no column 'split': cut 80/10/10 into train, dev and test")
+    if not splits.get("train") and not splits.get(""):
+        bad.judge(left=False)
         raise DataError(
             f"--data {data} has no training rows, found {', '.join(splits) or 'nothing'}."
             " Pass a folder with train.tsv, .csv or .jsonl."
         )
-    chosen = {name: choose_columns(_names(rows), columns) for name, rows in splits.items() if rows}
-    text, pair, label = chosen["train"]
-    if label is None:
-        raise DataError(
-            f"--data {data}: no label column among {', '.join(_names(splits['train']))}."
-            " Set --label-column."
-        )
-    for name, other in chosen.items():
-        if other[:2] != (text, pair):
-            raise DataError(
-                f"--data {data}: train has its text in {text}, {pair or 'no pair'}; {name} in"
-                f" {other[0]}, {other[1] or 'no pair'}. Give every split the same columns."
-            )
-    examples = {name: _examples(rows, columns) for name, rows in splits.items()}
+    examples, taken = _examples_of(data, splits, columns, bad)
+    label = taken.label
+    if "" in examples:
+        if len(examples[""]) < 3:
+            bad.judge()
+        examples = _cut(data, examples[""])
     for name in _hidden(examples):
+        why = (
+            f"has no {label}" if {e.label for e in examples[name]} == {None} else "hides its labels"
+        )
         del examples[name]
-        why = f"has no {label}" if chosen[name][2] is None else "hides its labels"
         notes.append(f"the split {name} {why}, and is left out")
-    train, dev, test = (tuple(examples.get(name, ())) for name in ("train", "dev", "test"))
+    for name, rows in examples.items():
+        examples[name] = _labelled(rows, labels, bad)
+    train, dev, test = (tuple(examples.get(name, ())) for name in SPLITS)
     if not dev:
         train, dev = _hold_out(train, 0.1)
         notes.append(f"{data} has no dev split: every tenth training row is held out as dev")
         if len(train) < 1:
+            bad.judge()
             raise DataError(
                 f"--data {data}: too few rows to hold one out as dev. Pass a dev split."
             )
@@ -145,202 +136,206 @@ def read(
             notes.append("the labels are fractional numbers: a regression")
     if task == "classification":
         labels = labels or _sorted_labels({str(example.label) for example in train})
-        if len(labels) < 2:
-            raise DataError(
-                f"--data {data}: training needs two classes at least, found"
-                f" {', '.join(labels) or 'none'} in {len(train)} rows. Check --label-column."
-            )
+        _check_classes(data, train, labels, label if columns.label is None else None, bad)
     labels = labels if task == "classification" else ()
-    corpus = Corpus(data, task, labels, train, dev, test, pair, "; ".join(notes))
-    for split in (train, dev, test):
-        _check_labels(corpus, split)
-    return corpus
+    corpus = Corpus(data, task, labels, train, dev, test, taken)
+    parts = [tuple(_fitting(corpus, split, bad)) for split in (train, dev, test)]
+    notes = bad.judge() + notes
+    if not parts[0] or not parts[1]:
+        raise DataError(f"--data {data}: no row is left to learn from, or none to choose by.")
+    corpus = replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note="; ".join(notes))
+    return replace(corpus, said=(_taken(data, header.seen, taken), *_counted(corpus)))
+
+
+def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
+    """The rows of each split; "" holds those of a file that names none."""
+    splits: dict[str, list[Placed]] = {}
+    source = str(demo.REVIEWS) if data == "demo" else data
+    for split, place, row in read_source(source, header):
+        if isinstance(row, DataError):
+            bad.add(row, place)
+        else:
+            plain = {name: value for name, value in row.items() if is_plain(value)}
+            splits.setdefault(split, []).append((place, plain))
+    if len(splits) > 1:
+        for place, _ in splits.pop("", ()):
+            bad.add(DataError(f"{place}: no split, where other rows have one. Fill it in."), place)
+    return splits
+
+
+def _examples_of(
+    data: str, splits: dict[str, list[Placed]], columns: Columns, bad: BadRows
+) -> tuple[dict[str, list[Example]], Columns]:
+    """The examples of each split, and the columns that they are from, alike in every split."""
+    main = "" if "" in splits else "train"
+    taken = choose_columns(splits[main], columns)
+    if taken.label is None:
+        raise DataError(
+            f"--data {data}: no label column among {', '.join(names_of(splits[main]))}."
+            f" {first_row(splits[main])} Set --label-column."
+        )
+    examples = {}
+    for name, rows in splits.items():
+        names = names_of(rows)
+        lacking = [one for one in (taken.text, taken.pair) if one is not None and one not in names]
+        if lacking:
+            raise DataError(
+                f"--data {data}: train has its text in {taken.text}, {taken.pair or 'no pair'};"
+                f" {name} has no {lacking[0]}, found {', '.join(names)}. Give every split the same"
+                " columns."
+            )
+        examples[name] = _examples(rows, taken, bad)
+    return examples, taken
+
+
+def _labelled(rows: Sequence[Example], labels: Sequence[str], bad: BadRows) -> list[Example]:
+    """The examples that have a label; a number that is none, as NaN, has to be asked for."""
+    kept = []
+    for one in rows:
+        if one.label is None:
+            bad.add(
+                DataError(f"{one.place}: no label. Fill it in, or set --label-column."), one.place
+            )
+        elif one.label not in labels and _number_is_none(one.label):
+            bad.add(
+                DataError(
+                    f"{one.place}: label {one.label!r} is no finite number: is it missing? Fill"
+                    " it in, or name it as a class in --labels."
+                ),
+                one.place,
+            )
+        else:
+            kept.append(one)
+    return kept
+
+
+def _number_is_none(label: str) -> bool:
+    """Whether a label is written as a number and is not finite."""
+    try:
+        return not math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _check_classes(
+    data: str, train: Sequence[Example], labels: Sequence[str], guessed: str | None, bad: BadRows
+) -> None:
+    """Raise DataError if there is nothing to classify, or if a column that was not asked for holds
+    about as many labels as rows."""
+    if len(labels) < 2:
+        bad.judge()
+        raise DataError(
+            f"--data {data}: training needs two classes at least, found"
+            f" {', '.join(labels) or 'none'} in {len(train)} rows. Check --label-column."
+        )
+    many = 2 * len(labels) > len(train) > 4
+    if many and guessed is not None and guessed.strip().lower() not in LABEL:
+        raise DataError(
+            f"--data {data}: column {guessed} has {len(labels)} labels in {len(train)} rows, such"
+            f" as {labels[0][:40]!r}: are they classes? If so, pass --label-column {guessed}; if"
+            " not, set --text-column and --label-column."
+        )
+
+
+def _taken(data: str, headed: bool | None, taken: Columns) -> str:
+    """What a user is told of the columns."""
+    header = {None: "", True: "a header", False: "no header"}[headed]
+    roles = {"text": taken.text, "pair": taken.pair, "label": taken.label}
+    what = [f"the {role} in column {name}" for role, name in roles.items() if name is not None]
+    return f"{data}: {', '.join(filter(None, [header, *what]))}"
+
+
+def _counted(corpus: Corpus) -> list[str]:
+    """The rows of each class, or the range of a regression, per split."""
+    lines = []
+    for name, rows in zip(SPLITS, (corpus.train, corpus.dev, corpus.test), strict=True):
+        if rows and corpus.task == "regression":
+            values = corpus.targets(rows)
+            lines.append(f"{name}: {len(rows)} rows, from {min(values):g} to {max(values):g}")
+        elif rows:
+            counts = Counter(str(row.label) for row in rows)
+            shown = [f"{label[:40]} {counts[label]}" for label in corpus.labels[:20]]
+            more = len(corpus.labels) - len(shown)
+            shown += [f"and {more} classes more"] if more else []
+            lines.append(f"{name}: {len(rows)} rows, by class: {', '.join(shown)}")
+    return lines
 
 
 def _hidden(examples: dict[str, list[Example]]) -> list[str]:
     """Splits whose labels a benchmark keeps to itself: none, or all -1 where train has no -1."""
-    known = {_number(example.label) for example in examples["train"]}
+    known = {number_of(example.label) for example in examples["train"]}
     found = []
     for name in set(examples) - {"train"}:
         labels = {example.label for example in examples[name]}
-        minus_one = {_number(label) for label in labels} == {-1.0} and -1.0 not in known
+        minus_one = {number_of(label) for label in labels} == {-1.0} and -1.0 not in known
         if labels and (labels == {None} or minus_one):
             found.append(name)
     return found
 
 
-def _read_splits(data: str, columns: Columns) -> tuple[dict[str, list[Placed]], list[str]]:
-    """The rows of each split, and what was decided on the user's behalf."""
-    if data == "demo":
-        return _by_split_column(read_file(demo.REVIEWS, columns)), []
-    if Path(data).is_dir():
-        return _read_folder(Path(data), columns), []
-    if not Path(data).is_file():
-        return read_hub(data), []
-    rows = read_file(Path(data), columns)
-    if any(name.lower() == "split" for name in _names(rows)):
-        return _by_split_column(rows), []
-    note = f"{data} has no column 'split': cut 80/10/10 into train, dev and test"
-    return _cut(data, rows), [note]
-
-
 def read_split(
-    data: str, columns: Columns, task: Task, labels: tuple[str, ...], split: str | None
+    data: str,
+    columns: Columns,
+    trained: Columns,
+    kind: tuple[Task, tuple[str, ...]],
+    split: str | None,
+    skip_bad_lines: int = 0,
 ) -> tuple[Corpus, str]:
     """Labelled examples to score a trained model on, as the corpus's split of the name returned.
 
-    A file without a split column is scored whole, as test. A folder needs no train file.
+    A file without a split column is scored whole, as test. A folder needs no train file. Columns
+    that are not asked for are those that the model was `trained` on, or the usual ones; `kind` is
+    its task and its classes.
     """
-    if Path(data).is_file():
-        rows = read_file(Path(data), columns)
-        whole = not any(name.lower() == "split" for name in _names(rows))
-        splits = {split or "test": rows} if whole else _by_split_column(rows)
-    else:
-        splits, _ = _read_splits(data, columns)
+    task, labels = kind
+    bad, header = BadRows(skip_bad_lines), Header(columns, trained)
+    splits = _read_splits(data, header, bad)
+    if "" in splits:
+        splits = {split or "test": splits[""]}
     there = [name for name in ([split] if split else ["test", "dev", "train"]) if splits.get(name)]
     if not there:
+        bad.judge(left=False)
         raise DataError(
             f"--data {data} has no {split or 'labelled'} split, found {', '.join(splits)}."
         )
-    examples = tuple(_examples(splits[there[0]], columns))
-    held = {name: examples if name == there[0] else () for name in SPLITS}
-    corpus = Corpus(data, task, labels, held["train"], held["dev"], held["test"])
-    _check_labels(corpus, examples)
-    return corpus, there[0]
-
-
-def _names(rows: Sequence[Placed]) -> list[str]:
-    """The columns that any row has, in order."""
-    return list(dict.fromkeys(name for _, row in rows for name in row))
-
-
-def read_file(path: Path, columns: Columns = Columns()) -> list[Placed]:
-    """The rows of a TSV, CSV or JSONL file; without header the columns are 0, 1, ..."""
-    if path.suffix not in ENDINGS:
-        raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
-    text = text_of(path)
-    if path.suffix == ".jsonl":
-        return [
-            (f"{path}, line {number}", {k: _cell(v) for k, v in row.items() if _is_plain(v)})
-            for number, row in _json_lines(path, text)
-        ]
-    if path.suffix == ".tsv":  # quotes mean nothing there, as in GLUE
-        lines = [line.rstrip("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-        alone = max(map(len, lines)) == 1  # an empty line is an empty text
-        cells = [(number, cell) for number, cell in enumerate(lines, 1) if alone or cell != [""]]
-    else:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        try:
-            cells = [(reader.line_num, cell) for cell in reader if cell]
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {reader.line_num}: {error}. Mend the quotes, or save it as .tsv."
-            ) from None
-    header = cells[0][1]
-    for mark in (";", "\t") if path.suffix == ".csv" and len(cells) > 1 else ():
-        marks = {len(line) == 1 and line[0].count(mark) for _, line in cells}
-        if len(marks) == 1 and max(marks) > 0:
-            raise DataError(
-                f"{path}: one column, {header[0]!r}, with {max(marks)} {mark!r} in every row. A"
-                " CSV's columns lie between commas. Save it so, or with tabs as .tsv."
-            )
-    named, numbered = _is_header(header, columns)
-    if named:
-        cells = cells[1:]
-    if numbered:
-        header = [str(number) for number in range(len(header))]
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise DataError(f"{path}: two columns are named {twice!r}. Rename one.")
-    rows = []
-    for number, line in cells:
-        if len(line) != len(header):
-            raise DataError(
-                f"{path}, line {number}: {len(line)} columns, where the first row has"
-                f" {len(header)}. Mend the line, or quote the separator."
-            )
-        rows.append((f"{path}, line {number}", dict(zip(header, line, strict=True))))
-    return rows
-
-
-def text_of(path: Path) -> str:
-    """The file's text. Raises DataError where it is not UTF-8, empty, or not to be read."""
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = raw[: error.start].count(b"\n") + 1
-        likely = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+    rows = splits[there[0]]
+    taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
+    if taken.label is None:
         raise DataError(
-            f"{path}, line {place}: byte {raw[error.start]:#04x} is not UTF-8."
-            f" Run iconv -f {likely} -t utf-8 {path.name}, where that is its encoding."
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
-    if "\0" in text:
-        raise DataError(f"{path} has NUL characters: no text. Run iconv -f utf-16le -t utf-8.")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise DataError(f"{path} is empty. Pass a file with rows.")
-    return text
+            f"--data {data}: no label column among {', '.join(names_of(rows))}. {first_row(rows)}"
+            " Set --label-column."
+        )
+    examples = _labelled(_examples(rows, taken, bad), labels, bad)
+    found = Corpus(data, task, labels, (), (), (), taken)
+    examples = _fitting(found, examples, bad)
+    notes = bad.judge(left=bool(examples))
+    train, dev, test = (tuple(examples) if name == there[0] else () for name in SPLITS)
+    found = replace(found, train=train, dev=dev, test=test, note="; ".join(notes))
+    return replace(found, said=(_taken(data, header.seen, taken), *_counted(found))), there[0]
 
 
-def _is_header(cells: list[str], columns: Columns) -> tuple[bool, bool]:
-    """Whether the first row is a header, and whether columns go by their numbers."""
-    asked = [c for c in (columns.text, columns.pair, columns.label) if c is not None]
-    known = any(cell.strip().lower() in (*TEXT, *LABEL, "split") for cell in cells)
-    numbered = all(name.isdigit() for name in asked) if asked else not known
-    return known or not numbered, numbered
-
-
-def _json_lines(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+def unlabelled(
+    data: str, columns: Columns, trained: Columns = ANY, skip_bad_lines: int = 0
+) -> tuple[list[Example], list[str]]:
+    """The rows of one file, labelled or not, in the file's order, and what was taken for what."""
+    bad, header = BadRows(skip_bad_lines), Header(columns, trained)
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, json_object(line)))
-        except ValueError as error:
-            raise DataError(
-                f"{path}, line {number}: no JSON object: {error}. Mend the line."
-            ) from None
-    return rows
+    for place, row in read_rows(Path(data), header):
+        if isinstance(row, DataError):
+            bad.add(row, place)
+        else:
+            rows.append((place, {name: v for name, v in row.items() if is_plain(v)}))
+    if not rows:
+        bad.judge(left=False)
+        raise DataError(f"{data} has no rows.")
+    if columns.label is not None and find(columns.label, names_of(rows)) is None:
+        columns = replace(columns, label=None)
+    taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
+    examples = _examples(rows, taken, bad)
+    return examples, [*bad.judge(left=bool(examples)), _taken(data, header.seen, taken)]
 
 
-def _is_plain(value: object) -> bool:
-    """Whether a JSON value is a text or a number, and no list, object or null."""
-    return value is not None and not isinstance(value, list | dict)
-
-
-def _cell(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _read_folder(folder: Path, columns: Columns) -> dict[str, list[Placed]]:
-    found = {}
-    for split, names in SPLITS.items():
-        paths = [folder / (name + end) for name in names for end in ENDINGS]
-        there = [path for path in paths if path.is_file()]
-        if len(there) > 1:
-            raise DataError(f"{folder} has {', '.join(p.name for p in there)}: keep one.")
-        if there:
-            found[split] = read_file(there[0], columns)
-    return found
-
-
-def _by_split_column(rows: list[Placed]) -> dict[str, list[Placed]]:
-    found: dict[str, list[Placed]] = {}
-    known = {name: split for split, names in SPLITS.items() for name in names}
-    column = next(name for name in _names(rows) if name.lower() == "split")
-    for place, row in rows:
-        split = row.get(column, "")
-        if split not in known:
-            raise DataError(f"{place}: split {split!r} is none of {', '.join(sorted(known))}.")
-        found.setdefault(known[split], []).append((place, row))
-    return found
-
-
-def _cut(data: str, rows: list[Placed]) -> dict[str, list[Placed]]:
+def _cut(data: str, rows: list[Example]) -> dict[str, list[Example]]:
     """80/10/10, by one shuffle that never changes."""
     if len(rows) < 3:
         raise DataError(f"--data {data}: {len(rows)} rows cannot be cut in three. Add rows.")
@@ -358,117 +353,37 @@ def _hold_out(
     return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
 
 
-def read_hub(data: str) -> dict[str, list[Placed]]:
-    """A data set on the hub: glue/TASK, OWNER/NAME, or OWNER/NAME/CONFIG."""
-    if data.startswith((".", "/", "~")) or data.endswith(ENDINGS):
-        raise DataError(
-            f"--data {data}: no such file or folder. Pass one, or a data set's name on the hub."
-        )
-    if not hub_answers():
-        raise DataError(
-            f"--data {data} is no file or folder here, and the hub does not answer. Run"
-            " lora train --data demo, or pass a local file."
-        )
-    import datasets
-
-    datasets.disable_progress_bars()
-    parts = data.split("/")
-    if parts[0] == "glue" and len(parts) == 2:
-        name: str = "nyu-mll/glue"
-        config: str | None = parts[1]
-    else:
-        name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
-    try:
-        found = datasets.load_dataset(name, config)
-    except Exception as error:  # the library raises whatever its readers raise
-        raise DataError(f"--data {data} cannot be loaded from the hub: {error}.") from error
-    splits = {}
-    for split, names in SPLITS.items():
-        there = [name for name in names if name in found]
-        if there:
-            rows = found[there[0]]
-            splits[split] = [
-                (
-                    f"{data}, {there[0]} row {number}",
-                    {str(k): _cell(v) for k, v in row.items() if v is not None},
-                )
-                for number, row in enumerate(rows, 1)
-            ]
-    return splits
-
-
-def _examples(rows: list[Placed], columns: Columns) -> list[Example]:
-    if not rows:
-        return []
-    text, pair, label = choose_columns(_names(rows), columns)
+def _examples(rows: Iterable[Placed], taken: Columns, bad: BadRows) -> list[Example]:
     examples = []
     for place, row in rows:
-        lacking = [name for name in (text, pair) if name is not None and name not in row]
-        if lacking:
-            raise DataError(
-                f"{place}: no column {lacking[0]!r} with a text, found {', '.join(row) or 'none'}."
-                " A row's text may not be absent, null, a list or an object. Mend the line."
-            )
-        example = Example(
-            text=row[text].strip(),
-            pair=None if pair is None else row[pair].strip(),
-            label=(row.get(label, "").strip() or None) if label is not None else None,
-            place=place,
-        )
         try:
-            f"{example.text}{example.pair}{example.label}".encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"{place}: {error.reason}: half of a character pair.") from None
-        examples.append(example)
+            examples.append(_example(place, row, taken))
+        except DataError as error:
+            bad.add(DataError(f"{place}: {error}"), place)
     return examples
 
 
-def choose_columns(found: list[str], columns: Columns) -> tuple[str, str | None, str | None]:
-    """The names of the text, pair and label columns: as asked, or by their usual names."""
-    if not found:
-        raise DataError("the rows have no columns. Give each a text and a label.")
-    asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
-    for role, name in asked.items():
-        if name is not None and name not in found:
-            raise DataError(f"--{role}-column {name}: no such column. Found: {', '.join(found)}.")
-    given = [name for name in asked.values() if name is not None]
-    if len(set(given)) < len(given):
-        raise DataError(f"one column cannot be two of text, pair and label: {', '.join(given)}.")
-    free = [name for name in found if name not in given]
-    if all(name.isdigit() for name in found):  # no header: text first, label last
-        if len(found) > 2 and columns.text is None:
+def _example(place: str, row: Row, taken: Columns) -> Example:
+    assert taken.text is not None
+    for name in (taken.text, taken.pair):
+        if name is not None and name not in row:
             raise DataError(
-                f"{len(found)} columns, and none that is called text or label: which is what? Set"
-                " --text-column and --label-column to names of the first row, or to numbers from 0"
-                " where there is no header, and --pair-column for pairs."
+                f"no column {name!r} with a text, found {', '.join(row) or 'none'}."
+                " A row's text may not be absent, null, a list or an object. Mend the line."
             )
-        if columns.text is None and not free:
-            raise DataError(f"column {', '.join(given)} is all there is: no text. Add a column.")
-        text = columns.text or free.pop(0)
-        last = free[-1] if len(found) == 2 and columns.pair is None and free else None
-        return text, columns.pair, columns.label or last
-    usual = {name.strip().lower(): name for name in free}
-    texts = [usual[name] for name in TEXT if name in usual]
-    # A question with a sentence beside it is the first of a pair, a sentence alone is the text.
-    paired = [usual[a] for a, b in PAIR.items() if a in usual and b in usual]
-    if columns.text is None and not texts:
-        raise DataError(f"no text column among {', '.join(found)}. Set --text-column.")
-    text = columns.text or (paired or texts)[0]
-    partner = usual.get(PAIR.get(text.strip().lower(), ""))
-    labels = [usual[name] for name in LABEL if name in usual and usual[name] != text]
-    return text, columns.pair or partner, columns.label or (labels[0] if labels else None)
-
-
-def _number(label: str | None) -> float:
+    text = text_in(row, taken.text).strip()
+    pair = None if taken.pair is None else text_in(row, taken.pair).strip()
+    label = text_in(row, taken.label).strip() if taken.label in row else ""
     try:
-        return float(str(label))
-    except ValueError:
-        return math.nan
+        f"{text}{pair}{label}".encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{error.reason}: half of a character pair.") from None
+    return Example(text, pair, label or None, place)
 
 
 def _fractional(examples: Iterable[Example]) -> bool:
     """Whether nine labels in ten are numbers, and some not whole: a quantity and no class."""
-    values = [_number(example.label) for example in examples]
+    values = [number_of(example.label) for example in examples]
     numbers = [value for value in values if math.isfinite(value)]
     return 10 * len(numbers) >= 9 * len(values) and not all(v.is_integer() for v in numbers)
 
@@ -480,27 +395,34 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def _check_labels(corpus: Corpus, examples: Sequence[Example]) -> None:
-    largest = torch.finfo(torch.float32).max
+def _fitting(corpus: Corpus, examples: Sequence[Example], bad: BadRows) -> list[Example]:
+    """The examples whose label the task takes."""
+    kept = []
     for example in examples:
-        if example.label is None:
-            raise DataError(f"{example.place}: no label. Fill it in, or set --label-column.")
-        if corpus.task == "regression":
-            if not abs(_number(example.label)) <= largest:
-                raise DataError(
-                    f"{example.place}: label {example.label!r} is no number that float32 holds."
-                    " Mend the row, or set --task classification."
-                )
-        elif example.label not in corpus.labels:
-            raise DataError(
-                f"{example.place}: label {example.label!r} is outside the set"
-                f" {', '.join(corpus.labels[:12])}. "
-                + (
-                    "There are about as many labels as rows: set --text-column and --label-column."
-                    if 2 * len(corpus.labels) > len(corpus.train) > 4
-                    else "Mend the row, or set --labels."
-                )
-            )
+        if wrong := _misfit(corpus, example):
+            bad.add(DataError(f"{example.place}: {wrong}"), example.place)
+        else:
+            kept.append(example)
+    return kept
+
+
+def _misfit(corpus: Corpus, example: Example) -> str:
+    """What is wrong with a label, "" if nothing is."""
+    if corpus.task == "regression":
+        if abs(number_of(example.label)) <= torch.finfo(torch.float32).max:
+            return ""
+        return (
+            f"label {example.label!r} is no number that float32 holds. Mend the row, or set --task"
+            " classification."
+        )
+    if example.label in corpus.labels:
+        return ""
+    many = 2 * len(corpus.labels) > len(corpus.train) > 4
+    way = "Mend the row, or set --labels."
+    if many:
+        way = "There are about as many labels as rows: set --text-column and --label-column."
+    shown = ", ".join(corpus.labels[:12])
+    return f"label {example.label!r} is outside the set {shown}. {way}"
 
 
 def take(corpus: Corpus, split: str) -> tuple[Any, ...]:
@@ -511,30 +433,25 @@ def take(corpus: Corpus, split: str) -> tuple[Any, ...]:
     return found
 
 
-def unlabelled(data: str, columns: Columns) -> list[Example]:
-    """The rows of one file, labelled or not, in the file's order."""
-    rows = read_file(Path(data), columns)
-    if not rows:
-        raise DataError(f"{data} has no rows.")
-    if columns.label is not None and columns.label not in _names(rows):
-        columns = replace(columns, label=None)
-    return _examples(rows, columns)
-
-
 def read_predictions(path: Path) -> tuple[list[str], list[list[str]]]:
     """Predictions and, for each, its references, from JSON lines with `prediction` and `label` or
     `references` (a text or a list of them)."""
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: predictions are JSON lines, in a file that ends in .jsonl.")
     predictions, references = [], []
-    for number, row in _json_lines(path, text_of(path)):
+    for place, row in read_rows(path):
+        if isinstance(row, DataError):
+            raise row
         wanted = row.get("references", row.get("label"))
         several = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
         if row.get("prediction") is None or not several:
             raise DataError(
-                f"{path}, line {number}: needs prediction and label (or references),"
+                f"{place}: needs prediction and label (or references),"
                 f" found {', '.join(row) or 'nothing'}."
             )
-        predictions.append(_cell(row["prediction"]))
-        references.append([_cell(reference) for reference in several])
+        try:
+            predictions.append(text_in(row, "prediction"))
+            references.append([text_in({"reference": one}, "reference") for one in several])
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
     return predictions, references

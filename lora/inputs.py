@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +13,23 @@ from torch import Tensor
 
 from lora import conversations, tokens
 from lora.adapter import Adapter
+from lora.columns import Columns
 from lora.config import RunConfig, method_named, named
 from lora.conversations import Conversation, Message, grouped
-from lora.data import SPLITS, Columns, Corpus, read, take
+from lora.data import Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
 from lora.models import Base, check_ids
-from lora.templates import Template, encode, encode_pairs, preview, prompt_ids, template_of
+from lora.rows import SPLITS, BadRows
+from lora.templates import (
+    Template,
+    encode,
+    encode_pairs,
+    preview,
+    prompt_ids,
+    refuse,
+    template_of,
+)
 from lora.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 
 MADE = "tasks/"  # before the name of a task of lora.demo.tasks
@@ -34,12 +45,13 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
         return _texts(config)
     if len(config.data) > 1:
         raise ConfigError(f"--data takes one data set, {len(config.data)} are of --task text.")
-    return read(config.data[0], asked(config), task, config.labels, config.limit)
+    parts = config.labels, config.limit, config.skip_bad_lines
+    return read(config.data[0], asked(config), task, *parts)
 
 
 def asked(config: Any) -> Columns:
-    """The columns that a configuration names."""
-    return Columns(config.text_column, config.pair_column, config.label_column)
+    """What a configuration says of the columns."""
+    return Columns(config.text_column, config.pair_column, config.label_column, config.header)
 
 
 def _conversational(source: str) -> bool:
@@ -55,10 +67,10 @@ def _conversational(source: str) -> bool:
 def _texts(config: RunConfig[Any]) -> Corpus:
     """The conversations of every data set of a configuration, one after the other."""
     found: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
-    notes, names = [], []
+    notes, names, bad = [], [], BadRows(config.skip_bad_lines)
     for source in config.data:
         name, place = named(source)
-        splits, said = _read(place, name, config.skip_bad_lines)
+        splits, said = _read(place, name, bad)
         names.append(name)
         notes += said
         for split, some in splits.items():
@@ -70,29 +82,29 @@ def _texts(config: RunConfig[Any]) -> Corpus:
         raise ConfigError(f"--weights {min(strange)}: no data of that name, of {', '.join(names)}.")
     train, dev, test = (tuple(found[split]) for split in ("train", "dev", "test"))
     return Corpus(
-        " ".join(config.data), "text", (), train, dev, test, None, "; ".join(notes), tuple(names)
-    )
+        " ".join(config.data), "text", (), train, dev, test, note="; ".join(notes),
+        tasks=tuple(names), bad=bad,
+    )  # fmt: skip
 
 
-def read_texts(source: str, split: str | None) -> tuple[Corpus, str]:
+def read_texts(source: str, split: str | None, skip_bad_lines: int = 0) -> tuple[Corpus, str]:
     """Conversations to score a trained model on, as the corpus's split of the name returned."""
     name, place = named(source)
+    bad = BadRows(skip_bad_lines)
     if place.startswith(MADE):
-        splits, _ = _read(place, name, 0)
+        splits, _ = _read(place, name, bad)
         there = split or "test"
         found = splits[there]
     else:
-        found, there, _ = conversations.read_split(place, name, split)
+        found, there = conversations.read_split(place, name, split, bad)
     held = {one: tuple(found) if one == there else () for one in SPLITS}
     parts = held["train"], held["dev"], held["test"]
-    return Corpus(source, "text", (), *parts, tasks=(name,)), there
+    return Corpus(source, "text", (), *parts, tasks=(name,), bad=bad), there
 
 
-def _read(
-    place: str, name: str, skip_bad_lines: int
-) -> tuple[dict[str, list[Conversation]], list[str]]:
+def _read(place: str, name: str, bad: BadRows) -> tuple[dict[str, list[Conversation]], list[str]]:
     if not place.startswith(MADE):
-        return conversations.read_conversations(place, name, skip_bad_lines)
+        return conversations.read_conversations(place, name, bad)
     made = place.removeprefix(MADE)
     splits = {}
     for split in SPLITS:
@@ -122,6 +134,7 @@ def metrics_of(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str
 class Inputs:
     """What a model is given of a corpus."""
 
+    corpus: Corpus  # less the rows that the template refuses
     splits: dict[str, Encoded]
     said: tuple[str, ...] = ()  # what the user is to know of it
 
@@ -129,7 +142,8 @@ class Inputs:
 def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
     """Every split's token ids, for training.
 
-    Raises DataError where a prompt that is to be answered afterwards leaves no room to.
+    Raises DataError if more rows cannot be used than are to be skipped, or if a prompt that is to
+    be answered afterwards leaves no room to.
     """
     splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
     found, said = {}, []
@@ -138,11 +152,24 @@ def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
             found[name], notes = encoded_of(config, corpus, base.tokenizer, base.model, examples)
             said += [f"{name}: {note}" for note in notes]
     if corpus.task == "text":
+        corpus, skipped = screened(corpus)
+        said = skipped + said
         found["train"] = _mixed(config, corpus, found["train"])
         if later := asked_of(config, corpus, corpus.held_out[1]):
             ids, _ = prompts_of(config, base.tokenizer, base.model, later)
             check_positions(base.model, ids, config.max_new_tokens)
-    return Inputs(found, tuple(said))
+    return Inputs(corpus, found, tuple(said))
+
+
+def screened(corpus: Corpus) -> tuple[Corpus, list[str]]:
+    """A corpus of texts, encoded once, without the rows that cannot be used; and a note of them.
+
+    Raises DataError if they are more than are to be skipped, or all.
+    """
+    before = corpus.train, corpus.dev, corpus.test
+    train, dev, test = (tuple(corpus.bad.usable(rows)) for rows in before)
+    left = [bool(rows) for rows in (train, dev, test)] == [bool(rows) for rows in before]
+    return replace(corpus, train=train, dev=dev, test=test), corpus.bad.judge(left)
 
 
 def digest(encoded: Encoded) -> str:
@@ -174,10 +201,11 @@ def encoded_of(
     template = template_of(tokenizer, config.template)
     decoder = model.config.is_encoder_decoder
     if decoder:
-        found, counts = encode_pairs(template, examples, config.max_length)
+        found, counts = encode_pairs(template, examples, config.max_length, corpus.bad)
         found["attention_mask"] = torch.ones_like(found["input_ids"])  # it sees behind the end
     else:
-        found, counts = encode(template, examples, config.max_length, config.loss_on)
+        parts = config.max_length, config.loss_on, corpus.bad
+        found, counts = encode(template, examples, *parts)
     for part in ("input_ids", "labels"):
         check_ids(model, tokenizer, found[part], corpus.source)
     numbers = {name: number for number, name in enumerate(corpus.tasks)}
@@ -320,6 +348,11 @@ def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: 
     """Print the first examples of each data set token by token, of a configuration as resolved."""
     assert config.max_length is not None
     template = template_of(base.tokenizer, config.template)
+    for name in SPLITS:
+        refuse(template, getattr(corpus, name), config.loss_on, corpus.bad)
+    corpus, notes = screened(corpus)
+    for line in filter(None, (corpus.note, *notes)):
+        print(f"note: {line}", file=sys.stderr)
     there = take(corpus, split)
     for name in corpus.tasks:
         if some := [one for one in there if one.task == name]:

@@ -337,6 +337,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     bare = load_skeleton(config.base, *asked)
     config, said = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
+    corpus = inputs.corpus
     splits = inputs.splits
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
     process = anonymous.now() - before if device.type == "cpu" else 0
@@ -380,7 +381,10 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         device=device.type,
         there=_there(device),
         memory=tuple(memory),
-        notes=tuple(f"note: {line}" for line in (corpus.note, *inputs.said, said) if line),
+        notes=(
+            *(f"data: {line}" for line in corpus.said),
+            *(f"note: {line}" for line in (corpus.note, *inputs.said, said) if line),
+        ),
     )
 
 

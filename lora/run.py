@@ -126,7 +126,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             if not base.pieces:
                 base.model.to(device)
             inputs = inputs_of(config, corpus, base)
-            splits = inputs.splits
+            read, corpus, splits = corpus, inputs.corpus, inputs.splits
             shown = calibration(config, splits["train"], device)
             report = put_on(config, base, shown)
             per_epoch = steps_per_epoch(splits["train"], config.batch_size)
@@ -145,6 +145,8 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
                     check_language(base.model, config.packing)
             training = begin(base.model, config.learning_rate, config.weight_decay, config.seed)
             distributed.same(list(state.values(base.model).values()))
+        for line in corpus.said:
+            say(f"data: {line}")
         for line in filter(None, (config.note, corpus.note, *inputs.said, said)):
             say(f"note: {line}")
         say(str(report))
@@ -152,12 +154,12 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         path, noted = None, corpus.note
         with distributed.alike():
             if first and not resumed:
-                create(directory, config, corpus, digest(splits["train"]))
+                create(directory, config, read, digest(splits["train"]))
             if first:
                 held.enter_context(alone(directory))
                 tokens = digest(splits["train"])
                 if resumed:
-                    path, noted = _checkpoint(directory, corpus, tokens, say)
+                    path, noted = _checkpoint(directory, read, tokens, say)
         path = distributed.gather(path)[0]
         with distributed.alike():
             mark = state.restore(training, path)["recorded"] if path else NOTHING
@@ -741,7 +743,9 @@ def resolve(
         learning_rate=rate,
         task=corpus.task,
         labels=corpus.labels,
-        pair_column=corpus.pair,
+        text_column=corpus.columns.text,
+        pair_column=corpus.columns.pair,
+        label_column=corpus.columns.label,
         adapter=config.adapter.resolve() if config.adapter else None,
         settings=settings,
         max_length=length,
@@ -757,21 +761,26 @@ def resolve(
 def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
     """Raise ConfigError where a setting says nothing in the task."""
     if corpus.task == "text":
-        for name in ("text_column", "pair_column", "label_column", "labels"):
-            if getattr(config, name):
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} says nothing in --task text. Leave it out.")
+        _check_idle(config, "of a classification or a regression", {
+            "text_column": None, "pair_column": None, "label_column": None, "header": "auto",
+            "labels": (),
+        })  # fmt: skip
         if config.packing and base.model.config.is_encoder_decoder:
             raise ConfigError("--packing is of models that only decode. Leave it out.")
         if config.loss_on == "all" and base.model.config.is_encoder_decoder:
             raise ConfigError("--loss-on all: an encoder learns no text. Leave it out.")
         return
-    idle = {"template": "auto", "loss_on": "answers", "packing": False, "weights": {},
-            "temperature": 1, "answered": None, "skip_bad_lines": 0}  # fmt: skip
-    for name, default in idle.items():
+    _check_idle(config, "of --task text", {
+        "template": "auto", "loss_on": "answers", "packing": False, "weights": {}, "temperature": 1,
+        "answered": None,
+    })  # fmt: skip
+
+
+def _check_idle(config: RunConfig[Any], of: str, defaults: dict[str, Any]) -> None:
+    for name, default in defaults.items():
         if getattr(config, name) != default:
             flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is of --task text, found {corpus.task}. Leave it out.")
+            raise ConfigError(f"--{flag} is {of}, and this is none. Remove it.")
 
 
 def takes_up(config: RunConfig[Any]) -> bool:

@@ -36,11 +36,11 @@ import itertools
 import json
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import rich.console
 import torch
@@ -51,6 +51,7 @@ from lora.config import TEMPLATES, LossOn
 from lora.conversations import Conversation, Message
 from lora.errors import ConfigError, DataError, ModelError
 from lora.rendering import LimitError, RenderError, render
+from lora.rows import BadRows
 from lora.tokens import IGNORED
 
 PLAIN = (
@@ -68,6 +69,7 @@ THOUGHT = "\ue0da\ue0db\ue0dc"  # in the place of an answer's reasoning
 LISTS = ("tools", "documents")  # what a template is given beside messages, and writes
 
 Span = tuple[int, int]
+T = TypeVar("T")
 _Asked = tuple[tuple[Message, ...], str, bool]  # a text: messages, what else is given, an opening
 
 
@@ -519,6 +521,7 @@ def encode(
     conversations: Sequence[Conversation],
     max_length: int,
     loss_on: LossOn = "answers",
+    bad: BadRows | None = None,
 ) -> tuple[dict[str, Tensor], Counts]:
     """Token ids and labels of the examples that have something to learn, one after the other.
 
@@ -527,15 +530,17 @@ def encode(
     offsets   (examples + 1,) int64: where each example begins, and where the last ends
     rows      (examples,) int64: their numbers among the conversations
 
-    Raises DataError where none is left, and as Template.render does.
+    Rows that the template refuses are added to `bad` and left out; without it they are an error.
+    Raises DataError if none is left, and as Template.render does.
     """
     counts: Counter[str] = Counter()
     parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
     lengths, rows = [], []
     for start in range(0, len(conversations), AT_ONCE):
         flat: dict[str, list[int]] = {"input_ids": [], "labels": []}
-        some = conversations[start : start + AT_ONCE]
-        for row, found in enumerate(_tokenise(template, some, loss_on), start):
+        some = _rendered(template, conversations[start : start + AT_ONCE], loss_on, bad)
+        texts = [(conversations[start + row], rendered) for row, rendered in some]
+        for (row, _), found in zip(some, _tokenise(template, texts), strict=True):
             ids, labels = found.ids[:max_length], _labels(found, max_length)
             counts["long"] += len(found.ids) > max_length
             counts["cut"] += len(found.ids) - len(ids)
@@ -546,12 +551,14 @@ def encode(
                 flat["input_ids"] += ids
                 flat["labels"] += labels
                 lengths.append(len(ids))
-                rows.append(row)
+                rows.append(start + row)
         for name, values in flat.items():
             parts[name].append(torch.tensor(values, dtype=torch.int32))
     counts.update(examples=len(conversations), lost=len(conversations) - len(rows))
     found_counts = Counts(**counts)
     if not rows:
+        if bad is not None:
+            bad.judge(left=False)
         raise DataError(
             f"none of {len(conversations)} examples has anything to learn:"
             f" {found_counts.note(max_length)}. Raise --max-length, or run lora data preview."
@@ -562,17 +569,21 @@ def encode(
 
 
 def encode_pairs(
-    template: Template, conversations: Sequence[Conversation], max_length: int
+    template: Template,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    bad: BadRows | None = None,
 ) -> tuple[dict[str, Tensor], Counts]:
     """What an encoder reads and its decoder writes: the prompt, and the answer as labels.
 
     As encode(), but that the labels are the answer's own tokens, not shifted, closed by the end
     token, with label_offsets (examples + 1,) of their own. Each is cut to max_length.
     """
-    counts: Counter[str] = Counter(examples=len(conversations))
+    rows = [n for n, one in enumerate(conversations) if _try(template.prompt, one, bad) is not None]
+    counts: Counter[str] = Counter(examples=len(rows))
     found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for start in range(0, len(conversations), AT_ONCE):
-        some = conversations[start : start + AT_ONCE]
+    for start in range(0, len(rows), AT_ONCE):
+        some = [conversations[row] for row in rows[start : start + AT_ONCE]]
         sources = prompt_ids(template, some, encoder=True)
         answers = _answer_ids(template, some)
         for source, answer in zip(sources, answers, strict=True):
@@ -587,7 +598,9 @@ def encode_pairs(
         flat = [*itertools.chain.from_iterable(found[name])]
         tensors[name] = torch.tensor(flat, dtype=torch.int32)
         tensors[offsets] = torch.tensor([0, *itertools.accumulate(map(len, found[name]))])
-    return tensors | {"rows": torch.arange(len(conversations))}, Counts(**counts)
+    if not rows and bad is not None:
+        bad.judge(left=False)
+    return tensors | {"rows": torch.tensor(rows)}, Counts(**counts)
 
 
 def prompt_ids(
@@ -641,11 +654,51 @@ def _labels(found: Tokens, length: int) -> list[int]:
     return labels
 
 
+def refuse(
+    template: Template, conversations: Sequence[Conversation], loss_on: LossOn, bad: BadRows
+) -> None:
+    """Add the rows that the template refuses."""
+    _rendered(template, conversations, loss_on, bad)
+
+
+def refuse_prompts(template: Template, conversations: Sequence[Conversation], bad: BadRows) -> None:
+    """Add the rows of which the template makes no prompt."""
+    for one in conversations:
+        _try(template.prompt, one, bad)
+
+
+def _rendered(
+    template: Template,
+    conversations: Sequence[Conversation],
+    loss_on: LossOn,
+    bad: BadRows | None = None,
+) -> list[tuple[int, Rendered]]:
+    """The conversations as text by their numbers, less those that the template refuses."""
+    found = [
+        (n, _try(lambda one: template.render(one, loss_on), one, bad))
+        for n, one in enumerate(conversations)
+    ]
+    return [(number, text) for number, text in found if text is not None]
+
+
+def _try(
+    write: Callable[[Conversation], T], conversation: Conversation, bad: BadRows | None
+) -> T | None:
+    """What is written of a conversation; None if it is refused, which is added to `bad`."""
+    try:
+        return write(conversation)
+    except DataError as error:
+        if bad is None:
+            raise
+        bad.add(error, conversation.place)
+        return None
+
+
 def _tokenise(
-    template: Template, conversations: Sequence[Conversation], loss_on: LossOn
+    template: Template, texts: Sequence[tuple[Conversation, Rendered]]
 ) -> Iterator[Tokens]:
-    rendered = [template.render(one, loss_on) for one in conversations]
-    heads = [template.head(one) for one in conversations]
+    rendered = [one for _, one in texts]
+    heads = [template.head(one) for one, _ in texts]
     wholes = _ids(template, [one.text for one in rendered], heads)
     starts = _ids(template, [one.prompt for one in rendered], heads)
     for one, (ids, offsets), (start, _) in zip(rendered, wholes, starts, strict=True):
@@ -707,7 +760,8 @@ def preview(
     """
     console = console or rich.console.Console()
     some = conversations[:count]
-    for one, found in zip(some, _tokenise(template, some, loss_on), strict=True):
+    texts = [(some[n], rendered) for n, rendered in _rendered(template, some, loss_on)]
+    for one, found in zip(some, _tokenise(template, texts), strict=True):
         labels = _labels(found, max_length)
         cut = f" of {len(found.ids)}, cut" if len(found.ids) > len(labels) else ""
         learned = len(labels) - labels.count(IGNORED)

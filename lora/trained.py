@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lora import distributed, nf4, state
 from lora.checkpoint import CONFIG, load
+from lora.columns import Columns
 from lora.config import RunConfig, method_named
 from lora.conversations import Conversation, Message, from_row, read_prompts
-from lora.data import Columns, Corpus, Example, read_split, take, unlabelled
+from lora.data import Corpus, Example, read_split, take, unlabelled
 from lora.errors import ConfigError, DataError, RunError
 from lora.evaluate import EVALUATED, predict, rows_of
 from lora.generate import Writing, padded, row_of, scored, written
@@ -34,9 +35,11 @@ from lora.inputs import (
     prompts_of,
     read_corpus,
     read_texts,
+    screened,
 )
 from lora.models import hold
 from lora.records import answers_of, environment_of, summary_of
+from lora.rows import BadRows
 from lora.run import (
     CHECKPOINTS,
     base_of,
@@ -49,6 +52,7 @@ from lora.run import (
     unwritable,
     write_lines,
 )
+from lora.templates import refuse_prompts, template_of
 from lora.tokens import Encoded, collate, layout
 
 Acts = Literal["on", "off", "both"]
@@ -109,13 +113,17 @@ def newest_runs(folder: Path = Path("runs")) -> list[Path]:
 
 
 def rescore(
-    directory: Path, data: str | None, split: str | None, columns: Columns
+    directory: Path,
+    data: str | None,
+    split: str | None,
+    columns: Columns,
+    skip_bad_lines: int = 0,
 ) -> dict[str, float]:
     """A run's scores on a split of its own data or of other data."""
     with progress_bar() as progress:
         with reading(progress):
             trained = reopen(directory)
-            config, where = trained.config, _columns(trained.config, columns)
+            config = trained.config
             if data is None:
                 corpus = read_corpus(config)
                 name = split or corpus.held_out[0]
@@ -128,13 +136,25 @@ def rescore(
                     )  # fmt: skip
             elif config.task == "text":
                 config = replace(config, data=(data,), weights={})
-                corpus, name = read_texts(data, split)
+                corpus, name = read_texts(data, split, skip_bad_lines)
             else:
-                corpus, name = read_split(data, where, config.task, config.labels, split)
+                corpus, name = read_split(
+                    data,
+                    columns,
+                    asked(config),
+                    (config.task, config.labels),
+                    split,
+                    skip_bad_lines,
+                )
             examples = take(corpus, name)
             if config.task != "text":
                 _check_pairs(directory, config, examples)
             encoded = _encoded(trained, corpus, examples)
+            notes = [corpus.note] if data is not None else []
+            if config.task == "text":
+                corpus, skipped = screened(corpus)
+                examples, notes = take(corpus, name), [*notes, *skipped]
+            _say(progress, *corpus.said, *filter(None, notes))
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
         found, _ = scored(config, *parts, progress)
     return {"loss": found.loss, **found.metrics}
@@ -147,6 +167,7 @@ def predict_texts(
     data: str | None,
     output: Path | None,
     columns: Columns,
+    skip_bad_lines: int = 0,
 ) -> None:
     """Label texts, or the rows of a file, with a run's model; one that writes answers them."""
     config = config_of(directory)
@@ -154,7 +175,7 @@ def predict_texts(
         if pairs or columns != Columns():
             raise ConfigError(f"{directory} answers prompts: --pair and columns say nothing there.")
         writing = Writing(max_new_tokens=config.max_new_tokens)
-        return answer(directory, texts, data, output, writing)
+        return answer(directory, texts, data, output, writing, skip_bad_lines=skip_bad_lines)
     if (data is None) == (not texts):
         raise DataError("one of --text and --data FILE is needed.")
     if data is None and columns != Columns():
@@ -167,7 +188,8 @@ def predict_texts(
             trained = reopen(directory)
             config = trained.config
             if data is not None:
-                examples = unlabelled(data, _columns(config, columns))
+                examples, notes = unlabelled(data, columns, asked(config), skip_bad_lines)
+                _say(progress, *notes)
             else:
                 examples = [
                     Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
@@ -178,6 +200,11 @@ def predict_texts(
         logits = predict(trained.model, encoded, EVALUATED, config.dtype, progress)
     _put_out(rows_of(corpus, examples, logits), output)
     return None
+
+
+def _say(progress: Progress, *lines: str) -> None:
+    for line in lines:
+        progress.console.print(f"note: {line}", soft_wrap=True, markup=False, highlight=False)
 
 
 def _check_output(output: Path | None) -> None:
@@ -205,6 +232,7 @@ def answer(
     writing: Writing,
     adapter: Acts = "on",
     system: str | None = None,
+    skip_bad_lines: int = 0,
 ) -> None:
     """Answer prompts, or those of a file, with a run's model: a row each, and of a model with its
     adapter on and off the answer of the base beside the other."""
@@ -219,8 +247,12 @@ def answer(
             else:
                 bare = trained.config.template == "none"
                 # A prompt without an answer does not say how it is meant: as those of the run.
+                bad = BadRows(skip_bad_lines)
                 asked = [one if one.references else replace(one, raw=bare and one.raw)
-                         for one in read_prompts(data)]  # fmt: skip
+                         for one in read_prompts(data, bad=bad)]  # fmt: skip
+                refuse_prompts(template_of(trained.tokenizer, trained.config.template), asked, bad)
+                asked = bad.usable(asked)
+                _say(progress, *bad.judge(left=bool(asked)))
         texts = answers(trained, asked, writing, adapter, progress)
     rows: list[dict[str, Any]] = []
     for number, one in enumerate(asked):
@@ -264,12 +296,6 @@ def _encoded(
 ) -> Encoded:
     parts = trained.tokenizer, trained.model, examples, labelled
     return encoded_of(trained.config, corpus, *parts)[0]
-
-
-def _columns(config: RunConfig[Any], other: Columns) -> Columns:
-    """The columns of a file that is not the run's own: what is asked, else the run's."""
-    own = asked(config)
-    return Columns(other.text or own.text, other.pair or own.pair, other.label or own.label)
 
 
 def _check_pairs(directory: Path, config: RunConfig[Any], examples: Sequence[Example]) -> None:

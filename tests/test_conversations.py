@@ -21,10 +21,10 @@ from lora.conversations import (
     holds_conversations,
     read_conversations,
     read_prompts,
-    read_rows,
     read_split,
 )
 from lora.errors import DataError
+from lora.rows import BadRows, read_rows
 
 PAIR = {"instruction": "Add.", "input": "1 2", "output": "3"}
 
@@ -247,7 +247,9 @@ def test_plain_text_is_a_text_per_line(tmp_path: Path) -> None:
 
 def test_lines_without_a_reference_are_broken(tmp_path: Path) -> None:
     text = "".join(f"name : {i}||text {i}\n" for i in range(19)) + "no reference\n"
-    with pytest.raises(DataError, match=r"x.txt, line 20: no '\|\|' between.*has 1 bad line. Mend"):
+    with pytest.raises(
+        DataError, match=r"x.txt, line 20: no '\|\|' between.*\n.*--skip-bad-lines 1"
+    ):
         read_conversations(write(tmp_path / "x.txt", text))
 
 
@@ -262,9 +264,9 @@ def test_lines_without_a_reference_are_broken(tmp_path: Path) -> None:
         ("x.json", '{"text": "a"}', r"x.json: a dict without rows. Write \[\{...\}, ...\]"),
         ("x.json", "[" * 100_000, "x.json: no JSON of rows: nested too deeply"),
         ("x.json", "[3]", "x.json, item 1: found a int, not an object"),
-        ("x.csv", "text,id\na,1\nb\n", "line 3: 1 columns, where the first line names 2"),
+        ("x.csv", "text,id\na,1\nb\n", "line 3: 1 columns, the first row has 2"),
         ("x.csv", 'text,id\n"a"b,1\n', "x.csv, line 2: .*Mend the quotes"),
-        ("x.csv", "text,text\na,1\n", "two columns have the same name"),
+        ("x.csv", "text,text\na,1\n", "two columns are named 'text'"),
         ("x.tsv", "text\tid\na\n", "line 2: 1 columns"),
         ("x.csv", "hello,hi\nyou,me\n", "line 2: no conversation among hello, hi. Known"),
         ("x.jsonl", b"\xff\xfe\n", "x.jsonl, line 1: byte 0xff is not UTF-8.*iconv -f utf-16"),
@@ -307,16 +309,23 @@ def test_so_many_bad_lines_are_left_out_and_said(end: str, tmp_path: Path) -> No
     path = write(tmp_path / f"x.{end}", "\n".join(some))
     with pytest.raises(DataError) as error:
         read_conversations(path)
+    message = str(error.value).split("\n")
     first, second, third = (f"{path}, line {number}" for number in numbers)
-    assert str(error.value).startswith(f"{first}: ")
-    assert str(error.value).endswith(
-        f" {path} has 3 bad lines. Mend, or leave out with --skip-bad-lines 3."
-    )
+    assert message[0] == "3 rows cannot be used:"
+    assert [line.partition(": ")[0] for line in message[1:4]] == [
+        f"  {first}", f"  {second}", f"  {third}",
+    ]  # fmt: skip
+    assert message[4] == "Mend them, or pass --skip-bad-lines 3 to leave them out."
+    bad = BadRows(2)
+    read_conversations(path, bad=bad)
     with pytest.raises(DataError, match="--skip-bad-lines 3"):
-        read_conversations(path, skip_bad_lines=2)
-    splits, notes = read_conversations(path, skip_bad_lines=3)
+        bad.judge()
+    bad = BadRows(3)
+    splits, _ = read_conversations(path, bad=bad)
     assert sum(map(len, splits.values())) == 9
-    assert notes[0].startswith(f"{path}: 3 bad lines left out: {first}; {second}; {third}. The fir")
+    (said,) = bad.judge()
+    assert said.startswith("3 rows skipped, as --skip-bad-lines 3 allows:")
+    assert all(place in said for place in (first, second, third))
 
 
 def test_the_splits_of_a_folder(tmp_path: Path) -> None:
@@ -346,9 +355,10 @@ def test_a_split_column_is_followed(tmp_path: Path) -> None:
     assert [one.references for one in splits["train"]] == [("c0",), ("c3",)]
     assert notes == []
     path = write(tmp_path / "y.jsonl", "{\n" + (tmp_path / "x.jsonl").read_text())
-    broken, notes = read_conversations(path, skip_bad_lines=1)
+    bad = BadRows(1)
+    broken, notes = read_conversations(path, bad=bad)
     assert {name: len(some) for name, some in broken.items()} == {"train": 2, "dev": 1, "test": 1}
-    assert "1 bad line left out" in notes[0]
+    assert "1 row skipped" in bad.judge()[0]
     del rows[3]["split"]
     with pytest.raises(DataError, match="line 4: no split, where other rows have one"):
         read_conversations(lines(tmp_path / "x.jsonl", rows))
@@ -392,8 +402,8 @@ def test_texts_without_a_prompt_are_cut_one_by_one(tmp_path: Path) -> None:
 
 def test_a_file_to_score_on_is_read_whole(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", pairs(7))
-    found, name, notes = read_split(path)
-    assert (len(found), name, notes) == (7, "test", [])
+    found, name = read_split(path)
+    assert (len(found), name) == (7, "test")
     assert read_split(path, split="dev")[1] == "dev"
     lines(tmp_path / "folder" / "dev.jsonl", pairs(2))
     assert read_split(str(tmp_path / "folder"))[1] == "dev"
@@ -411,11 +421,12 @@ def test_no_such_place() -> None:
 def test_the_hubs_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """They come as texts, lists among them as JSON."""
     turns = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    rows = [(f"owner/name, train row {i}", {"messages": turns}) for i in range(1)]
-    more = [(f"owner/name, test row {i}", {"prompt": "p", "completion": str(i)}) for i in range(2)]
-    monkeypatch.setattr(
-        "lora.conversations.read_hub", lambda _: {"train": rows + more, "dev": more}
-    )
+    rows = [("train", "owner/name, train row 0", {"messages": turns})]
+    rows += [
+        (split, f"owner/name, test row {i}", {"prompt": "p", "completion": str(i)})
+        for split in ("train", "dev") for i in range(2)
+    ]  # fmt: skip
+    monkeypatch.setattr("lora.rows.read_hub", lambda _: rows)
     splits, _ = read_conversations("owner/name")
     assert splits["train"][0].prompt == (Message("user", "a"),)
     assert splits["dev"][1].place == "owner/name, test row 1"
@@ -431,7 +442,7 @@ def test_the_seed_tasks() -> None:
 
 def test_e2e() -> None:
     folder = needs_shared("e2e")
-    found, _, _ = read_split(str(folder / "test.txt"))
+    found, _ = read_split(str(folder / "test.txt"))
     scored = grouped(found)
     assert (len(found), len(scored)) == (4693, 630)
     assert sum(len(one.references) for one in scored) == 4693

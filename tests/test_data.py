@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import needs_shared
 
 from lora import demo
-from lora.data import (
-    Columns,
-    Corpus,
-    read,
-    read_file,
-    read_predictions,
-    unlabelled,
-)
+from lora.columns import Columns
+from lora.data import Corpus, read, read_predictions
+from lora.data import unlabelled as unlabelled_with_notes
 from lora.errors import DataError
+from lora.rows import read_rows
 
 TSV = "sentence\tlabel\ngood film \t1\nbad film\t0\nfine\t1\npoor\t0\n"
+
+
+def unlabelled(data: str, columns: Columns) -> list[Any]:
+    return unlabelled_with_notes(data, columns)[0]
 
 
 def write(path: Path, text: str | bytes) -> Path:
@@ -130,10 +131,13 @@ def test_a_hidden_test_split_is_not_reported_on(tmp_path: Path) -> None:
         ("\n\n", "is empty"),
         ("sentence\tlabel\n", "has no training rows"),
         ("sentence\tlabel\ngood\t1\nfine\t1\n", "two classes at least, found 1"),
-        ("sentence\tlabel\ngood\t1\nfine\n", "line 3: 1 columns, where the first row has 2"),
+        ("sentence\tlabel\ngood\t1\nfine\n", "line 3: 1 columns, the first row has 2"),
         ("sentence\tlabel\na\tb\tc\n", "line 2: 3 columns"),
         (b"sentence\tlabel\ngood\t1\nbl\xe9\t0\n", "line 3: byte 0xe9 is not UTF-8"),
-        ("words\tlabel\ngood\t1\n", "no text column among words, label. Set --text-column"),
+        (
+            "id\twords\tlabel\n7\tgood\t1\n",
+            "none that is called text beside the label label: id, words",
+        ),
     ],
 )
 def test_training_files_that_cannot_be(tmp_path: Path, content: str | bytes, match: str) -> None:
@@ -164,7 +168,7 @@ def test_missing_columns_files_and_folders(tmp_path: Path) -> None:
     ):
         read(str(tmp_path / "empty"))
     write(tmp_path / "data" / "train.csv", "text,label\na,1\n")
-    with pytest.raises(DataError, match="train.tsv, train.csv: keep one"):
+    with pytest.raises(DataError, match="train.csv, train.tsv: keep one"):
         read(data)
     with pytest.raises(DataError, match="found .xlsx. Known"):
         read(str(write(tmp_path / "x.xlsx", "a")))
@@ -185,7 +189,7 @@ def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
 )
 def test_broken_json_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        read_file(write(tmp_path / "x.jsonl", line))
+        read(str(write(tmp_path / "x.jsonl", line)))
 
 
 def test_rows_to_label_need_no_label(tmp_path: Path) -> None:
@@ -381,7 +385,10 @@ def test_a_csv_without_commas_is_named(tmp_path: Path, mark: str) -> None:
     with pytest.raises(DataError, match="one column, 'text.*label', with 1 .* in every row"):
         read(folder(tmp_path, train=rows, dev=rows, end="csv"))
     texts_alone = write(tmp_path / "t.csv", "text\nwell; it is good\nbad\n")
-    assert [row["text"] for _, row in read_file(texts_alone)] == ["well; it is good", "bad"]
+    assert [row["text"] for _, row in read_rows(texts_alone) if isinstance(row, dict)] == [
+        "well; it is good",
+        "bad",
+    ]
 
 
 def test_the_digest_is_of_texts_and_labels_in_their_splits(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import datasets
 import pytest
 from conftest import ROOT
 
-import lora.data
+import lora.rows
 from lora.data import read
 from lora.errors import DataError
 
@@ -89,7 +89,7 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             raise FileNotFoundError("no such data set")
         return datasets.DatasetDict(train=rows(None), validation=rows(None), test=rows(-1))
 
-    monkeypatch.setattr(lora.data, "hub_answers", lambda: True)
+    monkeypatch.setattr(lora.rows, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     corpus = read("glue/sst2")
     assert corpus.labels == ("0", "1")
