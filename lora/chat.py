@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import rich
 from rich.columns import Columns
@@ -16,6 +15,7 @@ from lora.conversations import Message
 from lora.errors import DataError
 from lora.generate import Writing
 from lora.run import progress_bar, reading
+from lora.source import Source
 from lora.trained import Acts, Trained, answers, conversation, reopen, system_of
 
 HELP = """\
@@ -27,13 +27,13 @@ LEAVE = ("exit", "quit", "/exit", "/quit")
 HEADS: dict[Acts, str] = {"on": "adapter on", "off": "adapter off"}
 
 
-def chat(directory: Path, writing: Writing, adapter: Acts, system: str | None) -> None:
+def chat(source: Source, writing: Writing, adapter: Acts, system: str | None) -> None:
     """Answer what is typed until it ends. In a terminal, a message that cannot be answered is
     named and forgotten; raises DataError for one in a pipe."""
     with progress_bar() as progress, reading(progress):
-        trained = reopen(directory)
+        trained = reopen(source)
     talk = _Talk(trained, writing, adapter, system)
-    learned = None if trained.config.template == "none" else system_of(directory)
+    learned = None if trained.config.template == "none" else system_of(source.directory)
     typed_in = sys.stdin is not None and sys.stdin.isatty()
     if typed_in:
         print("exit, quit or Ctrl-D leaves the talk; /help lists what else there is.")
@@ -60,10 +60,10 @@ def chat(directory: Path, writing: Writing, adapter: Acts, system: str | None) -
                 print(f"{error} Or type /new, which forgets what was said.")
 
 
-def once(directory: Path, prompt: str, writing: Writing, adapter: Acts, system: str | None) -> None:
+def once(source: Source, prompt: str, writing: Writing, adapter: Acts, system: str | None) -> None:
     """Answer one prompt as text."""
     with progress_bar() as progress, reading(progress):
-        trained = reopen(directory)
+        trained = reopen(source)
     _Talk(trained, writing, adapter, system).answer(prompt)
 
 

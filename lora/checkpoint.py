@@ -529,6 +529,16 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, mark
 
 
+def filed_labels(mark: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of a classifier's classes as save() files them, () if it filed none."""
+    try:
+        labels = json.loads(mark.get("labels", "[]"))
+    except (ValueError, RecursionError):
+        return ()
+    good = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    return tuple(labels) if good else ()
+
+
 def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
     """The one method whose equation the file states."""
     if "peft_type" not in settings:

@@ -111,17 +111,23 @@ def _train(arguments: list[str]) -> None:
 
     count, arguments = take(arguments, "--nproc", "N")
     directory, others = take(arguments, "--resume", "RUN")
-    if directory is not None and others:
-        raise ConfigError("--resume takes its settings from the run. Leave the other flags out.")
+    base = None
+    if directory is not None:
+        base, others = take(others, "--base", "FOLDER")
+        if others:
+            raise ConfigError(
+                "--resume takes its settings from the run, but for --base, where its base is now."
+                " Leave the other flags out."
+            )
     config = parse_run(arguments) if directory is None else None
     if count is not None:
-        _train_on(count, arguments, config, directory)
+        _train_on(count, arguments, config, directory, base)
         return
     from lora.run import resume, run
     from lora.scratch import keep_freed_memory
 
     keep_freed_memory()
-    summary = run(config) if config is not None else resume(Path(directory or ""))
+    summary = run(config) if config is not None else resume(Path(directory or ""), base)
     if os.environ.get("RANK", "0") != "0":  # rank 0 says it
         return
     metrics, baseline = summary["metrics"], summary.get("baseline")
@@ -137,7 +143,9 @@ def _train(arguments: list[str]) -> None:
     print(f"recorded in {summary['run_dir']}")
 
 
-def _train_on(count: str, arguments: list[str], config: Any, directory: str | None) -> None:
+def _train_on(
+    count: str, arguments: list[str], config: Any, directory: str | None, base: str | None
+) -> None:
     """`lora train` as so many ranks; what it was told to check, this process has checked."""
     if not count.isdecimal() or int(count) < 1:
         raise ConfigError(f"--nproc must be a whole number from 1, found {count}.")
@@ -149,7 +157,7 @@ def _train_on(count: str, arguments: list[str], config: Any, directory: str | No
     from lora.run import default_directory, resumable
 
     if directory is not None:
-        resumable(Path(directory))
+        resumable(Path(directory), base)
     elif config.run_dir is None:
         directory = str(default_directory(config))
         arguments = [*arguments, "--run-dir", directory]
@@ -209,7 +217,10 @@ class EvalConfig:
     """Score a run on a split of its data, or of other data; or score a file of predictions."""
 
     run: Path | None = None
-    """A run directory."""
+    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    base: str | None = None
+    """Where its base is, if not where it was or if the adapter does not say: a folder, or a name
+    on the hub."""
     data: str | None = None
     """Other data than the run's own."""
     split: Literal["test", "dev", "train"] | None = None
@@ -247,7 +258,7 @@ def _eval(arguments: list[str]) -> None:
         _harness(config)
         return
     columns = ["text_column", "pair_column", "label_column"]
-    idle = ["limit", "task"] if config.run is not None else ["limit", "data", "split"]
+    idle = ["limit", "task"] if config.run is not None else ["limit", "base", "data", "split"]
     if config.data is None:
         idle += [*columns, "header", "skip_bad_lines"]
     for name in idle:
@@ -265,11 +276,13 @@ def _eval(arguments: list[str]) -> None:
         metrics = score(task, *read_predictions(config.predictions))
     else:
         from lora.inputs import asked
+        from lora.source import open_source
         from lora.trained import rescore
 
         assert config.run is not None
+        source = open_source(config.run, config.base)
         parts = config.data, config.split, asked(config), config.skip_bad_lines
-        metrics = rescore(config.run, *parts)
+        metrics = rescore(source, *parts)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
 
@@ -281,7 +294,7 @@ def _harness(config: EvalConfig) -> None:
     from lora.harness import evaluate
     from lora.trained import reopen
 
-    trained = reopen(config.run)
+    trained = reopen(config.run, config.base)
     chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
     parts = trained.model, trained.tokenizer, config.harness
     for task, scores in evaluate(*parts, limit=config.limit, chat=chat).items():
@@ -294,7 +307,9 @@ class PredictConfig:
     """Label texts with a run's model; JSON lines on standard output, or in --output."""
 
     run: Path
-    """A run directory."""
+    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    base: str | None = None
+    """Where its base is, if not where it was or if the adapter does not say."""
     text: tuple[str, ...] = ()
     """Texts to label."""
     pair: tuple[str, ...] = ()
@@ -320,10 +335,12 @@ def _predict(arguments: list[str]) -> None:
 
     config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
     from lora.inputs import asked
+    from lora.source import open_source
     from lora.trained import predict_texts
 
+    source = open_source(config.run, config.base)
     parts = config.data, config.output, asked(config), config.skip_bad_lines
-    predict_texts(config.run, config.text, config.pair, *parts)
+    predict_texts(source, config.text, config.pair, *parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +349,9 @@ class GenerateConfig:
     those of --data, as JSON lines; without either it is a talk in the terminal."""
 
     run: Path
-    """A run directory, of --task text."""
+    """A run directory, of --task text, or the folder of such an adapter, ours or PEFT's."""
+    base: str | None = None
+    """Where its base is, if not where it was or if the adapter does not say."""
     prompt: tuple[str, ...] = ()
     """What to answer."""
     data: str | None = None
@@ -362,10 +381,11 @@ def _generate(arguments: list[str]) -> None:
 
     own: GenerateConfig = parse(GenerateConfig, _leading(arguments, "--run"), "lora generate")
     from lora.generate import Writing
-    from lora.run import config_of
+    from lora.source import open_source
     from lora.trained import answer
 
-    run = config_of(own.run)
+    source = open_source(own.run, own.base)
+    run = source.config
     if run.task != "text":
         raise ConfigError(f"{own.run} labels texts and writes none. Run lora predict {own.run}.")
     if own.system is not None and own.data is not None:
@@ -376,15 +396,15 @@ def _generate(arguments: list[str]) -> None:
         seed=own.seed,
     )  # fmt: skip
     if own.data is not None or len(own.prompt) > 1 or own.output is not None:
-        prompts = own.run, own.prompt, own.data, own.output
+        prompts = source, own.prompt, own.data, own.output
         answer(*prompts, writing, own.adapter, own.system, own.skip_bad_lines)
         return
     from lora.chat import chat, once
 
     if own.prompt:
-        once(own.run, own.prompt[0], writing, own.adapter, own.system)
+        once(source, own.prompt[0], writing, own.adapter, own.system)
     else:
-        chat(own.run, writing, own.adapter, own.system)
+        chat(source, writing, own.adapter, own.system)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,7 +453,9 @@ class MergeConfig:
     """Write a run's model as a plain one: W' in W's place, a folder that from_pretrained reads."""
 
     run: Path
-    """A run directory."""
+    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    base: str | None = None
+    """Where its base is, if not where it was or if the adapter does not say."""
     output: Path
     """The folder to make."""
     dequantize: bool = False
@@ -447,9 +469,11 @@ def _merge(arguments: list[str]) -> None:
     from lora.config import parse
 
     config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
+    from lora.source import open_source
     from lora.trained import merge_run
 
-    print(merge_run(config.run, config.output, config.dequantize, config.untie))
+    source = open_source(config.run, config.base)
+    print(merge_run(source, config.output, config.dequantize, config.untie))
     print(f"written: {config.output}")
 
 

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora.card import EMBEDDED
 from lora.checkpoint import (
     CONFIG,
     check_unedited,
@@ -126,6 +127,8 @@ def read_filed(adapter: Path) -> Filed:
     # The base's own weights beside an adapted embedding are filed for PEFT; engines have them.
     others = tuple(key for key in stored if not key.endswith(".base_layer.weight"))
     named = settings.get("base_model_name_or_path")
+    if isinstance(named, str) and named.startswith(EMBEDDED):  # which no other engine has
+        named = None
     return Filed(folder, named, config, layers, frozenset(of_ids), others)
 
 

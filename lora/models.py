@@ -443,6 +443,18 @@ def _check_place(base: str) -> None:
         )
 
 
+def load_tokenizer(place: str, model: Any, task: str) -> Any:
+    """The tokenizer of a folder or of a name on the hub, whose padding the model then goes by.
+    Raises ModelError if it does not fit the model or the task."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
+        raise _not_loaded(place, error) from error
+    _check_tokenizer(place, tokenizer, model, task)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
 def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
     """Raise ModelError if the tokenizer lacks a token that the task needs, or has one past the
     model's embedding. Many that write text have no pad token: theirs for the end serves.
@@ -562,12 +574,11 @@ def _transformers_base(
             base, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how
         )
         model.float()  # what is not packed
-        tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+        tokenizer = load_tokenizer(base, model, task)
     except LoraError:
         raise
     except Exception as error:  # a damaged folder raises whatever its reader meets first
         raise _Quantize.refused or _not_loaded(base, error) from error
-    _check_tokenizer(base, tokenizer, model, task)
     odd = [key for key in loading["unexpected_keys"] if ".weight." in key]
     if packed and (odd or not any(isinstance(module, NF4Linear) for module in model.modules())):
         found = f"hold {odd[0]}, which is not of its format" if odd else "hold no layer in 4 bits"
@@ -576,7 +587,6 @@ def _transformers_base(
             " Take quantization_config out of a config.json that is not theirs, or pass the weights"
             " as they were before."
         )
-    model.config.pad_token_id = tokenizer.pad_token_id
     trunk = backbone(model)
     # A head of another size is a new head.
     shapes = {key: (there, here) for key, there, here in loading["mismatched_keys"]}
@@ -631,13 +641,11 @@ def load_skeleton(
             packs = _bitsandbytes(base, config, dense) or packs
             with torch.device(device):
                 model = _auto(config, task).from_config(config, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+            tokenizer = load_tokenizer(base, model, task)
         except LoraError:
             raise
         except Exception as error:  # a damaged folder raises whatever its reader meets first
             raise _not_loaded(base, error) from error
-        _check_tokenizer(base, tokenizer, model, task)
-        model.config.pad_token_id = tokenizer.pad_token_id
         stored = said.dtype or torch.float32
         found = Base(model.eval(), tokenizer, _fresh(model, said, labels), stored=stored)
     if packs:

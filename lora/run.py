@@ -46,14 +46,21 @@ from rich.progress import (
 from lora import __version__, distributed, state, trackers
 from lora.adapter import Adapter, PartialConfig
 from lora.card import heads_of
-from lora.checkpoint import load, save, write_together, write_whole
+from lora.checkpoint import (
+    filed_labels,
+    find_folder,
+    load,
+    read_tensors,
+    save,
+    write_together,
+    write_whole,
+)
 from lora.config import TEMPLATES, RunConfig, from_table, method_named, placed, read_toml, to_table
 from lora.data import Corpus
 from lora.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    LoraError,
     ModelError,
     RunError,
     StoppedError,
@@ -94,19 +101,42 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         return _run(config, directory, resumed=False)
 
 
-def resume(directory: Path) -> dict[str, Any]:
-    """Go on with a run that was cut off, from its newest whole checkpoint. Returns the summary."""
-    config = resumable(directory)
+def resume(directory: Path, base: str | None = None) -> dict[str, Any]:
+    """Go on with a run that was cut off, from its newest whole checkpoint; `base` is where its base
+    is now, if not where it was. Returns the summary."""
+    config = resumable(directory, base)
     with distributed.group(alone=config.shard or config.offload):
         return _run(config, directory, resumed=True)
 
 
-def resumable(directory: Path) -> RunConfig[Any]:
+def resumable(directory: Path, base: str | None = None) -> RunConfig[Any]:
     """The configuration of a run that is there and not complete. Raises RunError."""
     config = config_of(directory)
+    _check_incomplete(directory)
+    if base is not None and state.find(directory / CHECKPOINTS)[0] is None:
+        raise RunError(
+            f"--base {base}: {directory} has no checkpoint yet, by which its base would be known"
+            f" again. Train anew: lora train --config {directory / 'config.toml'} --base {base}."
+        )
+    return at_base(config, base, directory)
+
+
+def _check_incomplete(directory: Path) -> None:
     if (directory / "summary.json").is_file():
         raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
-    return config
+
+
+def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunConfig[Any]:
+    """The configuration of what is in a directory, with its base where it is now: in `base`, or
+    where it was. Raises RunError if it is not there any more."""
+    if base is not None:
+        return replace(config, base=placed(base))
+    if Path(config.base).is_absolute() and not Path(config.base).is_dir():
+        raise RunError(
+            f"{directory}: its base {config.base} is not there any more. Pass its new place:"
+            " --base FOLDER."
+        )
+    return replace(config, base=placed(config.base))
 
 
 def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:
@@ -224,7 +254,7 @@ def _checkpoint(
 ) -> tuple[Path | None, str]:
     """The newest whole checkpoint of a run that may go on here, None if it has none yet; and what
     the run remarked of its data when it began."""
-    resumable(directory)  # again: another process may have completed it meanwhile
+    _check_incomplete(directory)  # again: another process may have completed it meanwhile
     then = environment_of(directory)
     if then["data"] != corpus.digest():
         raise RunError(
@@ -802,7 +832,11 @@ def base_of(
     count, quantize = len(labels) or 1, "none" if takes_up(config) else config.quantize
     cut = parts and (config.shard or config.offload)
     part = (distributed.rank(), distributed.size()) if cut else None
-    return load_base(config.base, count, task, config.seed, quantize, config.dense, packed, part)
+    base = load_base(config.base, count, task, config.seed, quantize, config.dense, packed, part)
+    if labels:
+        base.model.config.id2label = dict(enumerate(labels))
+        base.model.config.label2id = {label: number for number, label in enumerate(labels)}
+    return base
 
 
 def put_on(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
@@ -818,21 +852,24 @@ def _given(folder: Path, config: RunConfig[Any], base: Base) -> Report:
     """An adapter of a folder on the base, to be trained on. Raises ModelError or DataError where
     its head is not of this task."""
     report = load(base.model, folder, trainable=True)
-    lost = [one for one in base.new if not any(inside(one, path) for path in report.plan.saved)]
-    if lost and isinstance(config.settings, PartialConfig):
-        raise ModelError(
-            f"--adapter {folder}: {lost[0]} of --base {config.base} is new, and the adapter brings"
-            " none. Pass a base that has its head, or an adapter with modules_to_save."
-        )
-    labels: tuple[str, ...] = ()
-    with suppress(LoraError):  # where it is that of a run
-        labels = config_of(folder.parent).labels
+    check_head(base, report, config.base, folder)
+    labels = filed_labels(read_tensors(find_folder(folder))[1])
     if labels and config.labels and labels != config.labels:
         raise DataError(
             f"--adapter {folder} was trained on the labels {', '.join(labels)}, found"
             f" {', '.join(config.labels)}. Pass --labels {' '.join(labels)}, or data of those."
         )
     return report
+
+
+def check_head(base: Base, report: Report, place: str, folder: Path) -> None:
+    """Raise ModelError if the base has no weights for its head, and the adapter brings none."""
+    lost = [one for one in base.new if not any(inside(one, path) for path in report.plan.saved)]
+    if lost and isinstance(report.plan.config, PartialConfig):
+        raise ModelError(
+            f"{folder}: the base {place} has no weights for {lost[0]}, and the adapter brings none."
+            " Pass a --base that has its head, or an adapter with modules_to_save."
+        )
 
 
 def config_of(directory: Path) -> RunConfig[Any]:

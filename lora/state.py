@@ -233,7 +233,7 @@ def restore(training: Training, path: Path) -> State:
     if state["base"] != bases(training.model):
         raise CheckpointError(
             f"{path} is of another base: its weights are not those that the training began on."
-            " Bring back the files of --base as they were."
+            " Bring back the files of the base as they were, or pass their place: --base FOLDER."
         )
     wanted, moments = values(training.model), {}
     strange = {k for k in stored if not k.startswith("optimizer.")} ^ wanted.keys()

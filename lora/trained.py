@@ -1,4 +1,4 @@
-"""From a run's directory back to its model: eval, predict, merge."""
+"""From a run, or an adapter alone, back to its model: eval, predict, merge."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from lora import distributed, nf4, state
-from lora.checkpoint import CONFIG, load
+from lora import distributed, nf4
+from lora.checkpoint import load
 from lora.columns import Columns
 from lora.config import RunConfig, method_named
 from lora.conversations import Conversation, Message, from_row, read_prompts
@@ -37,14 +37,13 @@ from lora.inputs import (
     read_texts,
     screened,
 )
-from lora.models import hold
+from lora.models import hold, load_tokenizer
 from lora.records import answers_of, environment_of, summary_of
 from lora.rows import BadRows
 from lora.run import (
-    CHECKPOINTS,
     base_of,
     check_free,
-    config_of,
+    check_head,
     progress_bar,
     put_on,
     reading,
@@ -52,6 +51,7 @@ from lora.run import (
     unwritable,
     write_lines,
 )
+from lora.source import Source, open_source
 from lora.templates import refuse_prompts, template_of
 from lora.tokens import Encoded, collate, layout
 
@@ -68,34 +68,32 @@ class Trained:
     device: torch.device
 
 
-def reopen(directory: Path) -> Trained:
-    """The model of a run directory: its base with its adapter on, held as it was in training."""
-    trained = _reopened(directory)
+def reopen(source: Source | Path, base: str | None = None) -> Trained:
+    """The model of a run directory, or of an adapter's folder: its base with its adapter on, held
+    as it is trained. `base` is where the base is now, if not where it was."""
+    trained = _reopened(source if isinstance(source, Source) else open_source(source, base))
     hold(trained.model, trained.config.dtype)
     return trained
 
 
-def _reopened(directory: Path) -> Trained:
-    """The model of a run directory, in the dtype of its base."""
-    config = config_of(directory)
-    adapter = directory / "adapter"
-    there = (adapter / CONFIG).is_file() or (directory / "summary.json").is_file()
-    if not there:  # of a run that is not complete, that of its newest checkpoint
-        path, _ = state.find(directory / CHECKPOINTS)
-        if path is None:
-            raise RunError(
-                f"{directory}: the run ended before its first checkpoint. Go on with lora train"
-                f" --resume {directory}."
-            )
-        print(f"note: {directory} is not complete: the adapter is that of {path}.", file=sys.stderr)
-        adapter = path / "adapter"
+def _reopened(source: Source) -> Trained:
+    """The same in the dtype of its base."""
+    config = source.config
     base = base_of(config, config.labels, config.task)
     if takes_up(config):  # the base that training began with, packed under the start that it had
         put_on(config, base)
         eject(base.model)
-    load(base.model, adapter)
+    report = load(base.model, source.adapter)
+    tokenizer = base.tokenizer
+    if source.alone:
+        check_head(base, report, config.base, source.adapter)
+        if (source.adapter / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(str(source.adapter), base.model, config.task)
+        if report.note:
+            print(f"note: {report.note}", file=sys.stderr)
     device = distributed.device()
-    return Trained(config, base.model.to(device).eval(), base.tokenizer, device)
+    config = source.settle(base.model, tokenizer)
+    return Trained(config, base.model.to(device).eval(), tokenizer, device)
 
 
 def newest_runs(folder: Path = Path("runs")) -> list[Path]:
@@ -113,16 +111,19 @@ def newest_runs(folder: Path = Path("runs")) -> list[Path]:
 
 
 def rescore(
-    directory: Path,
+    source: Source,
     data: str | None,
     split: str | None,
     columns: Columns,
     skip_bad_lines: int = 0,
 ) -> dict[str, float]:
-    """A run's scores on a split of its own data or of other data."""
+    """A model's scores on a split of its run's own data or of other data."""
+    directory = source.directory
+    if data is None and source.alone:
+        raise ConfigError(f"{directory} is an adapter alone, without data of its own. Pass --data.")
     with progress_bar() as progress:
         with reading(progress):
-            trained = reopen(directory)
+            trained = reopen(source)
             config = trained.config
             if data is None:
                 corpus = read_corpus(config)
@@ -148,7 +149,7 @@ def rescore(
                 )
             examples = take(corpus, name)
             if config.task != "text":
-                _check_pairs(directory, config, examples)
+                _check_pairs(source, examples)
             encoded = _encoded(trained, corpus, examples)
             notes = [corpus.note] if data is not None else []
             if config.task == "text":
@@ -161,7 +162,7 @@ def rescore(
 
 
 def predict_texts(
-    directory: Path,
+    source: Source,
     texts: Sequence[str],
     pairs: Sequence[str],
     data: str | None,
@@ -169,13 +170,15 @@ def predict_texts(
     columns: Columns,
     skip_bad_lines: int = 0,
 ) -> None:
-    """Label texts, or the rows of a file, with a run's model; one that writes answers them."""
-    config = config_of(directory)
+    """Label texts, or the rows of a file, with a model; one that writes answers them."""
+    config = source.config
     if config.task == "text":
         if pairs or columns != Columns():
-            raise ConfigError(f"{directory} answers prompts: --pair and columns say nothing there.")
+            raise ConfigError(
+                f"{source.directory} answers prompts: --pair and columns say nothing there."
+            )
         writing = Writing(max_new_tokens=config.max_new_tokens)
-        return answer(directory, texts, data, output, writing, skip_bad_lines=skip_bad_lines)
+        return answer(source, texts, data, output, writing, skip_bad_lines=skip_bad_lines)
     if (data is None) == (not texts):
         raise DataError("one of --text and --data FILE is needed.")
     if data is None and columns != Columns():
@@ -185,7 +188,7 @@ def predict_texts(
     _check_output(output)
     with progress_bar() as progress:
         with reading(progress):
-            trained = reopen(directory)
+            trained = reopen(source)
             config = trained.config
             if data is not None:
                 examples, notes = unlabelled(data, columns, asked(config), skip_bad_lines)
@@ -194,7 +197,7 @@ def predict_texts(
                 examples = [
                     Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
                 ]
-            _check_pairs(directory, config, examples)
+            _check_pairs(source, examples)
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
             encoded = _encoded(trained, corpus, examples, labelled=False)
         logits = predict(trained.model, encoded, EVALUATED, config.dtype, progress)
@@ -225,7 +228,7 @@ def _put_out(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
 
 
 def answer(
-    directory: Path,
+    source: Source,
     prompts: Sequence[str],
     data: str | None,
     output: Path | None,
@@ -234,14 +237,14 @@ def answer(
     system: str | None = None,
     skip_bad_lines: int = 0,
 ) -> None:
-    """Answer prompts, or those of a file, with a run's model: a row each, and of a model with its
+    """Answer prompts, or those of a file, with a model: a row each, and of a model with its
     adapter on and off the answer of the base beside the other."""
     if (data is None) == (not prompts):
         raise DataError("one of --text (of lora generate: --prompt) and --data FILE is needed.")
     _check_output(output)
     with progress_bar() as progress:
         with reading(progress):
-            trained = reopen(directory)
+            trained = reopen(source)
             if data is None:
                 asked = [conversation(trained, [Message("user", one)], system) for one in prompts]
             else:
@@ -298,24 +301,26 @@ def _encoded(
     return encoded_of(trained.config, corpus, *parts)[0]
 
 
-def _check_pairs(directory: Path, config: RunConfig[Any], examples: Sequence[Example]) -> None:
-    """Raise DataError where pairs go to a model of single texts, or the other way round."""
-    found = any(example.pair is not None for example in examples)
-    if found != (config.pair_column is not None):
+def _check_pairs(source: Source, examples: Sequence[Example]) -> None:
+    """Raise DataError where pairs go to a model of single texts, or the other way round; an adapter
+    alone does not tell which it is of."""
+    found, config = any(example.pair is not None for example in examples), source.config
+    if not source.alone and found != (config.pair_column is not None):
         was = "pairs" if config.pair_column else "single texts"
         raise DataError(
-            f"{directory} was trained on {was}, found {'pairs' if found else 'single texts'}."
-            " Pass what it was trained on: --pair for a pair's second text, and in a file"
-            " --text-column and --pair-column."
+            f"{source.directory} was trained on {was}, found"
+            f" {'pairs' if found else 'single texts'}. Pass what it was trained on: --pair for a"
+            " pair's second text, and in a file --text-column and --pair-column."
         )
 
 
-def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> str:
-    """Write a run's model as a plain one into a new folder; what was merged, and how far that moved
-    the logits of the run's first texts."""
+def merge_run(source: Source, output: Path, dequantize: bool, untie: bool) -> str:
+    """Write a model as a plain one into a new folder; what was merged, and how far that moved the
+    logits of the run's first texts."""
     check_free(output, "--output", "model")
+    directory = source.directory
     with progress_bar() as progress, reading(progress):
-        trained = _reopened(directory)
+        trained = _reopened(source)
         model, probe = trained.model, _probe(trained, directory)
         packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
         if packed and not dequantize:
@@ -334,9 +339,6 @@ def merge_run(directory: Path, output: Path, dequantize: bool, untie: bool) -> s
         else:
             said = f"nothing to merge: {trained.config.method} trained the base itself"
         eject(model)
-        if trained.config.labels:
-            model.config.id2label = dict(enumerate(trained.config.labels))
-            model.config.label2id = {label: i for i, label in enumerate(trained.config.labels)}
         if trained.config.task == "text":
             hand_on(trained.config, trained.tokenizer, model)
         making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")

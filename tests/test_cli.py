@@ -143,9 +143,10 @@ def test_a_run_of_every_method_repeats_and_comes_back(
 
 def reopened_loss(run: Path) -> float:
     from lora.data import Columns
+    from lora.source import open_source
     from lora.trained import rescore
 
-    return rescore(run, None, None, Columns())["loss"]
+    return rescore(open_source(run), None, None, Columns())["loss"]
 
 
 def test_the_config_reads_back_to_the_same_run(trained: Path, tmp_path: Path) -> None:

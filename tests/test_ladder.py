@@ -48,6 +48,7 @@ LADDER = [
     {"inputs", "evaluate"},
     {"train", "generate"},
     {"run"},
+    {"source"},
     {"trained", "trainer", "plan"},
     {"compare", "plots", "chat"},
     {"cli"},
