@@ -42,7 +42,7 @@ METHODS: dict[str, type[Method]] = {}
 LARGEST = 2**31 - 1  # of a whole number in a setting: what counts or sizes can be
 MOST_ENTRIES = 50_000  # of a list or a table of layers' names
 
-SHORTHANDS = ("all-linear", "attention")
+SHORTHANDS = ("all-linear", "attention", "input-embedding")
 """Words that target_modules takes for layers' names; what they mean is targets.py's."""
 
 
@@ -137,8 +137,8 @@ class AdapterConfig(PartialConfig):
     """The settings of a method that wraps layers."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers to adapt: names or their dotted endings, a regular expression, all-linear, or
-    attention (its projections, of the architectures that are known)."""
+    """Layers to adapt: names or their dotted endings, a regular expression, all-linear,
+    attention (its projections, of the architectures that are known), or input-embedding."""
     exclude_modules: str | tuple[str, ...] | None = None
     """Layers to leave alone, in the same forms."""
     layers_to_transform: tuple[int, ...] = ()
@@ -157,7 +157,8 @@ class AdapterConfig(PartialConfig):
             if value is None and field == "exclude_modules":
                 continue
             if isinstance(value, str):
-                check(field, value, "a pattern, names, all-linear or attention", bool(value))
+                words_for = ", ".join(SHORTHANDS)
+                check(field, value, f"a pattern, names, or one of {words_for}", bool(value))
                 check_pattern(field, value)
             else:
                 names = names_tuple(field, value)
@@ -321,9 +322,14 @@ class Adapter(Method, nn.Module):
 
     @classmethod
     def further(
-        cls, model: nn.Module, modules: Mapping[str, nn.Module], config: Any
+        cls,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        config: Any,
+        targets: Sequence[str],
     ) -> Mapping[str, Callable[[View, Any, str], Adapter]]:
-        """Layers adapted besides those of target_modules, and what makes the adapter of each."""
+        """Layers adapted besides `targets`, those of target_modules, and what makes the adapter of
+        each."""
         return {}
 
     def follow(self, leader: Any) -> None:

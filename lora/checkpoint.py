@@ -251,7 +251,8 @@ def carried(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Tensor]:
         meant = any(fits(name, wanted) for name in ends)
     else:
         meant = any(name in (wanted or ()) for name in names)
-    if not meant or settings.get("trainable_token_indices"):
+    rows = settings["peft_type"] == "TRAINABLE_TOKENS" or settings.get("trainable_token_indices")
+    if not meant or rows:
         return {}
     found: dict[str, Tensor] = {}
     held = {id(module): name for name, module in walk(model)}

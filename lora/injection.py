@@ -130,13 +130,9 @@ def _join(plan: Plan, placed: Mapping[str, tuple[Adapter, View]]) -> None:
             adapter.register_parameter(name, one)
             adapter.frozen |= {name}
             adapter.keys = {**adapter.keys, name: f"base_model.{name}"}
-    tied: dict[int, Adapter] = {}
-    for path, (adapter, view) in placed.items():
-        if path in plan.further:
-            first = tied.setdefault(id(view.parameters()[0]), adapter)
-            first = placed[adapter.leader][0] if adapter.leader else first
-            if first is not adapter:
-                adapter.follow(first)
+    for adapter in adapters:
+        if adapter.leader:
+            adapter.follow(placed[adapter.leader][0])
         for name in adapter.frozen:
             adapter.get_parameter(name).requires_grad_(False)
 

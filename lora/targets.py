@@ -28,6 +28,7 @@ from lora.adapter import (
 )
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, backbone, fits, inside, kind
+from lora.methods._tokens import input_embedding
 from lora.patterns import BLOCKS, compiled
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -105,6 +106,14 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     # A layer that bears the word for its name is meant by it.
     if wanted == "attention" and any(kind(m) and fits(n, (wanted,)) for n, m in free.items()):
         wanted = (wanted,)
+    if wanted == "input-embedding":
+        table = input_embedding(model)
+        wanted = tuple(name for name, module in free.items() if module is table)[:1]
+        if not wanted:
+            raise TargetError(
+                f"target_modules='input-embedding': {type(model).__name__} names none, or it is"
+                f" excluded.\n{_offer(model)}"
+            )
     if wanted in SHORTHANDS:
         names = _attention(model) if wanted == "attention" else None
         trunk = backbone(model)
@@ -307,7 +316,7 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
     if issubclass(method, Adapter):
         if strict:
             method.check_targets(config, targets)
-        further = method.further(model, dict(walk(model)), config)
+        further = method.further(model, dict(walk(model)), config, targets)
         taken = [n for n in further if n in targets or any(inside(n, whole) for whole in saved)]
         if taken:
             raise ConfigError(

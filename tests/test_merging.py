@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import pytest
 import safetensors.torch
@@ -204,11 +205,17 @@ def test_what_adapters_share_is_one_again_after_to_empty(method: str) -> None:
     """VeRA's matrices, and the rows of tokens that a tied head shares with its embedding."""
 
     class Tied(nn.Module):
+        config: ClassVar = {"tie_word_embeddings": True}
+        _tied_weights_keys: ClassVar = {"head.weight": "table.weight"}
+
         def __init__(self) -> None:
             super().__init__()
             self.table, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
             self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
             self.head.weight = self.table.weight
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
             return self.head(self.two(self.one(self.table(ids))))

@@ -47,6 +47,7 @@ from lora.adapter import (
 from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, apply
+from lora.methods._tokens import Make, token_ids, token_layers
 from lora.nf4 import NF4, dequantize
 from lora.patterns import ENDING, check_pattern, compiled
 
@@ -83,6 +84,9 @@ class LowRankConfig(AdapterConfig):
     """LoRA-FA: A stays as it starts and B alone trains (arXiv:2308.03303)."""
     loraplus_lr_ratio: float = 1.0
     """LoRA+: B trains at this multiple of the learning rate (arXiv:2402.12354; there 16)."""
+    trainable_token_indices: tuple[int, ...] | dict[str, list[int]] = ()
+    """Tokens whose embeddings train as a whole: ids of the input embedding; from Python also
+    {layer: ids}. What the model's config ties to the embedding follows."""
 
     def __post_init__(self) -> None:
         init: Any = self.init_lora_weights
@@ -106,6 +110,8 @@ class LowRankConfig(AdapterConfig):
         wanted = "default, gaussian, pissa, pissa_niter_N, olora, eva, lora_ga, loftq or loftq_N"
         check("init_lora_weights", init, wanted, bool(good))
         positive("loraplus_lr_ratio", self.loraplus_lr_ratio)
+        asked = token_ids("trainable_token_indices", self.trainable_token_indices)
+        object.__setattr__(self, "trainable_token_indices", asked)
 
 
 def pick(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -125,6 +131,7 @@ def by_layer(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 class LowRank(Adapter):
     """s(BA − B₀A₀), s = lora_alpha / r, for what is built on it.
 
+    trainable_token_indices put an adapter of their own on the embedding: _tokens.
     lora_A (r, in), lora_B (out, r), both in float32 at least; start_A, start_B their frozen start,
     where there is one.
     """
@@ -290,6 +297,16 @@ class LowRank(Adapter):
         meant = config.bias == "all" or (config.bias == "lora_only" and targeted)
         return meant and name.rpartition(".")[2] == "bias"
 
+    @classmethod
+    def further(
+        cls,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        config: LowRankConfig,
+        targets: Sequence[str],
+    ) -> Mapping[str, Make]:
+        return token_layers(model, modules, config.trainable_token_indices)
+
     def param_groups(self) -> dict[float, list[nn.Parameter]]:
         groups = super().param_groups()
         ratio, fast = self.config.loraplus_lr_ratio, getattr(self, self.zero)
@@ -323,12 +340,16 @@ class LowRank(Adapter):
             if any(pick(patterns, n, settings[key]) != value for n, value in wanted.items()):
                 settings[key], patterns = by_layer(wanted)
             settings[pattern] = patterns
-        return settings
+        asked = settings["trainable_token_indices"] or None
+        if isinstance(asked, dict):
+            asked = {name: list(ids) for name, ids in asked.items()}
+        return settings | {"trainable_token_indices": asked}
 
     @classmethod
     def read_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
         found = super().read_settings(settings)
         found |= {k: {} for k in ("rank_pattern", "alpha_pattern") if k in found and not found[k]}
+        found["trainable_token_indices"] = found.get("trainable_token_indices") or ()
         init = found.get("init_lora_weights")
         if init in (None, False, "gaussian", "orthogonal", "eva"):  # these leave W alone
             found["init_lora_weights"] = "default"

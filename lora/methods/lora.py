@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora.adapter import Adapter, check
 from lora.dropout import Mask
 from lora.errors import ConfigError
 from lora.fused import Update
 from lora.layers import View
 from lora.methods._lowrank import LowRank, LowRankConfig
-from lora.methods._tokens import Make, token_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,19 +22,6 @@ class LoRAConfig(LowRankConfig):
 
     lora_bias: bool = False
     """B has a bias, which the update adds scaled to the layer's own."""
-    trainable_token_indices: tuple[int, ...] | dict[str, list[int]] = ()
-    """Tokens whose embeddings train as a whole: ids of the input embedding; from Python also
-    {layer: ids}. What is tied to the embedding follows."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        asked: Any = self.trainable_token_indices
-        if isinstance(asked, dict):
-            asked = {name: tuple(ids) for name, ids in asked.items()}
-        lists = list(asked.values()) if isinstance(asked, dict) else [asked] if asked != () else []
-        good = all(ids and len(set(ids)) == len(ids) for ids in lists)
-        check("trainable_token_indices", asked, "distinct ids, or lists of them by layer", good)
-        object.__setattr__(self, "trainable_token_indices", asked)
 
 
 class LoRA(LowRank):
@@ -46,7 +31,6 @@ class LoRA(LowRank):
     lora_A (r, in)   kaiming_uniform(a=√5); the paper says Gaussian, loralib and PEFT do this
     lora_B (out, r)  zeros, so W' = W at step 0
     lora_B_bias (out,) with lora_bias: b' = b + (lora_alpha / r) lora_B_bias, zeros at step 0
-    trainable_token_indices put an adapter of their own on the embedding: _tokens.
     Both are made in float32 at least, whatever the base's dtype. Other starts: _lowrank.
     Cost: r·(in+out) parameters; 2·r·(in+out) FLOP per token.   Raises: ConfigError if r < 1.
     """
@@ -88,30 +72,10 @@ class LoRA(LowRank):
             self.lora_B_bias.zero_()
 
     @classmethod
-    def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-        settings = super().file_settings(config, adapters)
-        asked = settings["trainable_token_indices"] or None
-        if isinstance(asked, dict):
-            asked = {name: list(ids) for name, ids in asked.items()}
-        return settings | {"trainable_token_indices": asked}
-
-    @classmethod
-    def read_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        found = super().read_settings(settings)
-        found["trainable_token_indices"] = found.get("trainable_token_indices") or ()
-        return found
-
-    @classmethod
     def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
         if config.lora_bias and not bias:
             return "lora_bias: there is no bias to merge it into"
         return super().exemption(clause, config, bias)
-
-    @classmethod
-    def further(
-        cls, model: nn.Module, modules: Mapping[str, nn.Module], config: LoRAConfig
-    ) -> Mapping[str, Make]:
-        return token_layers(model, modules, config.trainable_token_indices)
 
     @classmethod
     def size(cls, view: View, config: Any, module: str) -> int:

@@ -1,0 +1,91 @@
+"""Trainable tokens by themselves: rows of an embedding learn, and no layer is adapted besides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, AdapterConfig, check
+from lora.errors import TargetError
+from lora.layers import View
+from lora.methods._tokens import Make, Tokens, followers_of, input_embedding, token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig(AdapterConfig):
+    """Settings of trainable tokens. What the model's config ties to the input embedding follows."""
+
+    target_modules: str | tuple[str, ...] = "input-embedding"
+    """Embeddings to train rows of: input-embedding, names or their dotted endings, or a regular
+    expression."""
+    token_indices: tuple[int, ...] = ()
+    """Ids of the tokens whose embeddings train."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        token_ids("token_indices", self.token_indices)
+        saved = self.modules_to_save  # PEFT's type has no such field
+        check("modules_to_save", saved, "left out with --method tokens", not saved)
+
+
+class TrainableTokens(Tokens):
+    """W' = W, but for the rows of some ids, which train.  PEFT's TRAINABLE_TOKENS.
+
+    trainable_tokens_delta (n, dim)   the rows in the base's place, not what is added to them; W's
+    own, so W' = W at step 0. A layer tied to the input embedding acts with the same rows.
+    Cost: n·dim parameters; a copy of the table at every step.
+    """
+
+    name = "tokens"
+    paper = "PEFT's own"
+    when = "To teach a few new tokens, and nothing else; beside LoRA: trainable_token_indices."
+    Config = TokensConfig
+    peft_type = "TRAINABLE_TOKENS"
+    unfiled = frozenset(
+        {"exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"}
+    )
+    neutral: ClassVar = {"init_weights": ...}  # where training starts
+    example: ClassVar = {"token_indices": (4, 1), "target_modules": ("first", "second")}
+    exempt: ClassVar = {"another_seed_other_bits": "the start follows from W alone"}
+    keys: Mapping[str, str] = {}
+
+    def __init__(
+        self, view: View, config: TokensConfig, module: str, leader: str | None = None
+    ) -> None:
+        super().__init__(view, config, module, config.token_indices, leader)
+
+    @classmethod
+    def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
+        if bias:
+            return "refused on a layer with a bias, which PEFT leaves out"
+        return super().exemption(clause, config, bias)
+
+    @classmethod
+    def check_targets(cls, config: TokensConfig, targets: Sequence[str]) -> None:
+        if not config.token_indices:
+            raise TargetError("tokens: no ids to train. Set --token-indices.")
+
+    @classmethod
+    def further(
+        cls,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        config: TokensConfig,
+        targets: Sequence[str],
+    ) -> Mapping[str, Make]:
+        table = input_embedding(model)
+        leader = next((name for name in targets if modules[name] is table), None)
+        ends = followers_of(model, modules, table) if leader else []
+        tied = [name for name in modules if any(name.endswith(end) for end in ends)]
+        return {name: partial(cls, leader=leader) for name in tied}
+
+    @classmethod
+    def size(cls, view: View, config: TokensConfig, module: str) -> int:
+        return len(config.token_indices) * cls.shape(view)[1]
+
+    def placed(self) -> dict[str, Tensor]:
+        return Adapter.placed(self)  # PEFT files the rows of what is tied once more
