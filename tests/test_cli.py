@@ -110,7 +110,6 @@ FAMILY = {
     "hira": "--r 2",
     "ia3": "--target-modules k_lin lin2 --feedforward-modules lin2",
     "lora": "--r 2 --bias all --trainable-token-indices 2307 3835 --rank-pattern lin2 1",
-    "tokens": "--token-indices 2307 3835",
     "topk": "--k 1",
     "vera": "--r 8 --no-save-projection",
     "lora eva": "--r 2 --init-lora-weights eva --use-rslora",
@@ -122,7 +121,8 @@ FAMILY = {
 
 
 def test_every_method_is_trained_below() -> None:
-    assert {label.partition(" ")[0] for label in FAMILY} == set(METHODS)
+    # tokens trains no head: see test_language's runs
+    assert {label.partition(" ")[0] for label in FAMILY} == set(METHODS) - {"tokens"}
 
 
 @pytest.mark.parametrize("label", FAMILY)

@@ -551,11 +551,11 @@ def test_an_encoder_and_a_decoder_learn_answers(name: str, tmp_path: Path) -> No
     assert lora("train", *flags, "--packing", "--run-dir", tmp_path / "packed") == 2
 
 
-@pytest.mark.parametrize("method", ["qlora", "bitfit", "full", "dora"])
+@pytest.mark.parametrize("method", ["qlora", "bitfit", "full", "dora", "tokens"])
 def test_other_methods_run_on_texts(method: str, base: str, tmp_path: Path) -> None:
     data = pairs(tmp_path / "pairs.jsonl", 40)
-    own = () if method in ("bitfit", "full") else ("--r", 2)
-    name = "gpt2" if method == "bitfit" else "llama"  # LLaMA has no biases
+    own = {"bitfit": (), "full": (), "tokens": ("--token-indices", 5, 3)}.get(method, ("--r", 2))
+    name = "gpt2" if method in ("bitfit", "tokens") else "llama"  # which has no biases, and no tie
     base = saved(tmp_path / "base", name) if name == "gpt2" else base
     flags = ("--base", base, "--data", data, "--method", method, *own, *FLAGS[2:])
     assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, AdapterConfig, check
-from lora.errors import TargetError
+from lora.adapter import Adapter, AdapterConfig
+from lora.errors import ConfigError, TargetError
 from lora.layers import View
 from lora.methods._tokens import Make, Tokens, followers_of, input_embedding, token_ids
 
@@ -28,8 +28,11 @@ class TokensConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         token_ids("token_indices", self.token_indices)
-        saved = self.modules_to_save  # PEFT's type has no such field
-        check("modules_to_save", saved, "left out with --method tokens", not saved)
+        if self.modules_to_save:
+            raise ConfigError(
+                f"tokens: no module trains besides, found modules_to_save={self.modules_to_save}."
+                " Set --method lora --trainable-token-indices."
+            )
 
 
 class TrainableTokens(Tokens):
