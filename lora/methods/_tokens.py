@@ -35,7 +35,7 @@ class Tokens(Adapter):
     """
 
     ids: Tensor
-    keys = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
+    keys: Mapping[str, str] = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
 
     def __init__(
         self, view: View, config: Any, module: str, ids: Sequence[int], leader: str | None = None

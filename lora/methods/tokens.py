@@ -54,7 +54,7 @@ class TrainableTokens(Tokens):
     neutral: ClassVar = {"init_weights": ...}  # where training starts
     example: ClassVar = {"token_indices": (4, 1), "target_modules": ("first", "second")}
     exempt: ClassVar = {"another_seed_other_bits": "the start follows from W alone"}
-    keys: Mapping[str, str] = {}
+    keys = {}
 
     def __init__(
         self, view: View, config: TokensConfig, module: str, leader: str | None = None
