@@ -24,7 +24,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -48,10 +48,8 @@ from lora.adapter import (
 )
 from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
-from lora.files import readable, writable
 from lora.foreign import as_peft_means, renamed
 from lora.injection import (
-    Parts,
     Report,
     build,
     check_mix,
@@ -147,10 +145,14 @@ def save(
     folder = Path(directory) if name == "default" else Path(directory) / name
     if not writes:
         return folder
-    whole = "What stood there before is whole. Free space, or save elsewhere."
-    with writable(folder, CheckpointError, whole):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, files)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}."
+            " What stood there before is whole. Free space, or save elsewhere."
+        ) from error
     return folder
 
 
@@ -339,51 +341,9 @@ def load(
 ) -> Report:
     """Read an adapter, ours or PEFT's, onto the model under `name`, and activate it.
 
-    16-bit adapters are held in float32. Raises what read_adapter() raises, and CheckpointError if
-    the model has no values yet; then the model is untouched: bits, modules, requires_grad.
-    """
-    found = read_adapter(model, directory, name, trainable)
-    planned, parts, wanted = found.plan, found.parts, found.wanted
-    bare = [key for key, tensor in wanted.items() if tensor.is_meta]
-    if bare:
-        raise CheckpointError(
-            f"{found.folder}: {bare[0]} has no place (meta device). Load the base first."
-        )
-    for path, (adapter, view) in with_views(model, parts.adapters).items():
-        if next(adapter.buffers(), None) is not None:  # which follow from the base
-            initialise(adapter, view, seed=0)
-        if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
-            for buffer in adapter.buffers():
-                buffer.zero_()
-    wrap(model, planned, parts, name)
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(found.values[key])
-    return report_of(model, name, found.note)
-
-
-@dataclass(frozen=True)
-class ReadAdapter:
-    """An adapter's files, read and held to a model that they have not touched."""
-
-    folder: Path
-    plan: Plan
-    parts: Parts  # made for the model, and not in it
-    wanted: dict[str, Tensor]  # the places of the file's tensors, by their keys less the prefix
-    values: dict[str, Tensor]  # what the file holds for each, in its dtype
-    note: str
-
-
-def read_adapter(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    name: str = "default",
-    trainable: bool = False,
-) -> ReadAdapter:
-    """Read an adapter's files and hold them to the model, which may be on the meta device.
-
     Every tensor of the file must have its place and every place its tensor, of the right shape,
-    finite, in a floating dtype. Raises CheckpointError, TargetError or ConfigError.
+    finite, in a floating dtype; 16-bit adapters are held in float32. Raises CheckpointError,
+    TargetError or ConfigError, and then the model is untouched: bits, modules, requires_grad.
     """
     check_name(name)
     folder = find_folder(directory, name)
@@ -407,9 +367,19 @@ def read_adapter(
     wanted = tensors(model, planned, parts)
     check_fit(folder, stored, wanted)
     ready = check_values(folder, stored, wanted)
-    verified = verify(model, planned, settings, mark, folder)
-    note = "\n".join(filter(None, [*notes, *said, verified]))
-    return ReadAdapter(folder, planned, parts, wanted, ready, note)
+    note = verify(model, planned, settings, mark, folder)
+
+    for path, (adapter, view) in with_views(model, parts.adapters).items():
+        if next(adapter.buffers(), None) is not None:  # which follow from the base
+            initialise(adapter, view, seed=0)
+        if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
+            for buffer in adapter.buffers():
+                buffer.zero_()
+    wrap(model, planned, parts, name)
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(ready[key])
+    return report_of(model, name, "\n".join(filter(None, [*notes, *said, note])))
 
 
 def check_unedited(
@@ -451,8 +421,7 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
     brought = []
     for key in [key for key in names if key in stored]:
         there, here = stored[key], base[names[key]]
-        same = there.shape == here.shape
-        if same and (here.is_meta or torch.equal(there.to(here.device, here.dtype), here)):
+        if there.shape == here.shape and torch.equal(there.to(here.device, here.dtype), here):
             del stored[key]
         else:
             brought.append(names[key])
@@ -464,14 +433,13 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
 
 def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Path:
     """The folder that holds the adapter's files: `directory`, or its subfolder `name`."""
-    with readable(directory, CheckpointError, "Pass the folder that lora.save, or PEFT, wrote."):
-        return _find_folder(Path(directory), name)
-
-
-def _find_folder(folder: Path, name: str) -> Path:
-    places = [folder, folder / name] if name == "default" else [folder / name, folder]
-    there = [place for place in places if (place / CONFIG).is_file()]
-    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
+    folder = Path(directory)
+    try:
+        places = [folder, folder / name] if name == "default" else [folder / name, folder]
+        there = [place for place in places if (place / CONFIG).is_file()]
+        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(folder)[:200]!r} cannot be read: {error}."[:400]) from None
     if not there:
         below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
         raise CheckpointError(
@@ -526,9 +494,6 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The file's tensors by key less the prefix, and our mark in its metadata ({} if foreign)."""
     path = folder / WEIGHTS
-    again = "Copy it again from where it was saved."
-    with readable(path, CheckpointError, again), path.open("rb") as raw:
-        start, size = raw.read(4), path.stat().st_size
     try:
         stored: dict[str, Tensor] = {}
         with safetensors.safe_open(path, framework="pt") as file:
@@ -536,13 +501,16 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for key in file.keys():  # noqa: SIM118  (no iteration over the file itself)
                 stored[key] = file.get_tensor(key)
     except (safetensors.SafetensorError, OSError) as error:
+        with path.open("rb") as raw:
+            start = raw.read(4)
         if start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise CheckpointError(
                 f"{path} is a pickle under a safetensors name, refused. Convert it where you trust"
                 " it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
             ) from None
         raise CheckpointError(
-            f"{path} ({size:,} bytes) is no whole safetensors file: {error}. {again}"
+            f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}."
+            " Copy it again from where it was saved."
         ) from None
     mark: dict[str, str] = {}
     if MARK in metadata:
@@ -688,6 +656,10 @@ def check_values(
     placed: dict[int, str] = {}
     for key, place in wanted.items():
         tensor = stored[key]
+        if place.is_meta:
+            raise CheckpointError(
+                f"{folder}: {key} has no place (meta device). Load the base first."
+            )
         floating = tensor.is_floating_point() and tensor.element_size() >= 2
         if not (floating if place.is_floating_point() else tensor.dtype == place.dtype):
             raise CheckpointError(

@@ -10,6 +10,11 @@ A row is recognised by its keys:
     prompt, completion              raw: one goes on where the other ends
     text                            raw, without a prompt
 
+Beside a conversation: `tools`, `documents` and `chat_template_kwargs` are given to the template,
+and of a message `reasoning_content`, `tool_calls`, `tool_call_id` and `name`. An answer is not
+learned if a mask of its own says so: `weight` 0, `train` false, `loss_mask` 0. What would change
+what is to be learned and cannot be honoured is refused by name; other fields are listed as unread.
+
 Rows stand in JSON lines, JSON, CSV, TSV, Parquet, on the hub, or in text files: a text per line, or
 `meaning representation||reference` as in E2E. In tables a list of messages is JSON.
 """
@@ -20,7 +25,8 @@ import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +45,24 @@ ASKED = ("instruction", "prompt", "question", "input")
 BESIDE = ("input", "context")
 ANSWERED = ("output", "completion", "response", "answer")
 SYSTEM = ("system", "system_prompt")
+GIVEN = ("tools", "documents", "chat_template_kwargs")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+PASSED_ON = ("tool_call_id", "name")
+# Of a message: it is learned if they are 1 or true.
+MASKS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_mask")
+ROW_MASKS = ("weight", "train", "trainable", "loss_mask")
+HIDDEN = "masked"  # torchtune's, the other way round
+REFUSED = {
+    "function_call": "write tool_calls",
+    "functions": "write tools",
+    **dict.fromkeys(("train_detail", "training_detail", "loss_scale"), "answers are learned whole"),
+    **dict.fromkeys(
+        ("image", "images", "video", "videos", "audio", "audios"), "only texts can be learned"
+    ),
+    "refusal": "write it as content",
+}  # fmt: skip
+"""Fields that change what is to be learned, and what to do about them."""
+TURN = {"role", "from", "content", "value", *THOUGHTS, "tool_calls", *PASSED_ON, *MASKS, HIDDEN}
 
 
 @dataclass(frozen=True)
@@ -52,10 +76,8 @@ class Message:
         return any(name == key for key, _ in self.more)
 
     def fields(self) -> dict[str, Any]:
-        """The message as a template reads it."""
+        """The message as its row has it, under the names that templates know."""
         more = {name: json.loads(value) for name, value in self.more}
-        if "reasoning_content" in more:  # another name for it, in gpt-oss's template
-            more["thinking"] = more["reasoning_content"]
         return {"role": self.role, "content": self.content, **more}
 
 
@@ -70,11 +92,21 @@ class Conversation:
     place: str = ""  # "FILE, line N"
     raw: bool = False  # stands as it is, without a template
     given: str = ""  # what a template is given beside the messages, a JSON object: tools
+    unread: frozenset[str] = field(default=frozenset(), compare=False)  # fields of its row
 
     def content(self) -> tuple[Any, ...]:
         """All that a model sees of it, and its answers."""
-        said = [(one.role, one.content, one.learned) for one in self.messages]
-        return self.task, self.raw, said, self.references
+        said = [
+            (one.role, one.content, one.learned, *([one.more] if one.more else []))
+            for one in self.messages
+        ]
+        return self.task, self.raw, said, self.references, *([self.given] if self.given else [])
+
+    @property
+    def thoughts(self) -> list[str]:
+        """The reasoning of its answers."""
+        more = [dict(message.more) for message in self.messages]
+        return [json.loads(one["reasoning_content"]) for one in more if "reasoning_content" in one]
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -103,6 +135,9 @@ def read_conversations(
         raise
     if bad is None:
         rows.judge()
+    read = itertools.chain.from_iterable(splits.values())
+    if unread := sorted(frozenset().union(*(one.unread for one in read))):
+        notes.append(f"{source} has fields that are not read: {', '.join(unread)}")
     return whole, notes
 
 
@@ -207,7 +242,7 @@ def grouped(conversations: Iterable[Conversation]) -> list[Conversation]:
     """Those with the same prompt as one, its references the answers of all, in first-seen order."""
     found: dict[object, Conversation] = {}
     for one in conversations:
-        key = (one.task, one.raw, one.prompt) if one.prompt else len(found)
+        key = (one.task, one.raw, one.prompt, one.given) if one.prompt else len(found)
         seen = found.get(key)
         joined = one if seen is None else replace(seen, references=seen.references + one.references)
         found[key] = joined
@@ -241,10 +276,11 @@ def _read_splits(source: str, task: str, bad: BadRows) -> dict[str, list[Convers
 def from_row(row: Row, place: str, task: str = "", answered: bool = True) -> list[Conversation]:
     """The conversations of one row; without `answered` their answers may be missing.
 
-    Raises DataError with the place: keys that are of no format, an unknown role, no messages, a
-    last one that is not the assistant's, an empty answer.
+    Raises DataError with the place: keys that are of no format, fields that cannot be honoured, an
+    unknown role, no messages, a last one that is not the assistant's, an empty answer.
     """
     try:
+        _check_fields(row)
         return [_checked(one, place, task, answered) for one in _read_row(row, answered)]
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
@@ -273,17 +309,18 @@ def _read_row(row: Row, answered: bool) -> Iterator[Conversation]:
         instances = _listed(row["instances"])
         if not instances:
             raise DataError("no instances.")
+        rest = {name: value for name, value in row.items() if name != "instances"}
         for instance in instances:
             if not isinstance(instance, dict):
                 raise DataError(f"an instance is a {type(instance).__name__}, not an object.")
-            yield from _pair({"instruction": row["instruction"], **instance}, answered)
+            yield from _pair({**rest, **instance}, answered)
     elif form == "pair":
         yield from _pair(row, answered)
     elif form == "text":
         role = "assistant" if answered else "user"
-        yield Conversation((Message(role, _text(row, "text")),), raw=True)
+        yield _made(row, (Message(role, _text(row, "text")),), ["text"], raw=True)
     else:
-        yield Conversation(_beside(row, _turns(row[form])))
+        yield _made(row, _turns(row[form]), [form])
 
 
 def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
@@ -292,28 +329,120 @@ def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
     assert ask is not None
     if answer is None and answered:
         raise DataError(f"{ask} without {' or '.join(name for name in ANSWERED if name in row)}.")
+    used = [ask, answer or ""]
     if asked := _listed(row[ask]):
-        yield Conversation(_beside(row, _turns(asked) + (_turns(row[answer]) if answer else ())))
+        turns = _turns(asked) + (_turns(row[answer]) if answer else ())
+        yield _made(row, turns, used)
         return
     said = () if answer is None else (Message("assistant", _text(row, answer)),)
-    if ask == "prompt" and answer in ("completion", None):
+    raw = ask == "prompt" and answer in ("completion", None)
+    more = None if raw or ask == "input" else _first(BESIDE, row)
+    used.append(more or "")
+    names = dict.fromkeys((*ASKED, *BESIDE, *ANSWERED, *(SYSTEM if raw else ())))
+    others = [name for name in names if name not in used and row.get(name) not in (None, "")]
+    if others:
+        raise DataError(
+            f"{' and '.join(name for name in used if name)} are read, and {others[0]} is not."
+            " Remove it, or join it with what it belongs to."
+        )
+    if raw:
         prompt = _text(row, ask)
-        yield Conversation((Message("user", prompt), *said) if prompt else said, raw=True)
+        yield _made(row, (Message("user", prompt), *said) if prompt else said, used, raw=True)
         return
-    more = _first(BESIDE, row) if ask != "input" else None
     parts = [_text(row, ask), _text(row, more) if more else ""]
     question = "\n\n".join(part for part in parts if part.strip())
     if not question:
         raise DataError(f"an empty {ask}.")
-    yield Conversation(_beside(row, (Message("user", question), *said)))
+    before = _history(row)
+    used.append("history")
+    yield _made(row, (*before, Message("user", question), *said), used)
+
+
+def _history(row: Row) -> tuple[Message, ...]:
+    """The turns before an Alpaca row's own, [question, answer] each."""
+    value = row.get("history")
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    messages: list[Message] = []
+    for pair in value or ():
+        if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
+            raise DataError("history is no list of [question, answer].")
+        messages += Message("user", pair[0]), Message("assistant", pair[1])
+    return tuple(messages)
+
+
+def _made(
+    row: Row, messages: tuple[Message, ...], used: Sequence[str], raw: bool = False
+) -> Conversation:
+    """The conversation of a row of which these columns are used, with what its other columns say
+    beside it: the system's message, and what the template is given."""
+    names, given = {*used, "split", *ROW_MASKS}, ""
+    if not raw:
+        messages, given = _beside(row, messages), _given(row)
+        names |= {*SYSTEM, *GIVEN}
+    turns = [
+        turn for name in used for turn in _listed(row.get(name)) or () if isinstance(turn, dict)
+    ]
+    inner = {name for turn in turns for name in turn if turn[name] is not None} - TURN
+    unread = {str(name) for name in row if name not in names}
+    unread |= {f"{name} of messages" for name in inner}
+    return Conversation(messages, raw=raw, given=given, unread=frozenset(unread))
+
+
+def _check_fields(row: Row, where: str = "") -> None:
+    """Raise DataError for a field of a row or a message that cannot be honoured."""
+    for name, way in REFUSED.items():
+        if row.get(name):
+            raise DataError(f"{where}{name} cannot be honoured: {way}, or remove it.")
+    if not where:
+        for name in ROW_MASKS:
+            if row.get(name) is not None and not _learned(row, name):
+                raise DataError(f"{name} {row[name]!r} of a row. Remove the row, or {name}.")
+        if row.get("label") is False:  # an answer that is not wanted, in TRL's unpaired preferences
+            raise DataError("label false: the answer is not to be learned. Remove the row.")
+
+
+def _learned(fields: Row, name: str) -> bool:
+    """What a mask says. Raises DataError if it is neither 0 nor 1."""
+    value = fields[name]
+    if isinstance(value, str) and value.lower() in ("true", "false", "0", "1"):
+        value = json.loads(value.lower())
+    if value not in (0, 1) or not isinstance(value, int | float):
+        raise DataError(f"{name} {str(value)[:40]!r}: an answer is learned, 1, or not, 0.")
+    return bool(value) != (name == HIDDEN)
 
 
 def _beside(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages behind the system's, where that has a column of its own."""
-    name = _first(SYSTEM, row)
-    system = _text(row, name) if name else ""
-    there = any(message.role == "system" for message in messages)
-    return messages if there or not system.strip() else (Message("system", system), *messages)
+    """The messages behind the system's, if that has a column of its own."""
+    systems = {_text(row, name) for name in SYSTEM if row.get(name) is not None}
+    systems = {text for text in systems if text.strip()}
+    inside = {message.content for message in messages if message.role == "system"}
+    if len(systems) > 1 or (inside and systems - inside):
+        raise DataError("two system prompts that differ. Remove one.")
+    first = tuple(Message("system", text) for text in systems if not inside)
+    return (*first, *messages)
+
+
+def _given(row: Row) -> str:
+    """What a template is given beside the messages, as JSON; "" if that is nothing."""
+    found: dict[str, Any] = {}
+    for name in GIVEN:
+        value, kind = _parsed(row.get(name)), dict if name == "chat_template_kwargs" else list
+        if not value:
+            continue
+        if not isinstance(value, kind):
+            raise DataError(f"{name} is a {type(value).__name__}, not a {kind.__name__}.")
+        found |= value if isinstance(value, dict) else {name: value}
+    return json.dumps(found, ensure_ascii=False) if found else ""
+
+
+def _parsed(value: Any) -> Any:
+    """A value that a table holds as JSON, or as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _turns(value: Any) -> tuple[Message, ...]:
@@ -326,17 +455,79 @@ def _turn(turn: Any, number: int) -> Message:
     said = turn.get("role", turn.get("from"))
     if not isinstance(said, str) or said not in ROLES:
         raise DataError(f"message {number} has the role {said!r}, none of {', '.join(ROLES)}.")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise DataError(f"message {number} calls a tool: only texts can be learned.")
-    content = turn.get("content", turn.get("value"))
+    role = ROLES[said]
+    _check_fields(turn, f"message {number}: ")
+    content = _one_of(turn, ("content", "value"), number)
     if isinstance(content, list):
         for part in content:
             if not (isinstance(part, dict) and isinstance(part.get("text"), str)):
                 raise DataError(f"message {number} has a part that is no text: {str(part)[:40]}.")
         content = "".join(part["text"] for part in content)
+    more = _more(turn, number, role)
+    if content is None and "tool_calls" in more:
+        content = ""
     if not isinstance(content, str):
         raise DataError(f"message {number} has no text, found {type(content).__name__}.")
-    return Message(ROLES[said], content, turn.get("weight") != 0)
+    return Message(role, content, _is_learned(turn, number, role), tuple(more.items()))
+
+
+def _one_of(turn: Row, names: Sequence[str], number: int) -> Any:
+    """What a field says that has several names. Raises DataError if they differ."""
+    values = [turn[name] for name in names if turn.get(name) is not None]
+    if any(value != values[0] for value in values):
+        raise DataError(f"message {number} has {' and '.join(names)}, which differ. Remove one.")
+    return values[0] if values else None
+
+
+def _is_learned(turn: Row, number: int, role: str) -> bool:
+    """What the masks of a message say."""
+    try:
+        masks = {
+            name: _learned(turn, name) for name in (*MASKS, HIDDEN) if turn.get(name) is not None
+        }
+    except DataError as error:
+        raise DataError(f"message {number} has {error}") from None
+    if len({*masks.values()}) > 1:
+        raise DataError(f"message {number} has {' and '.join(masks)}, which differ. Remove one.")
+    learned = all(masks.values())
+    if masks and role != "assistant" and learned:
+        name = next(iter(masks))
+        raise DataError(
+            f"message {number} is the {role}'s, to be learned as its {name} says: only answers can"
+            f" be. Remove {name}."
+        )
+    return learned
+
+
+def _more(turn: Row, number: int, role: str) -> dict[str, str]:
+    """A message's other fields that a template may read, as JSON."""
+    found: dict[str, Any] = {}
+    thought = _one_of(turn, THOUGHTS, number)
+    if thought:
+        if role != "assistant" or not isinstance(thought, str):
+            raise DataError(f"message {number}: only an answer has reasoning, and that as text.")
+        found["reasoning_content"] = thought
+    calls = _parsed(turn.get("tool_calls"))
+    if calls:
+        if role != "assistant" or not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise DataError(
+                f"message {number}: tool_calls of an answer are a list of"
+                ' {"type": "function", "function": {"name": ..., "arguments": ...}}.'
+            )
+        found["tool_calls"] = calls
+    for name in PASSED_ON:
+        if turn.get(name) is not None:
+            found[name] = turn[name]
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
+
+
+def _is_call(call: Any) -> bool:
+    inner = call.get("function", call) if isinstance(call, dict) else None
+    return (
+        isinstance(inner, dict)
+        and isinstance(inner.get("name"), str)
+        and isinstance(inner.get("arguments"), str | dict)
+    )
 
 
 def _checked(one: Conversation, place: str, task: str, answered: bool) -> Conversation:
@@ -347,13 +538,14 @@ def _checked(one: Conversation, place: str, task: str, answered: bool) -> Conver
     if answered and messages[-1].role != "assistant":
         raise DataError(f"the last message is the {messages[-1].role}'s, and not the assistant's.")
     for number, message in enumerate(messages, 1):
-        if message.role == "assistant" and not message.content.strip():
+        empty = not message.content.strip() and not message.has("tool_calls")
+        if message.role == "assistant" and empty:
             raise DataError(f"an empty answer, message {number}.")
         try:
-            message.content.encode()
+            "".join((message.content, one.given, *(value for _, value in message.more))).encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{error.reason}: half of a character pair.") from None
-    scored = messages[-1].role == "assistant" and one.prompt
+    scored = messages[-1].role == "assistant" and one.prompt and messages[-1].content.strip()
     references = (messages[-1].content.strip(),) if scored else ()
     return replace(one, place=place, task=task, references=references)
 

@@ -12,6 +12,7 @@ are transformers' own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -196,6 +197,7 @@ def scored(
     asked = asked_of(config, corpus, examples)
     if not asked:  # texts without a prompt
         return found, []
+    asked = [_without_end(one, tokenizer.eos_token) for one in asked]
     ids, stops = prompts_of(config, tokenizer, model, asked)
     writing = Writing(max_new_tokens=config.max_new_tokens)
     cut = config.shard or config.offload
@@ -209,12 +211,28 @@ def scored(
     return replace(found, metrics=scores | found.metrics), rows
 
 
+def _without_end(one: Conversation, end: str) -> Conversation:
+    """A conversation whose references do not end in the end token, as texts that are written out
+    may: it is no part of what a model writes."""
+    return replace(
+        one, references=tuple(text.removesuffix(end).rstrip() for text in one.references)
+    )
+
+
+def _given(one: Conversation) -> dict[str, Any]:
+    """What the template was given beside the messages, as a row has it."""
+    given = json.loads(one.given) if one.given else {}
+    lists = {name: given.pop(name) for name in ("tools", "documents") if name in given}
+    return lists | ({"chat_template_kwargs": given} if given else {})
+
+
 def row_of(one: Conversation, text: str, several: bool = False) -> dict[str, Any]:
     """A record of an answer, with those that count as right where they are known."""
-    said = [{"role": message.role, "content": message.content} for message in one.prompt]
+    said = [message.fields() for message in one.prompt]
     return {
         **({"task": one.task} if several else {}),
         **({"prompt": said[0]["content"]} if one.raw else {"messages": said}),
+        **_given(one),
         "prediction": text.strip(),
         **({"references": list(one.references)} if one.references else {}),
     }

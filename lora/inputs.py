@@ -318,7 +318,7 @@ def asked_of(
     """The prompts of a split that are answered: of each data set the first `config.answered`."""
     found: list[Conversation] = []
     for name in corpus.tasks:
-        own = grouped(one for one in examples if one.task == name and one.prompt)
+        own = grouped(one for one in examples if one.task == name and one.references)
         found += own[: config.answered]
     return found
 

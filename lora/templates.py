@@ -34,9 +34,11 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -230,6 +232,18 @@ class Template:
         first = next((one.content for one in conversation.messages if one.content), "")
         return "" if first.lstrip().startswith(self.start) else self.start
 
+    def has_special(self, conversation: Conversation) -> bool:
+        """Whether what was said in a conversation holds a special token of the tokenizer."""
+        return not self._bare(conversation) and any(
+            self._special_tokens.search(message.content) for message in conversation.messages
+        )
+
+    @cached_property
+    def _special_tokens(self) -> re.Pattern[str]:
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        names = [re.escape(one.content) for one in tokens if one.special and one.content.strip()]
+        return re.compile("|".join(names) or "(?!)")
+
     def _bare(self, conversation: Conversation) -> bool:
         return self.jinja is None or (conversation.raw and not self.raw)
 
@@ -272,7 +286,7 @@ class Template:
                 "tools": None,
                 "documents": None,
                 **(json.loads(given) if given else {}),
-                "messages": [message.fields() for message in messages],
+                "messages": [self._fields(message) for message in messages],
                 "add_generation_prompt": opening,
             }
             for messages, given, opening in keys
@@ -281,6 +295,32 @@ class Template:
             self._texts.update(zip(keys, render(self.jinja, values), strict=True))
         except ImportError as error:
             raise ModelError(str(error)) from error
+
+    def _fields(self, message: Message) -> dict[str, Any]:
+        """A message as the template reads it, whatever form its row has."""
+        found = message.fields()
+        if "reasoning_content" in found:
+            found["thinking"] = found["reasoning_content"]  # its name in gpt-oss's template
+        for call in found.get("tool_calls", ()):
+            inner = call.get("function", call)
+            inner["arguments"] = _arguments(inner["arguments"], self._arguments_are_text)
+        return found
+
+    @cached_property
+    def _arguments_are_text(self) -> bool:
+        """Whether the template writes a call's arguments as they are: they must be JSON then, and
+        an object would be written as Python writes it."""
+        values = []
+        for arguments in ({"x": "y"}, "{}"):
+            function = {"name": "f", "arguments": arguments}
+            call = {"id": "call00000", "type": "function", "function": function}
+            said = {"role": "assistant", "content": "", "tool_calls": [call]}
+            messages = [{"role": "user", "content": "x"}, said]
+            values.append({**self.tokenizer.special_tokens_map, "messages": messages})
+        object_, text = render(str(self.jinja), values)
+        if isinstance(object_, RenderError):
+            return isinstance(text, str)
+        return "{'x': 'y'}" in object_
 
     def _around(self, conversation: Conversation, number: int) -> tuple[str, str]:
         """What lies before and behind what the model writes of a message without calls."""
@@ -365,7 +405,9 @@ class Template:
             if one.has("tool_calls"):
                 self._behind_calls(conversation, number)
             if one.has("reasoning_content") and not self._thinks:
-                lost = f"the reasoning_content of message {number + 1}"
+                thought = (*messages[:number], _thinking(one), *messages[number + 1 :])
+                if THOUGHT not in self._text(replace(conversation, messages=thought)):
+                    lost = f"the reasoning_content of message {number + 1}"
             if one.role == "tool" and one.content not in self._text(conversation):
                 marked = replace(conversation, messages=_marked(messages, number))
                 if MARK not in self._text(marked):
@@ -405,15 +447,19 @@ def _probe(*answer: Message) -> Conversation:
     return Conversation((Message("user", "x"), *answer), place="a conversation of one turn")
 
 
+def _thinking(message: Message) -> Message:
+    """A message with a mark in the place of its reasoning."""
+    fields = {**dict(message.more), "reasoning_content": json.dumps(THOUGHT)}
+    return replace(message, more=tuple(fields.items()))
+
+
 def _marked(messages: Sequence[Message], number: int) -> tuple[Message, ...]:
     """Messages with marks in the place of what one of them says and thinks, and without its
     calls."""
-    more = tuple(
-        (name, json.dumps(THOUGHT) if name == "reasoning_content" else value)
-        for name, value in messages[number].more
-        if name != "tool_calls"
-    )
-    marked = replace(messages[number], content=MARK, more=more)
+    message = messages[number]
+    message = _thinking(message) if message.has("reasoning_content") else message
+    more = tuple((name, value) for name, value in message.more if name != "tool_calls")
+    marked = replace(message, content=MARK, more=more)
     return (*messages[:number], marked, *messages[number + 1 :])
 
 
@@ -421,11 +467,22 @@ def _called(message: Message) -> Message:
     """A message with a mark in the place of its last call's arguments."""
     *calls, last = message.fields()["tool_calls"]
     inner = last.get("function", last)
-    marked = MARK if isinstance(inner["arguments"], str) else {"x": MARK}
-    inner = {**inner, "arguments": marked}
+    object_ = isinstance(_arguments(inner["arguments"], False), dict)
+    inner = {**inner, "arguments": {"x": MARK} if object_ else MARK}
     last = {**last, "function": inner} if "function" in last else inner
     fields = {**dict(message.more), "tool_calls": json.dumps([*calls, last])}
     return replace(message, more=tuple(fields.items()))
+
+
+def _arguments(value: Any, text: bool) -> Any:
+    """A call's arguments as JSON's text or as its value, whichever a template takes."""
+    if text:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            return found if isinstance(found, dict) else value
+    return value
 
 
 def _between(length: int, spans: Sequence[Span]) -> list[Span]:
@@ -486,6 +543,8 @@ class Counts:
     lost: int = 0  # examples without a target left, and left out
     straddling: int = 0  # examples with a token that is part answer, part not; it is learned
     unlike: int = 0  # examples that do not begin with the tokens that generation starts from
+    special: int = 0  # examples with special tokens in what was said
+    unthought: int = 0  # examples whose template leaves out the reasoning of an earlier answer
 
     def note(self, max_length: int) -> str:
         """One line for the user; "" where there is nothing to say."""
@@ -501,6 +560,10 @@ class Counts:
             said.append(f"{self.straddling} learn a token that is only in part the answer's")
         if self.unlike:
             said.append(f"{self.unlike} begin with other tokens than generation starts from")
+        if self.special:
+            said.append(f"{self.special} have special tokens of the tokenizer in what was said")
+        if self.unthought:
+            said.append(f"of {self.unthought} the template leaves out the reasoning of an answer")
         return "; ".join(said)
 
 
@@ -514,6 +577,8 @@ class Tokens:
     learned: list[Span]  # stretches of tokens
     straddling: bool
     unlike: bool
+    special: bool
+    unthought: bool
 
 
 def encode(
@@ -544,8 +609,8 @@ def encode(
             ids, labels = found.ids[:max_length], _labels(found, max_length)
             counts["long"] += len(found.ids) > max_length
             counts["cut"] += len(found.ids) - len(ids)
-            counts["straddling"] += found.straddling
-            counts["unlike"] += found.unlike
+            for name in ("straddling", "unlike", "special", "unthought"):
+                counts[name] += getattr(found, name)
             if learned := len(labels) - labels.count(IGNORED):
                 counts.update(tokens=len(ids), learned=learned)
                 flat["input_ids"] += ids
@@ -579,8 +644,14 @@ def encode_pairs(
     As encode(), but that the labels are the answer's own tokens, not shifted, closed by the end
     token, with label_offsets (examples + 1,) of their own. Each is cut to max_length.
     """
-    rows = [n for n, one in enumerate(conversations) if _try(template.prompt, one, bad) is not None]
-    counts: Counter[str] = Counter(examples=len(rows))
+    rows = [
+        number
+        for number, one in enumerate(conversations)
+        if _try(lambda one: _text_alone(template, one), one, bad) is not None
+        and one.messages[-1].learned
+    ]
+    counts: Counter[str] = Counter(examples=len(conversations))
+    counts["lost"] = len(conversations) - len(rows)
     found: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for start in range(0, len(rows), AT_ONCE):
         some = [conversations[row] for row in rows[start : start + AT_ONCE]]
@@ -612,8 +683,35 @@ def prompt_ids(
         heads = [template.head(one) for one in conversations]
         return [ids for ids, _ in _ids(template, texts, heads)]
     head, tail = _frame(template.tokenizer, text="a")
-    texts = [text.removeprefix(template.start) for text in texts]
-    found = template.core.encode_batch_fast(texts, add_special_tokens=False)
+    return _framed(template, [text.removeprefix(template.start) for text in texts], head, tail)
+
+
+def _text_alone(template: Template, conversation: Conversation) -> str:
+    """What an encoder reads. Raises DataError for an answer that is more than a text, which is all
+    that its decoder learns."""
+    last = conversation.messages[-1]
+    if last.role == "assistant" and last.more:
+        raise DataError(
+            f"{conversation.place}: the answer has {last.more[0][0]}, and a base with a decoder of"
+            " its own learns a text alone. Remove it, or pass another --base."
+        )
+    return template.prompt(conversation)
+
+
+def _framed(
+    template: Template, texts: Sequence[str], head: list[int], tail: list[int]
+) -> list[list[int]]:
+    """Texts as ids between those that frame them, each once, also if a text has them already."""
+    decoder = template.tokenizer.added_tokens_decoder
+    first = "".join(decoder[token].content for token in head if token in decoder)
+    last = "".join(decoder[token].content for token in tail if token in decoder)
+    bare = [
+        text.strip().removeprefix(first).removesuffix(last)
+        if (first and text.lstrip().startswith(first)) or (last and text.rstrip().endswith(last))
+        else text
+        for text in texts
+    ]
+    found = template.core.encode_batch_fast(bare, add_special_tokens=False)
     return [head + one.ids + tail for one in found]
 
 
@@ -623,8 +721,7 @@ def _answer_ids(template: Template, conversations: Sequence[Conversation]) -> li
     end = template.tokenizer.eos_token_id
     tail = tail if end in tail else [*tail, end]
     texts = [one.messages[-1].content.strip() for one in conversations]
-    found = template.core.encode_batch_fast(texts, add_special_tokens=False)
-    return [head + one.ids + tail for one in found]
+    return _framed(template, texts, head, tail)
 
 
 def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
@@ -701,7 +798,7 @@ def _tokenise(
     heads = [template.head(one) for one, _ in texts]
     wholes = _ids(template, [one.text for one in rendered], heads)
     starts = _ids(template, [one.prompt for one in rendered], heads)
-    for one, (ids, offsets), (start, _) in zip(rendered, wholes, starts, strict=True):
+    for (said, one), (ids, offsets), (start, _) in zip(texts, wholes, starts, strict=True):
         stretches = [_stretch(one.text, offsets, span) for span in one.spans]
         yield Tokens(
             text=one.text,
@@ -710,6 +807,8 @@ def _tokenise(
             learned=[stretch for stretch, _ in stretches],
             straddling=any(straddling for _, straddling in stretches),
             unlike=ids[: len(start)] != start,
+            special=template.has_special(said),
+            unthought=any(thought.strip() not in one.text for thought in said.thoughts),
         )
 
 

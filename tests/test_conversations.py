@@ -142,7 +142,7 @@ def test_what_is_to_be_classified_is_no_conversation() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
          "message 1 has a part that is no text: {'type': 'image_url'"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-         "message 1 calls a tool"),
+         "message 1: tool_calls of an answer are a list of"),
         ({"messages": [{"role": "user", "content": "x"}]},
          "the last message is the user's, and not the assistant's"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\n"}]},

@@ -16,7 +16,7 @@ import lora
 # Each room may import from those above it, and from its own line.
 LADDER = [
     {"errors"},
-    {"files", "patterns", "scratch", "declared", "rendering"},
+    {"patterns", "scratch", "declared", "rendering"},
     {"layers"},
     {"dropout"},
     {"fused"},
@@ -55,7 +55,6 @@ LADDER = [
 ]
 CORE = {
     "errors",
-    "files",
     "card",
     "patterns",
     "layers",
@@ -73,8 +72,9 @@ CORE = {
     "checkpoint",
     "testing",
 }
-# foreign knows the modules' old names, run records its version, testing builds a Conv1D
-TRANSFORMERS = {"foreign", "generate", "models", "run", "testing", "trainer"}
+# export reads a base's config, foreign the modules' old names, run records its version, testing
+# builds a Conv1D
+TRANSFORMERS = {"export", "foreign", "generate", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:
