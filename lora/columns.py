@@ -169,6 +169,9 @@ def _by_content(
     if len(free) == 2 and label is None:
         first, last = free
         classes = [_classes(rows, name) for name in free]
+        if classes == [True, True]:  # texts that recur, beside far fewer labels
+            counts = [_values(rows, name) for name in free]
+            classes = [4 * one <= other for one, other in zip(counts, counts[::-1], strict=True)]
         numbered = all(name.isdecimal() for name in free)
         if classes == [True, False]:
             return last, first
@@ -183,11 +186,16 @@ def _by_content(
     )
 
 
+def _values(rows: Sequence[Placed], name: str) -> int:
+    """The distinct values of a column."""
+    return len({str(row[name]).strip() for _, row in rows if name in row})
+
+
 def _classes(rows: Sequence[Placed], name: str) -> bool:
     """Whether a column holds labels: numbers, or a few values that recur."""
     values = [str(row[name]).strip() for _, row in rows if name in row]
     numbers = sum(not math.isnan(number_of(value)) for value in values)
-    return 10 * numbers >= 9 * len(values) or 2 * len({*values}) <= len(values)
+    return 10 * numbers >= 9 * len(values) or 2 * _values(rows, name) <= len(values)
 
 
 def number_of(label: str | None) -> float:
