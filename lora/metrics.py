@@ -7,7 +7,6 @@ sacrebleu gives it.
 from __future__ import annotations
 
 import itertools
-import math
 import re
 import string
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 from lora.errors import DataError
 
 TASKS = ("classification", "regression", "text")
+LARGEST = 3.4028234663852886e38  # of float32; its square is still a float64
 LOWER = ("perplexity", "mse")  # the better
 
 
@@ -39,8 +39,12 @@ def score(
             numbers = [[float(value) for value in values] for values in (predictions, first)]
         except ValueError as error:
             raise DataError(f"regression scores need numbers: {error}.") from None
-        if not all(map(math.isfinite, itertools.chain(*numbers))):
-            raise DataError("regression scores need finite numbers.")
+        for value in itertools.chain(*numbers):
+            if not abs(value) <= LARGEST:
+                raise DataError(
+                    f"regression scores need finite numbers up to {LARGEST:g}, as float32 has,"
+                    f" found {value:g}. Mend the row, or scale the values."
+                )
         return regression(*numbers)
     if task != "classification":
         raise DataError(f"no task {task!r}. Known: {', '.join(TASKS)}.")
