@@ -24,7 +24,7 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -50,6 +50,7 @@ from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
 from lora.foreign import as_peft_means, renamed
 from lora.injection import (
+    Parts,
     Report,
     build,
     check_mix,
@@ -341,9 +342,51 @@ def load(
 ) -> Report:
     """Read an adapter, ours or PEFT's, onto the model under `name`, and activate it.
 
+    16-bit adapters are held in float32. Raises what read_adapter() raises, and CheckpointError if
+    the model has no values yet; then the model is untouched: bits, modules, requires_grad.
+    """
+    found = read_adapter(model, directory, name, trainable)
+    planned, parts, wanted = found.plan, found.parts, found.wanted
+    bare = [key for key, tensor in wanted.items() if tensor.is_meta]
+    if bare:
+        raise CheckpointError(
+            f"{found.folder}: {bare[0]} has no place (meta device). Load the base first."
+        )
+    for path, (adapter, view) in with_views(model, parts.adapters).items():
+        if next(adapter.buffers(), None) is not None:  # which follow from the base
+            initialise(adapter, view, seed=0)
+        if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
+            for buffer in adapter.buffers():
+                buffer.zero_()
+    wrap(model, planned, parts, name)
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(found.values[key])
+    return report_of(model, name, found.note)
+
+
+@dataclass(frozen=True)
+class ReadAdapter:
+    """An adapter's files, read and held to a model that they have not touched."""
+
+    folder: Path
+    plan: Plan
+    parts: Parts  # made for the model, and not in it
+    wanted: dict[str, Tensor]  # the places of the file's tensors, by their keys less the prefix
+    values: dict[str, Tensor]  # what the file holds for each, in its dtype
+    note: str
+
+
+def read_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    name: str = "default",
+    trainable: bool = False,
+) -> ReadAdapter:
+    """Read an adapter's files and hold them to the model, which may be on the meta device.
+
     Every tensor of the file must have its place and every place its tensor, of the right shape,
-    finite, in a floating dtype; 16-bit adapters are held in float32. Raises CheckpointError,
-    TargetError or ConfigError, and then the model is untouched: bits, modules, requires_grad.
+    finite, in a floating dtype. Raises CheckpointError, TargetError or ConfigError.
     """
     check_name(name)
     folder = find_folder(directory, name)
@@ -367,19 +410,9 @@ def load(
     wanted = tensors(model, planned, parts)
     check_fit(folder, stored, wanted)
     ready = check_values(folder, stored, wanted)
-    note = verify(model, planned, settings, mark, folder)
-
-    for path, (adapter, view) in with_views(model, parts.adapters).items():
-        if next(adapter.buffers(), None) is not None:  # which follow from the base
-            initialise(adapter, view, seed=0)
-        if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
-            for buffer in adapter.buffers():
-                buffer.zero_()
-    wrap(model, planned, parts, name)
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(ready[key])
-    return report_of(model, name, "\n".join(filter(None, [*notes, *said, note])))
+    verified = verify(model, planned, settings, mark, folder)
+    note = "\n".join(filter(None, [*notes, *said, verified]))
+    return ReadAdapter(folder, planned, parts, wanted, ready, note)
 
 
 def check_unedited(
@@ -421,7 +454,8 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
     brought = []
     for key in [key for key in names if key in stored]:
         there, here = stored[key], base[names[key]]
-        if there.shape == here.shape and torch.equal(there.to(here.device, here.dtype), here):
+        same = there.shape == here.shape
+        if same and (here.is_meta or torch.equal(there.to(here.device, here.dtype), here)):
             del stored[key]
         else:
             brought.append(names[key])
@@ -656,10 +690,6 @@ def check_values(
     placed: dict[int, str] = {}
     for key, place in wanted.items():
         tensor = stored[key]
-        if place.is_meta:
-            raise CheckpointError(
-                f"{folder}: {key} has no place (meta device). Load the base first."
-            )
         floating = tensor.is_floating_point() and tensor.element_size() >= 2
         if not (floating if place.is_floating_point() else tensor.dtype == place.dtype):
             raise CheckpointError(

@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import shlex
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +31,9 @@ import torch
 from torch import Tensor
 
 from lora.card import EMBEDDED
-from lora.checkpoint import (
-    CONFIG,
-    check_unedited,
-    find_folder,
-    method_for,
-    read_config,
-    read_json,
-    read_tensors,
-)
-from lora.errors import CheckpointError, ConfigError, ModelError
-from lora.methods._lowrank import by_layer, pick
+from lora.checkpoint import CONFIG, find_folder, read_adapter, read_json, settings_of
+from lora.errors import CheckpointError, ConfigError
+from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 
 Dtype = Literal["f16", "bf16", "f32"]
@@ -75,108 +69,99 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Filed:
-    """A LoRA adapter as its folder holds it."""
+    """A LoRA adapter as its folder holds it, held to the base that it is for."""
 
     folder: Path
-    base: str | None  # as the file names it
     config: LoRAConfig
     layers: dict[str, tuple[Tensor, Tensor]]  # A (r, in), B (out, r)
-    of_ids: frozenset[str]  # those of them that are embeddings
+    alphas: dict[str, float]  # a layer's scaling times its rank
+    of_ids: frozenset[str]  # those of the layers that are embeddings
     others: tuple[str, ...]  # keys of all else that acts: biases, saved modules, tokens
 
     def rank(self, name: str) -> int:
         return len(self.layers[name][0])
 
-    def alpha(self, name: str) -> float:
-        """A layer's scaling times its rank."""
-        alpha: float = pick(self.config.alpha_pattern, name, self.config.lora_alpha)
-        return alpha * math.sqrt(self.rank(name)) if self.config.use_rslora else alpha
 
-
-def read_filed(adapter: Path) -> Filed:
-    """The LoRA adapter in a folder, or in a run's. Raises CheckpointError where it is of another
-    method, edited or damaged."""
+def folder_of(adapter: Path) -> Path:
+    """The folder of an adapter's files: a run's, or the folder itself. Raises CheckpointError."""
     inside = adapter / "adapter"
-    folder = find_folder(inside if (inside / CONFIG).is_file() else adapter)
-    settings = read_json(folder / CONFIG)
-    method = method_for(settings, folder)
+    return find_folder(inside if (inside / CONFIG).is_file() else adapter)
+
+
+def read_filed(adapter: Path, base: Any) -> Filed:
+    """The LoRA adapter in a folder, or in a run's, for the base of this transformers config.
+
+    What lora.load refuses is refused here: both go by lora.checkpoint.read_adapter. Raises
+    CheckpointError, TargetError, ConfigError, ModelError.
+    """
+    from lora.models import skeleton_of
+
+    folder = folder_of(adapter)
+    method, config = settings_of(folder)
     if method is not LoRA:
         raise CheckpointError(f"{folder} is of {method.name}, and LoRA alone has a form. {MERGE}")
-    stored, mark = read_tensors(folder)
-    config = read_config(method, settings, folder)
-    check_unedited(method, settings, mark, folder)
     assert isinstance(config, LoRAConfig)
+    found = read_adapter(skeleton_of(base, "text"), folder)
+    others = dict.fromkeys(found.values)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
-    of_ids: set[str] = set()
-    for first, second in (
-        (".lora_A.weight", ".lora_B.weight"),
-        (".lora_embedding_A", ".lora_embedding_B"),
-    ):
-        for key in [key for key in stored if key.endswith(first)]:
-            name = key.removesuffix(first)
-            A, B = stored.pop(key), stored.pop(name + second, None)
-            if B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-                raise CheckpointError(
-                    f"{folder}: {key} {tuple(A.shape)} has no B of its rank. Save it again."
-                )
-            layers[name] = A, B
-            if "embedding" in first:
-                of_ids.add(name)
+    adapters = {n: a for n, a in found.parts.adapters.items() if isinstance(a, LoRA)}
+    for name, adapter_ in adapters.items():
+        A, B = (f"{name}.{adapter_.keys[side]}" for side in ("lora_A", "lora_B"))
+        layers[name] = found.values[A], found.values[B]
+        del others[A], others[B]
     if not layers:
         raise CheckpointError(f"{folder} adapts no layer. {MERGE}")
-    # The base's own weights beside an adapted embedding are filed for PEFT; engines have them.
-    others = tuple(key for key in stored if not key.endswith(".base_layer.weight"))
-    named = settings.get("base_model_name_or_path")
-    if isinstance(named, str) and named.startswith(EMBEDDED):  # which no other engine has
-        named = None
-    return Filed(folder, named, config, layers, frozenset(of_ids), others)
+    return Filed(
+        folder,
+        config,
+        layers,
+        {name: one.scaling * one.r for name, one in adapters.items()},
+        frozenset(name for name, one in adapters.items() if "embedding" in one.keys["lora_A"]),
+        tuple(others),
+    )
+
+
+def base_named(adapter: Path, asked: str | None) -> str:
+    """The base to export for: the one that is asked for, or that the adapter's file names."""
+    named = asked or read_json(folder_of(adapter) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named or named.startswith(EMBEDDED):
+        raise ConfigError(f"{adapter} names no base that another engine has. Pass --base FOLDER.")
+    return named
 
 
 def export(config: ExportConfig) -> str:
     """Do what `lora export` asks, and return what it says. Raises CheckpointError, ConfigError,
     ModelError."""
+    from lora.models import base_config
+
+    base = base_named(config.adapter, config.base)
     if config.format == "vllm":
         if config.output is not None:
             raise ConfigError("--format vllm writes nothing. Leave --output out.")
-        return vllm_command(config.adapter, config.base)
-    base = config.base or read_filed(config.adapter).base
-    if base is None:
-        raise ConfigError(f"{config.adapter} does not name its base. Pass --base FOLDER.")
+        return vllm_command(config.adapter, base)
     output = config.output or config.adapter / "adapter.gguf"
     count = export_gguf(config.adapter, base_config(base), output, config.dtype)
-    return f"written: {output}, {count} layers. Run llama-cli -m BASE.gguf --lora {output}"
-
-
-def base_config(base: str) -> Any:
-    """The transformers config of a folder or a name on the hub. Raises ModelError."""
-    import transformers
-
-    from lora.models import hub_answers
-
-    if not Path(base).is_dir():
-        hub_answers()  # where it does not, no library retries after it
-    try:
-        return transformers.AutoConfig.from_pretrained(base)
-    except Exception as error:  # a damaged folder raises whatever its reader meets first
-        raise ModelError(
-            f"{base} has no config to read: {str(error).strip().partition(chr(10))[0]} Pass --base,"
-            " a folder with the base's config.json."
-        ) from error
+    command = shlex.join(["llama-cli", "-m", "BASE.gguf", "--lora", str(output)])
+    return f"written: {output}, {count} layers. Run {command}"
 
 
 def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") -> int:
     """Write an adapter as llama.cpp reads it, for the base of this transformers config.
 
     Of layers with another alpha than most have, what differs is folded into B. Returns the number
-    of layers. Raises CheckpointError where llama.cpp has no form of what the adapter does,
-    ConfigError where the base's architecture is none that is known, or the file stands already.
+    of layers. Raises CheckpointError if llama.cpp has no form of what the adapter does, ConfigError
+    if the base's architecture is none that is known, or the file stands already, and what
+    read_filed() raises.
     """
-    import gguf
-
     if os.path.lexists(output):
         raise ConfigError(f"{output} stands already: it is not written over. Pass --output.")
-    filed = read_filed(adapter)
-    alpha, _ = by_layer({name: filed.alpha(name) for name in filed.layers})
+    if base.model_type not in ARCHITECTURES:
+        raise ConfigError(
+            f"of model_type {base.model_type!r} no adapters for llama.cpp are known, but of"
+            f" {', '.join(ARCHITECTURES)}. {MERGE}"
+        )
+    filed = read_filed(adapter, base)
+    alpha, _ = by_layer(filed.alphas)
     tensors = gguf_tensors(filed, base, alpha)
     for name, tensor in tensors.items():
         if not bool(tensor.to(DTYPES[dtype]).isfinite().all()):
@@ -185,7 +170,27 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
                 " an earlier save."
             )
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    writer = gguf.GGUFWriter(temporary, ARCHITECTURES[base.model_type])
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _write(temporary, ARCHITECTURES[base.model_type], alpha, tensors, dtype)
+        os.replace(temporary, output)
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} cannot be written: {error.strerror}. Free space, or pass another --output."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    return len(filed.layers)
+
+
+def _write(
+    path: Path, architecture: str, alpha: float, tensors: Mapping[str, Tensor], dtype: Dtype
+) -> None:
+    """Write the GGUF file."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -193,32 +198,17 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
     for name, tensor in tensors.items():
         writer.add_tensor(name, gguf.quantize(tensor.numpy(), kind), raw_dtype=kind)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-        os.replace(temporary, output)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise CheckpointError(
-            f"{output} cannot be written: {error.strerror}. Free space, or pass another --output."
-        ) from error
-    return len(filed.layers)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def gguf_tensors(filed: Filed, base: Any, alpha: float) -> dict[str, Tensor]:
     """What the GGUF file holds by name, in float32, where its alpha is this."""
     import gguf
 
-    if base.model_type not in ARCHITECTURES:
-        raise ConfigError(
-            f"of model_type {base.model_type!r} no adapters for llama.cpp are known, but of"
-            f" {', '.join(ARCHITECTURES)}. {MERGE}"
-        )
     if filed.others:
         raise CheckpointError(
             f"{filed.folder}: {filed.others[0]} is no part of a low-rank update, and llama.cpp's"
@@ -244,7 +234,7 @@ def gguf_tensors(filed: Filed, base: Any, alpha: float) -> dict[str, Tensor]:
             )
         rows = _row_order(filed, base, name)
         found[f"{target}.weight.lora_a"] = (A.T if embedding else A).float().contiguous()
-        found[f"{target}.weight.lora_b"] = B.float()[rows] * (filed.alpha(name) / alpha)
+        found[f"{target}.weight.lora_b"] = B.float()[rows] * (filed.alphas[name] / alpha)
     return found
 
 
@@ -267,13 +257,11 @@ def _row_order(filed: Filed, base: Any, name: str) -> Tensor:
     return rows.reshape(heads, parts, -1).transpose(0, 1).reshape(-1)
 
 
-def check_vllm(adapter: Path) -> list[str]:
-    """What stands against serving a folder with vLLM, a sentence each; nothing where it is empty.
+def check_vllm(filed: Filed) -> list[str]:
+    """The reasons why vLLM cannot serve an adapter, a sentence each; none if it can.
 
-    Whether vLLM runs adapters on the base's architecture is not in the folder. Raises
-    CheckpointError where it holds no LoRA adapter.
+    Whether vLLM runs adapters on the base's architecture is not in the folder.
     """
-    filed = read_filed(adapter)
     config, found = filed.config, []
     if filed.others:
         found.append(
@@ -282,7 +270,7 @@ def check_vllm(adapter: Path) -> list[str]:
         )
     # It scales every layer by lora_alpha and r (or √r), and reads no pattern.
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    own = [n for n in filed.layers if not math.isclose(filed.alpha(n) / filed.rank(n), scaling)]
+    own = [n for n in filed.layers if not math.isclose(filed.alphas[n] / filed.rank(n), scaling)]
     if own:
         found.append(
             f"{own[0]} and {len(own) - 1} others have a rank or an alpha of their own: vLLM would"
@@ -300,15 +288,20 @@ def _largest(filed: Filed) -> int:
     return max(filed.rank(name) for name in filed.layers)
 
 
-def vllm_command(adapter: Path, base: str | None = None) -> str:
-    """The command that serves an adapter with vLLM. Raises CheckpointError where none does."""
-    against = check_vllm(adapter)
+def vllm_command(adapter: Path, base: str) -> str:
+    """The command that serves an adapter with vLLM, on the base in a folder or of a name on the
+    hub. Raises CheckpointError if vLLM cannot, and what read_filed() raises."""
+    from lora.models import base_config
+
+    filed = read_filed(adapter, base_config(base))
+    against = check_vllm(filed)
     if against:
         listed = "\n  ".join(against)
         raise CheckpointError(f"vLLM cannot serve {adapter}.\n  {listed}\n{MERGE}")
-    filed = read_filed(adapter)
     rank = next(rank for rank in VLLM_RANKS if rank >= _largest(filed))
-    return (
-        f"vllm serve {base or filed.base or 'BASE'} --enable-lora --max-lora-rank {rank}"
-        f" --lora-modules {adapter.resolve().name}={filed.folder}"
+    return shlex.join(
+        [
+            *("vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)),
+            *("--lora-modules", f"{adapter.resolve().name}={filed.folder}"),
+        ]
     )

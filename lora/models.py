@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,10 @@ from lora.nf4 import NF4Linear
 from lora.targets import targets_of
 
 EMBEDDED = ("demo", "demo-lm")  # bases that need no files
+MOST = {"layer": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
+"""The largest number of a base's config.json, by what its key has in it: each becomes a list, a
+table or modules."""
+LARGEST_NEW = 2**27  # parameters that a base's weights may lack: a head, a pooler
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -365,6 +370,60 @@ def _auto(config: Any, task: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def base_config(base: str, **head: Any) -> Any:
+    """The transformers config of a folder or a name on the hub. Raises ModelError."""
+    _check_place(base)
+    try:
+        stated, _ = transformers.PretrainedConfig.get_config_dict(base)
+        _check_counts(base, stated)
+        # Never ask, in the middle of a run, whether code of the hub's shall be run.
+        return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **head)
+    except LoraError:
+        raise
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
+        raise _not_loaded(base, error) from error
+
+
+def _check_counts(base: str, stated: Mapping[str, Any]) -> None:
+    """Raise ModelError if a config states more layers, heads, labels, ... than any model has.
+
+    transformers makes lists and modules of those numbers before it reads a weight.
+    """
+    for key, value in stated.items():
+        if isinstance(value, Mapping):
+            _check_counts(base, value)
+        most = next((most for part, most in MOST.items() if re.search(part, key)), None)
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise ModelError(
+                f"--base {base}: its config.json states {key}={value:.6g}, at most {most:,} are"
+                " taken. Pass the config.json that belongs to the weights."
+            )
+
+
+def skeleton_of(config: Any, task: str, device: torch.device | str = "meta") -> Any:
+    """The model of a transformers config in float32, without values on the meta device. Raises
+    ModelError."""
+    try:
+        with torch.device(device):
+            return _auto(config, task).from_config(config, dtype=torch.float32)
+    except Exception as error:  # a config that cannot be raises whatever its model meets first
+        raise _not_loaded(config._name_or_path, error) from error
+
+
+def _check_weights(base: str, config: Any, task: str) -> None:
+    """Raise ModelError if the config states a model that is far larger than the files beside it:
+    what they lack would be made in memory, to be told afterwards that it is missing."""
+    there = transformers.utils.cached_file(base, "config.json", local_files_only=True)
+    kinds = (".safetensors", ".bin")
+    held = sum(path.stat().st_size for path in Path(there).parent.iterdir() if path.suffix in kinds)
+    stated = sum(parameter.numel() for parameter in skeleton_of(config, task).parameters())
+    if held and stated > LARGEST_NEW + 4 * held:  # in four bits a parameter is half a byte
+        raise ModelError(
+            f"--base {base}: its config.json states {stated:,} parameters, and its weights are"
+            f" {held:,} bytes. Pass the config.json that belongs to the weights."
+        )
+
+
 def _demo_base(base: str, labels: int, task: str) -> Base:
     found = _demo_skeleton(base, labels, task)
     if base == "demo":
@@ -556,12 +615,12 @@ def _not_loaded(base: str, error: Exception) -> ModelError:
 def _transformers_base(
     base: str, labels: int, task: str, quantize: str, dense: tuple[str, ...]
 ) -> Base:
-    _check_place(base)
     how: dict[str, Any] = {"dtype": torch.float32}
     _Quantize.refused, _Quantize.shapes = None, {}
+    config = base_config(base, **_head(labels, task))
+    packed = _bitsandbytes(base, config, dense)
+    _check_weights(base, config, task)
     try:
-        config = transformers.AutoConfig.from_pretrained(base, **_head(labels, task))
-        packed = _bitsandbytes(base, config, dense)
         if packed:
             config.quantization_config = {"quant_method": "lora-nf4"}
         elif quantize == "nf4":
@@ -634,13 +693,10 @@ def load_skeleton(
         with torch.device(device):
             found = _demo_skeleton(base, labels, task)
     else:
-        _check_place(base)
+        said, config = base_config(base), base_config(base, **_head(labels, task))
+        packs = _bitsandbytes(base, config, dense) or packs
+        model = skeleton_of(config, task, device)
         try:
-            said = transformers.AutoConfig.from_pretrained(base)
-            config = transformers.AutoConfig.from_pretrained(base, **_head(labels, task))
-            packs = _bitsandbytes(base, config, dense) or packs
-            with torch.device(device):
-                model = _auto(config, task).from_config(config, dtype=torch.float32)
             tokenizer = load_tokenizer(base, model, task)
         except LoraError:
             raise

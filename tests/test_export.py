@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lora
-from lora.export import ExportConfig, check_vllm, export, export_gguf, vllm_command
+from lora.export import ExportConfig, check_vllm, export, export_gguf, read_filed, vllm_command
+from lora.models import load_base
 from lora.testing import perturb
 
 gguf = pytest.importorskip("gguf")
@@ -226,7 +228,7 @@ def test_another_method_base_or_file_is_named(tmp_path: Path) -> None:
     folder = saved(build("llama"), tmp_path / "adapter")
     config = build("llama").config
     config.num_attention_heads = 24
-    with pytest.raises(lora.CheckpointError, match="q_proj has 32 outputs, and the base 24 heads"):
+    with pytest.raises(lora.CheckpointError, match="q_proj.lora_B.weight is .* in the file"):
         export_gguf(folder, config, output)
     output.write_text("mine")
     with pytest.raises(lora.ConfigError, match="stands already"):
@@ -274,10 +276,10 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
     )
     with pytest.raises(lora.ConfigError, match="writes nothing"):
         export(ExportConfig(adapter=run, format="vllm", output=tmp_path / "x"))
-    with pytest.raises(lora.errors.ModelError, match="Pass --base"):
+    with pytest.raises(lora.errors.ModelError, match="none: no such folder"):
         export(ExportConfig(adapter=run, base=str(tmp_path / "none"), output=tmp_path / "x"))
     bare = saved(build("mistral"), tmp_path / "bare")
-    with pytest.raises(lora.ConfigError, match="does not name its base"):
+    with pytest.raises(lora.ConfigError, match="names no base that another engine has"):
         export(ExportConfig(adapter=bare))
 
 
@@ -286,7 +288,10 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
                                       {"rank_pattern": {"v_proj": 2},
                                        "alpha_pattern": {"v_proj": 4}}])  # fmt: skip
 def test_vllm_takes_it(settings: Any, tmp_path: Path) -> None:
-    assert check_vllm(saved(build("llama"), tmp_path / "adapter", **settings)) == []
+    model = build("llama")
+    assert (
+        check_vllm(read_filed(saved(model, tmp_path / "adapter", **settings), model.config)) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -302,25 +307,123 @@ def test_vllm_takes_it(settings: Any, tmp_path: Path) -> None:
     ],
 )
 def test_what_stands_against_vllm(name: str, settings: Any, match: str, tmp_path: Path) -> None:
-    folder = saved(build(name), tmp_path / "adapter", **settings)
-    (one,) = check_vllm(folder)
+    model = build(name)
+    folder = saved(model, tmp_path / "adapter", **settings)
+    model.config.save_pretrained(tmp_path / "base")
+    assert len(check_vllm(read_filed(folder, model.config))) == 1
     with pytest.raises(lora.CheckpointError, match=f"(?s)cannot serve.*{match}.*lora merge"):
-        vllm_command(folder)
-    assert one
+        vllm_command(folder, str(tmp_path / "base"))
 
 
 def test_vllm_is_told_the_rank(tmp_path: Path) -> None:
-    folder = saved(build("llama"), tmp_path / "mine", r=17)
-    assert "vllm serve BASE --enable-lora --max-lora-rank 32 --lora-modules mine=" in vllm_command(
-        folder
-    )
+    model = build("llama")
+    folder = saved(model, tmp_path / "mine", r=17)
+    model.config.save_pretrained(tmp_path / "base")
+    said = vllm_command(folder, str(tmp_path / "base"))
+    assert "/base --enable-lora --max-lora-rank 32 --lora-modules mine=" in said
 
 
-def test_half_a_pair_is_named(tmp_path: Path) -> None:
-    folder = saved(build("llama"), tmp_path / "adapter")
-    path = folder / "adapter_model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    del tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"]
-    safetensors.torch.save_file(tensors, path)
-    with pytest.raises(lora.CheckpointError, match="up_proj.lora_A.weight.*no B of its rank"):
-        check_vllm(folder)
+def _without(tensors: dict[str, Tensor], end: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(end)}
+
+
+def _as(tensors: dict[str, Tensor], end: str, change: Any) -> dict[str, Tensor]:
+    return {key: change(t) if key.endswith(end) else t for key, t in tensors.items()}
+
+
+UP = "layers.0.mlp.up_proj.lora_B.weight"
+DAMAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "half a pair": (lambda t: _without(t, UP), {}, "up_proj.lora_B.weight is not in the file"),
+    "a layer less": (lambda t: {k: v for k, v in t.items() if "layers.1" not in k}, {},
+                     "layers.1.* is not in the file"),
+    "whole numbers": (lambda t: _as(t, UP, lambda v: v.to(torch.int8)), {}, "int8, no dtype"),
+    "complex": (lambda t: _as(t, UP, lambda v: v.to(torch.complex64)), {}, "complex64, no dtype"),
+    "eight bits": (lambda t: _as(t, UP, lambda v: v.to(torch.float8_e5m2)), {}, "float8.*no dtype"),
+    "not a number": (lambda t: _as(t, UP, lambda v: v * float("nan")), {}, "144 values.*not finite"),
+    "another rank": (lambda t: t, {"r": 4}, "Set r to 3"),
+    "another shape": (lambda t: _as(t, UP, lambda v: v[:-1]), {}, "up_proj.lora_B.weight is"),
+    "no such layer": (lambda t: t, {"target_modules": ["q_porj"]}, "no layer matches"),
+    "more": (lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(3, 4)}, {},
+             "x.lora_A.weight has no place"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_load_refuses_export_refuses_in_the_same_words(damage: str, tmp_path: Path) -> None:
+    change, settings, match = DAMAGES[damage]
+    model = build("llama")
+    folder = saved(model, tmp_path / "adapter")
+    path, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(path)), path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    model.config.save_pretrained(tmp_path / "base")
+    with pytest.raises(lora.LoraError, match=match) as loaded:
+        lora.load(build("llama"), folder)
+    with pytest.raises(lora.LoraError) as exported:
+        export_gguf(folder, model.config, tmp_path / "a.gguf")
+    with pytest.raises(lora.LoraError) as served:
+        vllm_command(folder, str(tmp_path / "base"))
+    assert str(loaded.value) == str(exported.value) == str(served.value)
+    assert type(loaded.value) is type(exported.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base"}
+
+
+def test_every_command_that_is_printed_is_quoted(tmp_path: Path) -> None:
+    """A folder may be called what a shell would run."""
+    base, run = tmp_path / "x; touch pwned #", tmp_path / "$(touch pwned) my run"
+    build("mistral").save_pretrained(base)
+    saved(type(build("mistral")).from_pretrained(base), run / "adapter")
+    said = export(ExportConfig(adapter=run, format="vllm"))
+    assert shlex.split(said) == [
+        "vllm", "serve", str(base), "--enable-lora", "--max-lora-rank", "8", "--lora-modules",
+        f"{run.name}={run / 'adapter'}",
+    ]  # fmt: skip
+    said = export(ExportConfig(adapter=run))
+    assert shlex.split(said.partition("Run ")[2])[-1] == str(run / "adapter.gguf")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_no_temporary_file(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("llama")
+    folder = saved(model, tmp_path / "adapter")
+
+    def fail(self: Any) -> None:
+        self.fout[0].write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
+    wanted = lora.CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(wanted):
+        export_gguf(folder, model.config, tmp_path / "a.gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 1e12),
+        ("num_labels", 2**31),
+        ("num_attention_heads", 10**9),
+        ("max_position_embeddings", 2**40),
+        ("text_config", {"num_hidden_layers": 10**9}),
+    ],
+)
+def test_a_number_of_the_base_is_no_loop_without_end(key: str, value: Any, tmp_path: Path) -> None:
+    model = build("llama")
+    folder = saved(model, tmp_path / "adapter")
+    stated = model.config.to_dict() | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(lora.errors.ModelError, match=r"config.json states num_|states max_pos"):
+        export(ExportConfig(adapter=folder, base=str(tmp_path), output=tmp_path / "a.gguf"))
+
+
+def test_a_base_of_more_than_its_files_hold_is_not_made(tmp_path: Path) -> None:
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    stated = model.config.to_dict() | {"vocab_size": 2**31}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(lora.errors.ModelError, match="states 137,4.* parameters, and its weights"):
+        load_base(str(tmp_path), 1, "text", seed=0)

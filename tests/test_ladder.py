@@ -72,9 +72,8 @@ CORE = {
     "checkpoint",
     "testing",
 }
-# export reads a base's config, foreign the modules' old names, run records its version, testing
-# builds a Conv1D
-TRANSFORMERS = {"export", "foreign", "generate", "models", "run", "testing", "trainer"}
+# foreign knows the modules' old names, run records its version, testing builds a Conv1D
+TRANSFORMERS = {"foreign", "generate", "models", "run", "testing", "trainer"}
 
 
 def rooms() -> dict[str, list[Path]]:
