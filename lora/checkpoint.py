@@ -48,6 +48,7 @@ from lora.adapter import (
 )
 from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
+from lora.files import readable, writable
 from lora.foreign import as_peft_means, renamed
 from lora.injection import (
     Parts,
@@ -146,14 +147,10 @@ def save(
     folder = Path(directory) if name == "default" else Path(directory) / name
     if not writes:
         return folder
-    try:
+    whole = "What stood there before is whole. Free space, or save elsewhere."
+    with writable(folder, CheckpointError, whole):
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, files)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {getattr(error, 'strerror', None) or error}."
-            " What stood there before is whole. Free space, or save elsewhere."
-        ) from error
     return folder
 
 
@@ -467,13 +464,14 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
 
 def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Path:
     """The folder that holds the adapter's files: `directory`, or its subfolder `name`."""
-    folder = Path(directory)
-    try:
-        places = [folder, folder / name] if name == "default" else [folder / name, folder]
-        there = [place for place in places if (place / CONFIG).is_file()]
-        found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(folder)[:200]!r} cannot be read: {error}."[:400]) from None
+    with readable(directory, CheckpointError, "Pass the folder that lora.save, or PEFT, wrote."):
+        return _find_folder(Path(directory), name)
+
+
+def _find_folder(folder: Path, name: str) -> Path:
+    places = [folder, folder / name] if name == "default" else [folder / name, folder]
+    there = [place for place in places if (place / CONFIG).is_file()]
+    found = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else None
     if not there:
         below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
         raise CheckpointError(
@@ -528,6 +526,9 @@ def json_object(text: str | bytes) -> dict[str, Any]:
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The file's tensors by key less the prefix, and our mark in its metadata ({} if foreign)."""
     path = folder / WEIGHTS
+    again = "Copy it again from where it was saved."
+    with readable(path, CheckpointError, again), path.open("rb") as raw:
+        start, size = raw.read(4), path.stat().st_size
     try:
         stored: dict[str, Tensor] = {}
         with safetensors.safe_open(path, framework="pt") as file:
@@ -535,16 +536,13 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             for key in file.keys():  # noqa: SIM118  (no iteration over the file itself)
                 stored[key] = file.get_tensor(key)
     except (safetensors.SafetensorError, OSError) as error:
-        with path.open("rb") as raw:
-            start = raw.read(4)
         if start == b"PK\x03\x04" or start[:1] == b"\x80":
             raise CheckpointError(
                 f"{path} is a pickle under a safetensors name, refused. Convert it where you trust"
                 " it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
             ) from None
         raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is no whole safetensors file: {error}."
-            " Copy it again from where it was saved."
+            f"{path} ({size:,} bytes) is no whole safetensors file: {error}. {again}"
         ) from None
     mark: dict[str, str] = {}
     if MARK in metadata:

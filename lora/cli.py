@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora import __version__
-from lora.errors import ConfigError, LoraError, StoppedError
+from lora.errors import ConfigError, LoraError, StoppedError, command
 
 VERBS = {
     "train": "train one method on one data set",
@@ -165,7 +165,8 @@ def _train_on(
     try:
         code = launch(int(count), ["train", *arguments])
     except TrainingError as error:
-        raise TrainingError(f"{error} Go on with lora train --resume {directory}") from None
+        again = command("lora", "train", "--resume", directory)
+        raise TrainingError(f"{error} Go on with {again}") from None
     if code:
         raise SystemExit(code)
 
@@ -253,7 +254,8 @@ def _eval(arguments: list[str]) -> None:
     if (config.run is None) == (config.predictions is None):
         raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
     if config.run is not None and config.run.is_file():
-        raise ConfigError(f"{config.run} is a file. Run lora eval --predictions {config.run}.")
+        instead = command("lora", "eval", "--predictions", config.run)
+        raise ConfigError(f"{config.run} is a file. Run {instead}.")
     if config.harness:
         _harness(config)
         return
@@ -387,7 +389,8 @@ def _generate(arguments: list[str]) -> None:
     source = open_source(own.run, own.base)
     run = source.config
     if run.task != "text":
-        raise ConfigError(f"{own.run} labels texts and writes none. Run lora predict {own.run}.")
+        instead = command("lora", "predict", own.run)
+        raise ConfigError(f"{own.run} labels texts and writes none. Run {instead}.")
     if own.system is not None and own.data is not None:
         raise ConfigError("--system goes with --prompt; the rows of --data have their own.")
     most = run.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens

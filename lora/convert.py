@@ -18,8 +18,12 @@ biases looks like a Linear here, and lora.load and PEFT refuse it on the convolu
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import re
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +33,14 @@ import torch
 from torch import Tensor
 
 from lora.checkpoint import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files, write_together
-from lora.errors import CheckpointError, ConfigError
+from lora.errors import CheckpointError, ConfigError, command
+from lora.files import readable, writable
 from lora.layers import fits
 from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 
 SAVE = "Where it was trained, run torch.save(loralib.lora_state_dict(model), FILE)."
+LARGEST_SHARED = 4  # times the file: tied layers are one tensor under several names
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
@@ -76,9 +82,10 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
     folder = config.output or config.checkpoint.parent / config.checkpoint.stem
     if folder == config.checkpoint:
         raise ConfigError(f"{folder} would be the checkpoint itself. Pass --output FOLDER.")
-    for file in (CONFIG, WEIGHTS, CARD):
-        if os.path.lexists(folder / file):
-            raise CheckpointError(f"{folder} has a {file}: it is not written over. Pass --output.")
+    with writable(folder, CheckpointError, "Pass another --output."):
+        there = [file for file in (CONFIG, WEIGHTS, CARD) if os.path.lexists(folder / file)]
+    if there:
+        raise CheckpointError(f"{folder} has a {there[0]}: it is not written over. Pass --output.")
     state = _unprefixed(_read(config.checkpoint), config)
     layers = _layers(state, config)
     stored: dict[str, Tensor] = {}
@@ -102,13 +109,9 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
     )
     if not config.dry_run:
         payload = {PREFIX + key: tensor.contiguous().clone() for key, tensor in stored.items()}
-        try:
+        with writable(folder, CheckpointError, "Pass another --output."):
             folder.mkdir(parents=True, exist_ok=True)
             write_together(folder, adapter_files(payload, {"format": "pt"}, settings, LoRA))
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder} cannot be written: {error.strerror}. Pass another --output."
-            ) from error
     head = ("layer", "kind", "A", "B", "r", "lora_alpha")
     rows = [
         (name, one.kind, str(tuple(one.A.shape)), str(tuple(one.B.shape)), str(one.r),
@@ -121,10 +124,13 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The tensors of the file by key. Only tensors are read: torch.load with weights_only."""
+    with readable(path, CheckpointError, "Pass a file."):
+        size = path.stat().st_size
+        if not path.is_file():
+            raise IsADirectoryError(errno.EISDIR, "Is a folder, or no file")
+        _check_records(path, size)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Pass a file.") from None
     except Exception as error:  # a damaged pickle fails in every way there is
         # What torch says would have the file read with weights_only=False, which runs its code.
         kind = re.search(r"GLOBAL (\S+)", str(error))
@@ -145,9 +151,51 @@ def _read(path: Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     )
     if not good or not state:
-        found = str(list(state)[:6] if isinstance(state, Mapping) else type(state).__name__)
+        found = f"a {type(state).__name__}"
+        if isinstance(state, Mapping):
+            few = itertools.islice(state, 6)
+            names = [key if isinstance(key, str) else type(key).__name__ for key in few]
+            found = ", ".join(name[:80] for name in names) or "nothing"
         raise CheckpointError(f"{path} holds {found}, not tensors by name. {SAVE}")
+    _check_sizes(path, state, size)
     return dict(state)
+
+
+def _check_records(path: Path, size: int) -> None:
+    """Raise CheckpointError if a zip archive is compressed, or its records are larger than it is:
+    a few hundred bytes can say that they are all of the memory. torch.save compresses nothing."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is a damaged archive: {error}. {SAVE}") from None
+    packed = [one for one in records if one.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(one.file_size for one in records) > size:
+        found = "compressed" if packed else "larger than the file"
+        raise CheckpointError(
+            f"{path}: its records are {found}, which torch.save does not write. {SAVE}"
+        )
+
+
+def _check_sizes(path: Path, state: Mapping[str, Tensor], size: int) -> None:
+    """Raise CheckpointError if the tensors have more elements than the file has room for, which
+    elements that share memory can."""
+    stated = sum(
+        tensor.numel() * tensor.element_size() for tensor in state.values() if dense(tensor)
+    )
+    if stated > LARGEST_SHARED * size:
+        raise CheckpointError(
+            f"{path}: its tensors are {stated:,} bytes, the file {size:,}: their elements share"
+            f" memory. {SAVE}"
+        )
+
+
+def dense(tensor: Tensor) -> bool:
+    """Whether a tensor has its elements in memory, each at a place."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
 def _unprefixed(state: dict[str, Tensor], config: ConvertConfig) -> dict[str, Tensor]:
@@ -172,9 +220,8 @@ def _unprefixed(state: dict[str, Tensor], config: ConvertConfig) -> dict[str, Te
 
 def _usable(tensor: Tensor, dims: int) -> bool:
     """Whether it is a dense, finite tensor of weights, of that many dimensions and not empty."""
-    dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
     weights = tensor.is_floating_point() and tensor.element_size() >= 2
-    if not dense or not weights or tensor.dim() != dims or not tensor.numel():
+    if not dense(tensor) or not weights or tensor.dim() != dims or not tensor.numel():
         return False
     return bool(tensor.isfinite().all())
 
@@ -239,7 +286,8 @@ def _layer(
     r, alpha = B.shape[1], config.lora_alpha
     if blocks is None:
         if A.shape[0] != r:
-            way = f"a MergedLinear. Set --merged {name.rpartition('.')[2]}=1,0,1 as its enable_lora"
+            flag = command("--merged", f"{name.rpartition('.')[2]}=1,0,1")
+            way = f"a MergedLinear. Set {flag} as its enable_lora"
             raise CheckpointError(
                 f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are of different"
                 f" ranks: {f'no layer of loralib. {SAVE}' if A.shape[0] % r else f'{way} was.'}"

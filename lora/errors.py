@@ -15,6 +15,14 @@ LoraError
 A message says what was asked, what was found, and the next command.
 """
 
+import shlex
+
+
+def command(*words: object) -> str:
+    """A command line to be pasted into a shell: a name that a shell would read, run or split is
+    quoted."""
+    return shlex.join(map(str, words))
+
 
 class LoraError(Exception):
     """The root: `except LoraError` catches everything below and nothing else."""

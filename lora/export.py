@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 import os
 import secrets
-import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +31,8 @@ from torch import Tensor
 
 from lora.card import EMBEDDED
 from lora.checkpoint import CONFIG, find_folder, read_adapter, read_json, settings_of
-from lora.errors import CheckpointError, ConfigError
+from lora.errors import CheckpointError, ConfigError, command
+from lora.files import writable
 from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 
@@ -85,7 +85,7 @@ class Filed:
 def folder_of(adapter: Path) -> Path:
     """The folder of an adapter's files: a run's, or the folder itself. Raises CheckpointError."""
     inside = adapter / "adapter"
-    return find_folder(inside if (inside / CONFIG).is_file() else adapter)
+    return find_folder(inside if os.path.isfile(inside / CONFIG) else adapter)
 
 
 def read_filed(adapter: Path, base: Any) -> Filed:
@@ -141,8 +141,8 @@ def export(config: ExportConfig) -> str:
         return vllm_command(config.adapter, base)
     output = config.output or config.adapter / "adapter.gguf"
     count = export_gguf(config.adapter, base_config(base), output, config.dtype)
-    command = shlex.join(["llama-cli", "-m", "BASE.gguf", "--lora", str(output)])
-    return f"written: {output}, {count} layers. Run {command}"
+    run = command("llama-cli", "-m", "BASE.gguf", "--lora", output)
+    return f"written: {output}, {count} layers. Run {run}"
 
 
 def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") -> int:
@@ -153,8 +153,9 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
     if the base's architecture is none that is known, or the file stands already, and what
     read_filed() raises.
     """
-    if os.path.lexists(output):
-        raise ConfigError(f"{output} stands already: it is not written over. Pass --output.")
+    with writable(output, CheckpointError, "Pass another --output."):
+        if os.path.lexists(output):
+            raise ConfigError(f"{output} stands already: it is not written over. Pass --output.")
     if base.model_type not in ARCHITECTURES:
         raise ConfigError(
             f"of model_type {base.model_type!r} no adapters for llama.cpp are known, but of"
@@ -170,17 +171,14 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
                 " an earlier save."
             )
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _write(temporary, ARCHITECTURES[base.model_type], alpha, tensors, dtype)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise CheckpointError(
-            f"{output} cannot be written: {error.strerror}. Free space, or pass another --output."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with writable(output, CheckpointError, "Free space, or pass another --output."):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _write(temporary, ARCHITECTURES[base.model_type], alpha, tensors, dtype)
+            os.replace(temporary, output)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
     return len(filed.layers)
 
 
@@ -299,9 +297,6 @@ def vllm_command(adapter: Path, base: str) -> str:
         listed = "\n  ".join(against)
         raise CheckpointError(f"vLLM cannot serve {adapter}.\n  {listed}\n{MERGE}")
     rank = next(rank for rank in VLLM_RANKS if rank >= _largest(filed))
-    return shlex.join(
-        [
-            *("vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank)),
-            *("--lora-modules", f"{adapter.resolve().name}={filed.folder}"),
-        ]
-    )
+    named = f"{adapter.resolve().name}={filed.folder}"
+    flags = "--enable-lora", "--max-lora-rank", rank, "--lora-modules", named
+    return command("vllm", "serve", base, *flags)

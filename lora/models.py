@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lora import card, demo, nf4
 from lora.demo import language
 from lora.errors import DataError, LoraError, ModelError
+from lora.files import readable
 from lora.layers import backbone, inside, kind, views
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
@@ -492,7 +493,8 @@ def _bitsandbytes(base: str, config: Any, dense: tuple[str, ...]) -> bool:
 
 def _check_place(base: str) -> None:
     """Raise ModelError where there is no such folder, or no hub that could have the name."""
-    local = Path(base).is_dir()
+    with readable(base, ModelError, "Pass a folder with config.json, or a name on the hub."):
+        local = Path(base).is_dir()
     if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
         raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
     if not local and not hub_answers() and not _cached(base):

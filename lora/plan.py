@@ -67,6 +67,7 @@ HOLES = 0.7
 """Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
 0.59 to 0.85 (benchmarks/results/plan.json)."""
 MIB = 2**20
+WALKED = 100_000  # steps whose batches are looked at, and at least one epoch's
 
 
 class Shape(NamedTuple):
@@ -343,9 +344,10 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     process = anonymous.now() - before if device.type == "cpu" else 0
 
     train = splits["train"]
+    per_epoch = steps_per_epoch(train, config.batch_size)
+    walked = min(config.epochs, -(-WALKED // per_epoch))
     each = [
-        shape_of(train, rows)
-        for _, rows in plan_of(train, config.batch_size, config.epochs, config.seed)
+        shape_of(train, rows) for _, rows in plan_of(train, config.batch_size, walked, config.seed)
     ]
     largest = max(each, key=lambda shape: shape.size)
     typical = sorted(each, key=lambda shape: shape.size)[len(each) // 2]
@@ -354,7 +356,8 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         (shape_of(s, rows) for s in apart for rows in sorted_batches(s.lengths, EVALUATED, TOKENS)),
         key=lambda shape: shape.size,
     )
-    positions, total = sum(shape.positions for shape in each), config.epochs * sum(train.lengths)
+    positions, total = sum(shape.positions for shape in each), walked * sum(train.lengths)
+    seen = "" if walked == config.epochs else f"the batches are those of the first {walked} epochs."
     report, memory = None, []
     for count in dict.fromkeys((1, devices)):
         piece = min(config.micro_batch_size or largest.rows, -(-largest.rows // count))
@@ -372,7 +375,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         source=" ".join(config.data),
         splits={name: len(split.lengths) for name, split in splits.items()},
         epochs=config.epochs,
-        steps_per_epoch=steps_per_epoch(splits["train"], config.batch_size),
+        steps_per_epoch=per_epoch,
         tokens=total / len(each),
         padding=1 - total / positions,
         largest=largest,
@@ -383,7 +386,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         memory=tuple(memory),
         notes=(
             *(f"data: {line}" for line in corpus.said),
-            *(f"note: {line}" for line in (corpus.note, *inputs.said, said) if line),
+            *(f"note: {line}" for line in (corpus.note, *inputs.said, said, seen) if line),
         ),
     )
 

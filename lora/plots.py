@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora.checkpoint import write_together
 from lora.errors import RunError
+from lora.files import writable
 from lora.records import Evaluated, StepRow, metrics_of, summary_of
 
 # Distinct for readers who tell few colours apart (Okabe and Ito).
@@ -58,20 +61,18 @@ def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
             else:
                 _points(axes, epochs, [e["dev"][metric] for e in epochs], colour[method], label)
         axes.set_xlabel("epoch")
-        axes.set_ylabel("loss" if name == "loss" else f"dev {metric}")
+        axes.set_ylabel("loss" if name == "loss" else f"dev {metric}", parse_math=False)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        _legend(axes)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
         plt.close(figure)
-        pictures[f"{name}.png"] = drawn.getvalue()
-    try:
+        pictures[re.sub(r"[^\w.-]+", "-", name)[:100] + ".png"] = drawn.getvalue()
+    with writable(folder, RunError, "Pass another --output."):
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, pictures)
-    except OSError as error:
-        raise RunError(f"--output {folder} cannot be written: {error.strerror}.") from None
     return [folder / name for name in pictures]
 
 
@@ -89,17 +90,25 @@ def _loss(
     per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
     width = max(1, round(per_epoch) // 10)
     losses = [step["loss"] for step in steps]
-    smooth = [
-        sum(losses[max(0, i - width + 1) : i + 1]) / (i - max(0, i - width + 1) + 1)
-        for i in range(len(losses))
-    ]
+    sums = [0.0, *itertools.accumulate(losses)]
+    firsts = [max(0, i - width + 1) for i in range(len(losses))]
+    smooth = [(sums[i + 1] - sums[f]) / (i + 1 - f) for i, f in enumerate(firsts)]
     axes.plot([s["step"] / per_epoch for s in steps], smooth, color=colour, lw=1, alpha=0.75,
-              label=label and f"{label}, train")  # fmt: skip
+              gid=label and f"{label}, train")  # fmt: skip
     _points(axes, epochs, [e["dev_loss"] for e in epochs], colour, label and f"{label}, dev")
 
 
 def _points(
     axes: Axes, epochs: list[Evaluated], values: list[float], colour: str, label: str | None
 ) -> None:
-    axes.plot([e["epoch"] for e in epochs], values, "o--", color=colour, lw=1.2, label=label)
+    axes.plot([e["epoch"] for e in epochs], values, "o--", color=colour, lw=1.2, gid=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend(axes: Axes) -> None:
+    """A legend whose texts are names as they are: $ begins no mathematics, and _ hides nothing."""
+    lines = [line for line in axes.get_lines() if line.get_gid()]
+    legend = axes.legend(lines, [str(number) for number in range(len(lines))], frameon=False)
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_text(line.get_gid())
+        text.set_parse_math(False)

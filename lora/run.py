@@ -66,8 +66,10 @@ from lora.errors import (
     StoppedError,
     TargetError,
     TrainingError,
+    command,
 )
 from lora.evaluate import Evaluation, autocast, evaluate
+from lora.files import readable, writable
 from lora.generate import scored
 from lora.injection import Report, check_steps, disabled, inject
 from lora.inputs import calibration, digest, inputs_of, read_corpus
@@ -114,16 +116,18 @@ def resumable(directory: Path, base: str | None = None) -> RunConfig[Any]:
     config = config_of(directory)
     _check_incomplete(directory)
     if base is not None and state.find(directory / CHECKPOINTS)[0] is None:
+        anew = command("lora", "train", "--config", directory / "config.toml", "--base", base)
         raise RunError(
             f"--base {base}: {directory} has no checkpoint yet, by which its base would be known"
-            f" again. Train anew: lora train --config {directory / 'config.toml'} --base {base}."
+            f" again. Train anew: {anew}."
         )
     return at_base(config, base, directory)
 
 
 def _check_incomplete(directory: Path) -> None:
     if (directory / "summary.json").is_file():
-        raise RunError(f"{directory} is complete. Run lora eval {directory}, or train anew.")
+        scored = command("lora", "eval", directory)
+        raise RunError(f"{directory} is complete. Run {scored}, or train anew.")
 
 
 def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunConfig[Any]:
@@ -255,18 +259,18 @@ def _checkpoint(
     """The newest whole checkpoint of a run that may go on here, None if it has none yet; and what
     the run remarked of its data when it began."""
     _check_incomplete(directory)  # again: another process may have completed it meanwhile
+    anew = command("lora", "train", "--config", directory / "config.toml")
     then = environment_of(directory)
     if then["data"] != corpus.digest():
         raise RunError(
             f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
-            f" run anew: lora train --config {directory / 'config.toml'}."
+            f" run anew: {anew}."
         )
     if then["tokens"] != tokens:
         raise RunError(
             f"{directory}: the same data is other tokens than when the run began: of another"
             " tokenizer, or of a chat template that writes today's date. Bring it back, or run"
-            " anew, with a --template FILE that writes none: lora train --config"
-            f" {directory / 'config.toml'}."
+            f" anew, with a --template FILE that writes none: {anew}."
         )
     now = environment()
     for key in ("python", "torch", "transformers", "processor", "threads", "device", "ranks"):
@@ -308,7 +312,7 @@ def _train(
     per_epoch = steps_per_epoch(splits["train"], config.batch_size)
     total = config.epochs * per_epoch
     shown = Shown(progress, config.epochs, total, training.step)
-    where = ""
+    where, again = "", command("lora", "train", "--resume", directory)
 
     def evaluates(step: int) -> bool:
         return step % (config.eval_steps or per_epoch) == 0 or step == total
@@ -351,7 +355,7 @@ def _train(
             if step.stop:
                 raise StoppedError(
                     f"{signal.Signals(step.stop).name} after step {step.step} of {total}, which is"
-                    f" saved. Go on with lora train --resume {directory}",
+                    f" saved. Go on with {again}",
                     step.stop,
                 )
             if evaluates(step.step) and score():
@@ -367,7 +371,7 @@ def _train(
                 if wrong := state.damage(path):
                     raise CheckpointError(
                         f"{path}, the best, is damaged: {wrong}. Bring it back, or remove {folder}:"
-                        f" lora train --resume {directory} begins anew then."
+                        f" {again} begins anew then."
                     )
                 state.restore(training, path)
             progress.console.print(f"the best is that of step {chosen}.")
@@ -404,7 +408,7 @@ def _train(
         elif diverged:
             told = f"{error} Run again with a lower --learning-rate than {config.learning_rate:g}."
         elif isinstance(error, TrainingError):
-            told = f"{error} Go on with lora train --resume {directory}."
+            told = f"{error} Go on with {again}."
         else:
             told = _short(error, "" if where else f"step {training.step + 1}: ", config)
         raise TrainingError(f"{where}{told} Last good checkpoint: {good or 'none'}.") from None
@@ -551,22 +555,18 @@ class Record:
         none."""
         if self.file is None:
             return NOTHING
-        try:
+        with writable(self.file.name, RunError):
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise unwritable(Path(self.file.name), error) from error
         return self.file.tell(), self.digest.hexdigest()
 
     def _write(self, row: dict[str, Any]) -> None:
         """One line, at once, so that a reader sees the run as it goes."""
         if self.file is not None:
-            try:
-                line = json.dumps(row, allow_nan=False).encode() + b"\n"
+            line = json.dumps(row, allow_nan=False).encode() + b"\n"
+            with writable(self.file.name, RunError):
                 self.file.write(line)
                 self.file.flush()
-                self.digest.update(line)
-            except OSError as error:
-                raise unwritable(Path(self.file.name), error) from error
+            self.digest.update(line)
         self.log(row)
         self._take(row)
 
@@ -587,13 +587,11 @@ def recorder(directory: Path, mark: Mark, step: int, log: trackers.Log) -> Itera
     record.digest.update(written)
     with ExitStack() as held:
         if distributed.rank() == 0:
-            try:
+            with writable(path, RunError):
                 record.file = path.open("r+b" if length else "wb")
                 held.callback(_closed, record.file)
                 record.file.truncate(length)
                 record.file.seek(length)
-            except OSError as error:
-                raise unwritable(path, error) from error
         yield record
 
 
@@ -605,7 +603,8 @@ def _closed(file: BinaryIO) -> None:
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """A run's directory to oneself: no two processes go on with one run."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    with readable(directory, RunError, "Pass the folder of a run."):
+        descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -667,15 +666,15 @@ def default_directory(config: RunConfig[Any]) -> Path:
 
 def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> None:
     """Raise RunError where a folder to make exists or could not be made; makes nothing."""
-    try:
-        there = os.path.lexists(directory)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{flag} cannot be made: {error}. Pass another.") from None
+    with writable(directory, RunError, f"Pass another {flag}."):
+        there = False
+        with suppress(FileNotFoundError, NotADirectoryError):
+            there = bool(directory.lstat())
+        parent = next(path for path in directory.absolute().parents if path.exists())
     if there:
         raise RunError(
             f"{flag} {directory} exists: no {what} is written over. Pass another, or remove it."
         )
-    parent = next(path for path in directory.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "not writable" if parent.is_dir() else "no folder"
         raise RunError(f"{flag} {directory} cannot be made: {parent} is {why}. Pass another.")
@@ -689,7 +688,7 @@ def create(directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str)
         "environment.json": json.dumps(around, indent=2).encode(),
     }
     making = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
-    try:
+    with writable(directory, RunError, "Pass another --run-dir."):
         making.mkdir(parents=True)
         try:
             write_together(making, files)
@@ -697,9 +696,6 @@ def create(directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str)
         except BaseException:
             shutil.rmtree(making)
             raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"--run-dir {directory} cannot be made: {reason}. Pass another.") from None
 
 
 def environment() -> dict[str, Any]:
@@ -857,7 +853,7 @@ def _given(folder: Path, config: RunConfig[Any], base: Base) -> Report:
     if labels and config.labels and labels != config.labels:
         raise DataError(
             f"--adapter {folder} was trained on the labels {', '.join(labels)}, found"
-            f" {', '.join(config.labels)}. Pass --labels {' '.join(labels)}, or data of those."
+            f" {', '.join(config.labels)}. Pass {command('--labels', *labels)}, or data of those."
         )
     return report
 
@@ -875,7 +871,9 @@ def check_head(base: Base, report: Report, place: str, folder: Path) -> None:
 def config_of(directory: Path) -> RunConfig[Any]:
     """The configuration of a run directory, as resolved. Raises RunError where it is of no run."""
     path = directory / "config.toml"
-    if not path.is_file():
+    with readable(directory, RunError, "Pass the folder of a run."):
+        there = path.is_file()
+    if not there:
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
     table = read_toml(path)
     config = from_table(table, table.get("method", ""))
@@ -890,15 +888,8 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_file(path: Path, payload: bytes) -> None:
-    try:
+    with writable(path, RunError):
         write_whole(path, payload)
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> RunError:
-    reason = error.strerror or error
-    return RunError(f"{path} cannot be written: {reason}. Free space, or pass another folder.")
 
 
 def progress_bar() -> Progress:

@@ -23,8 +23,9 @@ from lora.columns import Columns
 from lora.config import RunConfig, method_named
 from lora.conversations import Conversation, Message, from_row, read_prompts
 from lora.data import Corpus, Example, read_split, take, unlabelled
-from lora.errors import ConfigError, DataError, RunError
+from lora.errors import ConfigError, DataError, RunError, command
 from lora.evaluate import EVALUATED, predict, rows_of
+from lora.files import writable
 from lora.generate import Writing, padded, row_of, scored, written
 from lora.injection import disabled, eject, merge
 from lora.inputs import (
@@ -48,7 +49,6 @@ from lora.run import (
     put_on,
     reading,
     takes_up,
-    unwritable,
     write_lines,
 )
 from lora.source import Source, open_source
@@ -212,9 +212,13 @@ def _say(progress: Progress, *lines: str) -> None:
 
 def _check_output(output: Path | None) -> None:
     """Raise RunError where a file could not be made."""
-    if output is not None and output.exists():
+    if output is None:
+        return
+    with writable(output, RunError, "Pass another --output."):
+        there = output.exists()
+    if there:
         raise RunError(f"--output {output} exists. Pass another, or remove it.")
-    if output is not None and not output.absolute().parent.is_dir():
+    if not output.absolute().parent.is_dir():
         raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
 
 
@@ -325,8 +329,9 @@ def merge_run(source: Source, output: Path, dequantize: bool, untie: bool) -> st
         packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
         if packed and not dequantize:
             raise RunError(
-                f"{directory} has its base in NF4, whose 16 levels cannot hold a merged weight. Run"
-                f" lora merge {directory} --dequantize: into the dequantised base."
+                f"{directory} has its base in NF4, whose 16 levels cannot hold a merged weight."
+                f" Run {command('lora', 'merge', directory, '--dequantize')}: into the dequantised"
+                " base."
             )
         if dequantize and not packed:
             raise ConfigError(f"--dequantize: {directory} has no base in NF4. Leave it out.")
@@ -343,11 +348,10 @@ def merge_run(source: Source, output: Path, dequantize: bool, untie: bool) -> st
             hand_on(trained.config, trained.tokenizer, model)
         making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
         try:
-            model.save_pretrained(making)
-            trained.tokenizer.save_pretrained(making)
-            making.rename(output)
-        except OSError as error:
-            raise unwritable(output, error) from error
+            with writable(output, RunError):
+                model.save_pretrained(making)
+                trained.tokenizer.save_pretrained(making)
+                making.rename(output)
         finally:
             shutil.rmtree(making, ignore_errors=True)
     return said

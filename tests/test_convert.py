@@ -7,20 +7,23 @@ import json
 import random
 import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import loralib
 import peft
 import pytest
+import safetensors.torch
 import torch
 from conftest import distilbert, gpt2, tokens
 from torch import nn
 
 import lora
 from lora.cli import main
-from lora.convert import ConvertConfig, _layers
+from lora.convert import ConvertConfig, _layers, convert
 
 ENABLED = [True, False, True]
+SHARED = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}
 
 
 def put(model: nn.Module, end: str, make) -> None:
@@ -182,7 +185,7 @@ class Evil:
         (b"nothing", [], "it is damaged, or none of torch.save"),
         (b"", [], "it is damaged, or none of torch.save"),
         (None, [], "No such file"),
-        ([1, 2], [], "holds list, not tensors by name"),
+        ([1, 2], [], "holds a list, not tensors by name"),
         ({}, [], "not tensors by name"),
         ({"a.lora_A": 3}, [], "not tensors by name"),
         ({"a.weight": torch.ones(2)}, [], "a.weight: 1 of 1 keys are not LAYER.lora_A"),
@@ -291,3 +294,44 @@ def test_a_convolution_without_biases_is_refused_where_it_is_loaded(tmp_path: Pa
         lora.load(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(nn.Sequential(nn.Conv2d(3, 4, 3)), tmp_path / "a")
+
+
+def test_elements_that_share_memory_are_no_checkpoint(tmp_path: Path) -> None:
+    """1.5 KB that state 4 TiB: the check for finite values would take all memory."""
+    wide = torch.ones(1, 1).expand(2**20, 2**20)
+    torch.save({"l.lora_A": wide, "l.lora_B": wide.T}, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_size < 2000
+    with pytest.raises(lora.CheckpointError, match="8,796,093,022,208 bytes.*share memory"):
+        convert(ConvertConfig(checkpoint=tmp_path / "a.pt", lora_alpha=8))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_layers_that_are_tied_are_converted(tmp_path: Path) -> None:
+    tied = {f"{name}.{key}": tensor for name in "lm" for key, tensor in SHARED.items()}
+    torch.save(tied, tmp_path / "a.pt")
+    folder, _ = convert(ConvertConfig(checkpoint=tmp_path / "a.pt", lora_alpha=8))
+    assert len(safetensors.torch.load_file(folder / "adapter_model.safetensors")) == 4
+
+
+def test_compressed_records_are_refused_unread(tmp_path: Path) -> None:
+    whole, packed = tmp_path / "whole.pt", tmp_path / "packed.pt"
+    torch.save({"l.lora_A": torch.zeros(4, 2**20), "l.lora_B": torch.zeros(4, 4)}, whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert packed.stat().st_size < whole.stat().st_size / 100
+    with pytest.raises(lora.CheckpointError, match="its records are compressed"):
+        convert(ConvertConfig(checkpoint=packed, lora_alpha=8))
+    assert torch.load(packed, weights_only=True)["l.lora_A"].shape == (4, 2**20)  # torch would
+
+
+def test_records_larger_than_the_archive_are_refused(tmp_path: Path) -> None:
+    """Of several names for the same bytes each would be read."""
+    path = tmp_path / "a.pt"
+    torch.save({f"l.{key}": tensor for key, tensor in SHARED.items()}, path)
+    payload = bytearray(path.read_bytes())
+    at = payload.index(b"PK\x01\x02")  # the first record's sizes in the directory
+    payload[at + 20 : at + 28] = (2**31).to_bytes(4, "little") * 2
+    path.write_bytes(payload)
+    with pytest.raises(lora.CheckpointError, match="records are larger than the file"):
+        convert(ConvertConfig(checkpoint=path, lora_alpha=8))

@@ -339,7 +339,7 @@ DAMAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "whole numbers": (lambda t: _as(t, UP, lambda v: v.to(torch.int8)), {}, "int8, no dtype"),
     "complex": (lambda t: _as(t, UP, lambda v: v.to(torch.complex64)), {}, "complex64, no dtype"),
     "eight bits": (lambda t: _as(t, UP, lambda v: v.to(torch.float8_e5m2)), {}, "float8.*no dtype"),
-    "not a number": (lambda t: _as(t, UP, lambda v: v * float("nan")), {}, "144 values.*not finite"),
+    "not a number": (lambda t: _as(t, UP, lambda v: v * float("nan")), {}, "144 values.*finite"),
     "another rank": (lambda t: t, {"r": 4}, "Set r to 3"),
     "another shape": (lambda t: _as(t, UP, lambda v: v[:-1]), {}, "up_proj.lora_B.weight is"),
     "no such layer": (lambda t: t, {"target_modules": ["q_porj"]}, "no layer matches"),

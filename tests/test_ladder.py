@@ -16,7 +16,7 @@ import lora
 # Each room may import from those above it, and from its own line.
 LADDER = [
     {"errors"},
-    {"patterns", "scratch", "declared", "rendering"},
+    {"files", "patterns", "scratch", "declared", "rendering"},
     {"layers"},
     {"dropout"},
     {"fused"},
@@ -55,6 +55,7 @@ LADDER = [
 ]
 CORE = {
     "errors",
+    "files",
     "card",
     "patterns",
     "layers",

@@ -230,3 +230,17 @@ def test_a_small_run_takes_what_was_planned(bare: Path, base: Path, tmp_path: Pa
     subprocess.run(command, check=True, capture_output=True)
     peak = json.loads((run / "summary.json").read_text())["peak_bytes"]
     assert int(said) == pytest.approx(peak, rel=0.33)
+
+
+def test_epochs_without_end_are_planned_from_the_first(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batches of 100,000 steps say what those of the others are like."""
+    monkeypatch.setattr("lora.plan.WALKED", 10)
+    few, many = (plan(asked(bare, epochs=epochs)) for epochs in (4, 2**31 - 1))
+    assert many.epochs * many.steps_per_epoch == (2**31 - 1) * few.steps_per_epoch
+    assert (many.largest, many.tokens, many.padding) == (few.largest, few.tokens, few.padding)
+    assert few.memory[0].training == many.memory[0].training
+    assert "note: the batches are those of the first 4 epochs." in many.notes
+    with pytest.raises(ConfigError, match="epochs must be .* at most 2,147,483,647"):
+        asked(bare, epochs=2**31)
