@@ -16,6 +16,7 @@ import pydantic
 from pydantic import Field, TypeAdapter
 
 from lora.errors import LoraError
+from lora.files import readable
 
 T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -33,10 +34,8 @@ def read(path: Path, schema: TypeAdapter[T], error: type[LoraError], then: str) 
 
 def content(path: Path, error: type[LoraError], then: str) -> bytes:
     """The file's bytes. Raises `error`."""
-    try:
+    with readable(path, error, then):
         return path.read_bytes()
-    except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror or problem}. {then}") from None
 
 
 def decode(

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from lora import documents
 from lora.documents import Count, Finite, Positive, Seconds
 from lora.errors import RunError
+from lora.files import readable
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Scores = Annotated[dict[str, Finite], Field(min_length=1)]
@@ -128,7 +129,9 @@ ANSWERS: dict[str, TypeAdapter[Any]] = {
 def summary_of(directory: Path) -> Summary:
     """The result of a complete run. Raises RunError if there is none, or it is damaged."""
     path = directory / "summary.json"
-    if not path.is_file():
+    with readable(path, RunError, "Pass the folder of a run."):
+        there = path.is_file()
+    if not there:
         raise RunError(f"{directory} holds no complete run: no summary.json. Run lora train.")
     return documents.read(path, SUMMARY, RunError, f"Remove {directory}, and run it again.")
 

@@ -19,8 +19,8 @@ def a_run(directory: Path, epoch: float = 2.0, metric: str = "accuracy") -> Path
     """A run that recorded two steps and two evaluations."""
     directory.mkdir(parents=True)
     step = {
-        "steps": 2, "micro_batches": 1, "targets": 4, "tokens": 8, "padding": 0.0,
-        "learning_rate": 1e-3, "gradient_norm": 1.0, "seconds": 0.1, "bytes": 0,
+        "steps": 2, "micro_batches": 1, "examples": 4, "targets": 4, "tokens": 8, "padding": 0.0,
+        "learning_rate": 1e-3, "gradient_norm": 1.0, "seconds": 0.1, "epoch_ends": True,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     for number in (1, 2):
@@ -60,8 +60,11 @@ def test_a_runs_name_is_drawn_as_it_is(name: str, tmp_path: Path, figures: list[
 def test_a_late_epoch_is_a_few_ticks_and_no_list_of_all(
     tmp_path: Path, figures: list[Figure]
 ) -> None:
-    """3e8 ticks were 13 GiB."""
-    draw([a_run(tmp_path / "run", epoch=3e8)], tmp_path / "out")
+    """3e8 ticks were 13 GiB: more epochs than a run can have are damage, and many are few ticks."""
+    with pytest.raises(RunError, match=r"line 4, is damaged: evaluation.epoch must be"):
+        draw([a_run(tmp_path / "damaged", epoch=3e8)], tmp_path / "out")
+    draw([a_run(tmp_path / "run", epoch=1e6)], tmp_path / "out")
+    assert len(figures) == 2
     assert all(len(axes.get_xticks()) < 20 for figure in figures for axes in figure.axes)
 
 
