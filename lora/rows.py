@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lora.checkpoint import json_object
-from lora.errors import DataError
+from lora.errors import DataError, command
+from lora.files import readable
 from lora.models import hub_answers
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -33,6 +34,7 @@ SPLITS = {
     "dev": ("dev", "validation", "valid", "val", "validation_matched"),
     "test": ("test",),
 }
+MOST_ROWS = 64  # of a Parquet file, for each of its bytes
 LISTED = 10  # errors that are shown; all are counted
 
 Row = dict[str, Any]
@@ -94,7 +96,9 @@ def read_source(
     """Split, place and row of each row of a folder, a file or a hub data set; the split is "" if a
     file does not say it. Raises DataError if there is no such source, or a file cannot be read."""
     path = Path(source)
-    if path.is_dir():
+    with readable(path, DataError):
+        folder, file = path.is_dir(), path.is_file()
+    if folder:
         for split, names in SPLITS.items():
             paths = [path / (name + end) for name in names for end in ENDINGS]
             files = [path for path in paths if path.is_file()]
@@ -102,7 +106,7 @@ def read_source(
                 raise DataError(f"{source} has {', '.join(p.name for p in files)}: keep one.")
             for place, row in read_rows(files[0], headed) if files else ():
                 yield split, place, row
-    elif path.is_file():
+    elif file:
         for place, row in read_rows(path, headed):
             try:
                 split = "" if isinstance(row, DataError) else _split_of(row)
@@ -147,18 +151,17 @@ def read_rows(path: Path, headed: Headed = lambda path, cells: True) -> Iterator
 def text_of(path: Path) -> str:
     """The file's text, its lines ended by \\n. Raises DataError if it is not UTF-8, is empty, or
     cannot be read."""
-    try:
+    with readable(path, DataError):
         raw = path.read_bytes()
+    try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         place = raw[: error.start].count(b"\n") + 1
         likely = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
         raise DataError(
             f"{path}, line {place}: byte {raw[error.start]:#04x} is not UTF-8."
-            f" Run iconv -f {likely} -t utf-8 {path.name} if that is its encoding."
+            f" Run {command('iconv', '-f', likely, '-t', 'utf-8', path)} if that is its encoding."
         ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from None
     if "\0" in text:
         raise DataError(f"{path} has NUL characters: no text. Run iconv -f utf-16le -t utf-8.")
     text = text.replace("\r\n", "\n")
@@ -313,6 +316,9 @@ def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            # A value that repeats takes no room: a file of 1 KB may state a billion rows of one.
+            if file.metadata.num_rows > MOST_ROWS * path.stat().st_size:
+                raise DataError(f"{path} states {file.metadata.num_rows:,} rows in few bytes.")
             names = [name or str(i) for i, name in enumerate(file.schema_arrow.names)]
             _check_names(path, names)
             for batch in file.iter_batches(1000):
