@@ -698,12 +698,7 @@ def load_skeleton(
         said, config = base_config(base), base_config(base, **_head(labels, task))
         packs = _bitsandbytes(base, config, dense) or packs
         model = skeleton_of(config, task, device)
-        try:
-            tokenizer = load_tokenizer(base, model, task)
-        except LoraError:
-            raise
-        except Exception as error:  # a damaged folder raises whatever its reader meets first
-            raise _not_loaded(base, error) from error
+        tokenizer = load_tokenizer(base, model, task)
         stored = said.dtype or torch.float32
         found = Base(model.eval(), tokenizer, _fresh(model, said, labels), stored=stored)
     if packs:

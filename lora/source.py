@@ -16,9 +16,9 @@ from typing import Any
 from lora import card, distributed, state
 from lora.checkpoint import CONFIG, filed_labels, find_folder, read_json, read_tensors, settings_of
 from lora.config import RunConfig, Task
-from lora.errors import CheckpointError, RunError
-from lora.export import base_config
-from lora.models import load_skeleton, pick_dtype
+from lora.errors import CheckpointError, RunError, command
+from lora.files import readable
+from lora.models import base_config, load_skeleton, pick_dtype
 from lora.run import CHECKPOINTS, at_base, config_of
 
 TASKS: dict[str, Task] = {"SEQ_CLS": "classification", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "text"}
@@ -57,10 +57,13 @@ def open_source(directory: Path, base: str | None = None) -> Source:
     Raises RunError, CheckpointError, ConfigError or ModelError if the folder is neither, or its
     base is not stated or not there.
     """
-    adapter_of_run = directory.name == "adapter" and (directory.parent / "config.toml").is_file()
-    if adapter_of_run or (directory / "config.toml").is_file():
-        return _run(directory.parent if adapter_of_run else directory, base)
-    if (directory / CONFIG).is_file() or next(directory.glob(f"*/{CONFIG}"), None):
+    with readable(directory, RunError, "Pass the folder of a run or of an adapter."):
+        part = directory.name == "adapter" and (directory.parent / "config.toml").is_file()
+        run = part or (directory / "config.toml").is_file()
+        adapter = (directory / CONFIG).is_file() or next(directory.glob(f"*/{CONFIG}"), None)
+    if run:
+        return _run(directory.parent if part else directory, base)
+    if adapter:
         return _alone(directory, find_folder(directory), base)
     raise RunError(
         f"{directory} is no run directory (no config.toml) and no adapter's folder (no {CONFIG})."
@@ -76,8 +79,8 @@ def _run(directory: Path, base: str | None) -> Source:
         path, _ = state.find(directory / CHECKPOINTS)
         if path is None:
             raise RunError(
-                f"{directory}: the run ended before its first checkpoint. Go on with lora train"
-                f" --resume {directory}."
+                f"{directory}: the run ended before its first checkpoint. Go on with"
+                f" {command('lora', 'train', '--resume', directory)}."
             )
         print(f"note: {directory} is not complete: the adapter is that of {path}.", file=sys.stderr)
         adapter = path / "adapter"
@@ -114,7 +117,7 @@ def _task(folder: Path, settings: Mapping[str, Any], told: Any) -> str:
     names += getattr(told, "architectures", None) or []
     if task is None:
         task = next(filter(None, (card.task_of(str(name)) for name in names)), None)
-    if task not in TASKS:
+    if not isinstance(task, str) or task not in TASKS:
         found = f"task_type {task!r}" if task else "no task_type, and a base that tells none"
         raise CheckpointError(
             f"{folder / CONFIG}: {found}. Known: {', '.join(TASKS)}. Set it there, or load the"

@@ -32,6 +32,7 @@ from lora.files import readable, writable
 from lora.plots import draw
 from lora.rows import read_source
 from lora.run import check_free, config_of, resume, write_lines
+from lora.source import open_source
 from lora.trained import merge_run, rescore
 
 
@@ -90,9 +91,9 @@ def test_a_full_disk_in_save_leaves_what_stood_there(tmp_path: Path) -> None:
 def test_a_full_disk_in_merge_leaves_nothing(run_of_demo: Path, tmp_path: Path) -> None:
     """safetensors writes in Rust, whose error is no OSError."""
     with a_full_disk(), pytest.raises(RunError, match="out cannot be written: .*oo large"):
-        merge_run(run_of_demo, tmp_path / "out", dequantize=False, untie=False)
+        merge_run(open_source(run_of_demo), tmp_path / "out", dequantize=False, untie=False)
     assert list(tmp_path.iterdir()) == []
-    merge_run(run_of_demo, tmp_path / "out", dequantize=False, untie=False)
+    merge_run(open_source(run_of_demo), tmp_path / "out", dequantize=False, untie=False)
 
 
 def test_a_full_disk_in_export_and_in_lines(tmp_path: Path) -> None:
@@ -149,8 +150,8 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "check_free": check_free,
     "write_lines": lambda path: write_lines(path / "x", [{}]),
     "draw": lambda path: draw([path], path),
-    "rescore": lambda path: rescore(path, None, None, Columns()),
-    "merge_run": lambda path: merge_run(path, path / "out", False, False),
+    "rescore": lambda path: rescore(open_source(path), None, None, Columns()),
+    "merge_run": lambda path: merge_run(open_source(path), path / "out", False, False),
     "export": lambda path: export(ExportConfig(adapter=path)),
     "convert": lambda path: convert(ConvertConfig(checkpoint=path, lora_alpha=1.0)),
     "base": lambda path: models.load_base(str(path), 2, "classification", 0),
