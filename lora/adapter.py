@@ -30,7 +30,7 @@ from lora import fused
 from lora.declared import declared, fitted, words
 from lora.declared import is_number as is_number
 from lora.dropout import Mask, draw, drop
-from lora.errors import ConfigError, MergeError
+from lora.errors import ConfigError, MergeError, SettingError
 from lora.fused import Update, autocast_on, unseen, without_autocast
 from lora.layers import View, apply, in_pieces, views
 from lora.nf4 import NF4
@@ -47,10 +47,9 @@ SHORTHANDS = ("all-linear", "attention", "input-embedding")
 
 
 def check(field: str, value: object, wanted: str, good: bool) -> None:
-    """Raise ConfigError unless `good`, in the house's words."""
+    """Raise ConfigError unless `good`."""
     if not good:
-        flag = "--" + field.replace("_", "-")
-        raise ConfigError(f"{field} must be {wanted}, found {value!r}. Set {flag}.")
+        raise SettingError(field, f"must be {wanted}, found {value!r}.")
 
 
 def names_tuple(field: str, value: object) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora import __version__
-from lora.errors import ConfigError, LoraError, StoppedError, command
+from lora.errors import (
+    ConfigError,
+    FileError,
+    LoraError,
+    SettingError,
+    StoppedError,
+    TargetError,
+    command,
+)
+from lora.flags import as_flag
 
 VERBS = {
     "train": "train one method on one data set",
@@ -65,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LoraError as error:
         rank = os.environ.get("RANK")
         where = f"[rank {rank}] " if rank else ""
-        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{where}{type(error).__name__}: {in_flags(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader has seen enough: `lora predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,6 +95,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("interrupted.", file=sys.stderr)
         return 130
     return 0 if given else 2
+
+
+def in_flags(error: LoraError) -> str:
+    """The message with flags for the fields that it names as Python does: target_modules=('a',)
+    becomes --target-modules ('a',). Keys of files stay as they are."""
+    if isinstance(error, SettingError):
+        return error.about(as_flag(error.field))
+    if isinstance(error, FileError) or not isinstance(error, ConfigError | TargetError):
+        return str(error)
+    config = sys.modules.get("lora.config")
+    names = [name for name in config.field_names() if "_" in name] if config else []
+    pattern = rf"(?<![\w.'\"/-])({'|'.join(names)})(?![\w'\"/-]|\.\w)=?"
+    return re.sub(pattern, _flag_of, str(error)) if names else str(error)
+
+
+def _flag_of(found: re.Match[str]) -> str:
+    return as_flag(found[1]) + " " * found[0].endswith("=")
 
 
 def _run(verb: str, given: list[str]) -> None:
@@ -179,14 +206,15 @@ class PlanConfig:
     """Devices to plan for, besides one: each with the whole base, and with its share of it."""
     json: bool = False
     """JSON, in bytes, on standard output."""
+    config: Path | None = None
+    """A TOML file of flags, as in lora train."""
 
 
 def _plan(arguments: list[str]) -> None:
-    from lora.config import parse, parse_run, split_config
+    from lora.config import parse, parse_run
 
-    path, flags = split_config(arguments)
-    own, rest = parse(PlanConfig, flags, "lora plan", return_unknown_args=True)
-    config = parse_run([*(["--config", str(path)] if path else []), *rest], "lora plan")
+    own, rest = parse(PlanConfig, arguments, "lora plan", return_unknown_args=True)
+    config = parse_run(_with_config(own.config, rest), "lora plan")
     import json
 
     from lora.plan import plan
@@ -418,6 +446,9 @@ class PreviewConfig:
     count: int = 3
     """Examples of each data set."""
     split: Literal["train", "dev", "test"] = "train"
+    """Where they are from."""
+    config: Path | None = None
+    """A TOML file of flags, as in lora train."""
 
 
 def _data(arguments: list[str]) -> None:
@@ -433,11 +464,10 @@ def _data(arguments: list[str]) -> None:
         if what not in ("--help", "-h"):
             raise ConfigError(f"lora data takes preview or tasks, found {what or 'nothing'}.")
         return
-    from lora.config import parse, parse_run, split_config
+    from lora.config import parse, parse_run
 
-    path, flags = split_config(rest)
-    own, others = parse(PreviewConfig, flags, "lora data preview", return_unknown_args=True)
-    config = parse_run([*(["--config", str(path)] if path else []), *others], "lora data preview")
+    own, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
+    config = parse_run(_with_config(own.config, others), "lora data preview")
     from dataclasses import replace
 
     from lora.distributed import device
@@ -505,6 +535,11 @@ class PlotConfig:
     """Run directories."""
     output: Path | None = None
     """Folder of the pictures. Default: the first run's."""
+
+
+def _with_config(path: Path | None, arguments: list[str]) -> list[str]:
+    """The arguments, with the file that another parser has taken."""
+    return arguments if path is None else ["--config", str(path), *arguments]
 
 
 def _leading(arguments: list[str], flag: str) -> list[str]:

@@ -31,11 +31,12 @@ from lora.config import (
     parse_run,
     placed,
     read_toml,
-    split_config,
+    stated_in,
     to_table,
 )
 from lora.errors import ConfigError, RunError, StoppedError
 from lora.records import Summary, summary_of
+from lora.run import config_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +52,28 @@ class CompareConfig:
     """Where the runs, the table and the curves go. Default: that of --config, or runs/compare."""
     dry_run: bool = False
     """Print what would run, and stop."""
+    config: Path | None = None
+    """A TOML file of flags, as in lora train."""
 
 
 def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConfig[Any]]]:
     """The comparison and all of its runs, every one checked before the first begins."""
-    path, own = split_config(arguments)
+    config, rest = parse(CompareConfig, arguments, "lora compare", return_unknown_args=True)
+    path = config.config
     table = read_toml(path) if path else {}
-    config, rest = parse(CompareConfig, own, "lora compare", return_unknown_args=True)
     for flag in ("--method", "--seed"):
         if any(argument == flag or argument.startswith(flag + "=") for argument in rest):
             raise ConfigError(f"{flag} is of one run. A comparison takes {flag}s.")
-    seeds, tables = config.seeds or table.get("seeds", [0]), table.get("methods", {})
-    whole = isinstance(seeds, list | tuple) and all(type(seed) is int for seed in seeds)
-    check("seeds", seeds, "a list of whole numbers, one at least", whole and bool(seeds))
-    check("methods", tables, "tables: [methods.lora], [methods.full], ...", type(tables) is dict)
+    with stated_in(path):
+        seeds, tables = config.seeds or table.get("seeds", [0]), table.get("methods", {})
+        whole = isinstance(seeds, list | tuple) and all(type(seed) is int for seed in seeds)
+        check("seeds", seeds, "a list of whole numbers, one at least", whole and bool(seeds))
+        check("methods", tables, "tables: [methods.lora], [methods.full], ...",
+              type(tables) is dict)  # fmt: skip
+        folder = table.get("run_dir", "runs/compare")
+        check("run_dir", folder, "a text", isinstance(folder, str))
     methods = config.methods or tuple(tables) or ("lora", "full")
-    folder = config.run_dir or Path(str(table.get("run_dir", "runs/compare")))
+    folder = config.run_dir or Path(folder)
     config = replace(
         config,
         methods=tuple(dict.fromkeys(methods)),
@@ -178,7 +185,7 @@ def standing(run: RunConfig[Any]) -> Standing:
     path = run.run_dir / "config.toml"
     if not path.is_file():
         raise RunError(f"{run.run_dir} is no run: no config.toml. Remove it, or pass another.")
-    found = read_toml(path)
+    found = to_table(config_of(run.run_dir))
     if not _same(to_table(replace(run, run_dir=None)), found):
         raise RunError(
             f"{run.run_dir} holds a run of other settings. Remove it, or pass another --run-dir."

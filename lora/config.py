@@ -9,37 +9,57 @@ A file gives the values that the command line starts from. It may hold a table p
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import io
 import re
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
 import lora.methods  # noqa: F401  (fills METHODS)
-from lora.adapter import METHODS, Method, MethodConfig, check, is_number, positive, whole_number
+from lora import documents
+from lora.adapter import LARGEST, METHODS, Method, MethodConfig
 from lora.checkpoint import settings_of
 from lora.declared import declared, is_list
-from lora.errors import ConfigError
+from lora.documents import wanted
+from lora.errors import ConfigError, FileError, SettingError
+from lora.flags import as_flag, hint
 
 Task = Literal["auto", "classification", "regression", "text"]
 Schedule = Literal["linear", "cosine", "constant"]
 Final = Literal["last", "best"]
 LossOn = Literal["answers", "all"]
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError("must be distinct")
+    return values
+
+
+Text = Annotated[str, Field(min_length=1)]
+Number = Annotated[int, Field(ge=0, le=LARGEST)]
+Whole = Annotated[int, Field(ge=1, le=LARGEST)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Distinct = AfterValidator(_distinct)
 TEMPLATES = ("auto", "plain", "none")
 """What --template takes besides a file."""
-ABOUT = """Train one method on one data set.
-
-Flags may stand in --config FILE.toml. --resume RUN goes on with a run that was cut off, by the
-settings that it has. --nproc N trains on N processes of this machine; torchrun -m lora train on
-those of several."""
+ABOUT = "Train one method on one data set."
+BEFORE = {
+    "lora train": ("config", "resume", "nproc"),
+    "lora plan": ("config", "nproc", "json"),
+    "lora compare": ("config", "methods", "seeds", "dry_run"),
+    "lora data preview": ("config", "count", "split"),
+}
+"""Flags that a verb takes besides those of a run."""
 C = TypeVar("C", bound=MethodConfig)
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
@@ -52,28 +72,28 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 class RunConfig(Generic[C]):
     """One training run: a base, a data set, a method, and how long and fast."""
 
-    base: str = "demo"
+    base: Text = "demo"
     """Base model: demo (embedded), demo-lm (a small LLaMA without training, for texts), a local
     folder, or a name on the hub."""
-    data: tuple[str, ...] = ("demo",)
+    data: Annotated[tuple[Text, ...], Field(min_length=1), Distinct] = ("demo",)
     """Data: demo (embedded), a folder with train/dev/test files, one TSV, CSV, JSONL, JSON, Parquet
     or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, which is made (`lora data
     tasks`). Of texts several: SOURCE or NAME=SOURCE each."""
-    weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    weights: dict[str, Rate] = dataclasses.field(default_factory=dict)
     """Of several data sets, how much of each: NAME WEIGHT, times its size; 1 where not named."""
-    temperature: float = 1.0
+    temperature: Rate = 1.0
     """Of several data sets: shares are raised to 1 / temperature. 1: by their sizes; more: nearer
     to equal parts."""
-    method: str = "lora"
+    method: Text = "lora"
     """What trains; `lora methods` lists them."""
     adapter: Path | None = None
     """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
     those of its file."""
-    text_column: str | None = None
+    text_column: Text | None = None
     """Column of the text: a name, or a number from 0."""
-    pair_column: str | None = None
+    pair_column: Text | None = None
     """Column of the second text, for tasks on sentence pairs."""
-    label_column: str | None = None
+    label_column: Text | None = None
     """Column of the label."""
     header: Literal["auto", "yes", "no"] = "auto"
     """Whether the first row of a CSV or TSV file names its columns. auto: it is told from the rows
@@ -81,7 +101,7 @@ class RunConfig(Generic[C]):
     task: Task = "auto"
     """auto: text where the data has prompts and answers or conversations, regression where the
     labels are fractional numbers. text: a language model learns to write."""
-    template: str = "auto"
+    template: Text = "auto"
     """How conversations become text: auto (the model's own, else plain), plain (User: ...
     Assistant: ...), none (prompt and answer as they stand), or a Jinja file."""
     loss_on: LossOn = "answers"
@@ -89,34 +109,34 @@ class RunConfig(Generic[C]):
     packing: bool = False
     """Texts share rows of --max-length tokens, without seeing one another: no padding, the same
     result."""
-    skip_bad_lines: int = 0
+    skip_bad_lines: Number = 0
     """Rows of the data that may be unusable: they are left out, counted and listed."""
-    max_new_tokens: int = 256
+    max_new_tokens: Whole = 256
     """Tokens at most of an answer that is written on the held-out split."""
-    answered: int | None = None
+    answered: Number | None = None
     """Prompts of each held-out data set that are answered and scored by what is written. Default:
     all; 0: perplexity alone."""
-    labels: tuple[str, ...] = ()
+    labels: Annotated[tuple[str, ...], Distinct] = ()
     """The classes in order. Default: those of the training split, sorted."""
-    epochs: int = 3
+    epochs: Whole = 3
     """Passes over the training split."""
-    batch_size: int = 16
+    batch_size: Whole = 16
     """Examples per optimiser step, over all devices."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Whole | None = None
     """Rows computed at a time on a device, of an example each or packed, whose gradients add up to
     the step's. Less needs less memory and changes the result by rounding and the dropout's masks
     only. Default: its share of batch_size."""
-    learning_rate: float | None = None
+    learning_rate: Rate | None = None
     """Peak rate of AdamW. Default: the method's own (`lora methods` shows it)."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Decoupled weight decay of AdamW, on matrices only."""
-    warmup: float = 0.06
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.06
     """Share of the steps in which the rate rises to its peak."""
     schedule: Schedule = "linear"
     """Of the rate after that: down to 0 along a line or half a cosine, or constant."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Rate = 1.0
     """Norm that gradients are clipped to."""
-    max_length: int | None = None
+    max_length: Whole | None = None
     """Tokens per example at most; longer texts are cut. Batches are padded to their longest.
     Default: 128; for language models 1,024, or what the model has."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -124,7 +144,7 @@ class RunConfig(Generic[C]):
     optimiser, in float32. auto: bfloat16 where the processor multiplies in it, else float32."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: hold the linear layers of the frozen base in four bits each (QLoRA)."""
-    dense: tuple[str, ...] = ()
+    dense: tuple[Text, ...] = ()
     """Layers that --quantize leaves as they are: names, or dotted endings of them. Heads,
     embeddings and norms always stay."""
     compile: bool = False
@@ -137,27 +157,27 @@ class RunConfig(Generic[C]):
     read, for bases that one device does not hold."""
     offload: bool = False
     """Shard, and hold the pieces in the CPU's memory: each block is fetched to the accelerator."""
-    eval_steps: int | None = None
+    eval_steps: Whole | None = None
     """Optimiser steps from one evaluation on dev to the next. Default: an epoch."""
-    save_steps: int | None = None
+    save_steps: Whole | None = None
     """Optimiser steps from one checkpoint to the next, besides those of the evaluations."""
-    keep_last: int = 1
+    keep_last: Number = 1
     """Newest checkpoints that stay; 0: one while the run is not complete."""
-    keep_best: int = 1
+    keep_best: Number = 1
     """Best checkpoints on dev that stay, by the task's first metric and then by the loss."""
-    early_stopping: int | None = None
+    early_stopping: Whole | None = None
     """Evaluations in a row without a better one after which training ends."""
     final: Final = "last"
     """Which adapter is scored on the held-out split and handed on."""
     baseline: bool = False
     """Score the held-out split with the adapter off, too."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Covers the new head, the adapter's start, dropout and the order of the data."""
-    limit: int | None = None
+    limit: Whole | None = None
     """Use only the first N rows of every split."""
     note: str = ""
     """A remark for the run's summary."""
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Text, ...] = ()
     """Show the metrics in tensorboard, wandb, mlflow or trackio too."""
     run_dir: Path | None = None
     """Where the run is recorded. Default: runs/TIME-METHOD."""
@@ -165,82 +185,45 @@ class RunConfig(Generic[C]):
     """The method's own settings."""
 
     def __post_init__(self) -> None:
-        sources = self.data
-        good = isinstance(sources, tuple) and all(isinstance(one, str) and one for one in sources)
-        check("data", sources, "one or several names, each once",
-              good and 0 < len(sources) == len(set(sources)))  # fmt: skip
-        good = isinstance(self.weights, dict) and all(
-            isinstance(n, str) and is_number(w) and w > 0 for n, w in self.weights.items()
-        )
-        check("weights", self.weights, "names with numbers above 0", good)
-        positive("temperature", self.temperature)
-        whole_number("skip_bad_lines", self.skip_bad_lines, least=0)
-        if self.answered is not None:
-            whole_number("answered", self.answered, least=0)
-        for name in ("base", "method", "note", "template"):
-            value = getattr(self, name)
-            check(name, value, "a text", isinstance(value, str) and bool(value or name == "note"))
-        for name in ("text_column", "pair_column", "label_column"):
-            value = getattr(self, name)
-            good = value is None or (isinstance(value, str) and bool(value))
-            check(name, value, "a column's name", good)
-        good = self.header in ("auto", "yes", "no")
-        check("header", self.header, "auto, yes or no", good)
-        check("task", self.task, "one of " + ", ".join(get_args(Task)), self.task in get_args(Task))
-        good = self.dtype in ("auto", "float32", "bfloat16")
-        check("dtype", self.dtype, "auto, float32 or bfloat16", good)
-        check("quantize", self.quantize, "none or nf4", self.quantize in ("none", "nf4"))
-        good = isinstance(self.dense, tuple) and all(isinstance(name, str) for name in self.dense)
-        check("dense", self.dense, "names of layers", good)
+        values = {name: value for name, value in vars(self).items() if name != "settings"}
+        try:
+            _schema().model_validate(values, strict=True)
+        except ValidationError as problem:
+            error = problem.errors(include_url=False)[0]
+            field, *inner = map(str, error["loc"])
+            within = "".join(f"[{key}]" for key in inner)
+            found = f"found {documents.shown(error['input'])}."
+            raise SettingError(field, f"{within} {wanted(error)}, {found}".lstrip()) from None
+        if len(self.labels) == 1:
+            raise SettingError("labels", f"must be two at least, found {self.labels!r}.")
         if self.dense and self.quantize == "none":
-            raise ConfigError("dense is of a quantised base. Set --quantize nf4, or leave it out.")
-        for name in (
-            "compile",
-            "activation_checkpointing",
-            "shard",
-            "offload",
-            "packing",
-            "baseline",
-        ):
-            value = getattr(self, name)
-            check(name, value, "true or false", isinstance(value, bool))
+            raise ConfigError("--dense needs a quantized base. Set --quantize nf4, or remove it.")
         if self.compile and (self.shard or self.offload):
-            raise ConfigError("compile is of a base that lies whole. Leave it or --shard out.")
+            raise ConfigError("--compile cannot be combined with --shard or --offload. Remove one.")
         if self.adapter is not None and (self.shard or self.offload):
-            raise ConfigError("--adapter goes on a base that lies whole. Leave --shard out.")
-        good = isinstance(self.trackers, tuple) and all(isinstance(t, str) for t in self.trackers)
-        check("trackers", self.trackers, "names", good)
-        for name, kinds in (("schedule", Schedule), ("final", Final), ("loss_on", LossOn)):
-            value = getattr(self, name)
-            check(name, value, "one of " + ", ".join(get_args(kinds)), value in get_args(kinds))
-        for name in ("keep_last", "keep_best"):
-            whole_number(name, getattr(self, name), least=0)
-        good = all(isinstance(label, str) for label in self.labels)
-        check("labels", self.labels, "texts", good and isinstance(self.labels, tuple))
-        distinct = len(set(self.labels)) == len(self.labels) != 1
-        check("labels", self.labels, "distinct, and two at least", distinct)
-        for name in ("epochs", "batch_size", "max_new_tokens"):
-            whole_number(name, getattr(self, name))
-        for name in (
-            "max_length",
-            "limit",
-            "micro_batch_size",
-            "eval_steps",
-            "save_steps",
-            "early_stopping",
-        ):
-            if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name))
-        if self.learning_rate is not None:
-            positive("learning_rate", self.learning_rate)
-        decay = self.weight_decay
-        check("weight_decay", decay, "a number of at least 0", is_number(decay) and decay >= 0)
-        positive("max_grad_norm", self.max_grad_norm)
-        share = self.warmup
-        check("warmup", share, "a share with 0 <= share <= 1", is_number(share) and 0 <= share <= 1)
-        good = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        good = good and 0 <= self.seed < 2**63
-        check("seed", self.seed, "a whole number from 0 to 2**63 - 1", good)
+            raise ConfigError("--adapter cannot be combined with --shard or --offload. Remove one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(RunConfig[C]):
+    """The flags of lora train. Those that are no setting of a run are taken before the others are
+    read; here they have their place in --help."""
+
+    config: Path | None = None
+    """A TOML file of flags, by their names with _ for -. What the command line says wins."""
+    resume: Path | None = None
+    """A run that was cut off, to go on with. It has its settings: no other flag goes with it."""
+    nproc: int | None = None
+    """Train on so many processes of this machine; torchrun -m lora train on those of several."""
+
+
+@functools.cache
+def _schema() -> type[BaseModel]:
+    """What pydantic holds the fields to, as they are annotated."""
+    hints = get_type_hints(RunConfig, include_extras=True)
+    kinds: dict[str, Any] = {name: (kind, ...) for name, kind in hints.items()}
+    del kinds["settings"]  # its own class sees to it
+    return create_model("RunFields", **kinds)
 
 
 def method_named(name: Any) -> type[Method]:
@@ -258,6 +241,12 @@ def method_named(name: Any) -> type[Method]:
     return method
 
 
+def field_names() -> set[str]:
+    """The names of all fields that are flags of a run, of any method."""
+    kinds: list[Any] = [RunConfig, *(method.Config for method in METHODS.values())]
+    return {field.name for kind in kinds for field in fields(kind)} - {"settings"}
+
+
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
     """The configuration that a command line, with `--config FILE` in it, asks for.
 
@@ -267,11 +256,15 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     table = read_toml(path) if path else {}
     if folder := value_of(own, "--adapter"):
         table["adapter"] = folder
-    method = value_of(own, "--method") or table.get("method")
-    if "adapter" in table:
-        found, filed = settings_of(str(table["adapter"]))
+    with stated_in(path):
+        asked = table.get("method")
+        if asked is not None:
+            method_named(asked)
+    method = value_of(own, "--method") or asked
+    if isinstance(table.get("adapter"), str):
+        found, filed = settings_of(table["adapter"])
         filed = _plain_name_is_a_name(filed)
-        if method not in (None, found.name) and NAMES.get(method, ("",))[0] != found.name:
+        if method is not None and method_named(method).name != found.name:
             raise ConfigError(
                 f"--method {method}: the adapter in {table['adapter']} is of {found.name}. Leave"
                 " --method out."
@@ -279,7 +272,8 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         method = method or found.name
         table = {field.name: getattr(filed, field.name) for field in fields(filed)} | table
     method = method or "lora"
-    start = from_table(table, method)
+    with stated_in(path):
+        start = from_table(table, method)
     # Of a dict that is not empty tyro makes a flag per key, in place of the one.
     filled = {
         field.name: value
@@ -288,15 +282,16 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     }
     bare = replace(start.settings, **{name: {} for name in filled})
     weights, start = start.weights, replace(start, weights={})
-    kind: Any = RunConfig[method_named(method).Config]  # type: ignore[misc]
-    config: RunConfig[Any] = parse(
+    kind: Any = TrainFlags[method_named(method).Config]  # type: ignore[misc]
+    flags: TrainFlags[Any] = parse(
         kind,
         own,
         prog,
-        default=replace(start, settings=bare),
+        default=TrainFlags(**{**vars(start), "settings": bare}),
         description=ABOUT,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
+    config = RunConfig(**{f.name: getattr(flags, f.name) for f in fields(RunConfig)})
     back = {name: v for name, v in filled.items() if not getattr(config.settings, name)}
     config = replace(
         config,
@@ -307,29 +302,29 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         for field in fields(filed):
             asked, there = getattr(config.settings, field.name), getattr(filed, field.name)
             if asked != there:
-                flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(
-                    f"{flag} {asked}: the adapter in {config.adapter} has {there}. Leave it out."
+                    f"{as_flag(field.name)} {asked}: the adapter in {config.adapter} has {there}."
+                    " Remove it."
                 )
     return config
 
 
 def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
-    """tyro.cli, a ConfigError of ours raised as it is.
+    """tyro.cli, a ConfigError of ours raised as it is; a list's flag may be given several times.
 
     What tyro itself refuses it reports on stderr, and leaves by SystemExit 2; --help by 0.
     """
-    kinds = [get_origin(kind) or kind, *(method.Config for method in METHODS.values())]
-    lists = {f"--{name}" for one in kinds for name, its in declared(one).items() if is_list(its)}
-    given = Counter(argument.partition("=")[0].replace("-", "_") for argument in arguments)
-    for flag in sorted(lists):  # of a list the last would win, the others go in silence
-        if given[flag.replace("-", "_")] > 1:
-            shown = flag.replace("_", "-")
-            raise ConfigError(f"{shown} is given twice. Write {shown} A B.")
+    kinds = [get_origin(kind) or kind, *get_args(kind)]
+    known = {name: its for one in kinds for name, its in declared(one).items()}
+    known.pop("settings", None)
+    if not more.get("return_unknown_args"):
+        _check_flags(arguments, known, prog)
+    several = {name for name, its in known.items() if is_list(its) or get_origin(its) is dict}
+    given = _joined(arguments, several)
     report = io.StringIO()
     try:
         with redirect_stderr(report):
-            return tyro.cli(kind, args=list(arguments), prog=prog, **more)
+            return tyro.cli(kind, args=given, prog=prog, **more)
     except SystemExit as stop:
         # tyro reports a ValueError of a field's value, ours among them, in a box of its own.
         behind: BaseException | None = stop
@@ -341,12 +336,65 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
         raise
 
 
+def _flag(argument: str) -> str | None:
+    """The field that an argument is the flag of, None if it is a value."""
+    found = re.match(r"--?([A-Za-z][^=]*)", argument)
+    return found[1].replace("-", "_") if found else None
+
+
+def _check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) -> None:
+    """Raise ConfigError at a flag that the verb does not have."""
+    for argument in arguments:
+        name = _flag(argument)
+        if name is None or argument in ("-h", "--help") or (name in known and argument[1] == "-"):
+            continue
+        if name.startswith("no_") and known.get(name[3:]) is bool and argument[1] == "-":
+            continue
+        flag, names = argument.partition("=")[0], {*known, *BEFORE.get(prog, ())}
+        having = [m for m, method in METHODS.items() if name in declared(method.Config)]
+        if having and "method" in known:
+            said = f"It is of --method {', '.join(having)}. Pass one of them, or remove it."
+        elif name in known:
+            said = f"Did you mean {as_flag(name)}?"
+        else:
+            said = hint(name.lower(), names, as_flag)
+        raise ConfigError(f"{flag} is no flag of {prog}. {said} See {prog} --help.")
+
+
+def _joined(arguments: Sequence[str], several: Collection[str]) -> list[str]:
+    """The arguments, the flag of a list that is given several times given once, with all values."""
+    counts = Counter(filter(None, map(_flag, arguments)))
+    values: dict[str, list[str]] = {n: [] for n in several if counts[n] > 1}
+    rest: list[str] = []
+    into = rest
+    for argument in arguments:
+        name = _flag(argument)
+        if name is not None:
+            into = values.get(name, rest)
+        if into is rest or name is None:
+            into.append(argument)
+        elif "=" in argument:
+            into.append(argument.partition("=")[2])
+    return [*rest, *(one for name, found in values.items() for one in (as_flag(name), *found))]
+
+
+@contextmanager
+def stated_in(path: Path | None) -> Iterator[None]:
+    """Within, what is wrong with a configuration is said of the file that states it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise (error if path is None else FileError(f"{path}: {error}")) from None
+
+
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """The configuration that a TOML table states for a method. Raises ConfigError."""
     kind = method_named(method).Config
     tables = table.get("methods", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
-        raise ConfigError("methods must be tables: [methods.lora], [methods.full], ...")
+        raise ConfigError(
+            f"methods must be tables, found {tables!r}. Write [methods.lora], [methods.full], ..."
+        )
     if strange := set(tables) - set(NAMES):
         raise ConfigError(
             f"[methods.{min(strange)}] is of no method. Found: {', '.join(sorted(NAMES))}."
@@ -359,17 +407,16 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     shared = {field.name for field in fields(RunConfig)} - {"settings"}
     unknown = [key for key in values if key not in own | shared]
     if unknown:
-        near = difflib.get_close_matches(unknown[0], own | shared, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(own | shared))}."
-        raise ConfigError(f"{unknown[0]} is no key of a {method} run. {hint}")
+        said = hint(unknown[0], own | shared, str)
+        raise ConfigError(f"{unknown[0]} is no key of a {method} run. {said}")
     for name in ("text_column", "pair_column", "label_column"):
-        if isinstance(values.get(name), int):
+        if type(values.get(name)) is int:  # of a file without header
             values[name] = str(values[name])
     if isinstance(values.get("data"), str):
         values["data"] = (values["data"],)
     for name in ("run_dir", "adapter"):
-        if name in values:
-            values[name] = Path(str(values[name]))
+        if isinstance(values.get(name), str):
+            values[name] = Path(values[name])
     settings = kind(**{k: v for k, v in values.items() if k in own})
     shared_values = {k: v for k, v in values.items() if k in shared}
     return RunConfig(settings=_plain_name_is_a_name(settings), **shared_values)
@@ -447,7 +494,10 @@ def to_table(config: RunConfig[Any]) -> dict[str, Any]:
     for source in (config, config.settings):
         for field in fields(source):
             value = getattr(source, field.name)
-            if is_dataclass(value) or value is None or value in ((), "", {}):
+            if is_dataclass(value) or value is None:
+                continue
+            default = {} if field.default_factory is dict else field.default
+            if value in ((), "", {}) and value == default:
                 continue
             if isinstance(value, tuple):
                 value = list(value)

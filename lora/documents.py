@@ -23,6 +23,22 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Finite = Annotated[float, Field(gt=-1e305, lt=1e305)]
 """Room to be added up and drawn; perplexity goes to e^700 = 1e304."""
+WORDS = {
+    "string_type": "a text",
+    "string_too_short": "a text of at least {min_length} character",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+}
+"""pydantic's errors, by their types, in the words of this package."""
 Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
 
@@ -71,11 +87,21 @@ def said(problem: pydantic.ValidationError) -> str:
     """The first thing that is wrong: its key, what was wanted, and what was found."""
     first: Any = problem.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
-    message = re.sub(r"^(Input|\w+) should ", "must ", first["msg"])
-    message = message.removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{key} is missing"
     if first["type"] in ("json_invalid", "union_tag_not_found", "union_tag_invalid"):
-        return " ".join(filter(None, (key, message)))
-    found = repr(first["input"])
-    return f"{key or 'the document'} {message}, found {found[:80]}{'...' * (len(found) > 80)}"
+        return " ".join(filter(None, (key, first["msg"])))
+    return f"{key or 'the document'} {wanted(first)}, found {shown(first['input'])}"
+
+
+def wanted(error: Any) -> str:
+    """What one of pydantic's errors asks for: "must be a text"."""
+    if error["type"] in WORDS:
+        return "must be " + WORDS[error["type"]].format(**error.get("ctx", {}))
+    return re.sub(r"^(Input|\w+) should ", "must ", error["msg"]).removeprefix("Value error, ")
+
+
+def shown(value: object) -> str:
+    """A value in an error, of 80 characters at most."""
+    found = repr(value)
+    return found if len(found) <= 80 else f"{found[:80]}..."

@@ -2,6 +2,8 @@
 
 LoraError
 ├── ConfigError      a setting that cannot be (also a ValueError)
+│   ├── SettingError a value that its field cannot have
+│   └── FileError    what a configuration file states
 ├── TargetError      target_modules or modules_to_save do not fit the model
 ├── CheckpointError  an adapter's files do not fit, or could not be written
 ├── MergeError       merge, restore or disabled() cannot be done on this model as it stands
@@ -30,6 +32,25 @@ class LoraError(Exception):
 
 class ConfigError(LoraError, ValueError):
     pass
+
+
+class SettingError(ConfigError):
+    """A value that a field cannot have. Python names the field, the command line the flag."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(field, reason)
+        self.field, self.reason = field, reason
+
+    def __str__(self) -> str:
+        return self.about(self.field)
+
+    def about(self, name: str) -> str:
+        """The message about the field by this name."""
+        return f"{name} {self.reason} Set {name}."
+
+
+class FileError(ConfigError):
+    """What a configuration file states cannot be; keys are named as they are in the file."""
 
 
 class TargetError(LoraError):

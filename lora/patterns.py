@@ -16,7 +16,7 @@ from typing import Any
 
 import regex
 
-from lora.errors import ConfigError
+from lora.errors import ConfigError, SettingError
 
 WHOLE = "{}"
 """The frame of target_modules and exclude_modules: matched with fullmatch."""
@@ -90,13 +90,12 @@ def compiled(text: str, frame: str = WHOLE) -> Pattern:
 
 def check_pattern(field: str, text: object, frame: str = WHOLE) -> None:
     """Raise ConfigError, which names the field, unless a text is a regular expression."""
-    flag = "--" + field.replace("_", "-")
     if not isinstance(text, str):
-        raise ConfigError(f"{field} must be a text, found {text!r}. Set {flag}.")
+        raise SettingError(field, f"must be a text, found {text!r}.")
     try:
         compiled(text, frame)
     except ConfigError as error:
-        raise ConfigError(f"{field}: {error} Set {flag}.") from None
+        raise SettingError(field, f"is refused: {error}") from None
 
 
 def _check_size(text: str) -> None:

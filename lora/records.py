@@ -147,7 +147,9 @@ def metrics_of(directory: Path) -> list[Row]:
     """The rows that a run has recorded; a last line whose writing was cut off is none. Raises
     RunError."""
     path = directory / "metrics.jsonl"
-    payload = documents.content(path, RunError, "Run lora train first.")
+    if not path.exists():
+        raise RunError(f"{directory} is no run directory: no metrics.jsonl. Run lora train.")
+    payload = documents.content(path, RunError, "Run lora train again.")
     whole = payload[: payload.rfind(b"\n") + 1]
     return documents.decode_lines(whole, ROW, path, RunError, "Run lora train again.")
 

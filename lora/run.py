@@ -875,8 +875,15 @@ def config_of(directory: Path) -> RunConfig[Any]:
         there = path.is_file()
     if not there:
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
-    table = read_toml(path)
-    config = from_table(table, table.get("method", ""))
+    try:
+        table = read_toml(path)
+        config = from_table(table, table.get("method"))
+    except ConfigError as error:
+        raise RunError(f"{path} is damaged: {error} Bring it back, or run anew.") from None
+    open_ = [k for k in ("learning_rate", "max_length") if getattr(config, k) is None]
+    open_ += ["dtype"] * (config.dtype == "auto")
+    if open_:
+        raise RunError(f"{path} is damaged: {open_[0]} is missing. Bring it back, or run anew.")
     if config.task == "auto" or (config.task == "classification") != bool(config.labels):
         raise RunError(f"{path} names no task with its labels: not of a run. Run lora train.")
     return config

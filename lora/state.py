@@ -36,7 +36,7 @@ from typing import Annotated, Any, Literal, NotRequired, get_type_hints
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import AfterValidator, Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter, create_model
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -286,9 +286,10 @@ def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
         )
     for layer, adapter in there.items():
         kinds = get_type_hints(type(adapter))
-        schema = TypedDict("schema", {name: kinds.get(name, Any) for name in adapter.remembers})  # type: ignore[misc]
+        own: dict[str, Any] = {name: (kinds.get(name, Any), ...) for name in adapter.remembers}
+        schema = TypeAdapter(create_model("Remembered", **own))
         name = f"{path / STATE}, methods of {layer},"
-        documents.check(state["methods"][layer], TypeAdapter(schema), name, CheckpointError, ANEW)
+        documents.check(state["methods"][layer], schema, name, CheckpointError, ANEW)
 
 
 def tensors(training: Training) -> dict[str, Tensor]:

@@ -500,7 +500,7 @@ BROKEN = {
     "an unknown task": (("--task", "chess"), "chess"),
     "a flag of another method": (("--method", "full", "--r", "4"), "--r"),
     "no epoch": (("--epochs", "0"), "epochs must be"),
-    "a rate that is no number": (("--learning-rate", "nan"), "learning_rate must be"),
+    "a rate that is no number": (("--learning-rate", "nan"), "--learning-rate must be"),
     "a missing column": (("--label-column", "stars"), "--label-column stars: no such column"),
     "a missing file": (("--data", "nowhere.tsv"), "no such file or folder"),
     "a hub that is away": (("--base", "gpt2"), "does not answer"),
@@ -510,11 +510,10 @@ BROKEN = {
     "a length past the positions": (("--max-length", "5000"), "has 512 positions"),
     "a label set that is another": (("--labels", "no", "yes"), "is outside the set no, yes"),
     "a label given twice": (("--labels", "0", "0"), "labels must be distinct"),
-    "a list given twice": (
-        ("--target-modules", "q_lin", "--target-modules=v_lin"),
-        "--target-modules is given twice. Write --target-modules A B",
+    "a seed past its range": (
+        ("--seed", str(2**63)),
+        "--seed must be less than 92233720368547",
     ),
-    "a seed past its range": (("--seed", str(2**63)), "from 0 to 2**63 - 1"),
     "an argument that is no text": (("--note", "\udcff"), "is not in this system's encoding"),
     "a rank past the memory": (("--r", str(10**9)), "GiB as set, the machine has"),
 }
@@ -881,7 +880,6 @@ def test_flags_that_would_say_nothing_are_refused(
         ("compare", "--method=full"): "--method is of one run. A comparison takes --methods",
         ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",
         ("predict", trained, "--text", "x", "--text-column", "y"): "columns are of --data",
-        ("predict", trained, "--text", "x", "--text", "y"): "--text is given twice",
         ("methods", "--verbose"): "lora methods takes no --verbose",
     }.items():
         assert lora(*arguments) == 2

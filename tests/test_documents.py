@@ -134,7 +134,7 @@ def test_metrics_that_pass_are_drawn(run: Path, tmp_path: Path) -> None:
 
 def test_an_epoch_beyond_reason_is_named_and_draws_no_tick_each(run: Path) -> None:
     (run / "metrics.jsonl").write_bytes(lines([*METRICS[:2], {**METRICS[2], "epoch": 3e8}]))
-    with pytest.raises(RunError, match="line 3, is damaged: evaluation.epoch must be less than"):
+    with pytest.raises(RunError, match="line 3, is damaged: evaluation.epoch must be at most 10"):
         metrics_of(run)
 
 
@@ -164,7 +164,7 @@ def test_a_document_that_cannot_be_opened_is_named(run: Path) -> None:
 
 def test_a_note_that_is_a_number_is_named(run: Path) -> None:
     (run / "environment.json").write_text(json.dumps(ENVIRONMENT | {"note": 5}))
-    with pytest.raises(RunError, match="note must be a valid string, found 5. Bring it back"):
+    with pytest.raises(RunError, match="note must be a text, found 5. Bring it back"):
         environment_of(run)
 
 
@@ -174,7 +174,7 @@ def test_answers_are_cut_at_line_feeds_alone(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table))
     assert answers_of(tmp_path, "classification", 2) == table[:2]
     path.write_text('{"text": "a"}\n{"text": 5}\n')
-    with pytest.raises(RunError, match="line 2, is damaged: text must be a valid string, found 5"):
+    with pytest.raises(RunError, match="line 2, is damaged: text must be a text, found 5"):
         answers_of(tmp_path, "classification", 8)
     path.write_text('{"messages": [{"role": "user", "content": null}]}\n')
     with pytest.raises(RunError, match="line 1, is damaged: messages.0.content must be a"):

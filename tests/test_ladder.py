@@ -15,7 +15,7 @@ import lora
 
 # Each room may import from those above it, and from its own line.
 LADDER = [
-    {"errors"},
+    {"errors", "flags"},
     {"files", "patterns", "scratch", "declared", "rendering"},
     {"layers"},
     {"dropout"},

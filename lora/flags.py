@@ -1,0 +1,246 @@
+"""Names that people type from other tools, and what each is called here.
+
+    hint("lr", known)    "Did you mean --learning-rate?"
+
+NEAR holds names with the same meaning; of several, the one that the verb has. HOW holds those whose
+meaning here is spread over other flags, or that have none, with the sentence that says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Collection
+
+NEAR = {
+    # The adapter
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
+    "targets": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "peft_type": "method",
+    "peft_method": "method",
+    "adapter_type": "method",
+    "finetuning_type": "method",
+    "adapter_name_or_path": "adapter",
+    "peft_model": "adapter",
+    "adapter_path": "adapter",
+    # The base and the data
+    "model": "base run",
+    "model_id": "base run",
+    "model_name": "base run",
+    "model_name_or_path": "base run",
+    "model_path": "base run",
+    "base_model": "base",
+    "pretrained_model_name_or_path": "base",
+    "dataset": "data",
+    "datasets": "data",
+    "dataset_name": "data",
+    "dataset_path": "data",
+    "data_path": "data",
+    "data_dir": "data",
+    "train_file": "data",
+    "train_data": "data",
+    "input_file": "data",
+    "file": "data",
+    "files": "data",
+    "dataset_text_field": "text_column",
+    "text_field": "text_column",
+    "text_col": "text_column",
+    "label_col": "label_column",
+    "label_field": "label_column",
+    "target_column": "label_column",
+    "label": "label_column",
+    "chat_template": "template",
+    "prompt_template": "template",
+    "sample_packing": "packing",
+    "pack": "packing",
+    "max_samples": "limit",
+    "max_train_samples": "limit",
+    "num_samples": "limit",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "max_len": "max_length",
+    "seq_len": "max_length",
+    "seq_length": "max_length",
+    "sequence_len": "max_length",
+    "cutoff_len": "max_length",
+    "block_size": "max_length",
+    "model_max_length": "max_length",
+    "dataset_mixing": "weights",
+    "num_labels": "labels",
+    "classes": "labels",
+    # The training
+    "lr": "learning_rate",
+    "rate": "learning_rate",
+    "epoch": "epochs",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "n_epochs": "epochs",
+    "bs": "batch_size",
+    "batch": "batch_size",
+    "train_batch_size": "batch_size",
+    "total_batch_size": "batch_size",
+    "per_device_batch_size": "micro_batch_size",
+    "wd": "weight_decay",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "scheduler": "schedule",
+    "warmup_ratio": "warmup",
+    "gradient_clipping": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "clip_grad_norm": "max_grad_norm",
+    "max_norm": "max_grad_norm",
+    "gradient_checkpointing": "activation_checkpointing",
+    "use_gradient_checkpointing": "activation_checkpointing",
+    "torch_compile": "compile",
+    "precision": "dtype",
+    "mixed_precision": "dtype",
+    "torch_dtype": "dtype",
+    "random_seed": "seed",
+    "random_state": "seed",
+    "manual_seed": "seed",
+    "fsdp": "shard",
+    "deepspeed": "shard",
+    "cpu_offload": "offload",
+    "num_gpus": "nproc",
+    "gpus": "nproc",
+    "n_gpu": "nproc",
+    "devices": "nproc",
+    "num_processes": "nproc",
+    "nproc_per_node": "nproc",
+    "num_devices": "nproc",
+    # What is kept
+    "out": "run_dir output",
+    "out_dir": "run_dir output",
+    "output": "run_dir",
+    "output_dir": "run_dir output",
+    "output_file": "output",
+    "save_dir": "run_dir output",
+    "save_path": "run_dir output",
+    "save_total_limit": "keep_last",
+    "early_stopping_patience": "early_stopping",
+    "patience": "early_stopping",
+    "resume_from_checkpoint": "resume",
+    "resume_from": "resume",
+    "checkpoint": "resume run",
+    "ckpt": "resume run",
+    "config_file": "config",
+    "report_to": "trackers",
+    "wandb": "trackers",
+    "use_wandb": "trackers",
+    "wandb_project": "trackers",
+    "tensorboard": "trackers",
+    "name": "run_dir",
+    "run_name": "run_dir",
+    # Asking a model
+    "run_dir": "run",
+    "input": "text prompt data",
+    "inputs": "text prompt data",
+    "texts": "text",
+    "sentence": "text",
+    "text": "prompt",
+    "question": "prompt",
+    "message": "prompt",
+    "instruction": "prompt",
+    "prompts": "prompt",
+    "system_prompt": "system",
+    "max_tokens": "max_new_tokens",
+    "max_gen_len": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "temp": "temperature",
+    "dir": "run",
+    "tasks": "harness",
+    "tokenizer": "base",
+}
+"""A name elsewhere -> its name here, or several in the order in which they are looked for."""
+
+HOW = {
+    "per_device_train_batch_size": (
+        "Set --batch-size to the examples of a step over all devices, and --micro-batch-size to"
+        " those that a device computes at a time."
+    ),
+    "per_device_eval_batch_size": "Evaluation takes a batch of its own size. Remove it.",
+    "gradient_accumulation_steps": (
+        "Set --batch-size to the examples of a step, and --micro-batch-size to those that are"
+        " computed at a time: their gradients add up."
+    ),
+    "load_in_4bit": "Set --quantize nf4.",
+    "use_4bit": "Set --quantize nf4.",
+    "qlora": "Set --quantize nf4, or --method qlora.",
+    "bnb_4bit_quant_type": "Set --quantize nf4.",
+    "load_in_8bit": "Four bits are what there is. Set --quantize nf4.",
+    "bf16": "Set --dtype bfloat16.",
+    "fp16": "There is no float16, which overflows. Set --dtype bfloat16.",
+    "half": "There is no float16, which overflows. Set --dtype bfloat16.",
+    "fp32": "Set --dtype float32.",
+    "tf32": "Set --dtype bfloat16 or float32.",
+    "device": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES to choose; empty is the CPU.",
+    "cuda": "CUDA is used if it is there. Remove it.",
+    "gpu": "CUDA is used if it is there. Remove it.",
+    "cpu": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES= in front of the command.",
+    "use_cpu": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES= in front of the command.",
+    "no_cuda": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES= in front of the command.",
+    "device_map": "Set --shard to divide the base among devices, --offload to hold it on the CPU.",
+    "warmup_steps": "Set --warmup to the share of all steps.",
+    "max_steps": "Set --epochs; --limit N uses the first N rows alone.",
+    "steps": "Set --epochs; --limit N uses the first N rows alone.",
+    "logging_steps": "Every step is in metrics.jsonl. Remove it.",
+    "logging_dir": "Set --trackers tensorboard: it writes into --run-dir.",
+    "eval_strategy": "Set --eval-steps N. It is once an epoch without it.",
+    "evaluation_strategy": "Set --eval-steps N. It is once an epoch without it.",
+    "save_strategy": "Set --save-steps N. A checkpoint follows each evaluation without it.",
+    "load_best_model_at_end": "Set --final best.",
+    "lora_target_linear": "Set --target-modules all-linear.",
+    "use_dora": "Set --method dora.",
+    "use_lora": "Set --method lora.",
+    "full": "Set --method full.",
+    "train_on_inputs": "Set --loss-on all.",
+    "completion_only_loss": "Set --loss-on answers.",
+    "assistant_only_loss": "Set --loss-on answers.",
+    "optim": "The optimiser is AdamW. Remove it.",
+    "optimizer": "The optimiser is AdamW. Remove it.",
+    "adam_beta1": "AdamW is at torch's defaults. Remove it.",
+    "adam_beta2": "AdamW is at torch's defaults. Remove it.",
+    "attn_implementation": "Attention is torch's own, which picks the fastest. Remove it.",
+    "use_flash_attention_2": "Attention is torch's own, which picks the fastest. Remove it.",
+    "flash_attn": "Attention is torch's own, which picks the fastest. Remove it.",
+    "trust_remote_code": "Code that comes with a model is never run. Remove it.",
+    "tokenizer_name": "The tokenizer is that of --base. Remove it.",
+    "validation_file": "Pass --data a folder with train, dev and test files.",
+    "eval_file": "Pass --data a folder with train, dev and test files.",
+    "test_file": "Pass --data a folder with train, dev and test files.",
+    "do_train": "Remove it: lora train trains, and evaluates.",
+    "do_eval": "Remove it: lora train evaluates; lora eval RUN does so again.",
+    "do_predict": "Remove it, and run lora predict RUN.",
+    "overwrite_output_dir": "No run is written over. Pass another --run-dir, or remove the folder.",
+    "merge": "Run lora merge RUN --output FOLDER.",
+    "merge_and_unload": "Run lora merge RUN --output FOLDER.",
+    "push_to_hub": "Nothing is sent anywhere. Run hf upload NAME RUN/adapter.",
+    "dataloader_num_workers": "Batches are made while the one before computes. Remove it.",
+    "verbose": "Remove it: what happens is in the run's folder.",
+}
+"""A name elsewhere -> how to do the same here. The flags in it are those of `lora train`."""
+
+
+def hint(name: str, known: Collection[str], write: Callable[[str], str]) -> str:
+    """What to write in place of an unknown name: by its meaning, else by its letters. `write` makes
+    of a name what the user is to type."""
+    if name in HOW:
+        return re.sub(r"--([a-z-]+)", lambda found: write(found[1].replace("-", "_")), HOW[name])
+    near = [one for one in NEAR.get(name, "").split() if one in known]
+    near = near or difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"Did you mean {write(near[0])}?"
+    return f"Known: {', '.join(sorted(map(write, known)))}."
+
+
+def as_flag(name: str) -> str:
+    """A field's flag."""
+    return "--" + name.replace("_", "-")
