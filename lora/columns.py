@@ -152,7 +152,7 @@ def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
     free = [n for n in names if n not in (text, pair, label) and n.strip().lower() != "split"]
     if text is None:
         text, label = _by_content(rows, free, label)
-    elif label is None and len(free) == 1 and _classes(rows, free[0]):
+    elif label is None and len(free) == 1 and _recurs(rows, free[0]):
         label = free[0]
     return Columns(text, pair, label, columns.header)
 
@@ -174,7 +174,7 @@ def _by_content(
             classes = [4 * one <= other for one, other in zip(counts, counts[::-1], strict=True)]
         numbered = all(name.isdecimal() for name in free)
         if classes == [True, False]:
-            return last, first
+            return last, first if _recurs(rows, first) else None
         if classes == [False, True] or numbered:
             return first, last
     names = names_of(rows)
@@ -191,11 +191,16 @@ def _values(rows: Sequence[Placed], name: str) -> int:
     return len({str(row[name]).strip() for _, row in rows if name in row})
 
 
+def _recurs(rows: Sequence[Placed], name: str) -> bool:
+    """Whether a column's values recur, as labels do and the numbers of rows do not."""
+    return 2 * _values(rows, name) <= sum(name in row for _, row in rows)
+
+
 def _classes(rows: Sequence[Placed], name: str) -> bool:
     """Whether a column holds labels: numbers, or a few values that recur."""
     values = [str(row[name]).strip() for _, row in rows if name in row]
     numbers = sum(not math.isnan(number_of(value)) for value in values)
-    return 10 * numbers >= 9 * len(values) or 2 * _values(rows, name) <= len(values)
+    return 10 * numbers >= 9 * len(values) or _recurs(rows, name)
 
 
 def number_of(label: str | None) -> float:
