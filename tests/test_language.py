@@ -525,6 +525,84 @@ def test_a_merged_model_stops_where_the_run_does(
     assert written.tolist() == [*tokenizer("no", add_special_tokens=False)["input_ids"], end]
 
 
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}" + CHATML.partition("%}")[2]
+)
+
+
+def mixed(folder: Path) -> list[str]:
+    """A folder of conversations, and the places of its five rows that cannot be used."""
+    folder.mkdir()
+    bad = []
+    for split, count in (("train", 16), ("dev", 6), ("test", 6)):
+        rows = []
+        for i in range(count):
+            turns = [("user", f"{i} and one?"), ("assistant", f"{i + 1}")]
+            if (split, i) in (("train", 3), ("train", 9), ("dev", 2), ("test", 4)):
+                turns = turns[:1] * 2 + turns[1:]
+            rows.append(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
+        if split == "train":
+            rows[5] = "{"
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    for split, number in (("train", 6), ("train", 4), ("train", 10), ("dev", 3), ("test", 5)):
+        bad.append(f"{folder}/{split}.jsonl, line {number}: ")
+    return bad
+
+
+def test_every_row_that_cannot_be_used_is_found_in_one_pass_and_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = saved(tmp_path / "base", "llama", STRICT), tmp_path / "run"
+    bad = mixed(tmp_path / "data")
+    flags = ("--base", base, "--data", tmp_path / "data", *FLAGS, "--epochs", 1)
+    for verb in (("train", "--run-dir", run), ("plan",), ("data", "preview")):
+        capsys.readouterr()
+        assert lora(*verb, *flags) == 2
+        said = capsys.readouterr().err.split("\n")
+        assert said[0] == "DataError: 5 rows cannot be used:"
+        assert [line.strip()[: len(place)] for line, place in zip(said[1:6], bad)] == bad
+        assert "refuses a conversation of user: roles must alternate" in said[2]
+        assert said[6] == "Mend them, or pass --skip-bad-lines 5 to leave them out."
+    assert not run.exists()
+    assert lora("train", *flags, "--run-dir", run, "--skip-bad-lines", 4) == 2
+    flags = (*flags, "--skip-bad-lines", 5)
+    assert lora("train", *flags, "--run-dir", run) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "5 rows skipped, as --skip-bad-lines 5 allows:" in said
+    assert len(lines(run / "predictions.jsonl")) == summary_of(run)["rows"] == 5
+    assert lora("eval", run) == 0
+    said = capsys.readouterr()
+    assert "not as it was" not in said.err
+    assert f"loss {summary_of(run)['loss']:.4f}" in said.out
+    assert lora("plan", *flags) == 0
+    assert lora("data", "preview", *flags) == 0
+    capsys.readouterr()
+    test = tmp_path / "data" / "test.jsonl"
+    for verb in ("eval", "predict", "generate"):
+        assert lora(verb, run, "--data", test) == 2
+        said = capsys.readouterr().err
+        assert f"1 row cannot be used:\n  {bad[4]}" in said
+        assert lora(verb, run, "--data", test, "--skip-bad-lines", 1) == 0
+        assert "1 row skipped" in capsys.readouterr().err
+
+
+def test_rows_of_an_encoders_data_are_skipped_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = saved(tmp_path / "base", "t5"), tmp_path / "run"
+    rows: list[Any] = [{"prompt": f"{i} is", "completion": f" {i}"} for i in range(20)]
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 2]
+    rows[7] = {"messages": turns}
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--base", base, "--data", tmp_path / "x.jsonl", *FLAGS, "--epochs", 1)
+    flags = (*flags, "--template", "none", "--run-dir", run)
+    assert lora("train", *flags) == 2
+    assert "x.jsonl, line 8: 4 messages" in capsys.readouterr().err
+    assert lora("train", *flags, "--skip-bad-lines", 1) == 0
+    assert "1 row skipped" in capsys.readouterr().err
+
+
 def test_answers_with_unicode_line_breaks_merge(base: str, tmp_path: Path) -> None:
     rows = [
         {"prompt": f"{i % 9} is\u2028", "completion": f" number\u2029{i}\u0085."} for i in range(24)
