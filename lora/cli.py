@@ -440,8 +440,9 @@ def _generate(arguments: list[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Print examples token by token as a run would learn them: what is masked is dimmed. Every
-    other flag is one of `lora train`."""
+    """Print examples token by token as a run would learn them: what is masked is dimmed. Of data
+    with labels print which columns are taken, the rows of each class, and examples. Every other
+    flag is one of `lora train`."""
 
     count: int = 3
     """Examples of each data set."""
@@ -468,14 +469,15 @@ def _data(arguments: list[str]) -> None:
 
     own, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
     config = parse_run(_with_config(own.config, others), "lora data preview")
-    from dataclasses import replace
-
     from lora.distributed import device
-    from lora.inputs import read_corpus, show
+    from lora.inputs import corpus_to_show, show, show_labelled
     from lora.models import load_skeleton
     from lora.run import resolve
 
-    corpus = read_corpus(replace(config, task="text"))
+    corpus = corpus_to_show(config)
+    if corpus.task != "text":
+        show_labelled(corpus, own.split, own.count)
+        return
     base = load_skeleton(config.base, 1, "text")  # no weights are read
     config, _ = resolve(config, corpus, base, device())
     show(config, corpus, base, own.split, own.count)

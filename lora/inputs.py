@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -342,6 +343,32 @@ def check_positions(model: Any, prompts: Sequence[Sequence[int]], new: int) -> N
             f"a prompt of {longest} tokens leaves no room for {new} new ones in the model's {most}"
             f" positions. {way}"
         )
+
+
+def corpus_to_show(config: RunConfig[Any]) -> Corpus:
+    """The data set that a configuration asks for; texts without a label are those of --task text,
+    also if it does not say so."""
+    try:
+        return read_corpus(config)
+    except DataError:
+        if config.task != "auto" or len(config.data) > 1:
+            raise
+        with suppress(DataError):
+            corpus = read_corpus(replace(config, task="text"))
+            if not corpus.bad.count:
+                return corpus
+        raise
+
+
+def show_labelled(corpus: Corpus, split: str, count: int) -> None:
+    """Print what was taken for what, the rows of each class, and the first examples."""
+    for line in corpus.said:
+        print(f"data: {line}")
+    for line in filter(None, [corpus.note]):
+        print(f"note: {line}")
+    for one in take(corpus, split)[:count]:
+        pair = "" if one.pair is None else f" | {one.pair}"
+        print(f"{one.place}: {one.label}: {one.text}{pair}")
 
 
 def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: int) -> None:

@@ -260,6 +260,43 @@ def test_texts_with_unicode_line_breaks_train_merge_and_score(
     assert again == {name: f"{value:.4f}" for name, value in metrics.items()}
 
 
+def test_preview_plan_and_train_say_what_was_taken(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [f"a {REVIEWS[i % 6]} film {i},{('bad', 'good')[i % 6 < 3]}" for i in range(40)]
+    path = tmp_path / "x.csv"
+    path.write_text("\n".join(["message,category", *rows]))
+    said = [
+        f"data: {path}: a header, the text in column message, the label in column category",
+        "data: train: 32 rows, by class: bad 14, good 18",
+        "data: dev: 4 rows, by class: bad 3, good 1",
+        "data: test: 4 rows, by class: bad 2, good 2",
+    ]
+    given = ("--base", base, "--data", path)
+    assert lora("data", "preview", *given, "--count", 2) == 0
+    shown = capsys.readouterr().out.split("\n")
+    assert shown[:4] == said
+    assert len([line for line in shown if " film " in line]) == 2
+    for verb in (("plan",), ("train", "--run-dir", tmp_path / "run", "--r", 2, "--epochs", 1)):
+        assert lora(*verb, *given) == 0
+        shown = "".join(capsys.readouterr()).split("\n")
+        assert [line for line in shown if line.startswith("data: ")] == said
+    config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert (config["text_column"], config["label_column"]) == ("message", "category")
+    other = tmp_path / "other.csv"
+    other.write_text("\n".join(rows[2:5]))
+    assert lora("predict", tmp_path / "run", "--data", other) == 2
+    shown = capsys.readouterr().err
+    assert "does its first row name the columns" in shown
+    assert lora("predict", tmp_path / "run", "--data", other, "--header", "no") == 0
+    shown = capsys.readouterr()
+    assert f"{other}: no header, the text in column 0, the label in column 1" in shown.err
+    found = [json.loads(line) for line in shown.out.split("\n") if line]
+    assert [(row["text"], row["label"]) for row in found] == [
+        tuple(row.split(",")) for row in rows[2:5]
+    ]
+
+
 def test_dequantize_is_of_a_packed_base(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
