@@ -554,11 +554,11 @@ class AdaptedLayer(nn.Module):
                 W1, b1 = copy.deepcopy(self.adapter(name)).to(wide).merged(W1, b1)
             W1 = (W1.T if view.transposed else W1).to(W.dtype, copy=True).contiguous()
             b1 = None if b1 is None else b1.to(W.dtype if b is None else b.dtype, copy=True)
+        merged = nn.Parameter(W1, requires_grad=weight.requires_grad)
+        if b1 is None or (bias is not None and b is bias and torch.equal(b1, bias)):
+            return merged, None  # a bias that stays is not copied: it may be tied
         needs = bias is not None and bias.requires_grad
-        return (
-            nn.Parameter(W1, requires_grad=weight.requires_grad),
-            None if b1 is None else nn.Parameter(b1, requires_grad=needs),
-        )
+        return merged, nn.Parameter(b1, requires_grad=needs)
 
     def merge(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         """Put W', b' where W, b were, as parameters of their own: what is tied to W is not moved.

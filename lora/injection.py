@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora import nf4, siblings
+from lora import nf4, siblings, ties
 from lora.adapter import (
     AdaptedLayer,
     Adapter,
@@ -804,14 +804,15 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
     if not layers and not _wholes(model):
         raise MergeError("merge: the model has no adapter. Call lora.inject or lora.load first.")
     layers = {name: layer for name, layer in layers.items() if layer.active}
-    merged, tied = _merged(model, layers, untie)
+    merged = _merged(model, layers)
+    untied = _untied(model, layers, merged, untie)
     before = None if probe is None else _output(model, probe)
     for name, pair in merged.items():
         layers[name].merge(*pair)
     for whole in _wholes(model):
         whole.merged = True
-    if tied:
-        _set_tied(model, False)
+    if untied:
+        ties.untie(model)
     dtypes = {layer.weight.dtype for layer in layers.values()}
     dtype = max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
     off = largest = bound = None
@@ -831,16 +832,13 @@ def merge(model: nn.Module, untie: bool = False, probe: Any = None) -> Certifica
                 f" ({k} eps of {short} times {largest:.3g}). The model is as it was. Merge into a"
                 " float32 base: model.float() first."
             )
-    return Certificate(len(layers), dtype, tied, off, largest, bound)
+    return Certificate(len(layers), dtype, untied, off, largest, bound)
 
 
 def _merged(
-    model: nn.Module, layers: Mapping[str, AdaptedLayer], untie: bool
-) -> tuple[dict[str, tuple[nn.Parameter, nn.Parameter | None]], tuple[str, ...]]:
-    """W' and b' of each layer, and the layers that lose a tie by it.
-
-    Where all that share a weight are adapted to the same W', they share that.
-    """
+    model: nn.Module, layers: Mapping[str, AdaptedLayer]
+) -> dict[str, tuple[nn.Parameter, nn.Parameter | None]]:
+    """W' and b' of each layer. If all that share a weight have the same W', they share that."""
     packed = [name for name, layer in layers.items() if layer.view.packed]
     if packed:
         raise MergeError(
@@ -861,19 +859,35 @@ def _merged(
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
         groups.setdefault(id(layer.view.parameters()[0]), []).append(name)
-    loose: list[str] = []
     for shared, names in groups.items():
         one = merged[names[0]][0]
         if users[shared] == len(names) and all(torch.equal(merged[n][0], one) for n in names):
             merged |= {name: (one, merged[name][1]) for name in names}
-        else:
-            loose += names if users[shared] > 1 else []
-    if loose and not untie:
+    return merged
+
+
+def _untied(
+    model: nn.Module,
+    layers: Mapping[str, AdaptedLayer],
+    merged: Mapping[str, tuple[nn.Parameter, nn.Parameter | None]],
+    untie: bool,
+) -> tuple[str, ...]:
+    """Names of the layers that the merge unties. Raises MergeError unless it may, and can."""
+    _, saved = wrappers_of(model)
+    untied = ties.broken_ties(
+        model,
+        {id(layers[name].base_layer): pair for name, pair in merged.items()},
+        {id(keeper.original_module): keeper.current for keeper in saved.values() if keeper.active},
+    )
+    if untied and not untie:
         raise MergeError(
-            f"merge: the weight of {loose[0]} is tied to another module's, which would change with"
-            " it. Call lora.merge(model, untie=True) to give it one of its own."
+            f"merge: the weight of {untied[0]} is tied to another module's, which would change with"
+            " it. Call lora.merge(model, untie=True), or lora merge --untie, to give it one of its"
+            " own."
         )
-    return merged, tuple(loose)
+    if untied:
+        ties.check_flag(model)
+    return untied
 
 
 def _output(model: nn.Module, probe: Any) -> Tensor:
@@ -889,27 +903,15 @@ def _output(model: nn.Module, probe: Any) -> Tensor:
     return found.float()
 
 
-def _set_tied(model: nn.Module, tied: bool) -> None:
-    """Tell transformers, which ties the two again when it saves or loads."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", None) is (not tied):
-        config.tie_word_embeddings = tied  # type: ignore[union-attr]
-        if tied:
-            model.__dict__.pop("lora_untied")
-        else:
-            model.__dict__["lora_untied"] = True
-
-
 def restore(model: nn.Module) -> None:
     """Undo merge, bit for bit, from the kept originals."""
     _keeps_base(model, "restore")
+    ties.retie(model)
     layers, _ = wrappers_of(model)
     for layer in layers.values():
         layer.restore()
     for whole in _wholes(model):
         whole.merged = False
-    if "lora_untied" in model.__dict__:
-        _set_tied(model, True)
 
 
 def eject(model: nn.Module) -> None:
@@ -951,7 +953,7 @@ def eject(model: nn.Module) -> None:
     for _, selected in selections(model):
         _place(model, selected, is_merged and selected.active)
     required = model.__dict__.pop("lora_required")
-    for key in ("lora_adapters", "lora_selected", "lora_untied"):
+    for key in ("lora_adapters", "lora_selected", ties.RECORD):
         model.__dict__.pop(key, None)
     for name, parameter in base_paths(model):
         parameter.requires_grad_(required.get(name, parameter.requires_grad))

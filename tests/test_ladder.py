@@ -24,6 +24,7 @@ LADDER = [
     {"adapter"},
     {"methods"},
     {"targets"},
+    {"ties"},
     {"injection", "foreign", "card"},
     {"checkpoint"},
     {"testing"},
@@ -56,6 +57,7 @@ LADDER = [
 CORE = {
     "errors",
     "files",
+    "ties",
     "card",
     "patterns",
     "layers",

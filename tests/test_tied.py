@@ -266,3 +266,71 @@ def test_rows_alone_that_cannot_train_are_refused(settings: dict[str, Any], mess
     with pytest.raises((lora.TargetError, lora.ConfigError), match=message):
         lora.inject(model, lora.METHODS["tokens"].Config(**settings))
     assert unchanged(before, model)
+
+
+SIDES: dict[str, tuple[Callable[[], Any], Any]] = {
+    "gpt2, the head whole": (
+        lambda: build("gpt2"), {"target_modules": ("c_attn",), "modules_to_save": ("lm_head",)}),
+    "gpt2, the table whole": (
+        lambda: build("gpt2"), {"target_modules": ("c_attn",), "modules_to_save": ("wte",)}),
+    "gpt2, both whole": (
+        lambda: build("gpt2"), {"target_modules": ("c_attn",), "modules_to_save": ("wte", "lm_head")}),
+    "gpt2, an adapter on the head": (lambda: build("gpt2"), {"target_modules": ("lm_head",)}),
+    "gpt2, rows apart": (lambda: build("gpt2"), {
+        "target_modules": ("c_attn",), "trainable_token_indices": {"wte": [3, 1], "lm_head": [5]}}),
+    "bert, the head whole": (
+        bert_mlm, {"target_modules": ("query",), "modules_to_save": ("decoder",)}),
+    "bert, the head and what is before it": (
+        bert_mlm, {"target_modules": ("query",), "modules_to_save": ("cls",)}),
+    "bert, an adapter with a bias on the head": (
+        bert_mlm, {"target_modules": ("decoder",), "lora_bias": True}),
+    "bert, an adapter on the table": (bert_mlm, {"target_modules": ("word_embeddings",)}),
+    "t5, the head whole": (t5, {"target_modules": ("q",), "modules_to_save": ("lm_head",)}),
+    "t5, the encoder's table": (t5, {
+        "target_modules": ("q",), "trainable_token_indices": {"encoder.embed_tokens": [3, 1]}}),
+    "bart, the head whole": (
+        lambda: build("bart"), {"target_modules": ("q_proj",), "modules_to_save": ("lm_head",)}),
+    "bart, the decoder's table": (
+        lambda: build("bart"), {"target_modules": ("decoder.embed_tokens",)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_one_side_of_a_tie_is_in_the_merged_folder(name: str, tmp_path: Path) -> None:
+    make, settings = SIDES[name]
+    lora.inject(model := make(), lora.LoRAConfig(r=2, **settings))
+    perturb(model.eval(), size=0.3)
+    wanted, before = logits(model), snapshot(model)
+    assert off(make(), wanted) > 1e-3
+    with pytest.raises(lora.MergeError, match=r"untie=True.*--untie"):
+        lora.merge(model)
+    assert unchanged(before, model)
+    assert lora.merge(model, untie=True).untied
+    flag = model.config.tie_word_embeddings
+    assert flag is ("t5" in name)  # whose config knows no other value
+    lora.restore(model)
+    assert unchanged(before, model)
+    assert model.config.tie_word_embeddings is True
+    lora.merge(model, untie=True)
+    lora.eject(model)
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert off(type(model).from_pretrained(tmp_path), wanted) < 1e-5
+    if flag:
+        return
+    # A reader that goes by the flag finds each weight under its own name.
+    filed = safetensors.torch.load((tmp_path / "model.safetensors").read_bytes())
+    assert {key for key in model.state_dict() if key not in filed} == set()
+
+
+def test_a_model_that_computes_by_the_flag_is_not_untied() -> None:
+    torch.manual_seed(0)
+    config = hf.UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    model = hf.UMT5ForConditionalGeneration(config).eval()
+    assert model.config.tie_word_embeddings
+    lora.inject(model, lora.LoRAConfig(target_modules=("q",), modules_to_save=("lm_head",)))
+    before = snapshot(model)
+    with pytest.raises(lora.MergeError, match="computes another output if its config says"):
+        lora.merge(model, untie=True)
+    assert unchanged(before, model)
