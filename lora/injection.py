@@ -30,7 +30,7 @@ from lora.adapter import (
     forward,
     initialise,
 )
-from lora.errors import ConfigError, MergeError, TargetError
+from lora.errors import CheckpointError, ConfigError, MergeError, TargetError
 from lora.layers import VIEWS, View, gathered, inside, kind, views
 from lora.nf4 import NF4Linear, put
 from lora.targets import (
@@ -218,7 +218,35 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     if parts.selected:
         model.__dict__["lora_selected"] = Selected(parts.selected, plan.method.keeps_base)
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
+    guard(model, True)
     activate(model, name)
+
+
+WHOLE = ("save_pretrained", "push_to_hub")
+
+
+def guard(model: nn.Module, on: bool) -> None:
+    """Let save_pretrained, which Trainer calls too, and push_to_hub refuse on every part of the
+    model that has wrappers: what they wrote would load with weights drawn at random."""
+    for part in model.modules():
+        own = part.__dict__
+        for name in WHOLE:
+            if own.get(name) is _refuse_to_save:
+                del own[name]
+        inner = (
+            [m for m in part.modules() if isinstance(m, AdaptedLayer | SavedModule)] if on else []
+        )
+        if inner:
+            own.update({name: _refuse_to_save for name in WHOLE if hasattr(type(part), name)})
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise CheckpointError(
+        "save_pretrained: the model holds adapters, under names that from_pretrained does not read:"
+        " the layers would load with weights drawn at random. For the adapter call"
+        " lora.save(model, folder); for a whole model lora.merge(model) and lora.eject(model)"
+        " first. In transformers.Trainer pass callbacks=[lora.trainer.AdapterCallback()]."
+    )
 
 
 def _nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -950,6 +978,7 @@ def eject(model: nn.Module) -> None:
         parent._modules[leaf] = plain
     for _, parent in walk(model):
         siblings.part(parent)
+    guard(model, False)
     for _, selected in selections(model):
         _place(model, selected, is_merged and selected.active)
     required = model.__dict__.pop("lora_required")

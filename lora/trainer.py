@@ -28,6 +28,7 @@ from lora.injection import (
     after_step,
     check_alive,
     check_steps,
+    guard,
     injected,
     param_groups,
     penalty,
@@ -55,6 +56,7 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._slim(model)  # a checkpoint to resume from is loaded before on_train_begin
 
     def _slim(self, model: nn.Module) -> None:
+        guard(model, False)  # what save_pretrained is given to write is not the whole model
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
@@ -110,6 +112,7 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
             save(model, Path(args.output_dir) / ADAPTER, self.name)
         for hook in self.hooks:
             hook.remove()
+        guard(model, bool(injected(model)))
 
 
 def _spared(model: nn.Module) -> set[str]:

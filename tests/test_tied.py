@@ -273,8 +273,8 @@ SIDES: dict[str, tuple[Callable[[], Any], Any]] = {
         lambda: build("gpt2"), {"target_modules": ("c_attn",), "modules_to_save": ("lm_head",)}),
     "gpt2, the table whole": (
         lambda: build("gpt2"), {"target_modules": ("c_attn",), "modules_to_save": ("wte",)}),
-    "gpt2, both whole": (
-        lambda: build("gpt2"), {"target_modules": ("c_attn",), "modules_to_save": ("wte", "lm_head")}),
+    "gpt2, both whole": (lambda: build("gpt2"), {
+        "target_modules": ("c_attn",), "modules_to_save": ("wte", "lm_head")}),
     "gpt2, an adapter on the head": (lambda: build("gpt2"), {"target_modules": ("lm_head",)}),
     "gpt2, rows apart": (lambda: build("gpt2"), {
         "target_modules": ("c_attn",), "trainable_token_indices": {"wte": [3, 1], "lm_head": [5]}}),

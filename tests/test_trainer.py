@@ -260,3 +260,15 @@ def test_the_example(tmp_path: Path) -> None:
 def test_import_lora_leaves_trainer_alone() -> None:
     code = "import lora, sys; lora.LoRAConfig; assert 'lora.trainer' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_trainer_without_the_callback_saves_nothing_that_does_not_load(tmp_path: Path) -> None:
+    model = classifier()
+    run = trainer(model, tmp_path)
+    run.train()
+    with pytest.raises(lora.CheckpointError, match="AdapterCallback"):  # which is done by now
+        run.save_model(str(tmp_path / "late"))
+    plain = transformers.Trainer(model=classifier(), args=run.args, train_dataset=ROWS)
+    with pytest.raises(lora.CheckpointError, match=r"callbacks=\[lora\.trainer\.AdapterCallback"):
+        plain.save_model(str(tmp_path / "plain"))
+    assert not list(tmp_path.rglob("model.safetensors"))
