@@ -555,7 +555,7 @@ class AdaptedLayer(nn.Module):
             W1 = (W1.T if view.transposed else W1).to(W.dtype, copy=True).contiguous()
             b1 = None if b1 is None else b1.to(W.dtype if b is None else b.dtype, copy=True)
         merged = nn.Parameter(W1, requires_grad=weight.requires_grad)
-        if b1 is None or (bias is not None and b is bias and torch.equal(b1, bias)):
+        if b1 is None or (b is not None and b is bias and torch.equal(b1, b)):
             return merged, None  # a bias that stays is not copied: it may be tied
         needs = bias is not None and bias.requires_grad
         return merged, nn.Parameter(b1, requires_grad=needs)
