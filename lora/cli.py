@@ -514,9 +514,22 @@ def _merge(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     from lora.config import parse
-    from lora.export import ExportConfig, export
+    from lora.export import ExportConfig, base_named, export
 
-    print(export(parse(ExportConfig, _leading(arguments, "--adapter"), "lora export")))
+    config: ExportConfig = parse(ExportConfig, _leading(arguments, "--adapter"), "lora export")
+    print(export(config, _ends(config.adapter, base_named(config.adapter, config.base))))
+
+
+def _ends(adapter: Path, base: str) -> Any:
+    """What ends an answer of a run that writes texts; None of all else."""
+    from lora.inputs import export_ends
+    from lora.run import config_of
+
+    run = adapter.parent if adapter.name == "adapter" else adapter
+    if not (run / "config.toml").is_file():
+        return None
+    config = config_of(run)
+    return export_ends(config, base) if config.task == "text" else None
 
 
 def _plot(arguments: list[str]) -> None:

@@ -17,6 +17,7 @@ GPT-2's Conv1D needs no transposition: A and B are (r, in) and (out, r) there as
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
@@ -30,7 +31,14 @@ import torch
 from torch import Tensor
 
 from lora.card import EMBEDDED
-from lora.checkpoint import CONFIG, find_folder, read_adapter, read_json, settings_of
+from lora.checkpoint import (
+    CONFIG,
+    find_folder,
+    read_adapter,
+    read_json,
+    settings_of,
+    write_whole,
+)
 from lora.errors import CheckpointError, ConfigError, command
 from lora.files import writable
 from lora.methods._lowrank import by_layer
@@ -47,6 +55,8 @@ ARCHITECTURES = {
 """model_type -> general.architecture, of the models whose adapters are known to fit."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+EOT = "tokenizer.ggml.eot_token_id"
+"""llama.cpp's key of the token that ends a turn."""
 MERGE = "Merge it into the base instead: lora merge RUN --output FOLDER."
 
 
@@ -57,7 +67,8 @@ class ExportConfig:
     adapter: Path
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     format: Literal["gguf", "vllm"] = "gguf"
-    """vllm reads the folder as it is: it is checked, and nothing is written."""
+    """vllm reads the folder as it is: it is checked, and a run's template and the token that ends
+    its turns are written there, if they are not the base's."""
     base: str | None = None
     """The base model: a folder with config.json, or a name on the hub. Default: the one that the
     adapter names."""
@@ -80,6 +91,16 @@ class Filed:
 
     def rank(self, name: str) -> int:
         return len(self.layers[name][0])
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends an answer of a run that writes texts, and its template."""
+
+    tokens: tuple[str, ...]  # all that end an answer
+    turn: int | None  # the id of the one that the base does not name; None if it names all
+    generation: Mapping[str, Any]  # the base's generation config, with all of them
+    template: str | None  # in Jinja; None if it is the base's own, or none
 
 
 def folder_of(adapter: Path) -> Path:
@@ -129,20 +150,50 @@ def base_named(adapter: Path, asked: str | None) -> str:
     return named
 
 
-def export(config: ExportConfig) -> str:
-    """Do what `lora export` asks, and return what it says. Raises CheckpointError, ConfigError,
-    ModelError."""
+def export(config: ExportConfig, ends: Ends | None = None) -> str:
+    """Do what `lora export` asks, and return what it says; `ends` of a run that writes texts.
+
+    Raises CheckpointError, ConfigError, ModelError."""
     from lora.models import base_config
 
     base = base_named(config.adapter, config.base)
     if config.format == "vllm":
         if config.output is not None:
-            raise ConfigError("--format vllm writes nothing. Leave --output out.")
-        return vllm_command(config.adapter, base)
+            raise ConfigError("--format vllm writes no GGUF. Leave --output out.")
+        return vllm_command(config.adapter, base, ends)
     output = config.output or config.adapter / "adapter.gguf"
     count = export_gguf(config.adapter, base_config(base), output, config.dtype)
-    run = command("llama-cli", "-m", "BASE.gguf", "--lora", output)
-    return f"written: {output}, {count} layers. Run {run}"
+    flags: list[object] = ["--lora", output]
+    if ends and ends.turn is not None:
+        flags += ["--override-kv", f"{EOT}=int:{ends.turn}"]
+    if ends and ends.template:
+        template = _beside(output.with_suffix(".jinja"), ends.template)
+        flags += ["--jinja", "--chat-template-file", template]
+    run = command("llama-cli", "-m", "BASE.gguf", *flags)
+    said = f"written: {output}, {count} layers. Run {run}"
+    if ends is None:
+        return said
+    file = _beside(output.with_suffix(".Modelfile"), modelfile(output, ends))
+    create = command("ollama", "create", "NAME", "-f", file)
+    return f"{said}\nFor Ollama, name the base in {file}, and run {create}"
+
+
+def modelfile(adapter: Path, ends: Ends) -> str:
+    """What Ollama makes a model of: a GGUF adapter on a base, stopping where the run does."""
+    lines = ["FROM BASE.gguf", f"ADAPTER ./{adapter.name}"]
+    for token in ends.tokens:
+        quotes = '"""' if '"' in token else '"'
+        lines.append(f"PARAMETER stop {quotes}{token}{quotes}")
+    if ends.template:
+        lines.append("# The base's template is not the run's: TEMPLATE says it, in Go's syntax.")
+    return "\n".join(lines) + "\n"
+
+
+def _beside(path: Path, text: str) -> Path:
+    """Write a text file that belongs to an adapter."""
+    with writable(path, CheckpointError, "Free space, or pass another --output."):
+        write_whole(path, text.encode())
+    return path
 
 
 def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") -> int:
@@ -286,9 +337,10 @@ def _largest(filed: Filed) -> int:
     return max(filed.rank(name) for name in filed.layers)
 
 
-def vllm_command(adapter: Path, base: str) -> str:
+def vllm_command(adapter: Path, base: str, ends: Ends | None = None) -> str:
     """The command that serves an adapter with vLLM, on the base in a folder or of a name on the
-    hub. Raises CheckpointError if vLLM cannot, and what read_filed() raises."""
+    hub. What the base's own generation config and template lack is written into the adapter's
+    folder. Raises CheckpointError if vLLM cannot, and what read_filed() raises."""
     from lora.models import base_config
 
     filed = read_filed(adapter, base_config(base))
@@ -298,5 +350,11 @@ def vllm_command(adapter: Path, base: str) -> str:
         raise CheckpointError(f"vLLM cannot serve {adapter}.\n  {listed}\n{MERGE}")
     rank = next(rank for rank in VLLM_RANKS if rank >= _largest(filed))
     named = f"{adapter.resolve().name}={filed.folder}"
-    flags = "--enable-lora", "--max-lora-rank", rank, "--lora-modules", named
+    flags: list[object] = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", named]
+    if ends and ends.turn is not None:
+        _beside(filed.folder / "generation_config.json", json.dumps(ends.generation, indent=2))
+        flags += ["--generation-config", filed.folder]
+    if ends and ends.template:
+        template = _beside(filed.folder / "chat_template.jinja", ends.template)
+        flags += ["--chat-template", template]
     return command("vllm", "serve", base, *flags)

@@ -20,7 +20,8 @@ from lora.conversations import Conversation, Message, grouped
 from lora.data import Corpus, read, take
 from lora.demo import tasks
 from lora.errors import ConfigError, DataError
-from lora.models import Base, check_ids
+from lora.export import Ends
+from lora.models import Base, check_ids, writing_parts
 from lora.rows import SPLITS, BadRows
 from lora.templates import (
     Template,
@@ -297,9 +298,13 @@ def prompts_of(
 
 def ends_of(template: Template, base: Any) -> tuple[int, ...]:
     """The ids that end an answer: of the template, and of the base's own generation config."""
-    own = base.eos_token_id
-    named = [] if own is None else [own] if isinstance(own, int) else [*own]
-    return tuple(dict.fromkeys((*template.stops, *named)))
+    return tuple(dict.fromkeys((*template.stops, *_named(base))))
+
+
+def _named(generation: Any) -> list[int]:
+    """The ids that a generation config names as ends."""
+    own = generation.eos_token_id
+    return [] if own is None else [own] if isinstance(own, int) else [*own]
 
 
 def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
@@ -311,6 +316,20 @@ def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     if template.jinja is not None:
         tokenizer.chat_template = template.jinja
+
+
+def export_ends(config: RunConfig[Any], base: str) -> Ends:
+    """What ends an answer of a run that writes texts, for those who read its adapter on a base."""
+    tokenizer, generation = writing_parts(base)
+    template, own = template_of(tokenizer, config.template), tokenizer.chat_template
+    ids = ends_of(template, generation)
+    known = {tokenizer.eos_token_id, *_named(generation)}
+    return Ends(
+        tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
+        turn=next((token for token in template.stops if token not in known), None),
+        generation={**generation.to_diff_dict(), "eos_token_id": [*ids]},
+        template=None if template.jinja == own else template.jinja,
+    )
 
 
 def asked_of(

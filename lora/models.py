@@ -385,6 +385,15 @@ def base_config(base: str, **head: Any) -> Any:
         raise _not_loaded(base, error) from error
 
 
+def writing_parts(base: str) -> tuple[Any, Any]:
+    """The tokenizer and the generation config of a base that writes. No weights are read."""
+    made = load_skeleton(base, 1, "text")
+    try:
+        return made.tokenizer, transformers.GenerationConfig.from_pretrained(base)
+    except OSError:  # it has none
+        return made.tokenizer, made.model.generation_config
+
+
 def _check_counts(base: str, stated: Mapping[str, Any]) -> None:
     """Raise ModelError if a config states more layers, heads, labels, ... than any model has.
 

@@ -274,7 +274,7 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
     assert said == (
         f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules run={run / 'adapter'}"
     )
-    with pytest.raises(lora.ConfigError, match="writes nothing"):
+    with pytest.raises(lora.ConfigError, match="writes no GGUF"):
         export(ExportConfig(adapter=run, format="vllm", output=tmp_path / "x"))
     with pytest.raises(lora.errors.ModelError, match="none: no such folder"):
         export(ExportConfig(adapter=run, base=str(tmp_path / "none"), output=tmp_path / "x"))

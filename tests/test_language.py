@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -523,6 +524,42 @@ def test_a_merged_model_stops_where_the_run_does(
     written = model.generate(**asking, max_new_tokens=40)[0, asking["input_ids"].shape[1] :]
     assert answer == "no"
     assert written.tolist() == [*tokenizer("no", add_special_tokens=False)["input_ids"], end]
+    exported(tmp_path / "run", asked, (tokenizer.eos_token_id, end, stop), capsys)
+
+
+def exported(
+    run: Path, asked: str, ends: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What other engines are told of a run's template and the tokens that end its answers."""
+    pytest.importorskip("gguf")
+    assert lora("export", run, "--format", "vllm") == 0
+    words = shlex.split(capsys.readouterr().out)
+    folder = Path(words[words.index("--generation-config") + 1])
+    generation = transformers.GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [*ends]
+    assert lora("export", run, "--output", run / "a b.gguf") == 0
+    said, ollama = capsys.readouterr().out.splitlines()
+    flags = shlex.split(said)
+    assert flags[flags.index("--override-kv") + 1] == f"tokenizer.ggml.eot_token_id=int:{ends[1]}"
+    assert ollama.endswith(shlex.join(["ollama", "create", "NAME", "-f", f"{run}/a b.Modelfile"]))
+    lines = (run / "a b.Modelfile").read_text().splitlines()
+    assert lines[:5] == [
+        "FROM BASE.gguf", "ADAPTER ./a b.gguf", 'PARAMETER stop "</s>"',
+        'PARAMETER stop "<|end|>"', 'PARAMETER stop "a"',
+    ]  # fmt: skip
+    own = [words[words.index(flag) + 1] for flag in ("--chat-template",) if flag in words]
+    own += [flags[flags.index(flag) + 1] for flag in ("--chat-template-file",) if flag in flags]
+    assert [Path(path).read_text() for path in own] == ([ENDED] * 2 if asked == "file" else [])
+    assert ("TEMPLATE" in (run / "a b.Modelfile").read_text()) == (asked == "file")
+
+
+def test_a_run_whose_base_knows_its_ends_is_exported_without_more(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gguf")
+    assert lora("export", run, "--format", "vllm") == 0
+    assert "--generation-config" not in capsys.readouterr().out
+    assert not (run / "adapter" / "generation_config.json").exists()
 
 
 STRICT = (

@@ -14,7 +14,7 @@ from architectures import VOCAB, build
 from torch import Tensor
 
 import lora
-from lora.export import ARCHITECTURES, export_gguf
+from lora.export import ARCHITECTURES, EOT, export_gguf
 from lora.testing import perturb
 
 gguf = pytest.importorskip("gguf")
@@ -38,8 +38,9 @@ def converted(model: Any, name: str, parameter: Tensor) -> Tensor:
     return parameter
 
 
-def write_base(model: Any, path: Path) -> None:
-    """The model as a GGUF file, in float32, with a vocabulary of bytes and numbered tokens."""
+def write_base(model: Any, path: Path, turn: int | None = None) -> None:
+    """The model as a GGUF file, in float32, with a vocabulary of bytes and numbered tokens, one of
+    which ends a turn."""
     config = model.config
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
@@ -63,6 +64,8 @@ def write_base(model: Any, path: Path) -> None:
     writer.add_token_scores([-float(number) for number in range(VOCAB)])
     writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (VOCAB - 259)])
     writer.add_add_bos_token(False)
+    if turn is not None:  # as --override-kv sets it
+        writer.add_uint32(EOT, turn)
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     targets = gguf.get_tensor_name_map(kinds[architecture], 2)
     for name, parameter in model.named_parameters():
@@ -75,17 +78,22 @@ def write_base(model: Any, path: Path) -> None:
     writer.close()
 
 
-def answer(base: Path, adapter: Path | None, ids: list[int]) -> Tensor:
-    """llama.cpp's log-probabilities (vocab,) of the token after ids."""
+def settings(base: Path) -> Any:
     params = engine.CommonParams()
     params.model.path = str(base)
-    if adapter is not None:
-        params.lora_adapters = [engine.CommonAdapterLoraInfo(str(adapter), 1.0)]
     params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 64, 1, 0, 0
     params.warmup = params.fit_params = False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = engine.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    return params
+
+
+def answer(base: Path, adapter: Path | None, ids: list[int]) -> Tensor:
+    """llama.cpp's log-probabilities (vocab,) of the token after ids."""
+    params = settings(base)
+    if adapter is not None:
+        params.lora_adapters = [engine.CommonAdapterLoraInfo(str(adapter), 1.0)]
     asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": VOCAB}
     found = engine.Server(params).handle_completions(asked)
     (one,) = found["choices"][0]["logprobs"]["content"]
@@ -133,3 +141,26 @@ def test_the_engine_computes_what_we_do(name: str, settings: Any, within: float,
     found = answer(tmp_path / "base.gguf", tmp_path / "a.gguf", ids)
     torch.testing.assert_close(found, adapted, atol=within, rtol=0)
     assert float((adapted - plain).abs().max()) > 0.5
+
+
+def written(base: Path, ids: list[int]) -> list[int]:
+    """The 12 tokens at most that llama.cpp writes after ids."""
+    params = settings(base)
+    asked = {"prompt": ids, "n_predict": 12, "temperature": 0, "n_probs": 1}
+    found = engine.Server(params).handle_completions(asked)
+    return [entry["id"] for entry in found["choices"][0]["logprobs"]["content"]]
+
+
+def test_the_engine_stops_at_the_token_that_export_names(tmp_path: Path) -> None:
+    model = build("llama")
+    write_base(model, tmp_path / "base.gguf")
+    for first in range(5, 60):
+        free = written(tmp_path / "base.gguf", [*IDS, first])
+        end = next((one for one in free[1:8] if one >= 259 and one != free[0]), None)
+        if len(free) == 12 and end is not None:
+            break
+    assert end is not None
+    write_base(model, tmp_path / "ended.gguf", end)
+    stopped = written(tmp_path / "ended.gguf", [*IDS, first])
+    assert stopped[: free.index(end)] == free[: free.index(end)]
+    assert len(stopped) <= free.index(end) + 1
