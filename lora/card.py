@@ -9,6 +9,7 @@ the adapter saves them; if not, auto_mapping is, as PEFT itself writes it withou
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
     kind = type(model)
     config: Any = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
-    if base and Path(base).is_dir():
+    if base and os.path.isdir(base):
         base = str(Path(base).resolve())
     task = task_of(kind.__name__)
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
@@ -76,6 +77,12 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
     if task is None and kind.__module__.startswith("transformers."):
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
     return {"task_type": task, "auto_mapping": mapping, "base_model_name_or_path": base}
+
+
+def base_in(settings: Mapping[str, Any]) -> str | None:
+    """The base that an adapter's file states, by what --base calls it; None if it states none."""
+    base = settings.get("base_model_name_or_path")
+    return base.removeprefix(EMBEDDED) or None if isinstance(base, str) else None
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:
@@ -116,13 +123,13 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
         lines.append('    peft.PeftModel.from_pretrained(model, "this folder")  # PEFT')
     given = "".join(f", {name}={value!r}" for name, value in arguments.items())
     if base is not None and base.startswith(EMBEDDED):
-        name = base.removeprefix(EMBEDDED)
-        labels = arguments.get("num_labels", 1)
+        name, labels = base.removeprefix(EMBEDDED), arguments.get("num_labels")
+        kind = {None: "text", 1: "regression"}.get(labels, "classification")
         lines += [
             "",
             "Its base is built into lora-from-scratch: no folder and no hub has it. It is",
             "",
-            f'    lora.models.load_base("{name}", {labels}, "TASK", seed=0).model',
+            f'    lora.models.load_base("{name}", {labels or 1}, "{kind}", seed=0).model',
         ]
     elif peft and base is not None and (task or settings["auto_mapping"]):
         kind = f"For{AUTO[task]}" if task else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
 import re
 import sys
 import tomllib
@@ -25,9 +26,9 @@ import tyro
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
 import lora.methods  # noqa: F401  (fills METHODS)
-from lora import documents
 from lora.adapter import LARGEST, METHODS, Method, MethodConfig
-from lora.checkpoint import settings_of
+from lora.card import base_in
+from lora.checkpoint import CONFIG, find_folder, read_json, settings_of
 from lora.declared import declared, is_list
 from lora.documents import wanted
 from lora.errors import ConfigError, FileError, SettingError
@@ -88,7 +89,7 @@ class RunConfig(Generic[C]):
     """What trains; `lora methods` lists them."""
     adapter: Path | None = None
     """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
-    those of its file."""
+    those of its file, and its base is the one that the file states, unless --base is given."""
     text_column: Text | None = None
     """Column of the text: a name, or a number from 0."""
     pair_column: Text | None = None
@@ -271,6 +272,8 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
             )
         method = method or found.name
         table = {field.name: getattr(filed, field.name) for field in fields(filed)} | table
+        base = base_in(read_json(find_folder(str(table["adapter"])) / CONFIG))
+        table = ({"base": base} if base else {}) | table
     method = method or "lora"
     with stated_in(path):
         start = from_table(table, method)
@@ -425,7 +428,7 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
 def named(source: str) -> tuple[str, str]:
     """The name and the place of one of --data: NAME=PLACE, or the place's last part."""
     name, sign, place = source.partition("=")
-    if sign and place and re.fullmatch(r"[\w.-]+", name) and not Path(source).exists():
+    if sign and place and re.fullmatch(r"[\w.-]+", name) and not os.path.exists(source):
         return name, place
     return Path(source).stem if Path(source).suffix else Path(source).name, source
 
@@ -433,7 +436,7 @@ def named(source: str) -> tuple[str, str]:
 def placed(source: str) -> str:
     """The same with a file or folder by its whole path, so that it is found from anywhere."""
     _, place = named(source)
-    if place in ("demo", "demo-lm") or not Path(place).exists():
+    if place in ("demo", "demo-lm") or not os.path.exists(place):
         return source
     return source.removesuffix(place) + str(Path(place).resolve())
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora.card import EMBEDDED
+from lora.card import base_in
 from lora.checkpoint import (
     CONFIG,
     find_folder,
@@ -144,8 +144,8 @@ def read_filed(adapter: Path, base: Any) -> Filed:
 
 def base_named(adapter: Path, asked: str | None) -> str:
     """The base to export for: the one that is asked for, or that the adapter's file names."""
-    named = asked or read_json(folder_of(adapter) / CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named or named.startswith(EMBEDDED):
+    named = asked or base_in(read_json(folder_of(adapter) / CONFIG))
+    if not named or named in ("demo", "demo-lm"):
         raise ConfigError(f"{adapter} names no base that another engine has. Pass --base FOLDER.")
     return named
 

@@ -135,7 +135,7 @@ def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunCon
     where it was. Raises RunError if it is not there any more."""
     if base is not None:
         return replace(config, base=placed(base))
-    if Path(config.base).is_absolute() and not Path(config.base).is_dir():
+    if os.path.isabs(config.base) and not os.path.isdir(config.base):
         raise RunError(
             f"{directory}: its base {config.base} is not there any more. Pass its new place:"
             " --base FOLDER."

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora import card, distributed, state
+from lora import distributed, state
+from lora.card import base_in, task_of
 from lora.checkpoint import CONFIG, filed_labels, find_folder, read_json, read_tensors, settings_of
 from lora.config import RunConfig, Task
 from lora.errors import CheckpointError, RunError, command
@@ -90,11 +91,11 @@ def _run(directory: Path, base: str | None) -> Source:
 def _alone(directory: Path, folder: Path, base: str | None) -> Source:
     settings = read_json(folder / CONFIG)
     method, filed = settings_of(folder)
-    stated = settings.get("base_model_name_or_path")
-    if base is None and (not isinstance(stated, str) or not stated):
+    stated = base_in(settings)
+    if base is None and stated is None:
         raise RunError(f"{folder / CONFIG} does not name its base. Pass --base FOLDER or NAME.")
     config: RunConfig[Any] = RunConfig(
-        base=str(stated or base).removeprefix(card.EMBEDDED),
+        base=stated or str(base),
         method=method.name,
         dtype=pick_dtype(distributed.device()),
         settings=filed,
@@ -116,7 +117,7 @@ def _task(folder: Path, settings: Mapping[str, Any], told: Any) -> str:
     names = [mapping.get("base_model_class")] if isinstance(mapping, dict) else []
     names += getattr(told, "architectures", None) or []
     if task is None:
-        task = next(filter(None, (card.task_of(str(name)) for name in names)), None)
+        task = next(filter(None, (task_of(str(name)) for name in names)), None)
     if not isinstance(task, str) or task not in TASKS:
         found = f"task_type {task!r}" if task else "no task_type, and a base that tells none"
         raise CheckpointError(

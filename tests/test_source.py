@@ -265,6 +265,41 @@ def train(base: object, folder: Path, *flags: object) -> Path:
     return run
 
 
+@pytest.mark.parametrize(
+    ("name", "saved"), [("roberta", ["classifier"]), ("llama", ["score"]), ("bert", ["classifier"])]
+)
+def test_the_code_in_a_runs_readme_is_peft_with_the_runs_logits(
+    name: str, saved: list[str], tmp_path: Path
+) -> None:
+    """A head that is new is filed as PEFT names it: RoBERTa's by one name, not by its layers'."""
+    base = save_base(tmp_path / "base", name)
+    build(name).base_model.save_pretrained(base)
+    run = train(base, tmp_path, "--dtype", "float32", "--learning-rate", 0.1)
+    settings = json.loads((run / "adapter/adapter_config.json").read_text())
+    assert settings["modules_to_save"] == saved
+    text = (run / "adapter/README.md").read_text()
+    (code,) = (line.strip() for line in text.splitlines() if "AutoPeftModel" in line)
+    theirs = eval(code.replace("this folder", str(run / "adapter"))).eval()
+    ours = reopen(run)
+    texts = ["good", "bad 3", "it is what it is"]
+    given = ours.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        found = ours.model(**given).logits
+        torch.testing.assert_close(theirs(**given).logits, found)
+    assert float((found[0] - found[1]).abs().max()) > 1e-3
+
+
+def test_training_goes_on_from_an_adapter_on_the_base_that_it_states(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "distilbert")
+    save_adapter(base, tmp_path / "adapter", r=2)
+    from lora.config import parse_run
+
+    config = parse_run(["--adapter", str(tmp_path / "adapter")])
+    assert config.base == str(base)
+    other = parse_run(["--adapter", str(tmp_path / "adapter"), "--base", "elsewhere"])
+    assert other.base == "elsewhere"
+
+
 class TestABaseThatMoved:
     def test_every_verb_says_so_and_takes_its_new_place(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
