@@ -670,7 +670,8 @@ def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> N
         there = False
         with suppress(FileNotFoundError, NotADirectoryError):
             there = bool(directory.lstat())
-        parent = next(path for path in directory.absolute().parents if path.exists())
+        parents = (path for path in directory.absolute().parents if path.exists())
+        parent = next(parents, directory)  # the root has none
     if there:
         raise RunError(
             f"{flag} {directory} exists: no {what} is written over. Pass another, or remove it."
