@@ -26,6 +26,7 @@ import tyro
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
 import lora.methods  # noqa: F401  (fills METHODS)
+from lora import documents
 from lora.adapter import LARGEST, METHODS, Method, MethodConfig
 from lora.card import base_in
 from lora.checkpoint import CONFIG, find_folder, read_json, settings_of
