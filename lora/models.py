@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,7 +22,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lora import card, demo, nf4
+from lora import card, demo, documents, nf4
+from lora.basefile import BASE_FILE
 from lora.demo import language
 from lora.errors import DataError, LoraError, ModelError
 from lora.files import readable
@@ -33,9 +33,6 @@ from lora.nf4 import NF4Linear
 from lora.targets import targets_of
 
 EMBEDDED = ("demo", "demo-lm")  # bases that need no files
-MOST = {"layer": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
-"""The largest number of a base's config.json, by what its key has in it: each becomes a list, a
-table or modules."""
 LARGEST_NEW = 2**27  # parameters that a base's weights may lack: a head, a pooler
 
 transformers.logging.set_verbosity_error()
@@ -376,7 +373,8 @@ def base_config(base: str, **head: Any) -> Any:
     _check_place(base)
     try:
         stated, _ = transformers.PretrainedConfig.get_config_dict(base)
-        _check_counts(base, stated)
+        name, then = f"--base {base}: its config.json", "Pass the one that belongs to the weights."
+        documents.check(stated, BASE_FILE, name, ModelError, then)
         # Never ask, in the middle of a run, whether code of the hub's shall be run.
         return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **head)
     except LoraError:
@@ -392,22 +390,6 @@ def writing_parts(base: str) -> tuple[Any, Any]:
         return made.tokenizer, transformers.GenerationConfig.from_pretrained(base)
     except OSError:  # it has none
         return made.tokenizer, made.model.generation_config
-
-
-def _check_counts(base: str, stated: Mapping[str, Any]) -> None:
-    """Raise ModelError if a config states more layers, heads, labels, ... than any model has.
-
-    transformers makes lists and modules of those numbers before it reads a weight.
-    """
-    for key, value in stated.items():
-        if isinstance(value, Mapping):
-            _check_counts(base, value)
-        most = next((most for part, most in MOST.items() if re.search(part, key)), None)
-        if most is not None and isinstance(value, int | float) and value > most:
-            raise ModelError(
-                f"--base {base}: its config.json states {key}={value:.6g}, at most {most:,} are"
-                " taken. Pass the config.json that belongs to the weights."
-            )
 
 
 def skeleton_of(config: Any, task: str, device: torch.device | str = "meta") -> Any:

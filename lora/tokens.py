@@ -80,7 +80,7 @@ def encode(
     """Tokenise a split, or find it in the cache; a text longer than `length` tokens is cut."""
     path = _place(tokenizer, examples, length)
     with _alone(path) as writable:
-        found = _read(path) if path is not None else None
+        found = _read(path, len(examples)) if path is not None else None
         if found is None:
             found = _tokenise(tokenizer, examples, length)
             if path is not None and writable:
@@ -166,22 +166,34 @@ def _alone(path: Path | None) -> Iterator[bool]:
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {len(tensors[name])}\n".encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """What the file holds, None where it is not there or not whole."""
+def _laid_out(tensors: dict[str, Tensor], examples: int) -> bool:
+    """Whether a file holds what _tokenise() gives for so many examples."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != (torch.int64 if name == "offsets" else torch.int32) or tensor.dim() != 1:
+            return False
+    if not {"offsets", "input_ids"} <= tensors.keys() or len(tensors["offsets"]) != examples + 1:
+        return False
+    begins, ends = int(tensors["offsets"][0]), int(tensors["offsets"][-1])
+    lengths = {len(tensor) for name, tensor in tensors.items() if name != "offsets"}
+    return begins == 0 and lengths == {ends} and bool((tensors["offsets"].diff() >= 0).all())
+
+
+def _read(path: Path, examples: int) -> dict[str, Tensor] | None:
+    """What the file holds, None if it is not there or not whole."""
     if not os.path.isfile(path):  # False too where the folder may not be searched
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             known = (file.metadata() or {}).get("digest")
         found = safetensors.torch.load(path.read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError):
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError):  # KeyError: a dtype
         found, known = {}, None
-    if known is None or _digest(found) != known:
+    if known is None or not _laid_out(found, examples) or _digest(found) != known:
         print(f"note: {path} was damaged: the texts are tokenised anew.", file=sys.stderr)
         return None
     return found

@@ -28,7 +28,7 @@ LADDER = [
     {"injection", "foreign", "card"},
     {"checkpoint"},
     {"testing"},
-    {"documents"},
+    {"documents", "basefile"},
     {
         "config",
         "convert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -150,12 +152,65 @@ def test_a_damaged_file_is_made_anew(
         "flipped": whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:],
         "emptied": b"",
         "text": b"no tensors",
-        "another's": __import__("safetensors.torch").torch.save({"offsets": torch.zeros(3)}),
+        "another's": safetensors.torch.save({"offsets": torch.zeros(3)}),
     }[damage]
     path.write_bytes(broken)
     assert same(encoded(tokenizer), first)
     assert "damaged" in capsys.readouterr().err
     assert path.read_bytes() == whole
+
+
+HEADERS: dict[str, dict[str, Any]] = {
+    "floats": {"dtype": "F32"},
+    "unsigned": {"dtype": "U32"},
+    "no such dtype": {"dtype": "I31"},
+    "bytes": {"dtype": "F4"},
+    "another dtype": {"dtype": "BF16"},
+    "a column": {"shape": "column"},
+    "a matrix": {"shape": "matrix"},
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_was_changed_is_not_believed(
+    name: str, cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = encoded(tokenizer)
+    (path,) = cache.glob("*.safetensors")
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    (count,) = header["input_ids"]["shape"]
+    shapes = {"column": [count, 1], "matrix": [1, count]}
+    changes = HEADERS[name]
+    header["input_ids"] |= changes
+    header["input_ids"]["shape"] = shapes.get(changes.get("shape", ""), [count])
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+    assert same(encoded(tokenizer), first)
+    assert "damaged" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["a column", "floats", "fewer", "backwards", "past the end"])
+def test_a_digest_alone_is_not_believed(
+    name: str, cache: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = encoded(tokenizer)
+    (path,) = cache.glob("*.safetensors")
+    found = safetensors.torch.load(path.read_bytes())
+    ids, offsets = found["input_ids"], found["offsets"]
+    found |= {
+        "a column": {"input_ids": ids[:, None]},
+        "floats": {"input_ids": ids.float()},
+        "fewer": {"offsets": offsets[[0, -1]]},
+        "backwards": {"offsets": offsets[[0, 2, 1, *range(3, len(offsets))]]},
+        "past the end": {"offsets": offsets + (offsets == offsets.max())},
+    }[name]
+    metadata = {"digest": tokens._digest(found)}
+    path.write_bytes(safetensors.torch.save(found, metadata))
+    assert same(encoded(tokenizer), first)
+    assert "damaged" in capsys.readouterr().err
 
 
 def test_without_a_place_for_the_cache_texts_are_tokenised(

@@ -1,0 +1,94 @@
+"""What a base's config.json may state.
+
+transformers takes any number and any kind there, and makes lists, tables and modules of them before
+it reads a weight. What is stated is held to this schema first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, TypeAdapter
+from typing_extensions import TypedDict
+
+MOST = {"layers?$": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
+"""The largest number, by what its key has in it."""
+
+
+def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
+    """Holds a number, or each of a list, within bounds; null stands for a default."""
+
+    def held(value: Any) -> Any:
+        each = value if isinstance(value, list) else [value] * (value is not None or not none)
+        if not all(type(one) is int and least <= one <= most for one in each):
+            raise ValueError(f"must be a whole number from {least} to {most:,}")
+        return value
+
+    return held
+
+
+def _counted(stated: Any) -> Any:
+    """Refuses more layers, heads, labels, ... than any model has, whatever a config calls them."""
+    for key, value in stated.items():
+        if isinstance(value, Mapping):
+            _counted(value)
+        most = next((most for part, most in MOST.items() if re.search(part, key)), None)
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise ValueError(f"states {key}={value:.6g}, at most {most:,} are taken")
+    return stated
+
+
+Layers = Annotated[Any, AfterValidator(_whole(0, 4_096, none=False))]
+Heads = Annotated[Any, AfterValidator(_whole(1, 100_000, none=False))]
+Groups = Annotated[Any, AfterValidator(_whole(1, 100_000))]
+Width = Annotated[Any, AfterValidator(_whole(1, 2**26))]
+Token = Annotated[Any, AfterValidator(_whole(-1, 2**31))]
+
+
+class BaseFile(TypedDict, total=False):
+    """config.json: the keys that are read here, and the sizes that most architectures have."""
+
+    model_type: str
+    architectures: list[str] | None
+    is_encoder_decoder: bool
+    tie_word_embeddings: bool
+    quantization_config: dict[str, Any] | None
+    id2label: dict[str, Any] | None
+    num_labels: Groups
+    num_hidden_layers: Layers
+    num_layers: Layers
+    num_decoder_layers: Layers
+    n_layer: Layers
+    n_layers: Layers
+    encoder_layers: Layers
+    decoder_layers: Layers
+    num_attention_heads: Heads
+    num_key_value_heads: Groups
+    num_heads: Heads
+    n_head: Heads
+    n_heads: Heads
+    encoder_attention_heads: Heads
+    decoder_attention_heads: Heads
+    hidden_size: Width
+    intermediate_size: Width
+    vocab_size: Width
+    max_position_embeddings: Width
+    n_positions: Width
+    n_embd: Width
+    n_inner: Width
+    dim: Width
+    hidden_dim: Width
+    d_model: Width
+    d_ff: Width
+    d_kv: Width
+    head_dim: Annotated[Any, AfterValidator(_whole(0, 2**26))]
+    pad_token_id: Token
+    bos_token_id: Token
+    eos_token_id: Token
+    decoder_start_token_id: Token
+    text_config: BaseFile | None
+
+
+BASE_FILE: TypeAdapter[BaseFile] = TypeAdapter(Annotated[BaseFile, AfterValidator(_counted)])
