@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ from lora.adapter import (
 from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
 from lora.files import readable, writable
-from lora.foreign import as_peft_means, renamed
+from lora.foreign import as_peft_means, exactly, in_blocks, renamed
 from lora.injection import (
     Parts,
     Report,
@@ -216,17 +215,35 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     """adapter_config.json as PEFT would write it."""
     settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
-        if settings["target_modules"] in SHORTHANDS:
-            settings["target_modules"] = _exactly(model, planned)
+        names = [name for name in planned.targets if name not in planned.further]
+        if settings["target_modules"] in SHORTHANDS or _blocks_differ(model, planned, names):
+            found = exactly(model, names)
+            settings["target_modules"] = found if isinstance(found, str) else list(found)
+            for key in ("layers_to_transform", "layers_pattern"):
+                settings |= {key: None} if key in settings else {}
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
-            names = [name for name in planned.targets if name not in planned.further]
-            found = [views(modules[name])[0] for name in names]
-            linear = [view.transposed for view in found if not view.of_ids]
+            every = [views(modules[name])[0] for name in names]
+            linear = [view.transposed for view in every if not view.of_ids]
             settings["fan_in_fan_out"] = bool(linear) and all(linear)
     if "modules_to_save" in settings:
         settings["modules_to_save"] = list(planned.saved) or None
     return settings | {"peft_type": planned.method.peft_type} | stated(model, planned.saved)
+
+
+def _blocks_differ(model: nn.Module, planned: Plan, names: list[str]) -> bool:
+    """Whether PEFT would take layers_to_transform to mean other layers than the plan's `names`."""
+    config = planned.config
+    assert isinstance(config, AdapterConfig)
+    if not config.layers_to_transform or isinstance(config.target_modules, str):
+        return False
+    free = [
+        name
+        for name, _ in walk(model)
+        if not any(inside(name, whole) for whole in planned.saved)
+        and not (config.exclude_modules and fits(name, config.exclude_modules))
+    ]
+    return set(in_blocks(free, config)) != set(names)
 
 
 def _as_int(value: Any, key: str = "") -> Any:
@@ -261,14 +278,6 @@ def carried(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Tensor]:
             for name, parameter in layer.base_layer.named_parameters():
                 found[f"{path}.base_layer.{name}"] = parameter
     return found
-
-
-def _exactly(model: nn.Module, planned: Plan) -> str | list[str]:
-    """The targets by their names, or where one is another's ending, by a pattern."""
-    targets = tuple(name for name in planned.targets if name not in planned.further)
-    if {name for name, _ in walk(model) if fits(name, targets)} == set(targets):
-        return list(targets)
-    return "|".join(map(re.escape, targets))
 
 
 def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:

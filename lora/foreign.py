@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,12 @@ from torch import Tensor, nn
 
 from lora.adapter import AdapterConfig
 from lora.layers import fits, inside, kind
+from lora.patterns import compiled
 from lora.targets import walk
+
+ANY_BLOCKS = r".*?\.[^.]*\.(?P<idx>\d+)\.{}"
+PEFT_BLOCKS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+"""The patterns by which PEFT reads the number of a block, without layers_pattern and with it."""
 
 
 def as_peft_means(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
@@ -45,7 +51,45 @@ def as_peft_means(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfi
         target_modules=met(config.target_modules, free) or config.target_modules,
         exclude_modules=excluded,
     )
+    listed = in_blocks(free, found) if found.layers_to_transform else []
+    if listed:  # PEFT counts blocks by other rules than ours, and leaves out those that are not
+        names = exactly(model, listed)
+        found = replace(found, target_modules=names, layers_to_transform=(), layers_pattern=())
     return found, notes
+
+
+def in_blocks(names: Iterable[str], config: AdapterConfig) -> list[str]:
+    """Those of the names that PEFT takes target_modules, a list, to mean with layers_to_transform.
+
+    Without layers_pattern it finds no block that lies at the root of the model, as those of a
+    GPT2Model do: its pattern begins with a dot.
+    """
+    entries = config.target_modules
+    assert not isinstance(entries, str)
+    patterns = config.layers_pattern or (None,)
+
+    def number(name: str) -> int | None:
+        for pattern in patterns:
+            frame, text = (ANY_BLOCKS, "") if pattern is None else (PEFT_BLOCKS, pattern)
+            match = compiled(text, frame).match(name)
+            if match:
+                return int(match.groupdict()["idx"])
+        return None
+
+    return [
+        name
+        for name in names
+        if name in entries or (fits(name, entries) and number(name) in config.layers_to_transform)
+    ]
+
+
+def exactly(model: nn.Module, names: Iterable[str]) -> str | tuple[str, ...]:
+    """A target_modules that means these layers and no others: their names, or if one is another's
+    ending, a pattern."""
+    targets = tuple(names)
+    if {name for name, _ in walk(model) if fits(name, targets)} == set(targets):
+        return targets
+    return "|".join(map(re.escape, targets))
 
 
 def renamed(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
