@@ -39,7 +39,8 @@ class Header:
     """Decides for each table of a source, the training split first, whether it has a header."""
 
     columns: Columns
-    known: Columns = ANY  # of the run that the table is read for
+    known: Columns = ANY  # of the run that the table is read for, and its classes
+    classes: Sequence[str] = ()
     seen: bool | None = None  # None: no table was read
     first: Sequence[str] = ()
 
@@ -68,7 +69,7 @@ class Header:
             name is not None and not name.isdecimal() and name in first for name in known
         ):
             return True
-        return has_header(cells)
+        return False if {*first} & {*self.classes} else has_header(cells)
 
 
 def _shown(cells: Cells) -> str:
@@ -92,7 +93,7 @@ def adopted(
     by_place = {role: find(name, names) for role, name in before.items()}
     tries = {None: [by_name], True: [by_name, by_place], False: [by_place]}[headed]
     for there in tries:
-        found = {role: asked[role] or there[role] for role in asked}
+        found = {role: there[role] if name is None else name for role, name in asked.items()}
         given = [find(name, names) for name in found.values() if name is not None]
         chosen = Columns(found["text"], found["pair"], found["label"])
         if len({*given}) < len(given):

@@ -414,7 +414,7 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
         said = hint(unknown[0], own | shared, str)
         raise ConfigError(f"{unknown[0]} is no key of a {method} run. {said}")
     for name in ("text_column", "pair_column", "label_column"):
-        if type(values.get(name)) is int:  # of a file without header
+        if type(values.get(name)) is int:
             values[name] = str(values[name])
     if isinstance(values.get("data"), str):
         values["data"] = (values["data"],)

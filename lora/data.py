@@ -288,7 +288,7 @@ def read_split(
     its task and its classes.
     """
     task, labels = kind
-    bad, header = BadRows(skip_bad_lines), Header(columns, trained)
+    bad, header = BadRows(skip_bad_lines), Header(columns, trained, labels)
     splits = _read_splits(data, header, bad)
     if "" in splits:
         splits = {split or "test": splits[""]}
@@ -315,10 +315,15 @@ def read_split(
 
 
 def unlabelled(
-    data: str, columns: Columns, trained: Columns = ANY, skip_bad_lines: int = 0
+    data: str,
+    columns: Columns,
+    trained: Columns = ANY,
+    labels: Sequence[str] = (),
+    skip_bad_lines: int = 0,
 ) -> tuple[list[Example], list[str]]:
-    """The rows of one file, labelled or not, in the file's order, and what was taken for what."""
-    bad, header = BadRows(skip_bad_lines), Header(columns, trained)
+    """The rows of one file, labelled or not, in the file's order, and what was taken for what; the
+    `trained` columns and the classes of the model help to find it."""
+    bad, header = BadRows(skip_bad_lines), Header(columns, trained, labels)
     rows = []
     for place, row in read_rows(Path(data), header):
         if isinstance(row, DataError):

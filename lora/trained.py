@@ -191,7 +191,9 @@ def predict_texts(
             trained = reopen(source)
             config = trained.config
             if data is not None:
-                examples, notes = unlabelled(data, columns, asked(config), skip_bad_lines)
+                examples, notes = unlabelled(
+                    data, columns, asked(config), config.labels, skip_bad_lines
+                )
                 _say(progress, *notes)
             else:
                 examples = [

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from lora.columns import Columns
+from lora.config import from_table, parse_run
 from lora.data import read_split, unlabelled
-from lora.errors import DataError
+from lora.errors import ConfigError, DataError
 
 TEXTS = [(f"a {'kind' if i % 2 else 'rude'} waiter, table {i}", str(i % 2)) for i in range(12)]
 BY_NAME = Columns(text="message", label="mood")
@@ -76,6 +77,31 @@ def test_what_is_asked_goes_before_the_training(trained: Columns, tmp_path: Path
         assert [(row.text, row.label) for row in rows] == TEXTS
     with pytest.raises(DataError, match="--text-column body: no such column. Found: one, message"):
         unlabelled(data, Columns(text="body"), trained)
+
+
+def test_a_class_of_the_model_in_the_first_row_tells_that_it_is_an_example(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("nice film,good\npoor film,bad\n")
+    with pytest.raises(DataError, match="does its first row name the columns"):
+        unlabelled(str(path), Columns(), BY_NUMBER)
+    rows, _ = unlabelled(str(path), Columns(), BY_NUMBER, ("bad", "good"))
+    assert [(row.text, row.label) for row in rows] == [("nice film", "good"), ("poor film", "bad")]
+    corpus, _ = read_split(str(path), Columns(), BY_NAME, ("classification", ("bad", "good")), None)
+    assert [row.label for row in corpus.test] == ["good", "bad"]
+    path.write_text("good,mood\nnice film,good\npoor film,bad\n")  # a column of that name
+    rows, _ = unlabelled(str(path), Columns(text="good"), BY_NAME, ("bad", "good"))
+    assert [row.label for row in rows] == ["good", "bad"]
+
+
+@pytest.mark.parametrize("column", ["text_column", "pair_column", "label_column"])
+def test_a_column_has_a_name(column: str) -> None:
+    flag = "--" + column.replace("_", "-")
+    with pytest.raises(
+        ConfigError, match=f"{column} must be a text of at least 1 character, found ''"
+    ):
+        parse_run([flag, ""])
+    with pytest.raises(ConfigError, match="header must be 'auto', 'yes' or 'no', found 'maybe'"):
+        from_table({"header": "maybe"}, "lora")
 
 
 def test_json_knows_names_alone(tmp_path: Path) -> None:
