@@ -257,6 +257,15 @@ class Selection(Method):
     def selects(cls, name: str, model: nn.Module, config: Any) -> bool:
         """Whether the model's parameter of this name trains."""
 
+    @classmethod
+    def check_model(cls, model: nn.Module, layers: tuple[str, ...], config: Any) -> None:
+        """Raise TargetError if a setting names what is none of the layers with parameters."""
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        """The key in PEFT's file, less the prefix, of a parameter that it selects."""
+        return name
+
 
 class Adapter(Method, nn.Module):
     """The parameters of one method on one layer, and its equation.

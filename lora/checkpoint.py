@@ -42,6 +42,7 @@ from lora.adapter import (
     AdapterConfig,
     Method,
     MethodConfig,
+    PartialConfig,
     config_fields,
     initialise,
 )
@@ -57,6 +58,7 @@ from lora.injection import (
     check_name,
     check_restored,
     check_statistics,
+    filed_key,
     injected,
     owned,
     report_of,
@@ -67,6 +69,7 @@ from lora.injection import (
     wrap,
 )
 from lora.layers import fits, gathered, inside, views
+from lora.methods._tokens import Tokens
 from lora.nf4 import NF4Linear
 from lora.targets import (
     Plan,
@@ -75,6 +78,16 @@ from lora.targets import (
     base_paths,
     plan_of,
     walk,
+)
+from lora.vocabulary import (
+    check_filed,
+    check_rows,
+    embeddings,
+    filed_rows,
+    resized,
+    resizing,
+    rows_beyond,
+    rows_of,
 )
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -113,6 +126,7 @@ def save(
     planned = injected(model)[name]
     settings = file_config(model, planned, name)
     found = carried(model, settings) | stored_tensors(model, name)
+    found = rows_beyond(model, planned, owned(model, name)) | found
     found = {key: gathered(tensor) for key, tensor in found.items()}
     for key, tensor in found.items():
         if tensor.is_meta:
@@ -126,7 +140,8 @@ def save(
     if labels := labels_of(model):
         mark["labels"] = json.dumps(labels)
     if planned.method.keeps_base:
-        mark |= fingerprint(model, planned.saved)
+        mark |= fingerprint(model, planned.saved, rows=resized(model))
+        mark |= {"rows": json.dumps(resized(model))} if resized(model) else {}
         held = {id(m): (name, m) for name, m in reversed(list(walk(model)))}  # by its first path
         packed = {
             name: [module.block_size, module.nested_absmax is not None]
@@ -226,6 +241,10 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
             every = [views(modules[name])[0] for name in names]
             linear = [view.transposed for view in every if not view.of_ids]
             settings["fan_in_fan_out"] = bool(linear) and all(linear)
+    elif "target_modules" in settings:
+        found = exactly(model, dict.fromkeys(n.rpartition(".")[0] for n in planned.selected))
+        listed = found if isinstance(found, str) else list(found)
+        settings |= {"target_modules": listed, "exclude_modules": None}
     if "modules_to_save" in settings:
         settings["modules_to_save"] = list(planned.saved) or None
     return settings | {"peft_type": planned.method.peft_type} | stated(model, planned.saved)
@@ -294,7 +313,10 @@ def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
 
 
 def fingerprint(
-    model: nn.Module, saved: tuple[str, ...] = (), packed: Mapping[str, tuple[int, bool]] = {}
+    model: nn.Module,
+    saved: tuple[str, ...] = (),
+    packed: Mapping[str, tuple[int, bool]] = {},
+    rows: Mapping[str, int] = {},
 ) -> dict[str, str]:
     """What tells one base from another: SHA-256 of names, shapes and sampled values.
 
@@ -307,9 +329,10 @@ def fingerprint(
     """
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
+    first, held = {id(tensor): name for name, tensor in base.items()}, dict(base_paths(model))
     for part, selected in selections(model):
         if part is model:
-            base |= selected.originals
+            base |= {first[id(held[name])]: t for name, t in selected.originals.items()}
     modules = dict(walk(model)) if packed else {}
     for name, (block_size, double_quant) in packed.items():
         W, _ = views(modules[name])[0].read()
@@ -322,7 +345,9 @@ def fingerprint(
         if tensor.is_meta:
             return {}
         codes = tensor.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)
-        values = gathered(tensor).detach().reshape(-1)
+        own = gathered(tensor).detach()
+        own = own[: rows[name]] if name in rows else own
+        values = own.reshape(-1)
         if not values.is_floating_point() and not codes:
             continue
         if values.numel() > 4096:
@@ -332,7 +357,7 @@ def fingerprint(
             values = values[scattered.to(values.device)]
         for dtype, digest in list(digests.items()):
             if codes or values.dtype in (torch.float32, torch.float64, dtype):
-                digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+                digest.update(f"{name} {tuple(own.shape)}\n".encode())
                 sample = (values if codes else values.to(dtype)).cpu().contiguous()
                 digest.update(sample.view(torch.uint8).numpy().tobytes())
             else:
@@ -345,30 +370,47 @@ def load(
     directory: str | os.PathLike[str],
     name: str = "default",
     trainable: bool = False,
+    resize_embeddings: bool = False,
 ) -> Report:
     """Read an adapter, ours or PEFT's, onto the model under `name`, and activate it.
 
-    16-bit adapters are held in float32. Raises what read_adapter() raises, and CheckpointError if
-    the model has no values yet; then the model is untouched: bits, modules, requires_grad.
+    16-bit adapters are held in float32. If the file was made on a base with more tokens or fewer,
+    `resize_embeddings` gives this one as many, for good. Raises what read_adapter() raises, and
+    CheckpointError if the model has no values yet; then the model is untouched: bits, modules,
+    requires_grad.
     """
-    found = read_adapter(model, directory, name, trainable)
-    planned, parts, wanted = found.plan, found.parts, found.wanted
-    bare = [key for key, tensor in wanted.items() if tensor.is_meta]
-    if bare:
-        raise CheckpointError(
-            f"{found.folder}: {bare[0]} has no place (meta device). Load the base first."
-        )
+    before = rows_of(model)
+    with resizing(model, _rows(model, directory, name) if resize_embeddings else before):
+        found = read_adapter(model, directory, name, trainable)
+        planned, parts, wanted = found.plan, found.parts, found.wanted
+        bare = [key for key, tensor in wanted.items() if tensor.is_meta]
+        if bare:
+            raise CheckpointError(
+                f"{found.folder}: {bare[0]} has no place (meta device). Load the base first."
+            )
+        if before is not None and (rows_of(model) or 0) > before:
+            check_filed(found.folder, rows_beyond(model, planned, parts))
     for path, (adapter, view) in with_views(model, parts.adapters).items():
         if next(adapter.buffers(), None) is not None:  # which follow from the base
             initialise(adapter, view, seed=0)
-        if f"{path}.weight" in planned.carried:  # a base that has been moved by its start already
+        moved = f"{path}.weight" in planned.carried and not isinstance(adapter, Tokens)
+        if moved:  # a base that has been moved by its start already
             for buffer in adapter.buffers():
                 buffer.zero_()
     wrap(model, planned, parts, name)
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(found.values[key])
-    return report_of(model, name, found.note)
+    said = f"the embeddings have {rows_of(model)} rows from here on, {before} before"
+    notes = [found.note] if rows_of(model) == before else [found.note, said]
+    return report_of(model, name, "\n".join(filter(None, notes)))
+
+
+def _rows(model: nn.Module, directory: str | os.PathLike[str], name: str) -> int | None:
+    """The rows of the embeddings that an adapter was made with, None if its files do not say."""
+    folder = find_folder(directory, name)
+    stored, settings = read_tensors(folder)[0], read_json(folder / CONFIG)
+    return filed_rows(model, settings, renamed(model, stored))
 
 
 @dataclass(frozen=True)
@@ -404,8 +446,9 @@ def read_adapter(
     notes: list[str] = []
     if not mark:
         stored = renamed(model, stored)
-        if isinstance(config, AdapterConfig):
+        if isinstance(config, PartialConfig):
             config, notes = as_peft_means(model, config)
+    check_rows(model, filed_rows(model, settings, stored), folder)
     planned = replace(plan_of(model, config, strict=bool(mark)), trainable=trainable)
     planned, said = _bring(model, planned, stored)
     check_mix(model, name, planned)
@@ -413,6 +456,7 @@ def read_adapter(
         check_statistics(model, planned)
     check_size(folder, model, planned, stored)
     parts = build(model, planned)
+    _drop_repeats(parts.adapters, stored)
     wanted = tensors(model, planned, parts)
     check_fit(folder, stored, wanted)
     ready = check_values(folder, stored, wanted)
@@ -442,26 +486,33 @@ def settings_of(directory: str | os.PathLike[str]) -> tuple[type[Method], Method
 
 
 def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[Plan, list[str]]:
-    """The plan with the base's weights that the file brings for adapted layers; those that are the
-    model's own already leave `stored`, the others replace them. Returns what to tell of them."""
-    base = dict(base_paths(model))
+    """The plan with the base's weights that the file brings: of adapted layers, and of embeddings.
+
+    Those that are the model's own already leave `stored`, the others replace them. What PEFT files
+    of a saved module besides the copy that acts leaves it too. Returns notes on them as well.
+    """
+    for path in planned.saved:
+        for key in [key for key in stored if key.startswith(f"{path}.")]:
+            twice, _, leaf = key.removeprefix(f"{path}.").partition(".")
+            same = stored.get(f"{path}.{leaf}")
+            copied = twice == "modules_to_save" and same is not None and _equal(stored[key], same)
+            if copied or (twice == "original_module" and same is not None):
+                del stored[key]
+    base, of_tokens = dict(base_paths(model)), embeddings(model)
     names = {
-        "{0}.base_layer.{2}".format(*name.rpartition(".")): name
+        filed_key(planned, name): name
         for name in base
-        if name.rpartition(".")[0] in {*planned.targets} - {*planned.further}
+        if name.rpartition(".")[0] in {*planned.targets, *of_tokens}
         and name not in planned.selected
+        and not any(inside(name, whole) for whole in planned.saved)
     }
-    # With bias="all" PEFT files the biases of a saved module three times over.
-    if getattr(planned.config, "bias", "none") == "all":
-        twice = ("original_module", "modules_to_save")
-        copies = tuple(f"{path}.{one}." for path in planned.saved for one in twice)
-        for key in [key for key in stored if key.startswith(copies) and key.endswith("bias")]:
-            del stored[key]
-    brought = []
+    brought: list[str] = []
+    first: dict[int, Tensor] = {}
     for key in [key for key in names if key in stored]:
         there, here = stored[key], base[names[key]]
-        same = there.shape == here.shape
-        if same and (here.is_meta or torch.equal(there.to(here.device, here.dtype), here)):
+        twin = first.setdefault(id(here), there)
+        own = there.shape == here.shape and (here.is_meta or _equal(there, here))
+        if own or (twin is not there and _equal(there, twin)):  # a tied weight comes twice
             del stored[key]
         else:
             brought.append(names[key])
@@ -469,6 +520,20 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
         f"{name} is the file's, not the base's: kept aside, back after eject." for name in brought
     ]
     return replace(planned, carried=tuple(brought)), said
+
+
+def _equal(there: Tensor, here: Tensor) -> bool:
+    """True if a file's tensor has the other's values, in its dtype."""
+    return there.shape == here.shape and torch.equal(there.to(here.device, here.dtype), here)
+
+
+def _drop_repeats(adapters: Mapping[str, Adapter], stored: dict[str, Tensor]) -> None:
+    """Take out of the file the rows that PEFT writes again for a layer that is tied to theirs."""
+    for path, adapter in adapters.items():
+        for key in Adapter.placed(adapter) if adapter.leader and not adapter.placed() else ():
+            repeated, own = stored.get(f"{path}.{key}"), stored.get(f"{adapter.leader}.{key}")
+            if repeated is not None and own is not None and _equal(repeated, own):
+                del stored[f"{path}.{key}"]
 
 
 def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Path:
@@ -732,7 +797,10 @@ def verify(
         return "base and scaling not verifiable: the file is not of lora-from-scratch"
     if not planned.method.keeps_base:
         return ""
-    here = fingerprint(model, planned.saved)
+    rows: dict[str, int] = {}
+    with suppress(ValueError):
+        rows = {k: n for k, n in json_object(mark.get("rows", "{}")).items() if type(n) is int}
+    here = fingerprint(model, planned.saved, rows=rows)
     common = [key for key in here if key in mark]
     if not common:
         return "base not verifiable: it was held in another dtype when the adapter was saved"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora.adapter import AdapterConfig
+from lora.adapter import AdapterConfig, PartialConfig
 from lora.layers import fits, inside, kind
 from lora.patterns import compiled
 from lora.targets import walk
@@ -19,7 +19,7 @@ PEFT_BLOCKS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 """The patterns by which PEFT reads the number of a block, without layers_pattern and with it."""
 
 
-def as_peft_means(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfig, list[str]]:
+def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfig, list[str]]:
     """The config of a file of PEFT's with the names that PEFT makes of it, and notes on them.
 
     PEFT matches modules_to_save by a bare `endswith`, so that its automatic "classifier" means
@@ -35,7 +35,12 @@ def as_peft_means(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfi
         # PEFT writes classifier and score for every classifier, whatever its head is called.
         named = ", ".join(config.modules_to_save)
         notes.append(f"modules_to_save names no module of the model, as PEFT allows: {named}")
+    config = replace(config, modules_to_save=saved)
+    settings: Any = config
+    if not hasattr(config, "target_modules"):
+        return config, notes
     free = [name for name in modules if not any(inside(name, whole) for whole in saved)]
+    wrapped = isinstance(config, AdapterConfig)
 
     def met(entries: str | tuple[str, ...] | None, names: list[str]) -> Any:
         """What of the entries fits any of the names, None where nothing does."""
@@ -43,15 +48,12 @@ def as_peft_means(model: nn.Module, config: AdapterConfig) -> tuple[AdapterConfi
             return entries if entries and any(fits(name, entries) for name in names) else None
         return tuple(e for e in entries if any(fits(name, (e,)) for name in names)) or None
 
-    excluded = met(config.exclude_modules, [name for name in free if kind(modules[name])])
+    layers = [name for name in free if kind(modules[name]) or not wrapped]
+    excluded = met(settings.exclude_modules, layers)
     free = [name for name in free if excluded is None or not fits(name, excluded)]
-    found = replace(
-        config,
-        modules_to_save=saved,
-        target_modules=met(config.target_modules, free) or config.target_modules,
-        exclude_modules=excluded,
-    )
-    listed = in_blocks(free, found) if found.layers_to_transform else []
+    targets = met(settings.target_modules, free) or settings.target_modules
+    found: Any = replace(settings, target_modules=targets, exclude_modules=excluded)
+    listed = in_blocks(free, found) if wrapped and found.layers_to_transform else []
     if listed:  # PEFT counts blocks by other rules than ours, and leaves out those that are not
         names = exactly(model, listed)
         found = replace(found, target_modules=names, layers_to_transform=(), layers_pattern=())

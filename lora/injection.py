@@ -25,6 +25,7 @@ from lora.adapter import (
     MethodConfig,
     SavedModule,
     Selected,
+    Selection,
     check,
     check_additive,
     forward,
@@ -32,6 +33,7 @@ from lora.adapter import (
 )
 from lora.errors import CheckpointError, ConfigError, MergeError, TargetError
 from lora.layers import VIEWS, View, gathered, inside, kind, views
+from lora.methods._tokens import Tokens
 from lora.nf4 import NF4Linear, put
 from lora.targets import (
     Plan,
@@ -288,6 +290,16 @@ def _place(part: nn.Module, selected: Selected, acting: bool) -> None:
     selected.place({name: places[id(held[name])] for name in selected.originals}, acting)
 
 
+def filed_key(plan: Plan, name: str) -> str:
+    """The key in an adapter's file, less the prefix, of a parameter of the base."""
+    path, _, leaf = name.rpartition(".")
+    if issubclass(plan.method, Selection):
+        return plan.method.key(name) if name in plan.selected else name
+    if path in plan.further and not issubclass(plan.method, Tokens):
+        return f"{path}.token_adapter.base_layer.{leaf}"
+    return f"{path}.base_layer.{leaf}" if path in plan.targets else name
+
+
 def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) -> dict[str, Tensor]:
     """The places of what an adapter's file holds, by its keys less the prefix; with `stored` what
     it holds of them."""
@@ -306,8 +318,7 @@ def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) ->
                 )
             ]
         for alias in names:
-            path, _, leaf = alias.rpartition(".")
-            found[f"{path}.base_layer.{leaf}" if path in plan.targets else alias] = parameter
+            found[filed_key(plan, alias)] = parameter
     if not plan.method.keeps_base:
         found |= dict(base_buffers(model))  # running statistics move with the weights
     for path, adapter in parts.adapters.items():

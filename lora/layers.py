@@ -131,7 +131,7 @@ def _is_linear(kind: type[nn.Linear], bias: bool) -> bool:
     if (kind, bias) not in _LINEAR:
         code = getattr(kind.forward, "__code__", None)
         plain = code is not None and not code.co_freevars and _READ.issuperset(code.co_names)
-        with torch.utils._python_dispatch._disable_current_modes():  # type: ignore[no-untyped-call]
+        with torch.utils._python_dispatch._disable_current_modes():
             _LINEAR[kind, bias] = plain and _tried(kind, bias)
     return _LINEAR[kind, bias]
 

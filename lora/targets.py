@@ -323,6 +323,10 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
                 f"{taken[0]} is adapted twice: in target_modules or modules_to_save, and as an"
                 " embedding of trained tokens. Leave it out of one."
             )
+    if issubclass(method, Selection):
+        layers = tuple(name for name, module in walk(model) if name and module._parameters)
+        if strict:
+            method.check_model(model, layers, config)
     targets = (*targets, *further)
     # A selection meets what is tied under its first name: a head that is the embedding is none.
     every = base_parameters(model) if issubclass(method, Selection) else base_paths(model)

@@ -110,6 +110,7 @@ FAMILY = {
     "hira": "--r 2",
     "ia3": "--target-modules k_lin lin2 --feedforward-modules lin2",
     "lora": "--r 2 --bias all --trainable-token-indices 2307 3835 --rank-pattern lin2 1",
+    "ln_tuning": "--target-modules sa_layer_norm output_layer_norm",
     "topk": "--k 1",
     "vera": "--r 8 --no-save-projection",
     "lora eva": "--r 2 --init-lora-weights eva --use-rslora",

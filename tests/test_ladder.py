@@ -25,7 +25,7 @@ LADDER = [
     {"methods"},
     {"targets"},
     {"ties"},
-    {"injection", "foreign", "card"},
+    {"injection", "foreign", "card", "vocabulary"},
     {"checkpoint"},
     {"testing"},
     {"documents", "basefile"},
@@ -72,6 +72,7 @@ CORE = {
     "targets",
     "injection",
     "foreign",
+    "vocabulary",
     "checkpoint",
     "testing",
 }

@@ -99,6 +99,7 @@ SELECTING = {
         lambda n: n.endswith(("q_lin.bias", "lin1.bias")),
     ),
     "head": (lora.METHODS["head"].Config(), lambda n: "classifier" in n),
+    "ln_tuning": (lora.METHODS["ln_tuning"].Config(), lambda n: "norm" in n.lower()),
     "topk": (lora.METHODS["topk"].Config(k=1), lambda n: "layer.1." in n or "classifier" in n),
     "lora bias=all": (
         lora.LoRAConfig(r=2, target_modules=("q_lin",), bias="all"),
@@ -149,6 +150,7 @@ def test_what_trains_of_the_base_and_how_it_comes_back(name: str, tmp_path) -> N
     lora.save(model, tmp_path)
     stored = safetensors.torch.load((tmp_path / "adapter_model.safetensors").read_bytes())
     plain = {key.removeprefix("base_model.model.").replace("base_layer.", "") for key in stored}
+    plain = {key.replace("ln_tuning_layers.", "") for key in plain}
     assert {key for key in plain if "lora_" not in key} == names
     other = distilbert()
     lora.load(other, tmp_path)

@@ -1,0 +1,82 @@
+"""LN tuning: the normalisation layers train, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lora.adapter import PartialConfig, Selection, names_tuple
+from lora.errors import TargetError
+from lora.layers import fits
+from lora.patterns import check_pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class LNTuningConfig(PartialConfig):
+    """Settings of LN tuning."""
+
+    target_modules: str | tuple[str, ...] = "all-norms"
+    """Layers to train: names or their dotted endings, a regular expression, or all-norms."""
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Layers to leave alone: names, endings, or a regular expression."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(self, field)
+            if isinstance(value, str) and value != "all-norms":
+                check_pattern(field, value)
+            elif isinstance(value, tuple):
+                names = names_tuple(field, value)
+                short = names == ("all-norms",)  # one name after a flag arrives as a tuple
+                object.__setattr__(self, field, names[0] if short else names)
+
+
+class LNTuning(Selection):
+    """g' = g and b' = b, trained, in layers that normalise.  LN tuning, Zhao et al. 2024,
+    arXiv:2312.11420, section 2.
+
+    all-norms are the layers whose class is named ...Norm, as torch's and transformers' are, and
+    that keep no running statistics. PEFT trains a copy of each layer; here it is the layer itself,
+    and the file is the same.
+    """
+
+    name = "ln_tuning"
+    paper = "arXiv:2312.11420"
+    when = "For the smallest files of a decoder, which has few biases for bitfit or none."
+    Config = LNTuningConfig
+    peft_type = "LN_TUNING"
+    learning_rate = 4e-3
+    example: ClassVar = {"target_modules": ("second",)}
+    COPY = "ln_tuning_layers"
+
+    @classmethod
+    def selects(cls, name: str, model: nn.Module, config: LNTuningConfig) -> bool:
+        path = name.rpartition(".")[0]
+        out = config.exclude_modules
+        if not path or (out is not None and fits(path, out)):
+            return False
+        if config.target_modules != "all-norms":
+            return fits(path, config.target_modules)
+        layer = model.get_submodule(path)
+        return "Norm" in type(layer).__name__ and next(layer.buffers(), None) is None
+
+    @classmethod
+    def check_model(cls, model: nn.Module, layers: tuple[str, ...], config: LNTuningConfig) -> None:
+        for field in ("target_modules", "exclude_modules"):
+            value = getattr(config, field)
+            for entry in (value,) if isinstance(value, str) else value or ():
+                one = entry if isinstance(value, str) else (entry,)
+                if entry != "all-norms" and not any(fits(name, one) for name in layers):
+                    flag = "--" + field.replace("_", "-")
+                    raise TargetError(
+                        f"no layer with parameters matches {field}={entry!r}. Set {flag}: layers of"
+                        f" {type(model).__name__} are {', '.join(layers[:4])}, ..."
+                    )
+
+    @classmethod
+    def key(cls, name: str) -> str:
+        path, _, leaf = name.rpartition(".")
+        return f"{path}.{cls.COPY}.{leaf}"
