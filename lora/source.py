@@ -47,7 +47,6 @@ class Source:
         return replace(
             self.config,
             max_length=length,
-            max_new_tokens=min(self.config.max_new_tokens, max(1, length // 2)),
             template="auto" if tokenizer.chat_template else "none",
         )
 
@@ -104,6 +103,8 @@ def _alone(directory: Path, folder: Path, base: str | None) -> Source:
     built_in = {"demo": "SEQ_CLS", "demo-lm": "CAUSAL_LM"}.get(config.base)
     told = None if built_in else base_config(config.base)
     task: Task = TASKS[built_in or _task(folder, settings, told)]
+    most = getattr(told, "max_position_embeddings", None) or 2 * config.max_new_tokens
+    config = replace(config, max_new_tokens=min(config.max_new_tokens, max(1, most // 2)))
     if task == "classification":
         count, labels = _classes(folder, config.base, told)
         task = "regression" if count == 1 else task

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,19 @@ class TestAnAdapterAlone:
         out, err = capsys.readouterr()
         assert out.strip() == wanted.strip() != ""
         assert "base and scaling not verifiable" in err
+
+    def test_a_talk_and_predict_without_a_word_on_how_long(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The model has 64 positions: of 256 new tokens none would fit."""
+        save_adapter(save_base(tmp_path / "base", "llama"), tmp_path / "adapter")
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n/exit\n"))
+        assert lora("generate", tmp_path / "adapter") == 0
+        talk = capsys.readouterr().out.strip()
+        assert lora("predict", tmp_path / "adapter", "--text", "hello") == 0
+        row = json.loads(capsys.readouterr().out)
+        assert row["prompt"] == "hello"
+        assert row["prediction"].split() == talk.split() != []
 
     def test_both_sides_of_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         base = save_base(tmp_path / "base", "t5")
