@@ -31,7 +31,14 @@ from lora.config import RunConfig
 from lora.conversations import Conversation
 from lora.data import Corpus
 from lora.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
-from lora.inputs import asked_of, check_positions, decoder_start, metrics_of, prompts_of
+from lora.inputs import (
+    asked_of,
+    check_positions,
+    decoder_start,
+    metrics_of,
+    prompts_of,
+    thought_end,
+)
 from lora.metrics import score
 from lora.tokens import Encoded, sorted_batches
 
@@ -204,10 +211,10 @@ def scored(
     texts = written(
         model, tokenizer, ids, writing, stops, config.dtype, progress=progress, sharded=cut
     )
-    scores = _scores(corpus, metrics_of(config), asked, texts)
-    rows = [
-        row_of(one, text, len(corpus.tasks) > 1) for one, text in zip(asked, texts, strict=True)
-    ]
+    end = thought_end(config, tokenizer)
+    scores = _scores(corpus, metrics_of(config), asked, [_parts(text, end)[1] for text in texts])
+    several = len(corpus.tasks) > 1
+    rows = [row_of(one, text, several, end) for one, text in zip(asked, texts, strict=True)]
     return replace(found, metrics=scores | found.metrics), rows
 
 
@@ -226,14 +233,25 @@ def _given(one: Conversation) -> dict[str, Any]:
     return lists | ({"chat_template_kwargs": given} if given else {})
 
 
-def row_of(one: Conversation, text: str, several: bool = False) -> dict[str, Any]:
-    """A record of an answer, with those that count as right where they are known."""
+def _parts(text: str, end: str) -> tuple[str, str]:
+    """What a model wrote up to the end of its reasoning, and its answer."""
+    thought, found, answer = text.rpartition(end) if end else ("", "", text)
+    return (thought + found).strip(), answer
+
+
+def row_of(
+    one: Conversation, text: str, several: bool = False, thought_end: str = ""
+) -> dict[str, Any]:
+    """A record of an answer, with those that count as right if they are known. The reasoning before
+    it, up to `thought_end`, is no part of it."""
+    thought, answer = _parts(text, thought_end)
     said = [message.fields() for message in one.prompt]
     return {
         **({"task": one.task} if several else {}),
         **({"prompt": said[0]["content"]} if one.raw else {"messages": said}),
         **_given(one),
-        "prediction": text.strip(),
+        **({"reasoning": thought} if thought else {}),
+        "prediction": answer.strip(),
         **({"references": list(one.references)} if one.references else {}),
     }
 

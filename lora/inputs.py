@@ -296,6 +296,11 @@ def prompts_of(
     return found, ends_of(template, model.generation_config)
 
 
+def thought_end(config: RunConfig[Any], tokenizer: Any) -> str:
+    """What a model writes between its reasoning and its answer; "" if it is to write none."""
+    return template_of(tokenizer, config.template).thought_end
+
+
 def ends_of(template: Template, base: Any) -> tuple[int, ...]:
     """The ids that end an answer: of the template, and of the base's own generation config."""
     return tuple(dict.fromkeys((*template.stops, *_named(base))))

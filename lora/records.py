@@ -12,7 +12,7 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from lora import documents
@@ -81,13 +81,17 @@ class Answer(TypedDict):
 
 
 class Turn(TypedDict):
+    """A message; what else it has is read with the conversation."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     role: str
     content: str
 
 
 class Written(TypedDict, total=False):
-    """A row of predictions.jsonl of a task that writes texts: one of the two."""
+    """A row of predictions.jsonl of a task that writes texts: one of the two, and its tools."""
 
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     prompt: str
     messages: list[Turn]
 

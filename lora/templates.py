@@ -65,6 +65,7 @@ PLAIN = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
+TOGETHER = 16  # conversations rendered at a time
 AT_ONCE = 1_000  # texts tokenised at a time: the offsets of more would be held as Python's numbers
 
 THOUGHT = "\ue0da\ue0db\ue0dc"  # in the place of an answer's reasoning
@@ -106,12 +107,9 @@ class Template:
             text, written = self._as_it_stands(conversation)
             answers = {len(messages) - 1: (len(written), len(text))}
         else:
-            numbers = [
-                number
-                for number, one in enumerate(messages)
-                if one.role == "assistant" and one.learned == (loss_on == "answers")
-            ]
-            self._prepare(conversation, numbers)
+            numbers = _to_find(messages, loss_on)
+            if (messages, conversation.given, False) not in self._texts:
+                self.prepare([conversation], loss_on)
             prompt, text = self.prompt(conversation), self._text(conversation)
             openings = {len(messages) - 1: prompt}
             answers = {
@@ -219,6 +217,17 @@ class Template:
         return self._text(_probe()) != self._text(_probe(), True)
 
     @cached_property
+    def thought_end(self) -> str:
+        """What a model writes between its reasoning and its answer, special tokens left out; "" if
+        the template knows no reasoning."""
+        if self.jinja is None:
+            return ""
+        thought = _thinking(Message("assistant", MARK))
+        between = self._text(_probe(thought)).partition(THOUGHT)[2].partition(MARK)[0]
+        ids = self.core.encode(between, add_special_tokens=False).ids
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    @cached_property
     def _thinks(self) -> bool:
         """Whether the template writes the reasoning of an answer."""
         thought = Message("assistant", "y", more=(("reasoning_content", json.dumps(THOUGHT)),))
@@ -268,17 +277,25 @@ class Template:
             ) from text
         return text
 
-    def _prepare(self, conversation: Conversation, numbers: Sequence[int]) -> None:
-        """Render what most conversations need, with answers of these numbers, in one go."""
-        messages, given = conversation.messages, conversation.given
-        keys = [(messages, given, False)]
-        keys += [(messages[:number], given, True) for number in numbers if number]
-        keys += [(_marked(messages, number), given, False) for number in numbers]
+    def prepare(self, conversations: Sequence[Conversation], loss_on: LossOn = "answers") -> None:
+        """Render in one go, which is faster, what render() needs of most of these conversations;
+        what was rendered before is forgotten."""
+        keys: list[_Asked] = []
+        for one in conversations:
+            if not self._bare(one):
+                messages, given = one.messages, one.given
+                numbers = _to_find(messages, loss_on)
+                keys.append((messages, given, False))
+                keys += [(messages[:number], given, True) for number in numbers if number]
+                keys += [(_marked(messages, number), given, False) for number in numbers]
         self._texts.clear()
-        self._render(keys)
+        if keys:
+            self._render(keys)
 
     def _render(self, keys: Sequence[_Asked]) -> None:
         assert self.jinja is not None
+        if len(self._texts) > AT_ONCE:  # of many prompts, one after the other
+            self._texts.clear()
         special = self.tokenizer.special_tokens_map
         values = [
             {
@@ -441,6 +458,16 @@ class Template:
                 f" template's ({self.name}) to write. Remove it; for texts that are written out"
                 " already, pass --template none."
             )
+
+
+def _to_find(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
+    """The numbers of the answers whose place matters: those that are learned, or of a loss on
+    everything those that are not."""
+    return [
+        number
+        for number, one in enumerate(messages)
+        if one.role == "assistant" and one.learned == (loss_on == "answers")
+    ]
 
 
 def _probe(*answer: Message) -> Conversation:
@@ -771,11 +798,14 @@ def _rendered(
     bad: BadRows | None = None,
 ) -> list[tuple[int, Rendered]]:
     """The conversations as text by their numbers, less those that the template refuses."""
-    found = [
-        (n, _try(lambda one: template.render(one, loss_on), one, bad))
-        for n, one in enumerate(conversations)
-    ]
-    return [(number, text) for number, text in found if text is not None]
+    found = []
+    for number, one in enumerate(conversations):
+        if number % TOGETHER == 0:
+            template.prepare(conversations[number : number + TOGETHER], loss_on)
+        text = _try(lambda one: template.render(one, loss_on), one, bad)
+        if text is not None:
+            found.append((number, text))
+    return found
 
 
 def _try(

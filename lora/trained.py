@@ -37,6 +37,7 @@ from lora.inputs import (
     read_corpus,
     read_texts,
     screened,
+    thought_end,
 )
 from lora.models import hold, load_tokenizer
 from lora.records import answers_of, environment_of, summary_of
@@ -263,10 +264,15 @@ def answer(
                 asked = bad.usable(asked)
                 _say(progress, *bad.judge(left=bool(asked)))
         texts = answers(trained, asked, writing, adapter, progress)
-    rows: list[dict[str, Any]] = []
-    for number, one in enumerate(asked):
-        beside = {"base": texts["off"][number].strip()} if adapter == "both" else {}
-        rows.append(row_of(one, texts["off" if adapter == "off" else "on"][number]) | beside)
+    end = thought_end(trained.config, trained.tokenizer)
+    found = {
+        acts: [row_of(one, text, thought_end=end) for one, text in zip(asked, some, strict=True)]
+        for acts, some in texts.items()
+    }
+    rows = found["off" if adapter == "off" else "on"]
+    if adapter == "both":
+        beside = [row["prediction"] for row in found["off"]]
+        rows = [row | {"base": text} for row, text in zip(rows, beside, strict=True)]
     _put_out(rows, output)
 
 

@@ -553,6 +553,48 @@ def exported(
     assert ("TEMPLATE" in (run / "a b.Modelfile").read_text()) == (asked == "file")
 
 
+THINKING = (
+    "{% if tools %}{{ tools | tojson + '</s>\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<s>' + m.role + '\n' }}{% if m.reasoning_content %}"
+    "{{ '<think>' + m.reasoning_content + '</think>\n' }}{% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name + ' ' }}"
+    "{{ call.function.arguments | tojson }}</call>{% endfor %}{{ '</s>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+def test_reasoning_and_tools_go_the_whole_way(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", "llama", THINKING)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"n": 1}}}
+    rows = [
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "messages": [
+            {"role": "system", "content": "Count."},
+            {"role": "user", "content": f"{i}?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "ok", "reasoning_content": "hm"},
+        ]}
+        for i in range(40)
+    ]  # fmt: skip
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ("--base", base, "--data", tmp_path / "x.jsonl", *FLAGS, "--epochs", 20, "--r", 8)
+    flags += ("--learning-rate", 0.03)
+    run = tmp_path / "run"
+    assert lora("train", *flags, "--max-length", 256, "--max-new-tokens", 30, "--run-dir", run) == 0
+    written = lines(run / "predictions.jsonl")
+    assert [(row["reasoning"], row["prediction"]) for row in written] == [
+        ("<think>hm</think>", "ok")
+    ] * len(written)
+    assert written[0]["tools"] == rows[0]["tools"]
+    assert written[0]["messages"][2]["tool_calls"] == [call]
+    assert summary_of(run)["metrics"]["exact_match"] == 1
+    assert lora("merge", run, "--output", tmp_path / "plain") == 0
+    data = run / "predictions.jsonl"
+    assert lora("generate", run, "--data", data, "--output", tmp_path / "again.jsonl") == 0
+    again = lines(tmp_path / "again.jsonl")
+    assert [row["prediction"] for row in again] == ["ok"] * len(written)
+
+
 def test_a_run_whose_base_knows_its_ends_is_exported_without_more(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
