@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.machine import write
 from lora.models import bfloat16_here
+from lora.records import summary_of
 
 MB = 10**6
 DEMO = ("lora", "full", "qlora", "bitfit")
@@ -71,7 +72,7 @@ def measure(flags: list[str], folder: Path) -> dict[str, Any]:
     run = folder / "run"
     command = [sys.executable, "-m", "lora", "train", *flags, "--run-dir", str(run)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peak = json.loads((run / "summary.json").read_text())["peak_bytes"]
+    peak = summary_of(run)["peak_bytes"]
     return {"planned": memory, "peak_bytes": peak, "ratio": memory["peak"] / peak}
 
 

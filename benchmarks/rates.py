@@ -9,13 +9,13 @@ a rate that is far off from one that is not, and no more. A run that FOLDER hold
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.machine import write
+from lora.records import summary_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sst2-sentences"
 RATES = {
@@ -51,7 +51,7 @@ def main() -> None:
                     check=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1"},
                 )
-            summary = json.loads((run / "summary.json").read_text())
+            summary = summary_of(run)
             score = summary["evaluations"][-1]["dev"]["accuracy"]
             found.setdefault(method, {})[rate] = score
             print(f"{method:<8} {rate:>5}  dev accuracy {score:.4f}")

@@ -174,8 +174,10 @@ def _train_on(
     count: str, arguments: list[str], config: Any, directory: str | None, base: str | None
 ) -> None:
     """`lora train` as so many ranks; what it was told to check, this process has checked."""
-    if not count.isdecimal() or int(count) < 1:
-        raise ConfigError(f"--nproc must be a whole number from 1, found {count}.")
+    if not count.isdecimal() or not 1 <= int(count[:9]) <= 1024:
+        raise ConfigError(
+            f"--nproc must be a whole number from 1 to 1,024, found {count[:80]}. Set --nproc."
+        )
     from lora.distributed import launch, launched
     from lora.errors import TrainingError
 
@@ -321,6 +323,10 @@ def _harness(config: EvalConfig) -> None:
     """A run's model on tasks of the LM Evaluation Harness."""
     if config.run is None or config.data is not None or config.split is not None:
         raise ConfigError("--harness brings its own data, for a run. Leave the other flags out.")
+    from lora.adapter import whole_number
+
+    if config.limit is not None:
+        whole_number("limit", config.limit)
     from lora.harness import evaluate
     from lora.trained import reopen
 
@@ -465,9 +471,11 @@ def _data(arguments: list[str]) -> None:
         if what not in ("--help", "-h"):
             raise ConfigError(f"lora data takes preview or tasks, found {what or 'nothing'}.")
         return
+    from lora.adapter import whole_number
     from lora.config import parse, parse_run
 
     own, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
+    whole_number("count", own.count)
     config = parse_run(_with_config(own.config, others), "lora data preview")
     from lora.distributed import device
     from lora.inputs import corpus_to_show, show, show_labelled

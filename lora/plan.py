@@ -330,7 +330,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     would raise before its first step, and ModelError where the model cannot be followed without
     values.
     """
-    whole_number("devices", devices)
+    whole_number("nproc", devices, most=1024)
     anonymous, device = PeakMemory(), device_here()
     before = anonymous.now()
     corpus = read_corpus(config)

@@ -97,6 +97,23 @@ def test_errors_of_the_command_line_name_flags(
     assert not re.search(rf"(?<!-)\b({own})\b", error)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    {
+        ("plan", "--nproc", "0"): "--nproc must be a whole number of at least 1, found 0",
+        ("train", "--nproc", "0"): "--nproc must be a whole number from 1 to 1,024, found 0",
+        ("train", "--nproc", "9" * 5000): "--nproc must be a whole number from 1 to 1,024, found 9",
+        ("data", "preview", "--count", "-1"): "--count must be a whole number of at least 1",
+        ("eval", "/no", "--harness", "x", "--limit", "0"): "--limit must be a whole number of at",
+    }.items(),
+)
+def test_numbers_of_other_verbs_are_held_to_bounds(
+    given: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list(given)) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_message_keeps_the_names_of_files_and_of_what_was_typed() -> None:
     for error, message in {
         TargetError("target_modules=('a',) matches none: see learning_rate."):
