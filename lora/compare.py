@@ -35,6 +35,7 @@ from lora.config import (
     to_table,
 )
 from lora.errors import ConfigError, RunError, StoppedError
+from lora.files import writable
 from lora.records import Summary, summary_of
 from lora.run import config_of
 
@@ -153,17 +154,17 @@ def _alone(folder: Path) -> Iterator[int]:
     Yields the lock's file descriptor: a run that inherits it holds the folder for as long as it
     lives, though the comparison be killed.
     """
-    try:
+    with writable(folder, RunError, "Pass another --run-dir."):
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
+        file = (folder / ".lock").open("w")
+    with file as lock:
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield lock.fileno()
-    except BlockingIOError:
-        raise RunError(
-            f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
-        ) from None
-    except OSError as error:
-        raise RunError(f"--run-dir {folder} cannot be written: {error.strerror}.") from None
+        except BlockingIOError:
+            raise RunError(
+                f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
+            ) from None
+        yield lock.fileno()
 
 
 Standing = Literal["new", "cut off", "complete"]

@@ -542,7 +542,7 @@ def template_of(tokenizer: Any, asked: str = "auto") -> Template:
         return bare if asked == "none" else Template(tokenizer, plain, "plain", asked == "plain")
     try:
         return Template(tokenizer, Path(asked).read_text("utf-8"), asked, raw=True)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"--template {asked} cannot be read: {reason}. Pass auto, plain, none or a file."

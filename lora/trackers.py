@@ -33,6 +33,7 @@ from lora import documents
 from lora.adapter import is_number
 from lora.checkpoint import write_whole
 from lora.errors import ConfigError, RunError
+from lora.files import writable
 
 CALLED = {"mlflow": "info.run_id", "tensorboard": "log_dir", "trackio": "name", "wandb": "id"}
 """The trackers, and where each keeps what it calls a run."""
@@ -131,10 +132,8 @@ def _begin(
             raise ConfigError(
                 f"{_failed(name, error)} Set it up as its own manual says, or leave it out."
             ) from error
-    try:
+    with writable(path, RunError):
         write_whole(path, json.dumps(runs, indent=2).encode())
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def _tracker(name: str, directory: Path, run: str | None, settings: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from conftest import ROOT
 from torch import nn
 
 import lora
-from lora import config, models
+from lora import config, models, records
 from lora.checkpoint import settings_of
 from lora.cli import main
 from lora.columns import Columns
@@ -31,8 +31,9 @@ from lora.export import ExportConfig, export, export_gguf
 from lora.files import readable, writable
 from lora.plots import draw
 from lora.rows import read_source
-from lora.run import check_free, config_of, resume, write_lines
+from lora.run import check_free, config_of, resume, run, write_lines
 from lora.source import open_source
+from lora.templates import template_of
 from lora.trained import merge_run, rescore
 
 
@@ -94,6 +95,28 @@ def test_a_full_disk_in_merge_leaves_nothing(run_of_demo: Path, tmp_path: Path) 
         merge_run(open_source(run_of_demo), tmp_path / "out", dequantize=False, untie=False)
     assert list(tmp_path.iterdir()) == []
     merge_run(open_source(run_of_demo), tmp_path / "out", dequantize=False, untie=False)
+
+
+@pytest.mark.parametrize("room", [0, 300, 1500, 6000, 20_000, 60_000])
+def test_a_full_disk_at_any_write_of_a_run(
+    room: int,
+    run_of_demo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],  # in memory: pytest's own files have no more room either
+) -> None:
+    """Whatever is written first past the room fails by name, and the run goes on from there."""
+    monkeypatch.setenv("LORA_CACHE", str(tmp_path / "cache"))
+    table = config.read_toml(run_of_demo / "config.toml") | {"run_dir": str(tmp_path / "run")}
+    asked = config.from_table(table, "lora")
+    with a_full_disk(room), pytest.raises(LoraError, match="cannot be written|cannot be made"):
+        run(asked)
+    left = {path.name for path in tmp_path.iterdir()} - {"cache"}
+    assert left <= {"run"}
+    if left:
+        assert resume(tmp_path / "run")["step"] == records.summary_of(run_of_demo)["step"]
+    else:
+        run(asked)
 
 
 def test_a_full_disk_in_export_and_in_lines(tmp_path: Path) -> None:
@@ -158,6 +181,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "skeleton": lambda path: models.load_skeleton(str(path), 2, "classification"),
     "data": lambda path: list(read_source(str(path))),
     "conversations": lambda path: read_prompts(str(path)),
+    "template": lambda path: template_of(models.load_base("demo-lm", 1, "text", 0), str(path)),
     "a recipe": lambda path: config.parse_run(["--config", str(path)]),
 }
 
