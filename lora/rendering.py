@@ -60,6 +60,11 @@ class _Renderer:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):  # a fork would read its parent's answers
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self.process, self.lock = None, threading.Lock()
 
     def render(self, template: str, values: Sequence[Mapping[str, Any]]) -> list[str | RenderError]:
         texts: list[str | RenderError] = []

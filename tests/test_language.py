@@ -314,7 +314,7 @@ def test_a_talk_without_words(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--prompt", "a", "--max-new-tokens", 0), "max_new_tokens"),
+        (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be"),
         (("--data", "x.jsonl", "--system", "Count."), "--system goes with --prompt"),
         (("--prompt", "a", "--top-k", 3), "temperature 0"),
     ],
@@ -780,7 +780,7 @@ class TestBadInput:
         assert "--skip-bad-lines 1" in said
         flags = ("--base", base, "--data", data, *FLAGS, "--skip-bad-lines", 1)
         assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
-        assert "1 bad line left out" in " ".join(capsys.readouterr().err.split())
+        assert "1 row skipped" in " ".join(capsys.readouterr().err.split())
 
     @pytest.mark.parametrize(
         ("row", "says"),
@@ -853,12 +853,12 @@ class TestBadInput:
         ("flags", "says"),
         [
             (("--weights", "nobody", 2), "no data of that name, of x"),
-            (("--weights", "x", 0), "numbers above 0"),
+            (("--weights", "x", 0), "--weights [x] must be more than 0"),
             (("--temperature", 0), "temperature"),
             (("--template", "gone.jinja"), "gone.jinja cannot be read"),
             (("--loss-on", "none"), "loss-on"),
-            (("--task", "text", "--text-column", "body"), "--text-column says nothing"),
-            (("--task", "text", "--labels", "a", "b"), "--labels says nothing"),
+            (("--task", "text", "--text-column", "body"), "--text-column is of a classification"),
+            (("--task", "text", "--labels", "a", "b"), "--labels is of a classification"),
         ],
     )
     def test_settings(

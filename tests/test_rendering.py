@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -152,6 +153,25 @@ def test_after_ctrl_c_no_answer_is_taken_for_another(monkeypatch: pytest.MonkeyP
         with pytest.raises(KeyboardInterrupt):
             render("{{ n }}", [{"n": 1}, {"n": 2}])
     assert render("{{ n }}", [{"n": 3}]) == ["3"]
+
+
+FORK = """
+import os
+from lora import rendering
+print(rendering.render("{{ n }}", [{"n": 1}]), flush=True)
+child = os.fork()
+print(rendering.render("{{ n }}", [{"n": 2 if child else 3}]), flush=True)
+if child:
+    os.waitpid(child, 0)
+    print(rendering.render("{{ n }}", [{"n": 4}]), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_has_a_process_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert sorted(done.stdout.split()) == ["['1']", "['2']", "['3']", "['4']"]
+    assert done.returncode == 0
 
 
 PROGRAM = """
