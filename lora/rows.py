@@ -35,6 +35,7 @@ SPLITS = {
     "test": ("test",),
 }
 MOST_ROWS = 64  # of a Parquet file, for each of its bytes
+PLAIN = (str, bytes, int, float, Decimal, datetime.date, datetime.time, DataError)
 LISTED = 10  # errors that are shown; all are counted
 
 Row = dict[str, Any]
@@ -174,18 +175,19 @@ def text_of(path: Path) -> str:
 
 def is_plain(value: object) -> bool:
     """Whether a cell is a text, a number, a date, or an error: no list, object or null."""
-    kinds = str | bytes | int | float | Decimal | datetime.date | datetime.time | DataError
-    return isinstance(value, kinds)
+    return isinstance(value, PLAIN)
 
 
 def text_in(row: Row, name: str) -> str:
     """A cell as text. Raises DataError if it holds none: NaN, a list, what cannot be read."""
     value = row[name]
+    if isinstance(value, str):
+        return value
     if isinstance(value, DataError):
         raise value
     if isinstance(value, bytes):
         try:
-            value = value.decode()
+            return value.decode()
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8: {error.reason}.") from None
     if isinstance(value, float | Decimal) and not math.isfinite(value):
@@ -196,9 +198,7 @@ def text_in(row: Row, name: str) -> str:
         return f"{value:f}"
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    if not isinstance(value, str):
-        raise DataError(f"{name} is no text, found {type(value).__name__}.")
-    return value
+    raise DataError(f"{name} is no text, found {type(value).__name__}.")
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:

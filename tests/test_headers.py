@@ -153,6 +153,35 @@ HEADERS: list[tuple[str, Rows]] = [
     ),
     ("text", [[review(random.Random(i), True)] for i in range(20)]),
     ("utterance", [[word] for word in WORDS]),
+    (
+        "Quality,#1 ID,#2 ID,#1 String,#2 String",
+        [
+            [str(i % 2), str(700 + i), str(900 + i), f"{w} was seen .", f"They saw {w} ."]
+            for i, w in enumerate(WORDS)
+        ],
+    ),  # MRPC
+    (
+        "index,genre,filename,year,old_index,source1,source2,sentence1,sentence2,score",
+        [
+            [
+                str(i),
+                "main",
+                "MSRvid",
+                "2012test",
+                f"{i:04}",
+                "none",
+                "none",
+                f"a {w}",
+                f"the {w}",
+                "4.2",
+            ]
+            for i, w in enumerate(WORDS)
+        ],
+    ),  # STS-B
+    (
+        "pair_ID,sentence_A,sentence_B,relatedness_score,entailment_judgment",
+        [[str(i), f"a {w} waits", f"the {w} waits", "4.5", "NEUTRAL"] for i, w in enumerate(WORDS)],
+    ),
     ("dialogue,summary_quality", [[row[0] * 9, row[1]] for row in stars()]),
 ]
 
@@ -177,6 +206,12 @@ EXAMPLES: list[Rows] = [
     [[review(random.Random(i), True)] for i in range(20)],
     [[word] for word in WORDS],
     [["first line"], ["second"]],
+    [["gj04", str(i % 2), "" if i % 3 else "*", f"The {w} rode the breeze."]
+     for i, w in enumerate(WORDS)],  # CoLA
+    [[str(1 + i % 4), f"{w} falls again", f"AP - The {w} fell."] for i, w in enumerate(WORDS)],
+    [["0", str(146_781_036 + i), "Mon Apr 06 22:19:45 PDT 2009", "NO_QUERY", f"_{w}_", f"a {w}"]
+     for i, w in enumerate(WORDS)],  # Sentiment140
+    [["ham" if i % 5 else "spam", f"Go to the {w}, ok"] for i, w in enumerate(WORDS, 1)],
     [["12.5%", "rise"], ["-3%", "fall"], ["4%", "rise"]],
     [["n/a", "0"], ["good", "1"], ["bad", "0"], ["fine", "1"]],
 ]  # fmt: skip
