@@ -64,7 +64,9 @@ class BadRows:
     listed: list[str] = field(default_factory=list)
     places: set[str] = field(default_factory=set)
 
-    def add(self, error: DataError, place: str = "") -> None:
+    def add(self, error: DataError, place: str) -> None:
+        if place in self.places:  # another conversation of the same row
+            return
         self.count += 1
         self.places.add(place)
         if len(self.listed) < LISTED:

@@ -721,7 +721,7 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
@@ -959,7 +959,7 @@ class PeakMemory:
             status = Path("/proc/self/status").read_text()
         except OSError:
             return 0
-        lines = [line for line in status.splitlines() if line.startswith("RssAnon")]
+        lines = [line for line in status.split("\n") if line.startswith("RssAnon")]
         return int(lines[0].split()[1]) * 1024 if lines else 0
 
     def peak(self, device: torch.device) -> int:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
 from lora.columns import Columns
-from lora.conversations import read_conversations
+from lora.conversations import from_row, read_conversations
 from lora.data import read, read_predictions, unlabelled
 from lora.errors import DataError
 from lora.metrics import score
-from lora.rows import read_rows, read_source
+from lora.rows import BadRows, read_rows, read_source
 
 ROWS = [{"text": f"a film, number {i}", "label": "ab"[i % 2]} for i in range(20)]
 
@@ -79,6 +80,19 @@ def test_a_line_ends_at_a_line_feed_alone(mark: str, end: str, tmp_path: Path) -
     expected = [{"text": f"a{mark}b{i}"} for i in range(3)]
     for form in (text, text.replace("\n", "\r\n")):
         assert [row for _, row in read_rows(Path(write(tmp_path / f"x.{end}", form)))] == expected
+
+
+def test_nothing_here_cuts_lines_as_unicode_does() -> None:
+    for path in sorted((ROOT / "lora").rglob("*.py")):
+        assert ".splitlines(" not in path.read_text("utf-8"), path
+
+
+def test_a_row_of_several_conversations_is_bad_once() -> None:
+    row = {"instruction": "Add.", "instances": [{"input": "1 2", "output": "3"}] * 3}
+    bad = BadRows()
+    for one in from_row(row, "x.jsonl, line 1"):
+        bad.add(DataError(f"{one.place}: refused"), one.place)
+    assert bad.count == len(bad.listed) == 1
 
 
 def test_an_old_macintoshs_lines_end_at_a_carriage_return(tmp_path: Path) -> None:
