@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -35,7 +36,7 @@ SPLITS = {
     "test": ("test",),
 }
 MOST_ROWS = 64  # of a Parquet file, for each of its bytes
-PLAIN = (str, bytes, int, float, Decimal, datetime.date, datetime.time, DataError)
+PLAIN = (str, int, float, DataError)
 LISTED = 10  # errors that are shown; all are counted
 
 Row = dict[str, Any]
@@ -176,7 +177,7 @@ def text_of(path: Path) -> str:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a cell is a text, a number, a date, or an error: no list, object or null."""
+    """Whether a cell is a text, a number, or an error: no list, object or null."""
     return isinstance(value, PLAIN)
 
 
@@ -187,19 +188,10 @@ def text_in(row: Row, name: str) -> str:
         return value
     if isinstance(value, DataError):
         raise value
-    if isinstance(value, bytes):
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name} is not UTF-8: {error.reason}.") from None
-    if isinstance(value, float | Decimal) and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise DataError(f"{name} is {value}: no text, and no finite number. Fill it in.")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
     raise DataError(f"{name} is no text, found {type(value).__name__}.")
 
 
@@ -338,17 +330,33 @@ def _values(name: str, column: Any) -> list[Any]:
     """The cells of a column as Python's values, and a DataError for each that is none: bytes that
     are not UTF-8, a date past the year 9999, a time zone that nobody knows."""
     try:
-        values: list[Any] = column.to_pylist()
+        return [_as_json(value) for value in column.to_pylist()]
     except Exception:  # pyarrow raises what the conversion of each type does
-        values = [_value(name, cell) for cell in column]
-    return values
+        return [_value(name, cell.as_py) for cell in column]
 
 
-def _value(name: str, cell: Any) -> Any:
+def _value(name: str, read: Callable[[], Any]) -> Any:
     try:
-        return cell.as_py()
+        return _as_json(read())
     except Exception as error:  # as above
         return DataError(f"{name} is no value that can be read: {error}.")
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON would hold it. Raises TypeError or ValueError for what it cannot hold."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list | tuple):
+        return [_as_json(one) for one in value]
+    if isinstance(value, dict):
+        return {str(_as_json(name)): _as_json(one) for name, one in value.items()}
+    if isinstance(value, Decimal):
+        return f"{value:f}" if value.is_finite() else float(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise TypeError(f"a {type(value).__name__} is neither a text nor a number")
 
 
 def read_hub(source: str) -> Iterator[tuple[str, str, Read]]:
@@ -376,6 +384,7 @@ def read_hub(source: str) -> Iterator[tuple[str, str, Read]]:
         for split, names in SPLITS.items():
             there = [name for name in names if name in found]
             for number, row in enumerate(found[there[0]] if there else (), 1):
-                yield split, f"{source}, {there[0]} row {number}", {str(k): row[k] for k in row}
+                cells = {str(name): _value(str(name), partial(row.get, name)) for name in row}
+                yield split, f"{source}, {there[0]} row {number}", cells
     except Exception as error:  # the library raises whatever its readers raise
         raise DataError(f"--data {source} cannot be loaded from the hub: {error}.") from error

@@ -309,4 +309,25 @@ def test_rows_of_the_hub_keep_their_values(monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(one.prompt[0].content for some in splits.values() for one in some) == [
         f"a{i}" for i in range(10)
     ]
-    assert [row for _, _, row in read_source("owner/name")] == rows
+    (row, *_) = [row for _, _, row in read_source("owner/name")]
+    assert row == {**rows[0], "on": "2026-01-02T00:00:00"}
+
+
+def test_what_lies_within_a_cell_is_as_json_would_hold_it(tmp_path: Path) -> None:
+    day, amount = datetime.date(2026, 1, 2), decimal.Decimal("1.50")
+    answer = {"role": "assistant", "content": "b", "name": b"n", "extra": {"on": day, "of": amount}}
+    turns = [{"role": "user", "content": "a"} | dict.fromkeys(("name", "extra")), answer]
+    path = parquet(tmp_path / "x.parquet", messages=[turns] * 3, tools=[[{"on": day}]] * 3)
+    rows = [row for _, row in read_rows(Path(path))]
+    assert rows[0] == {
+        "messages": [
+            {**turns[0], "name": None, "extra": None},
+            {**answer, "name": "n", "extra": {"on": "2026-01-02", "of": "1.50"}},
+        ],
+        "tools": [{"on": "2026-01-02"}],
+    }
+    assert isinstance(rows[0], dict)
+    assert len(from_row(rows[0], "x.parquet, row 1")) == 1
+    broken = parquet(tmp_path / "y.parquet", messages=[[{"content": b"\xff", "role": "user"}]] * 3)
+    with pytest.raises(DataError, match="row 1: messages is no value that can be read"):
+        read_conversations(broken)
