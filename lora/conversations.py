@@ -326,7 +326,8 @@ def _read_row(row: Row, answered: bool) -> Iterator[Conversation]:
 def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
     """One question and its answer, or several turns of each in lists of messages."""
     ask, answer = _first(ASKED, row), _first(ANSWERED, row)
-    assert ask is not None
+    if ask is None:
+        raise DataError(f"none of {', '.join(ASKED)} has a text.")
     if answer is None and answered:
         raise DataError(f"{ask} without {' or '.join(name for name in ANSWERED if name in row)}.")
     used = [ask, answer or ""]
@@ -365,7 +366,7 @@ def _history(row: Row) -> tuple[Message, ...]:
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     messages: list[Message] = []
-    for pair in value or ():
+    for pair in value if isinstance(value, list) else [value] if value else ():
         if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
             raise DataError("history is no list of [question, answer].")
         messages += Message("user", pair[0]), Message("assistant", pair[1])
