@@ -547,7 +547,7 @@ BROKEN = {
     "a label given twice": (("--labels", "0", "0"), "labels must be distinct"),
     "a seed past its range": (
         ("--seed", str(2**63)),
-        "--seed must be less than 92233720368547",
+        "--seed must be less than 9,223,372,036",
     ),
     "an argument that is no text": (("--note", "\udcff"), "is not in this system's encoding"),
     "a rank past the memory": (("--r", str(10**9)), "GiB as set, the machine has"),

@@ -89,7 +89,7 @@ def test_a_run_reads_back(tmp_path: Path) -> None:
         ({"method": ["lora"]}, r"--method \['lora'\] is unknown"),
         ({"text_column": ""}, "text_column must be a text of at least 1 character, found ''"),
         ({"max_length": None}, "max_length is missing"),
-        ({"max_length": 10**30}, "max_length must be at most 2147483647, found 1000"),
+        ({"max_length": 10**30}, "max_length must be at most 2,147,483,647, found 1000"),
         ({"learning_rate": None}, "learning_rate is missing"),
         ({"dtype": None}, "dtype is missing"),
         ({"data": [["a"]]}, r"data \[0\] must be a text, found \['a'\]"),

@@ -239,7 +239,7 @@ def test_alpha_is_asked_for(tmp_path: Path, capsys) -> None:
         main(["convert", str(path)])
     assert "--lora-alpha" in capsys.readouterr().err
     assert main(["convert", str(path), "--lora-alpha", "-1"]) == 2
-    assert "lora_alpha must be a positive number" in capsys.readouterr().err
+    assert "--lora-alpha must be a positive number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -81,7 +81,7 @@ def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
         ("--learning-rate", "nan"): "--learning-rate must be a finite number, found nan.",
         ("--labels", "a", "a"): "--labels must be distinct",
         ("--text-column", ""): "--text-column must be a text of at least 1 character",
-        ("--max-length", str(10**30)): "--max-length must be at most 2147483647",
+        ("--max-length", str(10**30)): "--max-length must be at most 2,147,483,647",
         ("--weights", "a", "-1"): "--weights [a] must be more than 0",
         ("--rank-pattern", "(", "3"): "--rank-pattern is refused: '(' is no regular expression",
         ("--init-lora-weights", "x"): "--init-lora-weights must be",

@@ -183,7 +183,7 @@ def test_what_train_refuses_it_refuses(
 
 
 def test_devices_are_a_whole_number(bare: Path) -> None:
-    with pytest.raises(ConfigError, match="devices"):
+    with pytest.raises(ConfigError, match="nproc"):
         plan(asked(bare), devices=0)
 
 
@@ -242,5 +242,5 @@ def test_epochs_without_end_are_planned_from_the_first(
     assert (many.largest, many.tokens, many.padding) == (few.largest, few.tokens, few.padding)
     assert few.memory[0].training == many.memory[0].training
     assert "note: the batches are those of the first 4 epochs." in many.notes
-    with pytest.raises(ConfigError, match="epochs must be .* at most 2,147,483,647"):
+    with pytest.raises(ConfigError, match="epochs must be at most 2,147,483,647"):
         asked(bare, epochs=2**31)
