@@ -476,8 +476,14 @@ class AdaptedLayer(nn.Module):
         self.adapters = nn.ModuleDict().train(base_layer.training)
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.watch()
         # the base's own, while merged
         self.kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
+
+    def watch(self) -> None:
+        """Note anew whether the model calls the layer, and whether it reads its weight itself.
+        Compiled code does not tell."""
+        self.__dict__.update(was_called=False, was_read=False)
 
     @property
     def view(self) -> View:
@@ -491,6 +497,8 @@ class AdaptedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())  # nn.Linear names it input, Conv1D x
+        if not torch.compiler.is_compiling():
+            self.__dict__["was_called"] = True
         if not self.active or not self.enabled or self.kept is not None:
             output: Tensor = self.base_layer(x)
             return output
@@ -563,11 +571,11 @@ class AdaptedLayer(nn.Module):
                 W1, b1 = copy.deepcopy(self.adapter(name)).to(wide).merged(W1, b1)
             W1 = (W1.T if view.transposed else W1).to(W.dtype, copy=True).contiguous()
             b1 = None if b1 is None else b1.to(W.dtype if b is None else b.dtype, copy=True)
-        merged = nn.Parameter(W1, requires_grad=weight.requires_grad)
-        if b1 is None or (b is not None and b is bias and torch.equal(b1, b)):
-            return merged, None  # a bias that stays is not copied: it may be tied
         needs = bias is not None and bias.requires_grad
-        return merged, nn.Parameter(b1, requires_grad=needs)
+        return (
+            nn.Parameter(W1, requires_grad=weight.requires_grad),
+            None if b1 is None else nn.Parameter(b1, requires_grad=needs),
+        )
 
     def merge(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         """Put W', b' where W, b were, as parameters of their own: what is tied to W is not moved.
@@ -608,6 +616,8 @@ class AdaptedLayer(nn.Module):
         except AttributeError:
             if name == "base_layer":
                 raise
+            if name == "weight" and not torch.compiler.is_compiling():
+                self.__dict__["was_read"] = True
             return getattr(self.base_layer, name)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora import nf4, siblings, ties
 from lora.adapter import (
+    SHORTHANDS,
     AdaptedLayer,
     Adapter,
     MethodConfig,
@@ -41,6 +42,7 @@ from lora.targets import (
     base_parameters,
     base_paths,
     plan_of,
+    uncalled,
     unwrapped,
     walk,
 )
@@ -193,6 +195,8 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     adapters = {id(modules[path]): adapter for path, adapter in parts.adapters.items()}
     copies = {id(modules[path]): module for path, module in parts.copies.items()}
     if not injected(model):
+        model.register_forward_pre_hook(_watch)
+        model.register_forward_hook(_check_called)
         # What eject gives back.
         model.__dict__["lora_required"] = {n: p.requires_grad for n, p in base_paths(model)}
     for _, parameter in base_parameters(model):
@@ -220,6 +224,7 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     if parts.selected:
         model.__dict__["lora_selected"] = Selected(parts.selected, plan.method.keeps_base)
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
+    model.__dict__[WATCHED] = frozenset()
     guard(model, True)
     activate(model, name)
 
@@ -430,12 +435,58 @@ def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, Sa
     )
 
 
+WATCHED = "lora_watched"  # of a model: the modes in which its layers were all found to be called
+
+
+def _watch(model: nn.Module, args: Any) -> None:
+    """Before a forward: let the adapted layers note whether they are called in it."""
+    if not torch.compiler.is_compiling() and model.training not in model.__dict__[WATCHED]:
+        for layer in wrappers_of(model)[0].values():
+            layer.watch()
+
+
+def _check_called(model: nn.Module, args: Any, output: Any) -> None:
+    """After the first forward in each mode: raise TargetError if the model read the weight of an
+    adapted layer and did not call the layer, so that the adapter did nothing."""
+    if torch.compiler.is_compiling() or model.training in model.__dict__[WATCHED]:
+        return
+    layers = wrappers_of(model)[0]
+    acting = {n: m for n, m in layers.items() if m.active and m.enabled and m.kept is None}
+    missed = [
+        name
+        for name, layer in acting.items()
+        if layer.was_read and not layer.was_called and _matters(model, layer)
+    ]
+    if missed:
+        raise TargetError(
+            f"{len(missed)} of {len(acting)} adapted layers did nothing in this forward,"
+            f" {missed[0]} among them: the model reads their weights itself and does not call"
+            " them. Leave them out: set --exclude-modules."
+        )
+    if acting:
+        model.__dict__[WATCHED] |= {model.training}
+
+
+@torch.no_grad()
+def _matters(model: nn.Module, layer: AdaptedLayer) -> bool:
+    """Whether a layer's adapter trains, or changes its weight: of a file of PEFT's it may not."""
+    if any(p.requires_grad for name in layer.active for p in layer.adapter(name).parameters()):
+        return True
+    W, _ = layer.view.read()
+    W1 = W
+    for name in layer.active:
+        W1, _ = layer.adapter(name).merged(W1, None)
+    return not torch.equal(W1, W)
+
+
 def check_alive(model: nn.Module) -> None:
     """Raise TargetError where, after a backward, a part that trains has no gradient at all.
 
     Its forward was not called: some modules read their layers' weights themselves (WavLM's
     attention), past any adapter, and T5 calls its embedding by another path than `shared`. Or a
     reentrant checkpoint called it, which takes no gradient inside where its input takes none.
+    A layer that was not called in this step, when its like in another block or expert was, is no
+    error: no token was routed to it, or its block was left out.
     """
     layers, saved = wrappers_of(model)
     acting: list[tuple[str, nn.Module]] = [
@@ -444,6 +495,17 @@ def check_alive(model: nn.Module) -> None:
     acting += [(path, keeper.current) for path, keeper in saved.items() if keeper.active]
     trained = {path: [p for p in m.parameters() if p.requires_grad] for path, m in acting}
     dead = [path for path, own in trained.items() if own and all(p.grad is None for p in own)]
+    alive = {re.sub(r"\d+", "*", path) for path in trained if path not in dead}
+    idle = [
+        path
+        for path in dead
+        if path in layers
+        and not (layers[path].was_called or layers[path].was_read)
+        and re.sub(r"\d+", "*", path) in alive
+    ]
+    dead = [path for path in dead if path not in idle]
+    for layer in layers.values():
+        layer.watch()
     if dead:
         flag = "--exclude-modules" if dead[0] in layers else "--modules-to-save without it"
         raise TargetError(
@@ -654,6 +716,10 @@ def check_statistics(model: nn.Module, planned: Plan) -> None:
 def _note(model: nn.Module, planned: Plan) -> str:
     """What saving these modules means where it is not plain to see."""
     notes = []
+    read = uncalled(model)
+    if read and getattr(planned.config, "target_modules", None) in SHORTHANDS:
+        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in read))
+        notes.append(f"{ends} left alone: {type(model).__name__} reads their weights itself.")
     names = [name for name, _ in walk(model) if name not in planned.saved]
     for path in planned.saved:
         more = [name for name in names if name.endswith(path) and not name.endswith("." + path)]
@@ -897,7 +963,11 @@ def _merged(
     users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
     groups: dict[int, list[str]] = {}
     for name, layer in layers.items():
-        groups.setdefault(id(layer.view.parameters()[0]), []).append(name)
+        W, b = layer.view.parameters()
+        groups.setdefault(id(W), []).append(name)
+        weight, bias = merged[name]
+        if bias is not None and users[id(b)] > 1 and torch.equal(bias, gathered(b)):
+            merged[name] = weight, None  # a tied bias that stays is the tied one
     for shared, names in groups.items():
         one = merged[names[0]][0]
         if users[shared] == len(names) and all(torch.equal(merged[n][0], one) for n in names):
@@ -990,10 +1060,13 @@ def eject(model: nn.Module) -> None:
     for _, parent in walk(model):
         siblings.part(parent)
     guard(model, False)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for place in [at for at, hook in hooks.items() if hook in (_watch, _check_called)]:
+            del hooks[place]
     for _, selected in selections(model):
         _place(model, selected, is_merged and selected.active)
     required = model.__dict__.pop("lora_required")
-    for key in ("lora_adapters", "lora_selected", ties.RECORD):
+    for key in ("lora_adapters", "lora_selected", ties.RECORD, WATCHED):
         model.__dict__.pop(key, None)
     for name, parameter in base_paths(model):
         parameter.requires_grad_(required.get(name, parameter.requires_grad))

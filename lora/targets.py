@@ -51,6 +51,24 @@ ATTENTION: dict[str, tuple[str, ...]] = {
 of attention, into it and out, fused ones too. Not each of them is in every model."""
 
 
+UNCALLED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("mixer.dt_proj", "mixer.out_proj")),
+    **dict.fromkeys(("mamba2", "nemotron_h"), ("mixer.out_proj",)),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "zamba2"), ("mamba.out_proj",)),
+    "jamba": ("mamba.dt_proj",),
+    "wavlm": tuple(f"attention.{name}_proj" for name in ("q", "k", "v", "out")),
+}
+"""Layers whose weights the model reads itself, or hands to a kernel that does, by model_type:
+their forward is not called, or not in training on a GPU, and an adapter there does nothing."""
+
+
+def uncalled(model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's layers that UNCALLED lists."""
+    kinds = {_architecture(part) for part in model.modules()}
+    ends = tuple(end for one in kinds if isinstance(one, str) for end in UNCALLED.get(one, ()))
+    return tuple(name for name, module in walk(model) if ends and kind(module) and fits(name, ends))
+
+
 @dataclass(frozen=True)
 class Plan:
     """What an injection would do: names by the paths of the model as it was before any."""
@@ -119,6 +137,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
         trunk = backbone(model)
         head = getattr(model, "get_output_embeddings", lambda: None)()
         head = None if head is None else unwrapped(head)
+        read = uncalled(model)
         found = tuple(
             name
             for name, module in free.items()
@@ -127,6 +146,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
             and module is not head
             and inside(name, trunk)
             and not _routes(name, modules)
+            and name not in read
             and _in_blocks(name, config)
         )
         if not found:
@@ -314,6 +334,13 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
         targets = targets_of(model, config, saved)
     further: Mapping[str, Callable[[View, Any, str], Adapter]] = {}
     if issubclass(method, Adapter):
+        read = [name for name in uncalled(model) if name in targets]
+        if strict and read:
+            raise TargetError(
+                f"target_modules means {read[0]}, whose weight {type(model).__name__} reads itself:"
+                " an adapter there would do nothing, or not on every machine. Leave it out of"
+                " --target-modules."
+            )
         if strict:
             method.check_targets(config, targets)
         further = method.further(model, dict(walk(model)), config, targets)
