@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -380,7 +381,7 @@ def load(
     requires_grad.
     """
     before = rows_of(model)
-    with resizing(model, _rows(model, directory, name) if resize_embeddings else before):
+    with resizing(model, rows_filed(model, directory, name) if resize_embeddings else before):
         found = read_adapter(model, directory, name, trainable)
         planned, parts, wanted = found.plan, found.parts, found.wanted
         bare = [key for key, tensor in wanted.items() if tensor.is_meta]
@@ -388,7 +389,7 @@ def load(
             raise CheckpointError(
                 f"{found.folder}: {bare[0]} has no place (meta device). Load the base first."
             )
-        if before is not None and (rows_of(model) or 0) > before:
+        if (rows_of(model) or 0) > min(resized(model).values(), default=sys.maxsize):
             check_filed(found.folder, rows_beyond(model, planned, parts))
     for path, (adapter, view) in with_views(model, parts.adapters).items():
         if next(adapter.buffers(), None) is not None:  # which follow from the base
@@ -406,7 +407,9 @@ def load(
     return report_of(model, name, "\n".join(filter(None, notes)))
 
 
-def _rows(model: nn.Module, directory: str | os.PathLike[str], name: str) -> int | None:
+def rows_filed(
+    model: nn.Module, directory: str | os.PathLike[str], name: str = "default"
+) -> int | None:
     """The rows of the embeddings that an adapter was made with, None if its files do not say."""
     folder = find_folder(directory, name)
     stored, settings = read_tensors(folder)[0], read_json(folder / CONFIG)
@@ -506,12 +509,14 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
         and name not in planned.selected
         and not any(inside(name, whole) for whole in planned.saved)
     }
+    anew = {id(base[name]) for name in resized(model) if name in base}
     brought: list[str] = []
     first: dict[int, Tensor] = {}
     for key in [key for key in names if key in stored]:
         there, here = stored[key], base[names[key]]
         twin = first.setdefault(id(here), there)
         own = there.shape == here.shape and (here.is_meta or _equal(there, here))
+        own = own and id(here) not in anew
         if own or (twin is not there and _equal(there, twin)):  # a tied weight comes twice
             del stored[key]
         else:

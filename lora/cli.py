@@ -252,6 +252,8 @@ class EvalConfig:
     base: str | None = None
     """Where its base is, if not where it was or if the adapter does not say: a folder, or a name
     on the hub."""
+    resize_embeddings: bool = False
+    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
     data: str | None = None
     """Other data than the run's own."""
     split: Literal["test", "dev", "train"] | None = None
@@ -290,7 +292,11 @@ def _eval(arguments: list[str]) -> None:
         _harness(config)
         return
     columns = ["text_column", "pair_column", "label_column"]
-    idle = ["limit", "task"] if config.run is not None else ["limit", "base", "data", "split"]
+    idle = (
+        ["limit", "task"]
+        if config.run is not None
+        else ["limit", "base", "data", "split", "resize_embeddings"]
+    )
     if config.data is None:
         idle += [*columns, "header", "skip_bad_lines"]
     for name in idle:
@@ -312,7 +318,7 @@ def _eval(arguments: list[str]) -> None:
         from lora.trained import rescore
 
         assert config.run is not None
-        source = open_source(config.run, config.base)
+        source = open_source(config.run, config.base, config.resize_embeddings)
         parts = config.data, config.split, asked(config), config.skip_bad_lines
         metrics = rescore(source, *parts)
     for name, value in metrics.items():
@@ -328,9 +334,10 @@ def _harness(config: EvalConfig) -> None:
     if config.limit is not None:
         whole_number("limit", config.limit)
     from lora.harness import evaluate
+    from lora.source import open_source
     from lora.trained import reopen
 
-    trained = reopen(config.run, config.base)
+    trained = reopen(open_source(config.run, config.base, config.resize_embeddings))
     chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
     parts = trained.model, trained.tokenizer, config.harness
     for task, scores in evaluate(*parts, limit=config.limit, chat=chat).items():
@@ -346,6 +353,8 @@ class PredictConfig:
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     base: str | None = None
     """Where its base is, if not where it was or if the adapter does not say."""
+    resize_embeddings: bool = False
+    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
     text: tuple[str, ...] = ()
     """Texts to label."""
     pair: tuple[str, ...] = ()
@@ -374,7 +383,7 @@ def _predict(arguments: list[str]) -> None:
     from lora.source import open_source
     from lora.trained import predict_texts
 
-    source = open_source(config.run, config.base)
+    source = open_source(config.run, config.base, config.resize_embeddings)
     parts = config.data, config.output, asked(config), config.skip_bad_lines
     predict_texts(source, config.text, config.pair, *parts)
 
@@ -388,6 +397,8 @@ class GenerateConfig:
     """A run directory, of --task text, or the folder of such an adapter, ours or PEFT's."""
     base: str | None = None
     """Where its base is, if not where it was or if the adapter does not say."""
+    resize_embeddings: bool = False
+    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
     prompt: tuple[str, ...] = ()
     """What to answer."""
     data: str | None = None
@@ -420,7 +431,7 @@ def _generate(arguments: list[str]) -> None:
     from lora.source import open_source
     from lora.trained import answer
 
-    source = open_source(own.run, own.base)
+    source = open_source(own.run, own.base, own.resize_embeddings)
     run = source.config
     if run.task != "text":
         instead = command("lora", "predict", own.run)
@@ -480,13 +491,13 @@ def _data(arguments: list[str]) -> None:
     from lora.distributed import device
     from lora.inputs import corpus_to_show, show, show_labelled
     from lora.models import load_skeleton
-    from lora.run import resolve
+    from lora.run import extended, resolve
 
     corpus = corpus_to_show(config)
     if corpus.task != "text":
         show_labelled(corpus, own.split, own.count)
         return
-    base = load_skeleton(config.base, 1, "text")  # no weights are read
+    base = extended(load_skeleton(config.base, 1, "text"), config)  # no weights are read
     config, _ = resolve(config, corpus, base, device())
     show(config, corpus, base, own.split, own.count)
 
@@ -499,6 +510,8 @@ class MergeConfig:
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     base: str | None = None
     """Where its base is, if not where it was or if the adapter does not say."""
+    resize_embeddings: bool = False
+    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
     output: Path
     """The folder to make."""
     dequantize: bool = False
@@ -515,7 +528,7 @@ def _merge(arguments: list[str]) -> None:
     from lora.source import open_source
     from lora.trained import merge_run
 
-    source = open_source(config.run, config.base)
+    source = open_source(config.run, config.base, config.resize_embeddings)
     print(merge_run(source, config.output, config.dequantize, config.untie))
     print(f"written: {config.output}")
 

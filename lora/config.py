@@ -91,6 +91,11 @@ class RunConfig(Generic[C]):
     adapter: Path | None = None
     """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
     those of its file, and its base is the one that the file states, unless --base is given."""
+    resize_embeddings: bool = False
+    """Of --adapter: if its base had more tokens or fewer, give this base as many."""
+    add_tokens: Annotated[tuple[Text, ...], Distinct] = ()
+    """Tokens to add to the tokenizer and to the base's embeddings. Their rows train with the
+    adapter, and the tokenizer is saved beside it."""
     text_column: Text | None = None
     """Column of the text: a name, or a number from 0."""
     pair_column: Text | None = None
@@ -204,6 +209,11 @@ class RunConfig(Generic[C]):
             raise ConfigError("--compile cannot be combined with --shard or --offload. Remove one.")
         if self.adapter is not None and (self.shard or self.offload):
             raise ConfigError("--adapter cannot be combined with --shard or --offload. Remove one.")
+        if self.add_tokens and (self.adapter is not None or self.shard or self.offload):
+            other = "--adapter" if self.adapter is not None else "--shard or --offload"
+            raise ConfigError(f"--add-tokens cannot be combined with {other}. Remove one.")
+        if self.resize_embeddings and self.adapter is None:
+            raise ConfigError("--resize-embeddings has no effect without --adapter. Remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +245,7 @@ def method_named(name: Any) -> type[Method]:
             f"--method {name!r} is unknown. Found: {', '.join(sorted(NAMES))}. Run lora methods."
         )
     method = METHODS[NAMES[name][0]]
-    if both := {*declared(method.Config)} & ({*declared(RunConfig)} - {"settings"}):
+    if both := {*declared(method.Config)} & ({*declared(TrainFlags)} - {"settings"}):
         raise ConfigError(
             f"{method.Config.__name__} has a field {min(both)}, which is a flag of every run."
             " Rename the field."

@@ -49,6 +49,8 @@ class Base:
     pieces: dict[str, Tensor] = field(default_factory=dict)
     """By name what one rank holds of the base: those parameters are on the meta device."""
     stored: torch.dtype | None = None  # of its files, as config.json says; of a skeleton alone
+    added: dict[str, list[int]] = field(default_factory=dict)
+    """Ids of the tokens that were added to it, by the layers whose rows have to train for them."""
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora import nf4
 from lora.adapter import Adapter, whole_number
+from lora.checkpoint import read_adapter, rows_filed
 from lora.config import RunConfig, method_named
 from lora.data import Corpus
 from lora.distributed import device as device_here
@@ -59,9 +60,10 @@ from lora.models import (
     packable,
     unfilled,
 )
-from lora.run import PeakMemory, resolve
+from lora.run import PeakMemory, extended, resolve
 from lora.tokens import Encoded, layout, sorted_batches
 from lora.train import check_room, groups, plan_of, steps_per_epoch
+from lora.vocabulary import resize, rows_of
 
 HOLES = 0.7
 """Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
@@ -335,7 +337,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     before = anonymous.now()
     corpus = read_corpus(config)
     asked = len(corpus.labels) or 1, corpus.task, config.quantize, config.dense
-    bare = load_skeleton(config.base, *asked)
+    bare = _fitting(load_skeleton(config.base, *asked), config)
     config, said = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
     corpus = inputs.corpus
@@ -389,6 +391,15 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
             *(f"note: {line}" for line in (corpus.note, *inputs.said, said, seen) if line),
         ),
     )
+
+
+def _fitting(base: Base, config: RunConfig[Any]) -> Base:
+    """The base with the tokens that the run adds to it, or that its adapter was made with."""
+    if config.adapter is not None and config.resize_embeddings:
+        rows = rows_filed(base.model, config.adapter)
+        if rows not in (None, rows_of(base.model)):
+            resize(base.model, rows)
+    return extended(base, config)
 
 
 def _there(device: torch.device) -> int:
@@ -471,11 +482,15 @@ class _Step:
             packs = method.takes_up(config.settings) and config.quantize == "nf4"
         asked = len(self.corpus.labels) or 1, self.corpus.task
         quantize = "none" if packs else config.quantize
-        base = load_skeleton(config.base, *asked, quantize, config.dense)
+        base = _fitting(load_skeleton(config.base, *asked, quantize, config.dense), config)
         model = base.model
         names = packable(model, config.dense) if packs else ()
-        planned = planned_of(model, config.settings, "default", shown, packs)
-        parts = build(model, planned)
+        if config.adapter is not None:
+            filed = read_adapter(model, config.adapter, trainable=True)
+            planned, parts = filed.plan, filed.parts
+        else:
+            planned = planned_of(model, config.settings, "default", shown, packs)
+            parts = build(model, planned)
         fresh: Any = unfilled(model, names, "meta")
         for adapter, view in with_views(model, parts.adapters).values():
             if id(view.module) in fresh:

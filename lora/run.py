@@ -51,6 +51,7 @@ from lora.checkpoint import (
     find_folder,
     load,
     read_tensors,
+    rows_filed,
     save,
     write_together,
     write_whole,
@@ -81,6 +82,7 @@ from lora.models import (
     checkpoint_activations,
     hold,
     load_base,
+    load_tokenizer,
     packable,
     pick_dtype,
 )
@@ -88,6 +90,7 @@ from lora.records import NOTHING, Mark, environment_of, metrics_at
 from lora.state import Training
 from lora.tokens import Encoded
 from lora.train import SIGNALS, Step, begin, check_room, fit, steps_per_epoch
+from lora.vocabulary import add_tokens, resize, rows_of
 
 CHECKPOINTS = "checkpoints"
 
@@ -154,7 +157,8 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         with distributed.alike(), reading(progress) as packed:
             trackers.check_trackers(config.trackers)
             corpus = read_corpus(config)
-            base = base_of(config, corpus.labels, corpus.task, packed, parts=True)
+            fits = config.adapter if config.resize_embeddings else None
+            base = base_of(config, corpus.labels, corpus.task, packed, parts=True, fits=fits)
             device = distributed.device()
             config, said = resolve(config, corpus, base, device)
             if not base.pieces:
@@ -377,6 +381,8 @@ def _train(
             progress.console.print(f"the best is that of step {chosen}.")
         with distributed.alike():
             save(training.model, directory / "adapter", writes=first)
+            if first and (config.add_tokens or config.resize_embeddings):
+                tokenizer.save_pretrained(directory / "adapter")
         name, held_out = corpus.held_out
         where = f"evaluating on {name} after the last step: "
         split = tokenizer, corpus, splits[name], held_out, progress
@@ -732,7 +738,7 @@ def resolve(
 ) -> tuple[RunConfig[Any], str]:
     """The configuration with everything decided, and what to tell the user of it."""
     rate = config.learning_rate or method_named(config.method).learning_rate
-    settings, said = config.settings, ""
+    settings, said = _training_tokens(config.settings, config.method, base.added), ""
     if isinstance(settings, PartialConfig) and config.adapter is None and base.new:
         heads = heads_of(base.model)  # as PEFT names them, so that it reads the file
         others = [
@@ -823,9 +829,12 @@ def base_of(
     task: str,
     packed: Callable[[int, int], None] = lambda done, layers: None,
     parts: bool = False,
+    fits: Path | None = None,
 ) -> Base:
     """The base as configured, before anything is put on it; `packed` is told of its packing. With
-    `parts` this rank's part of it alone, where it is to be sharded."""
+    `parts` this rank's part of it alone, where it is to be sharded. `fits` is the folder of an
+    adapter whose tokens it is to have: its embeddings are resized, and the tokenizer is that
+    beside the adapter."""
     count, quantize = len(labels) or 1, "none" if takes_up(config) else config.quantize
     cut = parts and (config.shard or config.offload)
     part = (distributed.rank(), distributed.size()) if cut else None
@@ -833,7 +842,40 @@ def base_of(
     if labels:
         base.model.config.id2label = dict(enumerate(labels))
         base.model.config.label2id = {label: number for number, label in enumerate(labels)}
-    return base
+    if fits is not None:
+        rows = rows_filed(base.model, fits)
+        if rows not in (None, rows_of(base.model)):
+            resize(base.model, rows)
+        if (fits / "tokenizer_config.json").is_file():
+            base = replace(base, tokenizer=load_tokenizer(str(fits), base.model, task))
+    return extended(base, config)
+
+
+def extended(base: Base, config: RunConfig[Any]) -> Base:
+    """The base with the tokens that --add-tokens adds to it. Raises ConfigError if the method
+    cannot train their rows."""
+    if not config.add_tokens:
+        return base
+    whole = getattr(config.settings, "modules_to_save", ())
+    added = add_tokens(base.model, base.tokenizer, config.add_tokens, whole)
+    return replace(base, added=added)
+
+
+def _training_tokens(settings: Any, method: str, added: dict[str, list[int]]) -> Any:
+    """A method's settings with the rows of added tokens among what trains. Raises ConfigError."""
+    if not added or not method_named(method).keeps_base:  # which trains every row anyway
+        return settings
+    if not hasattr(settings, "trainable_token_indices"):
+        raise ConfigError(
+            f"--add-tokens: {method} trains no rows of embeddings. Set --method lora, dora or full."
+        )
+    found = replace(settings, trainable_token_indices=added)
+    if settings.trainable_token_indices and settings != found:
+        raise ConfigError(
+            "--add-tokens cannot be combined with --trainable-token-indices. To train rows of known"
+            " tokens too, name them in --add-tokens: a known token is not added again."
+        )
+    return found
 
 
 def put_on(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
@@ -848,7 +890,7 @@ def put_on(config: RunConfig[Any], base: Base, shown: Any = None) -> Report:
 def _given(folder: Path, config: RunConfig[Any], base: Base) -> Report:
     """An adapter of a folder on the base, to be trained on. Raises ModelError or DataError where
     its head is not of this task."""
-    report = load(base.model, folder, trainable=True)
+    report = load(base.model, folder, trainable=True, resize_embeddings=config.resize_embeddings)
     check_head(base, report, config.base, folder)
     labels = filed_labels(read_tensors(find_folder(folder))[1])
     if labels and config.labels and labels != config.labels:

@@ -36,6 +36,7 @@ class Source:
     adapter: Path  # the folder with adapter_config.json
     config: RunConfig[Any]  # its base as it is to be loaded
     alone: bool = False  # an adapter without its run
+    resizes: bool = False  # its base is to have as many tokens as the adapter's had
 
     def settle(self, model: Any, tokenizer: Any) -> RunConfig[Any]:
         """The configuration with what an adapter alone leaves to its model and tokenizer."""
@@ -51,8 +52,9 @@ class Source:
         )
 
 
-def open_source(directory: Path, base: str | None = None) -> Source:
+def open_source(directory: Path, base: str | None = None, resizes: bool = False) -> Source:
     """The run or the adapter in a folder; `base` is where its base is now, if not where it was.
+    With `resizes` the base of an adapter alone gets as many tokens as the adapter's had.
 
     Raises RunError, CheckpointError, ConfigError or ModelError if the folder is neither, or its
     base is not stated or not there.
@@ -64,7 +66,7 @@ def open_source(directory: Path, base: str | None = None) -> Source:
     if run:
         return _run(directory.parent if part else directory, base)
     if adapter:
-        return _alone(directory, find_folder(directory), base)
+        return replace(_alone(directory, find_folder(directory), base), resizes=resizes)
     raise RunError(
         f"{directory} is no run directory (no config.toml) and no adapter's folder (no {CONFIG})."
         " Run lora train first, or pass another."
@@ -84,7 +86,7 @@ def _run(directory: Path, base: str | None) -> Source:
             )
         print(f"note: {directory} is not complete: the adapter is that of {path}.", file=sys.stderr)
         adapter = path / "adapter"
-    return Source(directory, adapter, config)
+    return Source(directory, adapter, config, resizes=config.resize_embeddings)
 
 
 def _alone(directory: Path, folder: Path, base: str | None) -> Source:

@@ -80,11 +80,12 @@ def reopen(source: Source | Path, base: str | None = None) -> Trained:
 def _reopened(source: Source) -> Trained:
     """The same in the dtype of its base."""
     config = source.config
-    base = base_of(config, config.labels, config.task)
+    fits = source.adapter if source.resizes else None
+    base = base_of(config, config.labels, config.task, fits=fits)
     if takes_up(config):  # the base that training began with, packed under the start that it had
         put_on(config, base)
         eject(base.model)
-    report = load(base.model, source.adapter)
+    report = load(base.model, source.adapter, resize_embeddings=source.resizes)
     tokenizer = base.tokenizer
     if source.alone:
         check_head(base, report, config.base, source.adapter)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lora.errors import CheckpointError, ConfigError
 from lora.injection import Parts, filed_key, injected
-from lora.layers import inside
+from lora.layers import fits, inside
 from lora.methods._tokens import Tokens
 from lora.targets import Plan, base_parameters, base_paths, unwrapped, walk
 
@@ -229,4 +229,4 @@ def add_tokens(
         for number, old in zip(ids, pieces, strict=True):
             if number >= there and old and not weight.is_meta:
                 weight.data[number] = weight.data[old].float().mean(0)
-    return {path: ids for path in layers.values() if not any(inside(path, w) for w in whole)}
+    return {path: ids for path in layers.values() if not fits(path, tuple(whole))}
