@@ -50,7 +50,7 @@ from lora.adapter import (
 from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
 from lora.files import readable, writable
-from lora.foreign import as_peft_means, exactly, in_blocks, renamed
+from lora.foreign import as_peft_means, check_tying, exactly, in_blocks, renamed
 from lora.injection import (
     Parts,
     Report,
@@ -451,6 +451,7 @@ def read_adapter(
         stored = renamed(model, stored)
         if isinstance(config, PartialConfig):
             config, notes = as_peft_means(model, config)
+    check_tying(model, settings, folder)
     check_rows(model, filed_rows(model, settings, stored), folder)
     planned = replace(plan_of(model, config, strict=bool(mark)), trainable=trainable)
     planned, said = _bring(model, planned, stored)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora.adapter import AdapterConfig, PartialConfig
+from lora.errors import CheckpointError
 from lora.layers import fits, inside, kind
+from lora.methods._tokens import followers_of, input_embedding
 from lora.patterns import compiled
 from lora.targets import walk
 
@@ -58,6 +61,33 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
         names = exactly(model, listed)
         found = replace(found, target_modules=names, layers_to_transform=(), layers_pattern=())
     return found, notes
+
+
+def check_tying(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError if ensure_weight_tying ties adapters of this model in PEFT.
+
+    It does where the model ties layers to its embedding and target_modules or modules_to_save name
+    an embed_tokens or an lm_head. Trained tokens are tied without it.
+    """
+    if not settings.get("ensure_weight_tying"):
+        return
+    names, wanted = ("embed_tokens", "lm_head"), settings.get("target_modules") or ()
+    named = [one for one in settings.get("modules_to_save") or () if _leaf(one) in names]
+    if isinstance(wanted, str):
+        named += [name for name in names if fits(name, wanted)]
+    else:
+        named += [one for one in wanted if _leaf(one) in names]
+    tied = followers_of(model, dict(walk(model)), input_embedding(model)) if named else []
+    if tied:
+        raise CheckpointError(
+            f"{folder}: ensure_weight_tying=True ties what trains of {named[0]} to that of"
+            f" {', '.join(tied)} and the input embedding, which is not implemented. Load it with"
+            " PEFT, or merge it there."
+        )
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def in_blocks(names: Iterable[str], config: AdapterConfig) -> list[str]:

@@ -134,7 +134,9 @@ def test_metrics_that_pass_are_drawn(run: Path, tmp_path: Path) -> None:
 
 def test_an_epoch_beyond_reason_is_named_and_draws_no_tick_each(run: Path) -> None:
     (run / "metrics.jsonl").write_bytes(lines([*METRICS[:2], {**METRICS[2], "epoch": 3e8}]))
-    with pytest.raises(RunError, match="line 3, is damaged: evaluation.epoch must be at most 1,000,000.0"):
+    with pytest.raises(
+        RunError, match="line 3, is damaged: evaluation.epoch must be at most 1,000,000.0"
+    ):
         metrics_of(run)
 
 

@@ -494,7 +494,7 @@ def test_a_start_that_leaves_the_base_alone_is_no_matter(init: Any, tmp_path: Pa
 
 UNKNOWN = {
     "alora_invocation_tokens": [1], "arrow_config": {"top_k": 2}, "corda_config": None,
-    "ensure_weight_tying": True, "kasa_config": {"beta": 1}, "layer_replication": [[0, 2]],
+    "kasa_config": {"beta": 1}, "layer_replication": [[0, 2]],
     "megatron_config": {"tp": 2}, "monteclora_config": {"n": 1}, "target_parameters": ["w"],
     "use_bdlora": {"nblocks": 2}, "use_qalora": True, "velora_config": {"n": 1},
     "init_lora_weights": "mica", "bias": "some", "a_key_of_tomorrow": True,

@@ -334,3 +334,40 @@ def test_a_model_that_computes_by_the_flag_is_not_untied() -> None:
     with pytest.raises(lora.MergeError, match="computes another output if its config says"):
         lora.merge(model, untie=True)
     assert unchanged(before, model)
+
+
+# name: (model, settings of PEFT's, whether it ties anything there)
+ENSURED: dict[str, tuple[Callable[[], Any], dict[str, Any], bool]] = {
+    "no layer of the tie": (lambda: build("gpt2"), {"target_modules": ["c_attn"]}, False),
+    "an untied head": (llama, {"target_modules": ["q_proj", "lm_head"]}, False),
+    "an untied head, whole": (
+        llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+    "rows": (lambda: build("gpt2"), {
+        "target_modules": ["c_attn"], "trainable_token_indices": [3, 1]}, False),
+    "a table of another name": (
+        lambda: build("gpt2"), {"target_modules": ["c_attn", "wte"]}, False),
+    "the head": (lambda: llama(tie_word_embeddings=True), {
+        "target_modules": ["q_proj", "lm_head"]}, True),
+    "the head by pattern": (lambda: build("gpt2"), {"target_modules": ".*c_attn|lm_head"}, True),
+    "the table, whole": (lambda: llama(tie_word_embeddings=True), {
+        "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENSURED)
+def test_weight_tying_is_read_where_it_ties_nothing_and_named_where_it_does(
+    name: str, tmp_path: Path
+) -> None:
+    make, settings, ties = ENSURED[name]
+    theirs = moved(with_peft(make(), peft.LoraConfig(r=2, ensure_weight_tying=True, **settings)))
+    saved_by_peft(theirs, tmp_path)
+    before = snapshot(model := make())
+    if ties:
+        with pytest.raises(lora.CheckpointError, match="ensure_weight_tying=True ties"):
+            lora.load(model, tmp_path)
+        assert unchanged(before, model)
+        return
+    lora.load(model, tmp_path)
+    assert off(model, theirs) < 1e-5
+    lora.save(model, tmp_path / "again")
+    assert off(read_by_peft(make(), tmp_path / "again"), theirs) < 1e-5

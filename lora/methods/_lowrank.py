@@ -146,6 +146,7 @@ class LowRank(Adapter):
         "corda_config": ...,
         "lora_ga_config": ...,
         "megatron_core": ...,  # read under megatron_config only
+        "ensure_weight_tying": ...,  # foreign.check_tying
     }
 
     config: LowRankConfig
