@@ -519,6 +519,12 @@ class MergeConfig:
     quantised."""
     untie: bool = False
     """Give a layer whose weight is tied to another's one of its own, where it is merged into."""
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    """What the weights are written in: what the base's files hold, or another. They are merged in
+    float32 and rounded once."""
+    tolerance: float | None = None
+    """How far the merge may move an output on the run's first texts. Default: a multiple of what
+    rounding moves it by, measured on the model."""
 
 
 def _merge(arguments: list[str]) -> None:
@@ -529,7 +535,8 @@ def _merge(arguments: list[str]) -> None:
     from lora.trained import merge_run
 
     source = open_source(config.run, config.base, config.resize_embeddings)
-    print(merge_run(source, config.output, config.dequantize, config.untie))
+    how = config.dequantize, config.untie, config.dtype, config.tolerance
+    print(merge_run(source, config.output, *how))
     print(f"written: {config.output}")
 
 

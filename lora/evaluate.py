@@ -32,9 +32,11 @@ class Evaluation:
     metrics: dict[str, float]
 
 
-def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """bfloat16 autocast where dtype says so."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+def autocast(model: Any) -> AbstractContextManager[Any]:
+    """bfloat16 autocast if models.hold() put the model into it: for what is computed outside its
+    forward, and so that it casts what trains once for many forwards."""
+    held = getattr(model, "lora_dtype", torch.float32) == torch.bfloat16
+    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=held)
 
 
 def device_of(model: Any) -> torch.device:
@@ -45,7 +47,7 @@ def device_of(model: Any) -> torch.device:
 
 
 def predict(
-    model: Any, encoded: Encoded, batch_size: int, dtype: str, progress: Progress | None = None
+    model: Any, encoded: Encoded, batch_size: int, progress: Progress | None = None
 ) -> Tensor:
     """Logits (examples, outputs), float32, on the CPU, in the examples' order; of texts the summed
     loss in nats and the tokens that were the most probable ones, (examples, 2). Sets eval mode.
@@ -59,7 +61,7 @@ def predict(
     order = sorted_batches(encoded.lengths, batch_size, TOKENS)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
     apart = replace(encoded, row=None)
-    with torch.inference_mode(), autocast(device, dtype):
+    with torch.inference_mode(), autocast(model):
         shares = ([*rows[rank::ranks]] for rows in order)
         filled = ((own, own or rows[:1]) for own, rows in zip(shares, order, strict=True))
         for own, (batch, targets) in ahead(
@@ -96,14 +98,13 @@ def evaluate(
     encoded: Encoded,
     examples: Sequence[Example],
     batch_size: int = EVALUATED,
-    dtype: str = "float32",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Loss and metrics of the model on a labelled split.
 
     Raises TrainingError where the loss is not finite: there is nothing to score then.
     """
-    logits = predict(model, encoded, batch_size, dtype, progress)
+    logits = predict(model, encoded, batch_size, progress)
     if corpus.task == "text":
         loss, metrics = _of_tokens(corpus, encoded, logits.double())
     else:

@@ -78,7 +78,6 @@ def written(
     prompts: Sequence[Sequence[int]],
     writing: Writing,
     stops: Sequence[int] = (),
-    dtype: str = "float32",
     batch_size: int = 32,
     progress: Progress | None = None,
     streamed: Callable[[str], None] | None = None,
@@ -107,7 +106,7 @@ def written(
         streamer = _Stream(tokenizer, streamed, how.eos_token_id) if streamed else None
         # A generator of its own for each batch: none depends on what was drawn before.
         with (
-            torch.random.fork_rng(), torch.inference_mode(), autocast(device, dtype), _bare(model)
+            torch.random.fork_rng(), torch.inference_mode(), autocast(model), _bare(model)
         ):  # fmt: skip
             torch.manual_seed(writing.seed + some[0])
             ids = model.generate(
@@ -198,7 +197,7 @@ def scored(
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
     """Loss and metrics on a split, and a row for each answer: of texts for each prompt, at most
     `config.answered` of each data set, as the model writes them."""
-    found = evaluate(model, corpus, encoded, examples, dtype=config.dtype, progress=progress)
+    found = evaluate(model, corpus, encoded, examples, progress=progress)
     if corpus.task != "text":
         return found, list(rows_of(corpus, examples, found.logits))
     asked = asked_of(config, corpus, examples)
@@ -208,9 +207,7 @@ def scored(
     ids, stops = prompts_of(config, tokenizer, model, asked)
     writing = Writing(max_new_tokens=config.max_new_tokens)
     cut = config.shard or config.offload
-    texts = written(
-        model, tokenizer, ids, writing, stops, config.dtype, progress=progress, sharded=cut
-    )
+    texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=cut)
     end = thought_end(config, tokenizer)
     scores = _scores(corpus, metrics_of(config), asked, [_parts(text, end)[1] for text in texts])
     several = len(corpus.tasks) > 1

@@ -71,11 +71,14 @@ def token_scores(model: Any, batch: Batch, targets: Tensor) -> Tensor:
 def _as_forward(model: Any, forward: Any) -> Iterator[None]:
     """Within, the model is called with a forward of ours, and so with its own hooks: those of FSDP
     put its weights together."""
+    own = model.__dict__.get("forward")
     model.forward = MethodType(forward, model)
     try:
         yield
     finally:
         del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def _summed(model: Any, targets: Tensor, **batch: Any) -> Tensor:

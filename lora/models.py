@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import threading
 import urllib.error
@@ -20,18 +21,20 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lora import card, demo, documents, nf4
 from lora.basefile import BASE_FILE
 from lora.demo import language
-from lora.errors import DataError, LoraError, ModelError
+from lora.errors import ConfigError, DataError, LoraError, ModelError
 from lora.files import readable
 from lora.layers import backbone, inside, kind, views
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
 from lora.targets import targets_of
 
+FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 EMBEDDED = ("demo", "demo-lm")  # bases that need no files
 LARGEST_NEW = 2**27  # parameters that a base's weights may lack: a head, a pooler
 
@@ -48,7 +51,8 @@ class Base:
     new: tuple[str, ...]  # modules with fresh weights: the head
     pieces: dict[str, Tensor] = field(default_factory=dict)
     """By name what one rank holds of the base: those parameters are on the meta device."""
-    stored: torch.dtype | None = None  # of its files, as config.json says; of a skeleton alone
+    stored: torch.dtype | None = None
+    """Of its files, as config.json says, or else their first weight; None if embedded."""
     added: dict[str, list[int]] = field(default_factory=dict)
     """Ids of the tokens that were added to it, by the layers whose rows have to train for them."""
 
@@ -613,9 +617,11 @@ def _transformers_base(
     how: dict[str, Any] = {"dtype": torch.float32}
     _Quantize.refused, _Quantize.shapes = None, {}
     config = base_config(base, **_head(labels, task))
+    said = config.dtype  # before a skeleton is made of it, which states float32 there
     packed = _bitsandbytes(base, config, dense)
     _check_weights(base, config, task)
     try:
+        stored = said or _dtype_of_files(base)
         if packed:
             config.quantization_config = {"quant_method": "lora-nf4"}
         elif quantize == "nf4":
@@ -665,7 +671,21 @@ def _transformers_base(
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     pieces = {} if _Quantize.cut is None else _Quantize.cut.pieces
     _check_finite(base, model, pieces)
-    return Base(model.eval(), tokenizer, new, pieces)
+    return Base(model.eval(), tokenizer, new, pieces, stored)
+
+
+def _dtype_of_files(base: str) -> torch.dtype:
+    """The dtype of the first floating weight in a model's files; float32 if none says it."""
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None and name.endswith(".json"):
+            first = next(iter(json.loads(Path(path).read_bytes())["weight_map"].values()))
+            path = cached_file(base, first)
+        if path is not None:
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+                return next((FLOATS[dtype] for dtype in found if dtype in FLOATS), torch.float32)
+    return torch.float32
 
 
 def load_skeleton(
@@ -727,7 +747,18 @@ def unfilled(
 
 
 def bfloat16_here(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 itself: AVX512-BF16 or AMX, CUDA from 8.0 on."""
+    """Whether the device multiplies in bfloat16 itself: AVX512-BF16 or AMX, CUDA from 8.0 on.
+
+    LORA_BFLOAT16=1 or 0 in the environment overrules what the device says. Raises ConfigError if it
+    is anything else.
+    """
+    forced = os.environ.get("LORA_BFLOAT16", "")
+    if forced:
+        if forced not in ("0", "1"):
+            raise ConfigError(
+                f"LORA_BFLOAT16 is {forced!r} in the environment. Set it to 1 or 0, or unset it."
+            )
+        return forced == "1"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -741,15 +772,28 @@ def pick_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
 
 
 def hold(model: Any, dtype: str) -> None:
-    """Hold the frozen weights of linear layers in `dtype`; what trains stays as it is.
+    """Hold the frozen weights of linear layers in `dtype`, and let the model compute in it whoever
+    calls it; what trains stays as it is.
 
-    Embeddings, norms and biases are few, and stay in float32: the model runs under autocast.
+    Embeddings, norms and biases are few, and stay in float32: each forward runs under autocast.
+    Those of its parts too that generate(), or a user, calls by themselves: a backbone, an encoder.
     """
     if dtype != "bfloat16":
         return
     for module in model.modules():
         if kind(module) in ("Linear", "Conv1D") and not module.weight.requires_grad:
             module.weight.data = module.weight.data.to(torch.bfloat16)
+        if isinstance(module, transformers.PreTrainedModel):
+            # A partial, which deepcopy binds to the copy, as it would not a closure.
+            forward = functools.partial(_in_bfloat16, module.forward)
+            module.forward = functools.update_wrapper(forward, module.forward)
+    model.lora_dtype = torch.bfloat16
+
+
+def _in_bfloat16(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    given = (value for value in (*args, *named.values()) if isinstance(value, Tensor))
+    with torch.autocast(next(given, torch.empty(0)).device.type, torch.bfloat16):
+        return forward(*args, **named)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -560,7 +560,7 @@ class _Step:
         for _ in range(pieces if pieces == 1 else 2):  # the third finds what the second found
             ledger.use = "activations"
             batch, targets = self._batch(shape)
-            with autocast(self.device, self.config.dtype):
+            with autocast(model):
                 loss = batch_loss(model, batch, targets, task) / shape.targets
             extra = penalty(model)
             (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
@@ -573,7 +573,7 @@ class _Step:
         """What evaluate.predict() does of a batch."""
         model.eval()
         batch, targets = self._batch(shape)
-        with torch.inference_mode(), autocast(self.device, self.config.dtype):
+        with torch.inference_mode(), autocast(model):
             if self.corpus.task == "text":
                 token_scores(model, batch, targets)
             else:

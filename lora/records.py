@@ -117,6 +117,7 @@ class Summary(TypedDict):
     train_seconds: Seconds
     seconds: Seconds
     peak_bytes: Count
+    dtype: NotRequired[Literal["float32", "bfloat16"]]  # computed in; older runs do not say
 
 
 Row = StepRow | EvaluationRow

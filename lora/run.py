@@ -179,7 +179,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
                 base.model.compile(dynamic=True)
             assert config.learning_rate is not None
             if corpus.task == "text":
-                with autocast(device, config.dtype):
+                with autocast(base.model):
                     check_language(base.model, config.packing)
             training = begin(base.model, config.learning_rate, config.weight_decay, config.seed)
             distributed.same(list(state.values(base.model).values()))
@@ -244,6 +244,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             "train_seconds": sum(row["seconds"] for row in record.evaluations),
             "seconds": time.perf_counter() - started,
             "peak_bytes": memory.peak(device),
+            "dtype": config.dtype,
         }
         if first:
             write_lines(directory / "predictions.jsonl", ended.rows)
@@ -334,9 +335,7 @@ def _train(
         """Evaluate on dev; whether that was enough."""
         nonlocal where
         where = f"evaluating after step {training.step}: "
-        dev = evaluate(
-            training.model, corpus, splits["dev"], corpus.dev, dtype=config.dtype, progress=progress
-        )
+        dev = evaluate(training.model, corpus, splits["dev"], corpus.dev, progress=progress)
         where = ""
         row = record.evaluation(training.step, training.step / per_epoch, dev)
         shown.evaluation(row)
@@ -350,7 +349,7 @@ def _train(
         for step in () if enough else fit(
             training, splits["train"], corpus.task, config.epochs, config.batch_size,
             config.micro_batch_size, config.warmup, config.schedule, config.max_grad_norm,
-            config.dtype, config.seed, stop,
+            config.seed, stop,
         ):  # fmt: skip
             record.step(step)
             shown.step(step)

@@ -82,7 +82,6 @@ def fit(
     warmup: float = 0.06,
     schedule: Schedule = "linear",
     max_grad_norm: float = 1.0,
-    dtype: str = "float32",
     seed: int = 0,
     stop: Callable[[], int] = lambda: 0,
 ) -> Iterator[Step]:
@@ -115,7 +114,7 @@ def fit(
         value, positions = 0.0, 0
         divisor = sum(encoded.counts[row] for row in rows)
         for index, (part, (batch, targets)) in enumerate(parts):
-            with autocast(device, dtype):
+            with autocast(model):
                 loss = batch_loss(model, batch, targets, task)
             loss = loss / divisor * (1 if part else 0)
             value += loss.item()

@@ -23,11 +23,11 @@ from lora.columns import Columns
 from lora.config import RunConfig, method_named
 from lora.conversations import Conversation, Message, from_row, read_prompts
 from lora.data import Corpus, Example, read_split, take, unlabelled
-from lora.errors import ConfigError, DataError, RunError, command
+from lora.errors import ConfigError, DataError, MergeError, RunError, command
 from lora.evaluate import EVALUATED, predict, rows_of
 from lora.files import writable
 from lora.generate import Writing, padded, row_of, scored, written
-from lora.injection import disabled, eject, merge
+from lora.injection import disabled, eject, merge, output_on
 from lora.inputs import (
     asked,
     decoder_start,
@@ -39,7 +39,7 @@ from lora.inputs import (
     screened,
     thought_end,
 )
-from lora.models import hold, load_tokenizer
+from lora.models import FLOATS, hold, load_tokenizer
 from lora.records import answers_of, environment_of, summary_of
 from lora.rows import BadRows
 from lora.run import (
@@ -57,6 +57,7 @@ from lora.templates import refuse_prompts, template_of
 from lora.tokens import Encoded, collate, layout
 
 Acts = Literal["on", "off", "both"]
+Written = Literal["base", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Trained:
     model: Any
     tokenizer: Any
     device: torch.device
+    stored: torch.dtype  # of the base's files
 
 
 def reopen(source: Source | Path, base: str | None = None) -> Trained:
@@ -95,7 +97,9 @@ def _reopened(source: Source) -> Trained:
             print(f"note: {report.note}", file=sys.stderr)
     device = distributed.device()
     config = source.settle(base.model, tokenizer)
-    return Trained(config, base.model.to(device).eval(), tokenizer, device)
+    stored = base.stored if base.stored in FLOATS.values() else None
+    model = base.model.to(device).eval()
+    return Trained(config, model, tokenizer, device, stored or torch.float32)
 
 
 def newest_runs(folder: Path = Path("runs")) -> list[Path]:
@@ -204,7 +208,7 @@ def predict_texts(
             _check_pairs(source, examples)
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
             encoded = _encoded(trained, corpus, examples, labelled=False)
-        logits = predict(trained.model, encoded, EVALUATED, config.dtype, progress)
+        logits = predict(trained.model, encoded, EVALUATED, progress)
     _put_out(rows_of(corpus, examples, logits), output)
     return None
 
@@ -301,9 +305,8 @@ def answers(
     for acts in ("on", "off") if adapter == "both" else (adapter,):
         with nullcontext() if acts == "on" else disabled(model):
             found[acts] = written(
-                model, tokenizer, ids, writing, stops, trained.config.dtype, progress=progress,
-                streamed=streamed,
-            )  # fmt: skip
+                model, tokenizer, ids, writing, stops, progress=progress, streamed=streamed
+            )
     return found
 
 
@@ -327,9 +330,16 @@ def _check_pairs(source: Source, examples: Sequence[Example]) -> None:
         )
 
 
-def merge_run(source: Source, output: Path, dequantize: bool, untie: bool) -> str:
-    """Write a model as a plain one into a new folder; what was merged, and how far that moved the
-    logits of the run's first texts."""
+def merge_run(
+    source: Source,
+    output: Path,
+    dequantize: bool = False,
+    untie: bool = False,
+    dtype: Written = "base",
+    tolerance: float | None = None,
+) -> str:
+    """Write a model as a plain one into a new folder; what was merged, and how far that, and the
+    rounding to the dtype that it is written in, moved the logits of the run's first texts."""
     check_free(output, "--output", "model")
     directory = source.directory
     with progress_bar() as progress, reading(progress):
@@ -349,10 +359,11 @@ def merge_run(source: Source, output: Path, dequantize: bool, untie: bool) -> st
             nf4.dequantize_layers(model)
             said = f"into {packed} dequantised layers, not the original ones of the base"
         if method_named(trained.config.method).keeps_base:
-            said = f"{merge(model, untie, probe)}; {said}"
+            said = f"{merge(model, untie, probe, tolerance)}; {said}"
         else:
             said = f"nothing to merge: {trained.config.method} trained the base itself"
         eject(model)
+        said += f"; {_round(model, trained.stored, dtype, probe)}"
         if trained.config.task == "text":
             hand_on(trained.config, trained.tokenizer, model)
         making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
@@ -363,6 +374,27 @@ def merge_run(source: Source, output: Path, dequantize: bool, untie: bool) -> st
                 making.rename(output)
         finally:
             shutil.rmtree(making, ignore_errors=True)
+    return said
+
+
+def _round(model: Any, stored: torch.dtype, asked: Written, probe: dict[str, Tensor]) -> str:
+    """Round a model in float32 to the dtype that it is to be written in; what that did to its
+    outputs."""
+    dtype = stored if asked == "base" else getattr(torch, asked)
+    short = str(dtype).removeprefix("torch.")
+    said = f"written in {short}, {'as asked' if asked != 'base' else 'as the base is'}"
+    if dtype != torch.float32:
+        before = output_on(model, probe)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype).float()
+            if not parameter.isfinite().all():
+                raise MergeError(
+                    f"merge: {name} holds numbers that {short} cannot. Pass --dtype float32, or"
+                    " bfloat16."
+                )
+        moved = float((output_on(model, probe) - before).abs().max())
+        said += f": rounding moved the outputs by {moved:.3g}"
+    model.to(dtype)
     return said
 
 

@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a hub library
@@ -17,12 +18,23 @@ import transformers
 from torch import nn
 
 torch.set_num_threads(1)
+# A test that does not ask for auto_dtype computes alike on every machine.
+os.environ.setdefault("LORA_BFLOAT16", "0")
 # No test leaves anything in the user's cache, nor finds it there.
 os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-cache-")
 atexit.register(shutil.rmtree, os.environ["LORA_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def auto_dtype(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What `--dtype auto` means, here and in the processes that a test starts: a test that asks for
+    it runs once under either answer, whatever the machine multiplies in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_BFLOAT16", str(int(request.param == "bfloat16")))
+        yield request.param
 
 
 @pytest.fixture
@@ -54,11 +66,11 @@ def gpt2(seed: int = 0) -> nn.Module:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
-def llama(seed: int = 0, **kwargs: object) -> nn.Module:
+def llama(seed: int = 0, num_layers: int = 2, **kwargs: object) -> nn.Module:
     """LLaMA, 2 layers of 32: no biases, and a head of its own."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32, intermediate_size=48, num_hidden_layers=num_layers, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=99, max_position_embeddings=64, pad_token_id=None,
         bos_token_id=1, eos_token_id=2, **kwargs,
     )  # fmt: skip

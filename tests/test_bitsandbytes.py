@@ -65,13 +65,35 @@ def read(folder: Path, labels: int = 2, **how: Any) -> Any:
     return load_base(str(folder / "packed"), labels, "classification", 0, **how).model
 
 
+@pytest.fixture(params=[False, True], ids=["as saved", "repacked"])
+def repacks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with AVX512-BF16 bitsandbytes packs a layer's codes anew at its first forward
+    and rounds its statistics to bfloat16. What we read must not depend on it."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: request.param)
+
+
+def dense_logits(theirs: Any) -> Tensor:
+    """What bitsandbytes' model computes, from the values of its codes in plain layers: its own
+    forward is another on some processors. It is no longer packed afterwards."""
+    for name, layer in packed_layers(theirs, bitsandbytes.nn.Linear4bit).items():
+        values = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        plain = nn.Linear(values.shape[1], values.shape[0], layer.bias is not None)
+        plain.weight = nn.Parameter(values.float())
+        plain.bias = layer.bias
+        theirs.set_submodule(name, plain)
+    logits: Tensor = theirs(input_ids=IDS).logits
+    return logits
+
+
 def packed_layers(model: nn.Module, kind: type[nn.Module] = NF4Linear) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("make", [distilbert, gpt2, llama])
-def test_a_model_is_held_bit_for_bit(make: Any, double: bool, tmp_path: Path) -> None:
+def test_a_model_is_held_bit_for_bit(
+    make: Any, double: bool, repacks: None, tmp_path: Path
+) -> None:
     theirs = save(make(), tmp_path, bnb_4bit_use_double_quant=double)
     base = load_base(str(tmp_path / "packed"), 2, "classification", 0)
     ours, trunk = base.model, theirs.base_model_prefix + "."
@@ -99,7 +121,7 @@ def test_a_model_is_held_bit_for_bit(make: Any, double: bool, tmp_path: Path) ->
         if name.rpartition(".")[0] not in layers or name.endswith("bias"):
             assert torch.equal(parameter, wanted[name]), name
     torch.testing.assert_close(
-        ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-5
+        ours(input_ids=IDS).logits, dense_logits(theirs), rtol=1e-4, atol=1e-5
     )
 
 
@@ -280,7 +302,7 @@ def test_a_layers_keys_are_read_bit_for_bit(
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
 def test_the_dtype_that_codes_are_stored_in_does_not_matter(
-    storage: torch.dtype, tmp_path: Path
+    storage: torch.dtype, repacks: None, tmp_path: Path
 ) -> None:
     w = torch.randn(32, 64)
     found = from_bitsandbytes(serialised(w, quant_storage=storage))
@@ -288,7 +310,7 @@ def test_the_dtype_that_codes_are_stored_in_does_not_matter(
     if storage == torch.bfloat16:
         theirs = save(llama(), tmp_path, bnb_4bit_quant_storage=storage)
         ours = read(tmp_path)(input_ids=IDS).logits
-        torch.testing.assert_close(ours, theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, dense_logits(theirs), rtol=1e-4, atol=1e-5)
 
 
 def state(**changes: Any) -> Callable[[Tensors], None]:

@@ -35,7 +35,7 @@ def data(folder: Path, rows: int = 24) -> str:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def base(auto_dtype: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny DistilBERT on disk with the demo's tokenizer."""
     import transformers
 
@@ -128,7 +128,11 @@ def test_every_method_is_trained_below() -> None:
 
 @pytest.mark.parametrize("label", FAMILY)
 def test_a_run_of_every_method_repeats_and_comes_back(
-    label: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    label: str,
+    base: str,
+    auto_dtype: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     method, run, again = label.partition(" ")[0], tmp_path / "run", tmp_path / "again"
     given = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 2, "--method", method)
@@ -137,7 +141,9 @@ def test_a_run_of_every_method_repeats_and_comes_back(
     capsys.readouterr()
     assert lora("eval", run) == 0  # the model of the directory scores as the one that trained
     assert f"accuracy {summary['metrics']['accuracy']:.4f}" in capsys.readouterr().out
-    assert f"{summary['loss']:.4f}" == f"{reopened_loss(run):.4f}"
+    # A start away from zero is filed as one wider update, whose products round elsewhere.
+    rounding = 1e-5 if auto_dtype == "float32" else torch.finfo(torch.bfloat16).eps
+    assert reopened_loss(run) == pytest.approx(summary["loss"], rel=rounding)
     assert lora("train", "--config", run / "config.toml", "--run-dir", again) == 0
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "config.toml"):
         assert (again / name).read_bytes() == (run / name).read_bytes()
@@ -420,19 +426,22 @@ def test_qlora_is_lora_on_a_packed_base(
     assert "| qlora " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_the_hardware_multiplies(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+    base: str, auto_dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lora.models.bfloat16_here", lambda device: native)
     arguments = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 1)
-    runs = {dtype: tmp_path / dtype for dtype in ("auto", "bfloat16" if native else "float32")}
+    runs = {dtype: tmp_path / dtype for dtype in ("auto", auto_dtype)}
     for dtype, run in runs.items():
         assert lora("train", *arguments, "--dtype", dtype, "--run-dir", run) == 0
     stated, meant = ((run / "config.toml").read_text() for run in runs.values())
     assert stated == meant
+    assert f'dtype = "{auto_dtype}"' in stated
     steps = [(run / "predictions.jsonl").read_text() for run in runs.values()]
     assert steps[0] == steps[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_BFLOAT16", "yes")
+        assert lora("train", *arguments, "--run-dir", tmp_path / "no") == 2
+    assert "LORA_BFLOAT16 is 'yes' in the environment. Set it to 1 or 0" in capsys.readouterr().err
 
 
 def test_a_compiled_run_learns_the_same(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from lora import demo
+from lora.cli import main
 from lora.errors import ModelError
 from lora.models import load_base
 
@@ -55,6 +57,23 @@ def test_an_altered_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModelError, match="not the upstream file: SHA-256"):
         demo.file("model.safetensors")
+
+
+@pytest.mark.slow
+def test_the_demo_in_the_other_dtype_scores_the_same_within_its_interval(
+    root: Path, tmp_path: Path
+) -> None:
+    """Of 200 rows: nine points, as the README says."""
+    table = ("--config", root / "recipes" / "demo.toml", "--methods", "lora")
+    assert main([*map(str, ("compare", *table, "--dtype", "bfloat16", "--run-dir", tmp_path))]) == 0
+    (other,) = json.loads((tmp_path / "comparison.json").read_text())
+    results = root / "benchmarks" / "results" / "demo" / "comparison.json"
+    named = next(s for s in json.loads(results.read_text()) if s["method"] == "lora")
+    assert (other["dtype"], named["dtype"]) == ("bfloat16", "float32")
+    share = (other["metrics"]["accuracy"] + named["metrics"]["accuracy"]) / 2
+    interval = 1.96 * math.sqrt(2 * share * (1 - share) / other["rows"])
+    assert interval < 0.1
+    assert abs(other["metrics"]["accuracy"] - named["metrics"]["accuracy"]) <= interval
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ def test_start_up_is_within_bounds() -> None:
     assert seconds["import lora and all its core, added"] < 0.15
     assert seconds["inject into Llama-2-7B's shape"] <= 1.0
     assert seconds["inject into Llama-2-7B's shape"] < seconds["peft, the same"]
+
+
+def test_the_demo_is_measured_in_the_dtype_that_is_named() -> None:
+    summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
+    recipe = tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
+    assert {summary["dtype"] for summary in summaries} == {recipe["dtype"]} == {"float32"}
+    assert "Measured in float32" in (ROOT / "README.md").read_text()
 
 
 def test_the_table_has_the_columns_that_were_asked_for() -> None:

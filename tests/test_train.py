@@ -148,7 +148,7 @@ def test_an_evaluation_between_steps_changes_no_bit() -> None:
         for step in steps_of(model, encoded(), **SETTINGS):
             found.append(step.loss)
             if evaluated:
-                predict(model, encoded(), 5, "float32")
+                predict(model, encoded(), 5)
         return found
 
     assert losses(True) == losses(False)
@@ -157,13 +157,12 @@ def test_an_evaluation_between_steps_changes_no_bit() -> None:
 def test_predictions_drop_nothing_and_attend_to_no_padding() -> None:
     data, model = encoded(), adapted()
     model.train()
-    found = predict(model, data, 8, "float32")
-    assert torch.equal(predict(model.train(), data, 8, "float32"), found)
-    alone = torch.cat(
-        [predict(model, _row(data, i), 1, "float32") for i in range(len(data.lengths))]
-    )
+    found = predict(model, data, 8)
+    assert torch.equal(predict(model.train(), data, 8), found)
+    alone = torch.cat([predict(model, _row(data, i), 1) for i in range(len(data.lengths))])
     assert torch.allclose(found, alone, atol=1e-6)
-    half = predict(model, data, 8, "bfloat16")
+    hold(model, "bfloat16")
+    half = predict(model, data, 8)
     assert half.dtype == torch.float32
     assert 0 < float((half - found).abs().max()) < 0.1
 
@@ -222,7 +221,7 @@ def test_only_frozen_matrices_are_held_in_bfloat16() -> None:
         held = bool(frozen_matrix) and not parameter.requires_grad
         assert parameter.dtype == (torch.bfloat16 if held else torch.float32), name
         assert torch.equal(parameter.float(), before[name].to(parameter.dtype).float())
-    settings = SETTINGS | {"epochs": 20, "dtype": "bfloat16"}
+    settings = SETTINGS | {"epochs": 20}
     losses = [step.loss for step in steps_of(model, encoded(), **settings)]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
