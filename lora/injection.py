@@ -197,8 +197,6 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     adapters = {id(modules[path]): adapter for path, adapter in parts.adapters.items()}
     copies = {id(modules[path]): module for path, module in parts.copies.items()}
     if not injected(model):
-        model.register_forward_pre_hook(_watch)
-        model.register_forward_hook(_check_called)
         # What eject gives back.
         model.__dict__["lora_required"] = {n: p.requires_grad for n, p in base_paths(model)}
     for _, parameter in base_parameters(model):
@@ -226,7 +224,8 @@ def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     if parts.selected:
         model.__dict__["lora_selected"] = Selected(parts.selected, plan.method.keeps_base)
     model.__dict__["lora_adapters"] = {**injected(model), name: plan}
-    model.__dict__[WATCHED] = frozenset()
+    _unwatch(model)
+    Watch(model)
     guard(model, True)
     activate(model, name)
 
@@ -437,40 +436,50 @@ def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, Sa
     )
 
 
-WATCHED = "lora_watched"  # of a model: the modes in which its layers were all found to be called
+class Watch:
+    """Hooks on a model that find, in the first forward of each mode, an adapted layer whose weight
+    the model reads while it does not call the layer: the adapter does nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.passed: set[bool] = set()  # the modes (training or not) that were found good
+        model.register_forward_pre_hook(self.before)
+        model.register_forward_hook(self.after)
+
+    def before(self, model: nn.Module, args: Any) -> None:
+        """Let the layers note whether they are called in this forward."""
+        if not torch.compiler.is_compiling() and model.training not in self.passed:
+            for layer in wrappers_of(model)[0].values():
+                layer.watch()
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Raise TargetError if a layer that acts was read past."""
+        if torch.compiler.is_compiling() or model.training in self.passed:
+            return
+        layers = wrappers_of(model)[0]
+        acting = {n: m for n, m in layers.items() if m.active and m.enabled and m.kept is None}
+        missed = [
+            name
+            for name, layer in acting.items()
+            if layer.was_read and not layer.was_called and _matters(layer)
+        ]
+        if missed:
+            raise TargetError(
+                f"{len(missed)} of {len(acting)} adapted layers did nothing in this forward,"
+                f" {missed[0]} among them: the model reads their weights itself and does not call"
+                " them. Leave them out: set --exclude-modules."
+            )
+        if acting:
+            self.passed.add(model.training)
 
 
-def _watch(model: nn.Module, args: Any) -> None:
-    """Before a forward: let the adapted layers note whether they are called in it."""
-    if not torch.compiler.is_compiling() and model.training not in model.__dict__[WATCHED]:
-        for layer in wrappers_of(model)[0].values():
-            layer.watch()
-
-
-def _check_called(model: nn.Module, args: Any, output: Any) -> None:
-    """After the first forward in each mode: raise TargetError if the model read the weight of an
-    adapted layer and did not call the layer, so that the adapter did nothing."""
-    if torch.compiler.is_compiling() or model.training in model.__dict__[WATCHED]:
-        return
-    layers = wrappers_of(model)[0]
-    acting = {n: m for n, m in layers.items() if m.active and m.enabled and m.kept is None}
-    missed = [
-        name
-        for name, layer in acting.items()
-        if layer.was_read and not layer.was_called and _matters(model, layer)
-    ]
-    if missed:
-        raise TargetError(
-            f"{len(missed)} of {len(acting)} adapted layers did nothing in this forward,"
-            f" {missed[0]} among them: the model reads their weights itself and does not call"
-            " them. Leave them out: set --exclude-modules."
-        )
-    if acting:
-        model.__dict__[WATCHED] |= {model.training}
+def _unwatch(model: nn.Module) -> None:
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for place in [p for p, h in hooks.items() if isinstance(getattr(h, "__self__", 0), Watch)]:
+            del hooks[place]
 
 
 @torch.no_grad()
-def _matters(model: nn.Module, layer: AdaptedLayer) -> bool:
+def _matters(layer: AdaptedLayer) -> bool:
     """Whether a layer's adapter trains, or changes its weight: of a file of PEFT's it may not."""
     if any(p.requires_grad for name in layer.active for p in layer.adapter(name).parameters()):
         return True
@@ -1125,13 +1134,11 @@ def eject(model: nn.Module) -> None:
     for _, parent in walk(model):
         siblings.part(parent)
     guard(model, False)
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for place in [at for at, hook in hooks.items() if hook in (_watch, _check_called)]:
-            del hooks[place]
+    _unwatch(model)
     for _, selected in selections(model):
         _place(model, selected, is_merged and selected.active)
     required = model.__dict__.pop("lora_required")
-    for key in ("lora_adapters", "lora_selected", ties.RECORD, WATCHED):
+    for key in ("lora_adapters", "lora_selected", ties.RECORD):
         model.__dict__.pop(key, None)
     for name, parameter in base_paths(model):
         parameter.requires_grad_(required.get(name, parameter.requires_grad))
