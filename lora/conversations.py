@@ -361,7 +361,7 @@ def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
 
 def _history(row: Row) -> tuple[Message, ...]:
     """The turns before an Alpaca row's own, [question, answer] each."""
-    value = row.get("history")
+    value = row.get("history") or []
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
@@ -435,7 +435,14 @@ def _given(row: Row) -> str:
         if not isinstance(value, kind):
             raise DataError(f"{name} is a {type(value).__name__}, not a {kind.__name__}.")
         found |= value if isinstance(value, dict) else {name: value}
-    return json.dumps(found, ensure_ascii=False) if found else ""
+    return _as_json(found, " or ".join(found)) if found else ""
+
+
+def _as_json(value: Any, name: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:  # a date of Parquet's, say
+        raise DataError(f"{name} is no JSON: {error}.") from None
 
 
 def _parsed(value: Any) -> Any:
@@ -519,7 +526,7 @@ def _more(turn: Row, number: int, role: str) -> dict[str, str]:
     for name in PASSED_ON:
         if turn.get(name) is not None:
             found[name] = turn[name]
-    return {name: json.dumps(value, ensure_ascii=False) for name, value in found.items()}
+    return {name: _as_json(value, name) for name, value in found.items()}
 
 
 def _is_call(call: Any) -> bool:

@@ -79,7 +79,13 @@ class _Renderer:
         """What the process makes of values, up to the first that it does not survive."""
         texts: list[str | RenderError] = []
         try:
-            answers = self._ask(json.dumps([template, values]).encode() + b"\n")
+            try:
+                request = json.dumps([template, values]).encode()
+            except RecursionError:
+                if len(values) > 1:
+                    return self._attempt(template, values[:1])
+                return [RenderError("it is nested too deeply")]
+            answers = self._ask(request + b"\n")
             for _ in values:
                 line = answers.readline()
                 if not line:

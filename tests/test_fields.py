@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,13 @@ def test_a_message_with_what_cannot_be_honoured_is_refused(turn: Any, says: str)
         from_row(row, "f.jsonl, line 9")
 
 
+def deep(count: int) -> Any:
+    value: Any = 1
+    for _ in range(count):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -356,6 +364,9 @@ def test_a_message_with_what_cannot_be_honoured_is_refused(turn: Any, says: str)
         ({"system": "c", "messages": [{"role": "system", "content": "d"},
                                       {"role": "assistant", "content": "b"}]}, "two system"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "history is no list of"),
+        ({"instruction": "a", "output": "b", "history": 5}, "history is no list of"),
+        ({"question": "a", "answer": "b", "tools": [date(2026, 1, 1)]}, "tools is no JSON: .*date"),
+        ({"question": "a", "answer": "b", "documents": [deep(200_000)]}, "documents is no JSON: "),
     ],
 )  # fmt: skip
 def test_a_row_with_what_cannot_be_honoured_is_refused(row: Any, says: str) -> None:
