@@ -51,7 +51,6 @@ from lora.errors import (
     TargetError,
 )
 from lora.injection import (
-    WATCHED,
     activate,
     disabled,
     eject,
@@ -316,11 +315,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "bits": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "trains": [(name, p.requires_grad) for name, p in model.named_parameters()],
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "state": {
-            k: str(v)
-            for k, v in model.__dict__.items()
-            if k not in nn.Module().__dict__ and k != WATCHED  # what a forward has shown stays
-        },
+        "state": {k: str(v) for k, v in model.__dict__.items() if k not in nn.Module().__dict__},
     }
 
 
