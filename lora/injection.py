@@ -902,8 +902,8 @@ class Certificate:
 DRAWS = 2
 SLACK = {2: 4, 4: 32, 8: 32}
 """How many times what rounding moves the output by a merge may move it by, by the bytes of an
-element: see _rounding(). benchmarks/merging.py measures up to 3 in float32, where long sums add to
-it, and up to 1 in 16 bits, where rounding W' is nearly all."""
+element: see _rounding(). benchmarks/merging.py measures up to 2 in float32, where long sums add to
+it, and up to 1.4 in bfloat16, where rounding W' is nearly all."""
 
 
 def merge(

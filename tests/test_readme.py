@@ -15,6 +15,7 @@ from benchmarks.readme import PAGES, filled
 from lora.adapter import METHODS
 from lora.compare import rows
 from lora.config import parse_run
+from lora.injection import SLACK
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -136,6 +137,19 @@ def test_the_table_has_the_columns_that_were_asked_for() -> None:
 def result(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return found
+
+
+def test_right_merges_are_within_the_slack_and_wrong_ones_are_not() -> None:
+    """As measured, ours and PEFT's; of docs/training.md's figures each."""
+    found = result("merging")
+    assert max(found["most"]["float32"].values()) < 2 < found["slack"]["float32"] == SLACK[4]
+    assert max(found["most"]["bfloat16"].values()) < 1.4 < found["slack"]["bfloat16"] == SLACK[2]
+    for row in found["rows"]:
+        if row["dtype"] == "float32":
+            assert row["times"]["scaled twice"] > 1e5
+            assert row["times"]["one layer missing"] > 100 > SLACK[4]
+        elif row["adapter"] == "trained":
+            assert row["times"]["scaled twice"] > 7 > SLACK[2]
 
 
 def test_a_step_is_within_what_is_claimed() -> None:
