@@ -228,7 +228,7 @@ def restore(training: Training, path: Path) -> State:
     state = documents.read(path / STATE, STATES, CheckpointError, ANEW)
     try:
         stored = safetensors.torch.load((path / TENSORS).read_bytes())
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a dtype
         raise CheckpointError(f"{path / TENSORS} cannot be read: {error}. {ANEW}") from None
     if state["base"] != bases(training.model):
         raise CheckpointError(

@@ -172,6 +172,9 @@ def of_tensors(tensors: dict[str, Tensor], draw: random.Random) -> dict[str, Ten
     return found
 
 
+DTYPES = (b"F4", b"F6_E2M3", b"F8_E8M0", b"F64", b"C64", b"U16", b"I32", b"BOOL", b"F99")
+
+
 def of_safetensors(payload: bytes, draw: random.Random) -> bytes:
     """A safetensors file: other tensors, another header, or other bytes."""
     kind = draw.randrange(4)
@@ -184,5 +187,7 @@ def of_safetensors(payload: bytes, draw: random.Random) -> bytes:
         return safetensors.torch.save(changed, metadata)
     length = int.from_bytes(payload[:8], "little")
     header = of_document(json.loads(payload[8 : 8 + length]), draw)
+    if draw.random() < 0.1:
+        header = header.replace(b"F32", draw.choice(DTYPES))
     size = len(header) if draw.random() < 0.95 else draw.choice((0, 1, 2**40, 2**63))
     return size.to_bytes(8, "little") + header + payload[8 + length :]
