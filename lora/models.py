@@ -286,7 +286,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             try:
                 q = nf4.quantize(weight, double_quant=True, name=name)
             except LoraError as error:
-                _Quantize.refused = error
+                finite = not weight.is_floating_point() or bool(weight.isfinite().all())
+                base = model.name_or_path
+                _Quantize.refused = error if finite else _not_finite(base, name, weight)
                 raise
             found |= _put(model, path, NF4Linear.over(layer, q), q)
             _Quantize.done += 1
@@ -568,11 +570,15 @@ def _check_finite(base: str, model: Any, pieces: dict[str, Tensor]) -> None:
         ends = torch.stack(tensor.detach().aminmax())  # NaN if any value is
         if bool((ends.isfinite() if name in weights else ~ends.isnan()).all()):
             continue
-        off = int((~tensor.detach().isfinite()).sum())
-        raise ModelError(
-            f"--base {base}: {name} holds NaN or infinity, {off:,} of {tensor.numel():,} values"
-            f"{_damaged_file(base)}. Copy or download its files again, or pass another base."
-        )
+        raise _not_finite(base, name, tensor)
+
+
+def _not_finite(base: str, name: str, tensor: Tensor) -> ModelError:
+    off = int((~tensor.detach().isfinite()).sum())
+    return ModelError(
+        f"--base {base}: {name} holds NaN or infinity, {off:,} of {tensor.numel():,} values"
+        f"{_damaged_file(base)}. Copy or download its files again, or pass another base."
+    )
 
 
 def _damaged_file(base: str) -> str:

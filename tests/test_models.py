@@ -57,9 +57,11 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(
 @pytest.mark.parametrize("ending", SPOILED[:3])
 def test_it_is_named_in_four_bits_too(ending: str, tmp_path: Path) -> None:
     base = saved(tmp_path, "distilbert")
-    key, _ = spoil(base, ending, float("nan"))
-    with pytest.raises(ModelError, match=f"{key} holds NaN or infinity"):
+    key, path = spoil(base, ending, float("nan"))
+    with pytest.raises(ModelError, match=f"{key} holds NaN or infinity, 1 of ") as said:
         load_base(base, 2, "classification", 0, "nf4")
+    assert f"({key} in {path})" in str(said.value)
+    assert str(said.value).startswith(f"--base {base}: ")
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
