@@ -36,6 +36,7 @@ from lora.checkpoint import (
     find_folder,
     read_adapter,
     read_json,
+    rows_filed,
     settings_of,
     write_whole,
 )
@@ -43,6 +44,7 @@ from lora.errors import CheckpointError, ConfigError, command
 from lora.files import writable
 from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
+from lora.vocabulary import rows_of
 
 Dtype = Literal["f16", "bf16", "f32"]
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
@@ -122,7 +124,9 @@ def read_filed(adapter: Path, base: Any) -> Filed:
     if method is not LoRA:
         raise CheckpointError(f"{folder} is of {method.name}, and LoRA alone has a form. {MERGE}")
     assert isinstance(config, LoRAConfig)
-    found = read_adapter(skeleton_of(base, "text"), folder)
+    model = skeleton_of(base, "text")
+    _check_tokens(folder, model, getattr(base, "_name_or_path", ""))
+    found = read_adapter(model, folder)
     others = dict.fromkeys(found.values)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     adapters = {n: a for n, a in found.parts.adapters.items() if isinstance(a, LoRA)}
@@ -139,6 +143,24 @@ def read_filed(adapter: Path, base: Any) -> Filed:
         {name: one.scaling * one.r for name, one in adapters.items()},
         frozenset(name for name, one in adapters.items() if "embedding" in one.keys["lora_A"]),
         tuple(others),
+    )
+
+
+def _check_tokens(folder: Path, model: Any, base: str) -> None:
+    """Raise CheckpointError if the adapter was made on a base with more tokens than this, or fewer:
+    no format for another engine resizes the base."""
+    rows, there = rows_filed(model, folder), rows_of(model)
+    if rows is None or there is None or rows == there:
+        return
+    of_run = (folder.parent / "config.toml").is_file()
+    flags = [] if of_run else ["--resize-embeddings"]
+    if base and base != base_in(read_json(folder / CONFIG)):
+        flags += ["--base", base]
+    merge = command("lora", "merge", folder.parent if of_run else folder, *flags)
+    raise CheckpointError(
+        f"{folder}: the adapter was made on a base with {rows:,} tokens, found one with {there:,},"
+        f" and other engines do not resize it. Merge it into the base instead: {merge} --output"
+        " FOLDER."
     )
 
 

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from architectures import CAUSAL, build
 from conftest import distilbert
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lora
+from lora.cli import main
 from lora.export import ExportConfig, check_vllm, export, export_gguf, read_filed, vllm_command
 from lora.models import load_base
 from lora.testing import perturb
+from lora.vocabulary import resize
 
 gguf = pytest.importorskip("gguf")
 
@@ -427,3 +430,30 @@ def test_a_base_of_more_than_its_files_hold_is_not_made(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(stated))
     with pytest.raises(lora.errors.ModelError, match="states 4,29.* parameters, and its weights"):
         load_base(str(tmp_path), 1, "text", seed=0)
+
+
+def test_an_adapter_of_a_resized_base_names_the_merge_that_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = str(tmp_path / "base")
+    found = load_base("demo-lm", 1, "text", 0)
+    found.model.save_pretrained(place)
+    found.tokenizer.save_pretrained(place)
+    model = load_base(place, 1, "text", 0).model
+    resize(model, 261)
+    model.config._name_or_path = "somewhere/else"
+    folder = saved(model, tmp_path / "an adapter", target_modules=("q_proj",))
+    for form in ("gguf", "vllm"):
+        assert main(["export", str(folder), "--base", place, "--format", form]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "was made on a base with 261 tokens, found one with 259" in said
+        assert "Merge it into the base instead: lora merge" in said
+    _, *words = shlex.split(said[said.index("lora merge") :].removesuffix("."))
+    merged = tmp_path / "FOLDER"
+    assert main([*words[:-1], str(merged)]) == 0
+    plain = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    ids = torch.randint(1, 259, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        off = plain(ids).logits - model.eval()(ids).logits
+    assert plain.config.vocab_size == 261
+    assert float(off.abs().max()) < 1e-4
