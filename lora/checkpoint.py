@@ -77,6 +77,7 @@ from lora.targets import (
     base_buffers,
     base_parameters,
     base_paths,
+    beside_saved,
     plan_of,
     walk,
 )
@@ -127,6 +128,8 @@ def save(
     planned = injected(model)[name]
     settings = file_config(model, planned, name)
     found = carried(model, settings) | stored_tensors(model, name)
+    if planned.method.in_peft:
+        found = dict[str, Tensor](beside_saved(model, planned)) | found
     found = rows_beyond(model, planned, owned(model, name)) | found
     found = {key: gathered(tensor) for key, tensor in found.items()}
     for key, tensor in found.items():
@@ -490,7 +493,8 @@ def settings_of(directory: str | os.PathLike[str]) -> tuple[type[Method], Method
 
 
 def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[Plan, list[str]]:
-    """The plan with the base's weights that the file brings: of adapted layers, and of embeddings.
+    """The plan with the base's weights that the file brings: of adapted layers, of embeddings, and
+    of modules that PEFT takes for saved ones.
 
     Those that are the model's own already leave `stored`, the others replace them. What PEFT files
     of a saved module besides the copy that acts leaves it too. Returns notes on them as well.
@@ -503,10 +507,11 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
             if copied or (twice == "original_module" and same is not None):
                 del stored[key]
     base, of_tokens = dict(base_paths(model)), embeddings(model)
+    beside = beside_saved(model, planned)
     names = {
         filed_key(planned, name): name
         for name in base
-        if name.rpartition(".")[0] in {*planned.targets, *of_tokens}
+        if (name.rpartition(".")[0] in {*planned.targets, *of_tokens} or name in beside)
         and name not in planned.selected
         and not any(inside(name, whole) for whole in planned.saved)
     }
@@ -517,6 +522,7 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
         there, here = stored[key], base[names[key]]
         twin = first.setdefault(id(here), there)
         own = there.shape == here.shape and (here.is_meta or _equal(there, here))
+        own = own or (names[key] in beside and _equal(here, there))  # whichever is held in 16 bits
         own = own and id(here) not in anew
         if own or (twin is not there and _equal(there, twin)):  # a tied weight comes twice
             del stored[key]

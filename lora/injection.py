@@ -43,6 +43,8 @@ from lora.targets import (
     base_buffers,
     base_parameters,
     base_paths,
+    beside_saved,
+    peft_saves_too,
     plan_of,
     uncalled,
     unwrapped,
@@ -731,14 +733,20 @@ def _note(model: nn.Module, planned: Plan) -> str:
     if read and getattr(planned.config, "target_modules", None) in SHORTHANDS:
         ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in read))
         notes.append(f"{ends} left alone: {type(model).__name__} reads their weights itself.")
-    names = [name for name, _ in walk(model) if name not in planned.saved]
-    for path in planned.saved:
-        more = [name for name in names if name.endswith(path) and not name.endswith("." + path)]
-        if more:
-            notes.append(
-                f"PEFT takes modules_to_save={path!r} to mean {', '.join(more)} too, and"
-                " cannot read the saved file. Name both where PEFT shall read it."
+    taken = peft_saves_too(model, planned.saved) if planned.method.in_peft else []
+    filed = beside_saved(model, planned) if taken else {}
+    for path in taken:
+        own = next(one for one in planned.saved if path.endswith(one))
+        held = any(inside(name, path) for name in filed)
+        notes.append(
+            f"PEFT takes modules_to_save={own!r} to mean {path} too: "
+            + (
+                "the saved file holds it as the base has it, so that PEFT can read the file."
+                if held
+                else f"it cannot read the saved file. Set modules_to_save={(path, own)!r} if PEFT"
+                " shall read it."
             )
+        )
     places: dict[int, list[str]] = {}
     for name, parameter in base_paths(model):
         places.setdefault(id(parameter), []).append(name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -293,6 +293,34 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if id(parameter) not in seen:
             seen.add(id(parameter))
             yield name, parameter
+
+
+def peft_saves_too(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """The modules that PEFT takes for some of those in `saved`, and that are none of them: it
+    compares endings of names, so that `classifier` means DistilBERT's pre_classifier as well."""
+    return [
+        name
+        for name, module in walk(model)
+        if any(name.endswith(path) for path in saved)
+        and not any(inside(name, path) for path in saved)
+        and module.state_dict()
+    ]
+
+
+def beside_saved(model: nn.Module, planned: Plan) -> dict[str, nn.Parameter]:
+    """The base's parameters of those modules, by name, as PEFT needs them in the file. A module
+    that the plan adapts is left out, and one that holds more than parameters: of those PEFT cannot
+    read the file."""
+    found: dict[str, nn.Parameter] = {}
+    modules, base = dict(walk(model)), dict(base_paths(model))
+    for path in peft_saves_too(model, planned.saved):
+        own = {name: p for name, p in base.items() if inside(name, path)}
+        plain = len(own) == len(modules[path].state_dict()) and all(
+            p.is_floating_point() for p in own.values()
+        )
+        if plain and not any(inside(target, path) for target in planned.targets):
+            found |= own
+    return found
 
 
 def base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

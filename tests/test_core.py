@@ -459,8 +459,14 @@ def test_a_wrapped_layer_looks_like_what_it_wraps() -> None:
 
 
 def test_peft_would_read_more_into_a_name_and_the_report_says_so() -> None:
+    targets = ("q_lin", "pre_classifier")
+    config = lora.LoRAConfig(modules_to_save=("classifier",), target_modules=targets)
+    report = str(lora.inject(distilbert(), config))
+    assert "to mean pre_classifier too: it cannot read the saved file. Set" in report
+    assert "modules_to_save=('pre_classifier', 'classifier')" in report
     config = lora.LoRAConfig(modules_to_save=("classifier",))
-    assert "pre_classifier too" in str(lora.inject(distilbert(), config))
+    report = str(lora.inject(distilbert(), config))
+    assert "pre_classifier too: the saved file holds it as the base has it" in report
     config = lora.LoRAConfig(modules_to_save=("pre_classifier", "classifier"))
     assert "too" not in str(lora.inject(distilbert(), config))
 

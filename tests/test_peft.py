@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import distilbert, gpt2, tokens
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 import lora
@@ -104,6 +105,44 @@ def test_we_read_what_pefts_bare_endswith_saved(tmp_path: Path) -> None:
     with torch.no_grad():
         off = (model.eval()(tokens()).logits - theirs(tokens()).logits).abs().max()
     assert float(off) < 1e-5
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_peft_reads_a_saved_module_whose_name_ends_anothers(bias: str, tmp_path: Path) -> None:
+    """PEFT takes classifier for pre_classifier too: the file holds that as the base has it."""
+    model = distilbert()
+    settings = {"r": 2, "target_modules": ("q_lin",), "modules_to_save": ("classifier",)}
+    lora.inject(model, lora.LoRAConfig(**settings, bias=bias))
+    perturb(model)
+    lora.save(model.eval(), tmp_path)
+    judge = read_by_peft(distilbert(), tmp_path)
+    wrapped = [n for n, m in judge.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    assert wrapped == ["base_model.model.pre_classifier", "base_model.model.classifier"]
+    again = distilbert()
+    report = lora.load(again, tmp_path, trainable=True)
+    assert report.plan.saved == ("classifier",)
+    assert not report.plan.carried
+    assert not again.pre_classifier.weight.requires_grad
+    with torch.no_grad():
+        ours, base = model(tokens()).logits, distilbert().eval()(tokens()).logits
+        assert float((ours - base).abs().max()) > 0.1
+        assert float((judge(tokens()).logits - ours).abs().max()) < 1e-5
+        assert torch.equal(again.eval()(tokens()).logits, ours)
+    if bias == "none":  # PEFT does not take biases back
+        with torch.no_grad(), judge.disable_adapter():
+            assert float((judge(tokens()).logits - base).abs().max()) < 1e-5
+    # The bytes are the same from what was loaded, and on another base it is refused
+    lora.save(again, tmp_path / "b")
+    first, second = (
+        (folder / "adapter_model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "b")
+    )
+    assert first == second
+    other = distilbert()
+    with torch.no_grad():
+        other.pre_classifier.weight[0, 0] += 1
+    with pytest.raises(lora.CheckpointError, match="trained on another base"):
+        lora.load(other, tmp_path)
+    assert lora.load(distilbert().bfloat16(), tmp_path).plan.carried == ()
 
 
 def test_all_linear_means_what_it_means_to_peft() -> None:
