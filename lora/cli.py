@@ -491,13 +491,14 @@ def _data(arguments: list[str]) -> None:
     from lora.distributed import device
     from lora.inputs import corpus_to_show, show, show_labelled
     from lora.models import load_skeleton
-    from lora.run import extended, resolve
+    from lora.run import adapter_to_fit, resolve, with_tokens
 
     corpus = corpus_to_show(config)
     if corpus.task != "text":
         show_labelled(corpus, own.split, own.count)
         return
-    base = extended(load_skeleton(config.base, 1, "text"), config)  # no weights are read
+    base = load_skeleton(config.base, 1, "text")  # no weights are read
+    base = with_tokens(base, config, "text", adapter_to_fit(config))
     config, _ = resolve(config, corpus, base, device())
     show(config, corpus, base, own.split, own.count)
 

@@ -33,7 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora import nf4
 from lora.adapter import Adapter, whole_number
-from lora.checkpoint import read_adapter, rows_filed
+from lora.checkpoint import read_adapter
 from lora.config import RunConfig, method_named
 from lora.data import Corpus
 from lora.distributed import device as device_here
@@ -60,10 +60,9 @@ from lora.models import (
     packable,
     unfilled,
 )
-from lora.run import PeakMemory, extended, resolve
+from lora.run import PeakMemory, adapter_to_fit, resolve, with_tokens
 from lora.tokens import Encoded, layout, sorted_batches
 from lora.train import check_room, groups, plan_of, steps_per_epoch
-from lora.vocabulary import resize, rows_of
 
 HOLES = 0.7
 """Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
@@ -337,7 +336,8 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     before = anonymous.now()
     corpus = read_corpus(config)
     asked = len(corpus.labels) or 1, corpus.task, config.quantize, config.dense
-    bare = _fitting(load_skeleton(config.base, *asked), config)
+    bare = load_skeleton(config.base, *asked)
+    bare = with_tokens(bare, config, corpus.task, adapter_to_fit(config))
     config, said = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
     corpus = inputs.corpus
@@ -391,15 +391,6 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
             *(f"note: {line}" for line in (corpus.note, *inputs.said, said, seen) if line),
         ),
     )
-
-
-def _fitting(base: Base, config: RunConfig[Any]) -> Base:
-    """The base with the tokens that the run adds to it, or that its adapter was made with."""
-    if config.adapter is not None and config.resize_embeddings:
-        rows = rows_filed(base.model, config.adapter)
-        if rows not in (None, rows_of(base.model)):
-            resize(base.model, rows)
-    return extended(base, config)
 
 
 def _there(device: torch.device) -> int:
@@ -482,7 +473,8 @@ class _Step:
             packs = method.takes_up(config.settings) and config.quantize == "nf4"
         asked = len(self.corpus.labels) or 1, self.corpus.task
         quantize = "none" if packs else config.quantize
-        base = _fitting(load_skeleton(config.base, *asked, quantize, config.dense), config)
+        base = load_skeleton(config.base, *asked, quantize, config.dense)
+        base = with_tokens(base, config, self.corpus.task, adapter_to_fit(config))
         model = base.model
         names = packable(model, config.dense) if packs else ()
         if config.adapter is not None:

@@ -157,7 +157,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         with distributed.alike(), reading(progress) as packed:
             trackers.check_trackers(config.trackers)
             corpus = read_corpus(config)
-            fits = config.adapter if config.resize_embeddings else None
+            fits = adapter_to_fit(config)
             base = base_of(config, corpus.labels, corpus.task, packed, parts=True, fits=fits)
             device = distributed.device()
             config, said = resolve(config, corpus, base, device)
@@ -832,8 +832,7 @@ def base_of(
 ) -> Base:
     """The base as configured, before anything is put on it; `packed` is told of its packing. With
     `parts` this rank's part of it alone, where it is to be sharded. `fits` is the folder of an
-    adapter whose tokens it is to have: its embeddings are resized, and the tokenizer is that
-    beside the adapter."""
+    adapter whose tokens it is to have."""
     count, quantize = len(labels) or 1, "none" if takes_up(config) else config.quantize
     cut = parts and (config.shard or config.offload)
     part = (distributed.rank(), distributed.size()) if cut else None
@@ -841,16 +840,48 @@ def base_of(
     if labels:
         base.model.config.id2label = dict(enumerate(labels))
         base.model.config.label2id = {label: number for number, label in enumerate(labels)}
+    return with_tokens(base, config, task, fits)
+
+
+def adapter_to_fit(config: RunConfig[Any]) -> Path | None:
+    """The folder of the adapter whose tokens --resize-embeddings gives to the base."""
+    return config.adapter if config.resize_embeddings else None
+
+
+def with_tokens(base: Base, config: RunConfig[Any], task: str, fits: Path | None) -> Base:
+    """The base with the tokens of the adapter in the folder `fits`: its embeddings resized, and the
+    adapter's tokenizer. Then with the tokens that --add-tokens adds."""
     if fits is not None:
         rows = rows_filed(base.model, fits)
         if rows not in (None, rows_of(base.model)):
             resize(base.model, rows)
-        if (fits / "tokenizer_config.json").is_file():
-            base = replace(base, tokenizer=load_tokenizer(str(fits), base.model, task))
-    return extended(base, config)
+        place = _tokenizer_for(fits, config)
+        if place is not None:
+            base = replace(base, tokenizer=load_tokenizer(str(place), base.model, task))
+    return _extended(base, config)
 
 
-def extended(base: Base, config: RunConfig[Any]) -> Base:
+def _tokenizer_for(adapter: Path, config: RunConfig[Any]) -> Path | None:
+    """The folder of an adapter's tokenizer, None if none was saved beside it. A checkpoint has
+    none: its tokenizer is that of the adapter which its run started from. Raises RunError if that
+    is not there any more."""
+    there, start = _tokenizer_beside(adapter), adapter_to_fit(config)
+    if there is not None or start is None:
+        return there
+    if not start.is_dir():
+        raise RunError(
+            f"{adapter} has no tokenizer beside it, and the adapter that its run started from,"
+            f" {start}, is not there any more. Bring it back."
+        )
+    return _tokenizer_beside(start)
+
+
+def _tokenizer_beside(adapter: Path) -> Path | None:
+    places = (find_folder(adapter), adapter)
+    return next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+
+
+def _extended(base: Base, config: RunConfig[Any]) -> Base:
     """The base with the tokens that --add-tokens adds to it. Raises ConfigError if the method
     cannot train their rows."""
     if not config.add_tokens:

@@ -14,9 +14,12 @@ import safetensors.torch
 import torch
 import transformers
 from test_foreign import off
+from test_resume import result
 
 import lora
+import lora.run
 from lora import cli
+from lora.errors import RunError
 from lora.models import load_base
 from lora.source import open_source
 from lora.testing import perturb
@@ -143,6 +146,96 @@ def test_a_run_adds_tokens_and_every_verb_knows_them(
     assert "--resize-embeddings" in capsys.readouterr().err
     assert cli.main([*further, "--resize-embeddings", "--run-dir", str(tmp_path / "on")]) == 0
     assert reopen(tmp_path / "on").tokenizer.convert_tokens_to_ids("<call>") == 259
+
+
+class CutError(Exception):
+    """What stands for a process's end."""
+
+
+def cut_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run `lora train`, cut off in the middle of a step."""
+    real = lora.run.Record.step
+
+    def stop(self: Any, now: Any) -> None:
+        real(self, now)
+        if now.step == step:
+            raise CutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.run.Record, "step", stop)
+        with pytest.raises(CutError):
+            cli.main(arguments)
+
+
+def texts(path: Path) -> list[str]:
+    """Flags of a tiny run on texts with both tokens."""
+    rows = [{"prompt": f"say {n}", "response": f"<call>{n}<end>"} for n in range(10)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return ["--base", "demo-lm", "--data", str(path), "--epochs", "2", "--batch-size", "4",
+            "--max-new-tokens", "4", "--dtype", "float32", "--save-steps", "1"]  # fmt: skip
+
+
+def test_a_run_that_adds_tokens_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["train", *texts(tmp_path / "d.jsonl"), "--add-tokens", *NEW]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert cli.main([*flags, "--run-dir", str(whole)]) == 0
+    cut_at(3, [*flags, "--run-dir", str(run)], monkeypatch)
+    assert (run / "checkpoints" / "step-00000002").is_dir()
+    assert not (run / "adapter").exists()
+    halfway = reopen(run)  # by its checkpoint
+    assert halfway.tokenizer("<end>", add_special_tokens=False)["input_ids"] == [260]
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert result(run) == result(whole)
+    files = ["tokenizer.json", "tokenizer_config.json", "adapter_model.safetensors"]
+    assert [(run / "adapter" / name).read_bytes() for name in files] == [
+        (whole / "adapter" / name).read_bytes() for name in files
+    ]
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's adapter of a base with both tokens, the tokenizer beside it."""
+    folder = tmp_path_factory.mktemp("grown")
+    flags = ["train", *texts(folder / "d.jsonl"), "--add-tokens", *NEW]
+    assert cli.main([*flags, "--run-dir", str(folder / "run")]) == 0
+    return Path(shutil.copytree(folder / "run" / "adapter", folder / "alone" / "adapter"))
+
+
+@pytest.mark.parametrize("inner", [True, False], ids=["its folder", "the folder around it"])
+def test_a_run_from_a_resized_adapter_keeps_its_tokens_at_every_step(
+    inner: bool, grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = shutil.copytree(grown, tmp_path / "given" / "default")
+    flags = [*texts(tmp_path / "d.jsonl"), "--resize-embeddings", "--adapter",
+             str(given if inner else given.parent)]  # fmt: skip
+
+    # What a run would learn and take is said of the adapter's tokens: one for <call>, not six
+    assert cli.main(["data", "preview", *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "line 2: 10 tokens, 4 learned" in shown
+    assert cli.main(["plan", *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert cli.main(["train", *flags, "--run-dir", str(whole)]) == 0
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().split("\n") if line]
+    steps = [row["tokens"] for row in rows if row["kind"] == "step"]
+    assert planned["tokens"] == pytest.approx(sum(steps) / len(steps))
+
+    cut_at(3, ["train", *flags, "--run-dir", str(run)], monkeypatch)
+    assert not (run / "adapter").exists()
+    halfway = reopen(run)
+    assert halfway.tokenizer("<call>", add_special_tokens=False)["input_ids"] == [259]
+    assert rows_of(halfway.model) == 261
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert result(run) == result(whole)
+    cut_at(3, ["train", *flags, "--run-dir", str(tmp_path / "cut")], monkeypatch)
+    shutil.rmtree(given.parent)
+    assert reopen(run).tokenizer.convert_tokens_to_ids("<call>") == 259  # complete: its own
+    with pytest.raises(RunError, match=r"started from, .*given.* is not there any more"):
+        reopen(tmp_path / "cut")
 
 
 @pytest.mark.parametrize(
