@@ -36,6 +36,7 @@ from lora.config import (
 )
 from lora.errors import ConfigError, RunError, StoppedError
 from lora.files import writable
+from lora.layers import inside
 from lora.records import Summary, summary_of
 from lora.run import config_of
 
@@ -203,7 +204,10 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
     for key in asked.keys() | found.keys():
         wanted, value = asked.get(key), found.get(key)
         if key == "modules_to_save":  # the new head joins what was asked
-            if not set(wanted or ()) <= set(value or ()):
+            if not all(any(inside(one, whole) for whole in value or ()) for one in wanted or ()):
+                return False
+        elif key == "trainable_token_indices" and "add_tokens" in asked:  # the new tokens join them
+            if wanted not in (None, value):
                 return False
         elif key == "data":
             if [placed(source) for source in wanted or ()] != value and wanted != value:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from lora.compare import by_task, markdown, rows
+from lora.compare import _same, by_task, markdown, rows
+from lora.config import parse_run, to_table
 
 
 def summary(method: str, seed: int, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -47,3 +49,17 @@ def test_scores_by_task() -> None:
         ("a", "2.0000", ""),
         ("b", "", "4.0000"),
     ]
+
+
+def test_a_run_that_resolved_what_was_asked_is_the_same_run() -> None:
+    for flags, settings in (
+        (["--base", "demo-lm", "--add-tokens", "<x>"], {"trainable_token_indices": {"e": [5]}}),
+        (["--modules-to-save", "classifier.out"], {"modules_to_save": ("classifier",)}),
+    ):
+        asked = parse_run(flags)
+        found = replace(asked, settings=replace(asked.settings, **settings))
+        assert _same(to_table(asked), to_table(found)), flags
+    asked = parse_run(["--modules-to-save", "norm"])
+    assert not _same(to_table(asked), to_table(parse_run(["--modules-to-save", "classifier"])))
+    found = replace(asked, settings=replace(asked.settings, trainable_token_indices=(5,)))
+    assert not _same(to_table(asked), to_table(found))
