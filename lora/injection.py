@@ -444,21 +444,21 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.passed: set[bool] = set()  # the modes (training or not) that were found good
+        self.layers, _ = wrappers_of(model)  # once: nothing passes while no adapter acts
         model.register_forward_pre_hook(self.before)
         model.register_forward_hook(self.after)
 
     def before(self, model: nn.Module, args: Any) -> None:
         """Let the layers note whether they are called in this forward."""
         if not torch.compiler.is_compiling() and model.training not in self.passed:
-            for layer in wrappers_of(model)[0].values():
+            for layer in self.layers.values():
                 layer.watch()
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         """Raise TargetError if a layer that acts was read past."""
         if torch.compiler.is_compiling() or model.training in self.passed:
             return
-        layers = wrappers_of(model)[0]
-        acting = {n: m for n, m in layers.items() if m.active and m.enabled and m.kept is None}
+        acting = {n: m for n, m in self.layers.items() if m.active and m.enabled and m.kept is None}
         missed = [
             name
             for name, layer in acting.items()
