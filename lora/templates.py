@@ -230,8 +230,7 @@ class Template:
     @cached_property
     def _thinks(self) -> bool:
         """Whether the template writes the reasoning of an answer."""
-        thought = Message("assistant", "y", more=(("reasoning_content", json.dumps(THOUGHT)),))
-        return THOUGHT in self._text(_probe(thought))
+        return THOUGHT in self._text(_probe(_thinking(Message("assistant", "y"))))
 
     def head(self, conversation: Conversation) -> str:
         """The token before its text that the tokenizer would put there; "" where a template, or the
