@@ -502,17 +502,20 @@ def _bring(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[
     for path in planned.saved:
         for key in [key for key in stored if key.startswith(f"{path}.")]:
             twice, _, leaf = key.removeprefix(f"{path}.").partition(".")
-            same = stored.get(f"{path}.{leaf}")
+            # PEFT leaves the adapter's name in the keys of a head that has layers within.
+            leaves = (leaf, leaf.partition(".")[2])
+            same = next((stored[k] for one in leaves if (k := f"{path}.{one}") in stored), None)
             copied = twice == "modules_to_save" and same is not None and _equal(stored[key], same)
             if copied or (twice == "original_module" and same is not None):
                 del stored[key]
     base, of_tokens = dict(base_paths(model)), embeddings(model)
+    trained = {id(base[name]) for name in planned.selected if name in base}  # by any of their names
     beside = beside_saved(model, planned)
     names = {
         filed_key(planned, name): name
         for name in base
         if (name.rpartition(".")[0] in {*planned.targets, *of_tokens} or name in beside)
-        and name not in planned.selected
+        and id(base[name]) not in trained
         and not any(inside(name, whole) for whole in planned.saved)
     }
     anew = {id(base[name]) for name in resized(model) if name in base}

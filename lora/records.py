@@ -152,7 +152,9 @@ def metrics_of(directory: Path) -> list[Row]:
     """The rows that a run has recorded; a last line whose writing was cut off is none. Raises
     RunError."""
     path = directory / "metrics.jsonl"
-    if not path.exists():
+    with readable(path, RunError, "Pass a run directory."):
+        there = path.exists()
+    if not there:
         raise RunError(f"{directory} is no run directory: no metrics.jsonl. Run lora train.")
     payload = documents.content(path, RunError, "Run lora train again.")
     whole = payload[: payload.rfind(b"\n") + 1]

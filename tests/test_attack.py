@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
-from test_resume import FLAGS, ONE_THREAD, StoppedError, result
+from test_resume import FLAGS, StoppedError, one_thread, result
 
 import lora.run as room
 from lora import distributed, state
@@ -367,7 +367,7 @@ def test_what_two_ranks_meet_is_said_once(
     both = [
         subprocess.Popen(
             [sys.executable, "-c", code, *given], text=True, stderr=subprocess.PIPE, cwd=ROOT,
-            stdout=subprocess.DEVNULL, env=ONE_THREAD | {
+            stdout=subprocess.DEVNULL, env=one_thread() | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "MASTER_ADDR": "localhost", "MASTER_PORT": port,
             },

@@ -743,7 +743,7 @@ def test_a_run_directory_is_made_whole_or_not_at_all(
     runs = tmp_path / "runs"
     monkeypatch.setattr(lora.run, "write_together", full)
     assert main(list(map(str, ("train", *arguments, "--run-dir", runs / "one")))) == 2
-    assert "one cannot be made: No space left on device" in capsys.readouterr().err
+    assert "one cannot be written: No space left on device" in capsys.readouterr().err
     assert list(runs.iterdir()) == []
 
 

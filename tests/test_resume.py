@@ -22,7 +22,9 @@ from lora import state
 
 FLAGS = ("--epochs", 3, "--batch-size", 8, "--r", 2, "--lora-dropout", 0.1, "--save-steps", 2,
          "--learning-rate", 0.01, "--micro-batch-size", 5)  # fmt: skip
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process
+def one_thread() -> dict[str, str]:
+    """The environment of a command that computes as this process does."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
 TIMES = {"seconds", "train_seconds", "peak_bytes", "time", "command"}
 
 
@@ -198,7 +200,7 @@ def test_the_best_is_handed_on_and_patience_ends_a_training(
 def start(flags: tuple[Any, ...], cwd: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lora", "train", *map(str, flags)], text=True, cwd=cwd,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread(),
     )  # fmt: skip
 
 
@@ -245,7 +247,7 @@ def test_a_second_signal_ends_at_once_and_a_kill_is_survived(
     command = [sys.executable, "-c", code, "train", *map(str, flags), "--run-dir", str(run)]
     for signals in ([signal.SIGINT, signal.SIGINT], [signal.SIGKILL]):
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, cwd=ROOT, text=True, env=ONE_THREAD
+            command, stdout=subprocess.PIPE, cwd=ROOT, text=True, env=one_thread()
         ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "saving\n"
@@ -276,7 +278,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "train", *map(str, flags), "--run-dir", str(run)],
-        capture_output=True, text=True, check=False, cwd=ROOT, env=ONE_THREAD,
+        capture_output=True, text=True, check=False, cwd=ROOT, env=one_thread(),
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "cannot be written" in done.stderr
@@ -338,7 +340,7 @@ def test_training_goes_on_from_an_adapter(
     shutil.rmtree(tmp_path / "adapter")
     assert lora("eval", run) == 0
     for more, words in {
-        ("--r", 3): "has 2. Leave it out",
+        ("--r", 3): "has 2. Remove it",
         ("--method", "dora"): "is of lora. Leave --method out",
         ("--labels", "1", "0"): "was trained on the labels 0, 1, found 1, 0",
     }.items():
