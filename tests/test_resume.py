@@ -22,9 +22,13 @@ from lora import state
 
 FLAGS = ("--epochs", 3, "--batch-size", 8, "--r", 2, "--lora-dropout", 0.1, "--save-steps", 2,
          "--learning-rate", 0.01, "--micro-batch-size", 5)  # fmt: skip
+
+
 def one_thread() -> dict[str, str]:
     """The environment of a command that computes as this process does."""
     return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 TIMES = {"seconds", "train_seconds", "peak_bytes", "time", "command"}
 
 
