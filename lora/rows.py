@@ -15,6 +15,7 @@ import codecs
 import csv
 import datetime
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -226,19 +227,12 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
 
 
 def _table(path: Path, text: str, headed: Headed) -> Iterator[tuple[str, Read | str]]:
-    lines = [*(_tabs(text) if path.suffix == ".tsv" else _commas(text))]
+    lines = [*(_tabs(text) if path.suffix == ".tsv" else _cells(text, _mark(text)))]
     whole = [cells for _, cells in lines if not isinstance(cells, str)]
     if not whole:
         number, error = lines[0]
         raise DataError(f"{path}, line {number}: {error}")
     first = whole[0]
-    for mark in (";", "\t") if path.suffix == ".csv" and len(whole) > 1 else ():
-        marks = {len(cells) == 1 and cells[0].count(mark) for cells in whole}
-        if len(marks) == 1 and max(marks) > 0:
-            raise DataError(
-                f"{path}: one column, {first[0]!r}, with {max(marks)} {mark!r} in every row. A"
-                " CSV's columns lie between commas. Save it so, or with tabs as .tsv."
-            )
     named = headed(path, whole)
     names = [str(number) for number in range(len(first))]
     if named:
@@ -266,8 +260,20 @@ def _tabs(text: str) -> Iterator[tuple[int, list[str] | str]]:
     return ((number, cells) for number, cells in enumerate(lines, 1) if alone or cells != [""])
 
 
-def _commas(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    reader = csv.reader(io.StringIO(text, newline="\n"), strict=True)
+def _mark(text: str) -> str:
+    """What a CSV has between its cells: comma, semicolon (Excel's, where a comma is in decimals) or
+    tab, whichever cuts the first 50 rows into the most cells, in each row as many. Else a comma."""
+    found = {}
+    for mark in (",", ";", "\t"):
+        rows = [cells for _, cells in itertools.islice(_cells(text, mark), 50)]
+        widths = {1 if isinstance(cells, str) else len(cells) for cells in rows}
+        found[mark] = max(widths) if len(widths) == 1 else 1
+    return max(found, key=lambda mark: found[mark])  # the comma, if others do as well
+
+
+def _cells(text: str, mark: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Cells between commas, or another mark, quoted as in CSV."""
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=mark, strict=True)
     while True:
         try:
             cells = next(reader, None)

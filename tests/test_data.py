@@ -380,14 +380,31 @@ def test_a_text_is_no_object_no_list_and_not_null(tmp_path: Path, value: str) ->
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])
-def test_a_csv_without_commas_is_named(tmp_path: Path, mark: str) -> None:
-    rows = f"text{mark}label\na{mark}1\nb{mark}0\n"
-    with pytest.raises(DataError, match="one column, 'text.*label', with 1 .* in every row"):
-        read(folder(tmp_path, train=rows, dev=rows, end="csv"))
+def test_a_csv_is_read_by_the_mark_between_its_cells(tmp_path: Path, mark: str) -> None:
+    rows = f'id{mark}"note, text"{mark}label\n1{mark}"a, or b"{mark}0\n2{mark}c, d{mark}1\n'
+    found = read_rows(write(tmp_path / "cells.csv", rows))
+    assert [row for _, row in found] == [
+        {"id": "1", "note, text": "a, or b", "label": "0"},
+        {"id": "2", "note, text": "c, d", "label": "1"},
+    ]
+    quoted = f'"ticket"{mark}"queue"\n"lost; my card\tagain"{mark}"bank"\n"b"{mark}"app"\n'
+    found = read_rows(write(tmp_path / "quoted.csv", quoted))
+    assert [row for _, row in found] == [
+        {"ticket": "lost; my card\tagain", "queue": "bank"},
+        {"ticket": "b", "queue": "app"},
+    ]
+
+
+def test_a_semicolon_in_a_text_is_no_mark(tmp_path: Path) -> None:
     texts_alone = write(tmp_path / "t.csv", "text\nwell; it is good\nbad\n")
-    assert [row["text"] for _, row in read_rows(texts_alone) if isinstance(row, dict)] == [
-        "well; it is good",
-        "bad",
+    assert [row for _, row in read_rows(texts_alone)] == [
+        {"text": "well; it is good"},
+        {"text": "bad"},
+    ]
+    both = write(tmp_path / "b.csv", "text,label\na; b,0\nc; d,1\n")
+    assert [row for _, row in read_rows(both)] == [
+        {"text": "a; b", "label": "0"},
+        {"text": "c; d", "label": "1"},
     ]
 
 
