@@ -552,10 +552,10 @@ def _export(arguments: list[str]) -> None:
 def _ends(adapter: Path, base: str) -> Any:
     """What ends an answer of a run that writes texts; None of all else."""
     from lora.inputs import export_ends
-    from lora.run import config_of
+    from lora.run import config_of, run_around
 
-    run = adapter.parent if adapter.name == "adapter" else adapter
-    if not (run / "config.toml").is_file():
+    run = run_around(adapter)
+    if run is None:
         return None
     config = config_of(run)
     return export_ends(config, base) if config.task == "text" else None

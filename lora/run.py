@@ -941,6 +941,14 @@ def check_head(base: Base, report: Report, place: str, folder: Path) -> None:
         )
 
 
+def run_around(folder: Path) -> Path | None:
+    """The run that a folder is, or whose adapter it is; None if it is neither. The folder's whole
+    path tells: inside RUN/adapter, `.` is the run's adapter too."""
+    whole = folder.resolve()
+    runs = [folder, *([whole.parent] if whole.name == "adapter" else [])]
+    return next((run for run in runs if (run / "config.toml").is_file()), None)
+
+
 def config_of(directory: Path) -> RunConfig[Any]:
     """The configuration of a run directory, as resolved. Raises RunError where it is of no run."""
     path = directory / "config.toml"
@@ -950,7 +958,9 @@ def config_of(directory: Path) -> RunConfig[Any]:
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
     try:
         table = read_toml(path)
-        config = from_table(table, table.get("method"))
+        if "method" not in table:
+            raise ConfigError("method is missing.")
+        config = from_table(table, table["method"])
     except ConfigError as error:
         raise RunError(f"{path} is damaged: {error} Bring it back, or run anew.") from None
     open_ = [k for k in ("learning_rate", "max_length") if getattr(config, k) is None]

@@ -20,7 +20,7 @@ from lora.config import RunConfig, Task
 from lora.errors import CheckpointError, RunError, command
 from lora.files import readable
 from lora.models import base_config, load_skeleton, pick_dtype
-from lora.run import CHECKPOINTS, at_base, config_of
+from lora.run import CHECKPOINTS, at_base, config_of, run_around
 
 TASKS: dict[str, Task] = {"SEQ_CLS": "classification", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "text"}
 """PEFT's task_type -> --task; of one label it is regression."""
@@ -60,11 +60,10 @@ def open_source(directory: Path, base: str | None = None, resizes: bool = False)
     base is not stated or not there.
     """
     with readable(directory, RunError, "Pass the folder of a run or of an adapter."):
-        part = directory.name == "adapter" and (directory.parent / "config.toml").is_file()
-        run = part or (directory / "config.toml").is_file()
+        run = run_around(directory)
         adapter = (directory / CONFIG).is_file() or next(directory.glob(f"*/{CONFIG}"), None)
     if run:
-        return _run(directory.parent if part else directory, base)
+        return _run(run, base)
     if adapter:
         return replace(_alone(directory, find_folder(directory), base), resizes=resizes)
     raise RunError(

@@ -19,6 +19,7 @@ from lora import state
 from lora.cli import main
 from lora.errors import LoraError, RunError
 from lora.models import load_base
+from lora.run import run_around
 from lora.source import open_source
 from lora.trained import reopen
 
@@ -412,3 +413,17 @@ class TestARunIsResumedOnIt:
 
         with pytest.raises(RunError, match="no checkpoint yet, by which its base would be known"):
             resumable(run, str(tmp_path / "moved"))
+
+
+def test_a_runs_adapter_is_known_from_inside_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "config.toml").write_text("")
+    monkeypatch.chdir(tmp_path / "run" / "adapter")
+    whole = tmp_path / "run"
+    for folder in (whole, whole / "adapter", Path()):
+        found = run_around(folder)
+        assert found is not None
+        assert found.resolve() == whole.resolve()
+    assert run_around(tmp_path) is None
