@@ -697,5 +697,6 @@ def test_every_damaged_file_is_read_or_refused(name: str, tmp_path: Path) -> Non
     outcomes, failed = failures(name, tmp_path, COUNTS[name])
     print(f"{name}: {dict(outcomes)}")
     assert not failed, f"{outcomes}\n" + "\n".join(list(failed.values())[:20])
-    assert outcomes["refused"]
+    # A damaged cache is refused to nobody: the texts are tokenised anew, to the same ids.
+    assert outcomes["refused"] or name == "cached_tokens"
     assert outcomes["read"]
