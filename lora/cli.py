@@ -301,8 +301,7 @@ def _eval(arguments: list[str]) -> None:
         idle += [*columns, "header", "skip_bad_lines"]
     for name in idle:
         if getattr(config, name) not in (None, "auto", 0):
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} says nothing beside the other flags. Leave it out.")
+            raise ConfigError(f"{as_flag(name)} says nothing beside the other flags. Leave it out.")
     if config.predictions is not None:
         from lora.data import read_predictions
         from lora.metrics import score

@@ -71,6 +71,7 @@ from lora.errors import (
 )
 from lora.evaluate import Evaluation, autocast, evaluate
 from lora.files import readable, writable
+from lora.flags import as_flag
 from lora.generate import scored
 from lora.injection import Report, check_steps, disabled, inject
 from lora.inputs import calibration, digest, inputs_of, read_corpus
@@ -811,8 +812,7 @@ def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
 def _check_idle(config: RunConfig[Any], of: str, defaults: dict[str, Any]) -> None:
     for name, default in defaults.items():
         if getattr(config, name) != default:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} is {of}, and this is none. Remove it.")
+            raise ConfigError(f"{as_flag(name)} is {of}, and this is none. Remove it.")
 
 
 def takes_up(config: RunConfig[Any]) -> bool:

@@ -147,17 +147,22 @@ both = pytest.mark.parametrize(
 )
 
 
+def comes_back(model: nn.Module, theirs: nn.Module, folder: Path) -> None:
+    """PEFT's file in `folder` is read to PEFT's output, and written again to the same tensors."""
+    lora.load(model, folder)
+    assert off(model, theirs) < 1e-5
+    lora.save(model, folder / "again")
+    first, second = written(folder), written(folder / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 @both
 def test_we_read_trained_rows_as_peft_does(name: str, dora: bool, tmp_path: Path) -> None:
     make, targets, asked = TOKENS[name]
     theirs = moved(by_peft(make(), targets, asked, use_dora=dora))
     saved_by_peft(theirs, tmp_path)
-    lora.load(model := make(), tmp_path)
-    assert off(model, theirs) < 1e-5
-    lora.save(model, tmp_path / "again")
-    first, second = written(tmp_path), written(tmp_path / "again")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    comes_back(make(), theirs, tmp_path)
     assert off(read_by_peft(make(), tmp_path / "again"), theirs) < 1e-5
 
 
@@ -233,12 +238,7 @@ def test_rows_alone_mean_what_they_mean_to_peft(name: str, tmp_path: Path) -> No
     config = peft.TrainableTokensConfig(token_indices=[3, 1], **settings)
     theirs = moved(with_peft(make(), config))
     saved_by_peft(theirs, tmp_path)
-    lora.load(model := make(), tmp_path)
-    assert off(model, theirs) < 1e-5
-    lora.save(model, tmp_path / "again")
-    first, second = written(tmp_path), written(tmp_path / "again")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    comes_back(make(), theirs, tmp_path)
     # and of ours
     lora.inject(model := make(), lora.TokensConfig(token_indices=(3, 1), **settings))
     assert off(model, make()) < 1e-6
