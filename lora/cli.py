@@ -168,6 +168,9 @@ def _train(arguments: list[str]) -> None:
     else:
         print(head + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
     print(f"recorded in {summary['run_dir']}")
+    run = summary["run_dir"]
+    asks = ("generate", run) if summary["task"] == "text" else ("predict", run, "--text", "...")
+    print(f"next: {command('lora', *asks)}")
 
 
 def _train_on(
@@ -279,6 +282,10 @@ class EvalConfig:
     """Rows of --data that may be unusable: they are left out and listed."""
 
 
+_ABOUT_DATA = ("text_column", "pair_column", "label_column", "header", "skip_bad_lines")
+"""Flags that say how to read --data."""
+
+
 def _eval(arguments: list[str]) -> None:
     from lora.config import parse
 
@@ -288,20 +295,22 @@ def _eval(arguments: list[str]) -> None:
     if config.run is not None and config.run.is_file():
         instead = command("lora", "eval", "--predictions", config.run)
         raise ConfigError(f"{config.run} is a file. Run {instead}.")
+    idle = [] if config.run and config.data and not config.harness else list(_ABOUT_DATA)
+    if config.harness:
+        idle += ["predictions", "data", "split", "task"]
+        beside = "--harness, which brings its own data"
+    elif config.run is not None:
+        idle += ["limit", "task"]
+        beside = "--run" if config.data is not None else "--run without --data"
+    else:
+        idle += ["limit", "base", "data", "split", "resize_embeddings"]
+        beside = "--predictions"
+    for name in idle:
+        if getattr(config, name) not in (None, "auto", 0):
+            raise ConfigError(f"{as_flag(name)} has no effect with {beside}. Remove it.")
     if config.harness:
         _harness(config)
         return
-    columns = ["text_column", "pair_column", "label_column"]
-    idle = (
-        ["limit", "task"]
-        if config.run is not None
-        else ["limit", "base", "data", "split", "resize_embeddings"]
-    )
-    if config.data is None:
-        idle += [*columns, "header", "skip_bad_lines"]
-    for name in idle:
-        if getattr(config, name) not in (None, "auto", 0):
-            raise ConfigError(f"{as_flag(name)} says nothing beside the other flags. Leave it out.")
     if config.predictions is not None:
         from lora.data import read_predictions
         from lora.metrics import score
@@ -326,8 +335,7 @@ def _eval(arguments: list[str]) -> None:
 
 def _harness(config: EvalConfig) -> None:
     """A run's model on tasks of the LM Evaluation Harness."""
-    if config.run is None or config.data is not None or config.split is not None:
-        raise ConfigError("--harness brings its own data, for a run. Leave the other flags out.")
+    assert config.run is not None
     from lora.adapter import whole_number
 
     if config.limit is not None:
@@ -537,7 +545,7 @@ def _merge(arguments: list[str]) -> None:
     source = open_source(config.run, config.base, config.resize_embeddings)
     how = config.dequantize, config.untie, config.dtype, config.tolerance
     print(merge_run(source, config.output, *how))
-    print(f"written: {config.output}")
+    print(f"written: {config.output}. Load it with transformers' from_pretrained, or --base.")
 
 
 def _export(arguments: list[str]) -> None:

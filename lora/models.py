@@ -506,13 +506,18 @@ def _check_place(base: str) -> None:
 def load_tokenizer(place: str, model: Any, task: str) -> Any:
     """The tokenizer of a folder or of a name on the hub, whose padding the model then goes by.
     Raises ModelError if it does not fit the model or the task."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # a damaged folder raises whatever its reader meets first
-        raise _not_loaded(place, error) from error
+    tokenizer = read_tokenizer(place)
     _check_tokenizer(place, tokenizer, model, task)
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def read_tokenizer(place: str) -> Any:
+    """The tokenizer of a folder or of a name on the hub. Raises ModelError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
+        raise _not_loaded(place, error) from error
 
 
 def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:

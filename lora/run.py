@@ -86,6 +86,7 @@ from lora.models import (
     load_tokenizer,
     packable,
     pick_dtype,
+    read_tokenizer,
 )
 from lora.records import NOTHING, Mark, environment_of, metrics_at
 from lora.state import Training
@@ -861,6 +862,23 @@ def with_tokens(base: Base, config: RunConfig[Any], task: str, fits: Path | None
     return _extended(base, config)
 
 
+def _check_tokens(adapter: Path, base: Base) -> None:
+    """Raise ConfigError if the tokenizer beside an adapter has tokens that its base's lacks: the
+    adapter would be trained on with other ids than it learned."""
+    place = _tokenizer_beside(adapter)
+    if place is None:
+        return
+    known = base.tokenizer.get_vocab()
+    vocabulary = read_tokenizer(str(place)).get_vocab()
+    other = [token for token, number in vocabulary.items() if known.get(token) != number]
+    if other:
+        shown = ", ".join(map(repr, sorted(other, key=vocabulary.__getitem__)[:5]))
+        raise ConfigError(
+            f"--adapter {adapter}: its tokenizer has {len(other)} tokens that the base's lacks or"
+            f" numbers otherwise ({shown}). Pass --resize-embeddings to take the adapter's."
+        )
+
+
 def _tokenizer_for(adapter: Path, config: RunConfig[Any]) -> Path | None:
     """The folder of an adapter's tokenizer, None if none was saved beside it. A checkpoint has
     none: its tokenizer is that of the adapter which its run started from. Raises RunError if that
@@ -922,6 +940,8 @@ def _given(folder: Path, config: RunConfig[Any], base: Base) -> Report:
     its head is not of this task."""
     report = load(base.model, folder, trainable=True, resize_embeddings=config.resize_embeddings)
     check_head(base, report, config.base, folder)
+    if not config.resize_embeddings:
+        _check_tokens(folder, base)
     labels = filed_labels(read_tensors(find_folder(folder))[1])
     if labels and config.labels and labels != config.labels:
         raise DataError(

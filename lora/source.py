@@ -66,6 +66,11 @@ def open_source(directory: Path, base: str | None = None, resizes: bool = False)
         return _run(run, base)
     if adapter:
         return replace(_alone(directory, find_folder(directory), base), resizes=resizes)
+    if (directory / "config.json").is_file():
+        raise RunError(
+            f"{directory} is a plain model (config.json), not a run or an adapter. Load it with"
+            f" transformers' from_pretrained, or train on it: {command('lora', 'train', '--base', directory)}."
+        )
     raise RunError(
         f"{directory} is no run directory (no config.toml) and no adapter's folder (no {CONFIG})."
         " Run lora train first, or pass another."

@@ -148,6 +148,28 @@ def test_a_run_adds_tokens_and_every_verb_knows_them(
     assert reopen(tmp_path / "on").tokenizer.convert_tokens_to_ids("<call>") == 259
 
 
+def test_tokens_in_spare_rows_of_the_base_are_not_lost_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, tokenizer = untied()
+    model.resize_token_embeddings(300)  # as bases are padded to a round number
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(NEW)
+    lora.inject(model, lora.LoRAConfig(r=2))
+    lora.save(model, tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    flags = ["train", *texts(tmp_path / "d.jsonl"), "--adapter", str(tmp_path / "adapter")]
+    flags += ["--base", str(tmp_path / "base"), "--max-length", "64", "--template", "none"]
+    assert cli.main([*flags, "--run-dir", str(tmp_path / "no")]) == 2
+    assert "2 tokens that the base's lacks or numbers otherwise ('<call>', '<end>')" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "no").exists()
+    assert cli.main([*flags, "--resize-embeddings", "--run-dir", str(tmp_path / "on")]) == 0
+    assert reopen(tmp_path / "on").tokenizer.convert_tokens_to_ids("<end>") == 260
+
+
 class CutError(Exception):
     """What stands for a process's end."""
 

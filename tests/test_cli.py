@@ -179,7 +179,7 @@ def test_the_same_seed_is_the_same_bits_in_another_process(trained: Path, tmp_pa
         [*command, "--run-dir", str(run)], check=True, capture_output=True, text=True, cwd=ROOT,
         env=environment,
     )  # fmt: skip
-    assert f"recorded in {run}" in done.stdout
+    assert f"recorded in {run}\nnext: lora predict {run} --text ..." in done.stdout
     first = safetensors.torch.load_file(trained / "adapter/adapter_model.safetensors")
     second = safetensors.torch.load_file(run / "adapter/adapter_model.safetensors")
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -917,9 +917,16 @@ def test_flags_that_would_say_nothing_are_refused(
     predictions = trained / "predictions.jsonl"
     for arguments, words in {
         ("eval", predictions): f"is a file. Run lora eval --predictions {predictions}",
-        ("eval", trained, "--task", "text"): "--task says nothing",
-        ("eval", trained, "--text-column", "x"): "--text-column says nothing",
-        ("eval", "--predictions", predictions, "--split", "dev"): "--split says nothing",
+        ("eval", trained, "--task", "text"): "--task has no effect with --run",
+        (
+            "eval",
+            trained,
+            "--text-column",
+            "x",
+        ): "--text-column has no effect with --run without --data",
+        ("eval", "--predictions", predictions, "--split", "dev"): "--split has no effect with",
+        ("eval", trained, "--harness", "arc_easy", "--text-column", "x"): "--harness, which brings",
+        ("eval", "--predictions", predictions, "--harness", "arc_easy"): "--predictions has no",
         ("compare", "--seed", "1"): "--seed is of one run. A comparison takes --seeds",
         ("compare", "--method=full"): "--method is of one run. A comparison takes --methods",
         ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",

@@ -265,6 +265,10 @@ class TestAnAdapterAlone:
         assert "without data of its own. Pass --data" in capsys.readouterr().err
         assert lora("eval", tmp_path / "base") == 2
         err = capsys.readouterr().err
+        assert "is a plain model (config.json), not a run or an adapter" in err
+        (tmp_path / "empty").mkdir()
+        assert lora("eval", tmp_path / "empty") == 2
+        err = capsys.readouterr().err
         assert "no run directory (no config.toml) and no adapter's folder" in err
 
 
