@@ -7,11 +7,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora.data import read_predictions
 from lora.errors import LoraError
-from lora.metrics import score
-from lora.records import summary_of
-from lora.trained import newest_runs
+from lora.finetune.data.corpus import read_predictions
+from lora.finetune.metrics import score
+from lora.finetune.records import summary_of
+from lora.finetune.trained import newest_runs
 
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from lora.errors import LoraError
-from lora.plots import draw
-from lora.trained import newest_runs
+from lora.finetune.plots import draw
+from lora.finetune.trained import newest_runs
 
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)

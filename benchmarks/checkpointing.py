@@ -23,8 +23,8 @@ from benchmarks import memory, step
 from benchmarks.machine import write
 from benchmarks.turns import median, ratio, shown, take_turns
 from lora import nf4
-from lora.models import bfloat16_here, checkpoint_activations, hold, packable
-from lora.scratch import keep_freed_memory
+from lora.finetune.models import bfloat16_here, checkpoint_activations, hold, packable
+from lora.kernels.scratch import keep_freed_memory
 
 CHECKPOINTED = ", checkpointed"
 

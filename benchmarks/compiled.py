@@ -20,8 +20,8 @@ import torch
 from benchmarks.machine import write
 from benchmarks.step import Setting, ours
 from benchmarks.turns import ratio, shown, take_turns
-from lora.models import bfloat16_here
-from lora.scratch import keep_freed_memory
+from lora.finetune.models import bfloat16_here
+from lora.kernels.scratch import keep_freed_memory
 
 
 def step_of(model: Any, setting: Setting) -> float:

@@ -31,10 +31,10 @@ RATE, WARMUP = 5e-4, 0.06
 
 
 def ours(seed: int, limit: int | None, folder: str) -> dict[str, float]:
-    from lora.config import RunConfig
+    from lora.finetune.config import RunConfig
+    from lora.finetune.run import run
+    from lora.kernels.scratch import keep_freed_memory
     from lora.methods.lora import LoRAConfig
-    from lora.run import run
-    from lora.scratch import keep_freed_memory
 
     keep_freed_memory()  # as `lora train` does
     settings = LoRAConfig(r=8, lora_alpha=8, lora_dropout=0.1, target_modules=tuple(LINEARS))
@@ -51,8 +51,8 @@ def trainer(seed: int, limit: int | None, folder: str, best: bool) -> dict[str, 
     import torch
     import transformers
 
-    from lora.data import read
-    from lora.models import bfloat16_here, load_base
+    from lora.finetune.data.corpus import read
+    from lora.finetune.models import bfloat16_here, load_base
 
     corpus = read(str(DATA), limit=limit)
     base = load_base("demo", 2, "classification", seed)
@@ -123,7 +123,7 @@ def main() -> None:
     import torch
 
     from benchmarks.machine import write
-    from lora.models import bfloat16_here
+    from lora.finetune.models import bfloat16_here
 
     seeds, limit = (1, 160) if given.quick else (given.seeds, None)
     rounds: list[dict[str, dict[str, float]]] = []

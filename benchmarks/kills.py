@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write
-from lora.records import metrics_of
+from lora.finetune.records import metrics_of
 
 
 def files(run: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def task(folder: Path) -> list[str]:
     import torch
     import transformers
 
-    from lora.models import load_base
+    from lora.finetune.models import load_base
 
     torch.manual_seed(0)
     shape = transformers.DistilBertConfig(

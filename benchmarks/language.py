@@ -31,7 +31,7 @@ RATE, WARMUP, BATCH, LENGTH = 2e-3, 0.06, 32, 64
 
 
 def config_of(seed: int, limit: int | None, folder: str, packed: bool) -> Any:
-    from lora.config import RunConfig
+    from lora.finetune.config import RunConfig
     from lora.methods.lora import LoRAConfig
 
     return RunConfig(
@@ -42,9 +42,9 @@ def config_of(seed: int, limit: int | None, folder: str, packed: bool) -> Any:
 
 
 def ours(seed: int, limit: int | None, folder: str, packed: bool) -> dict[str, float]:
-    from lora.records import metrics_of
-    from lora.run import run
-    from lora.scratch import keep_freed_memory
+    from lora.finetune.records import metrics_of
+    from lora.finetune.run import run
+    from lora.kernels.scratch import keep_freed_memory
 
     keep_freed_memory()  # as `lora train` does
     found = run(config_of(seed, limit, folder, packed))
@@ -59,9 +59,9 @@ def trainer(seed: int, limit: int | None, folder: str, best: bool) -> dict[str, 
     import torch
     import transformers
 
-    from lora.evaluate import evaluate
-    from lora.inputs import encoded_of, read_corpus
-    from lora.models import load_base
+    from lora.finetune.evaluate import evaluate
+    from lora.finetune.inputs import encoded_of, read_corpus
+    from lora.finetune.models import load_base
 
     config = config_of(seed, limit, folder, packed=False)
     corpus, base = read_corpus(config), load_base("demo-lm", 1, "text", seed)

@@ -25,7 +25,7 @@ def make(folder: str, quick: bool) -> int:
     import torch
     import transformers
 
-    from lora.models import load_base
+    from lora.finetune.models import load_base
 
     config = transformers.LlamaConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=2 if quick else 14,
@@ -46,12 +46,12 @@ def read(folder: str) -> dict[str, float]:
     """Read the model packed: peak and final bytes."""
     import torch
 
-    import lora.models
+    import lora.finetune.models
+    from lora.finetune.run import PeakMemory
     from lora.nf4 import NF4Linear
-    from lora.run import PeakMemory
 
     with PeakMemory() as memory:
-        model = lora.models.load_base(folder, 2, "classification", 0, "nf4").model
+        model = lora.finetune.models.load_base(folder, 2, "classification", 0, "nf4").model
         memory.sample()
     final = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     packed = sum(isinstance(m, NF4Linear) for m in model.modules())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.checkpoint import write_whole
-from lora.run import environment
+from lora.finetune.run import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.methods            writes docs/methods.md (a minute or two)
 
-Every cell of the table is run here; tests/test_contract.py runs them again and holds the page to
-what it finds.
+Every cell of the table is run here; tests/core/test_contract.py runs them again and holds the page
+to what it finds.
 """
 
 from __future__ import annotations

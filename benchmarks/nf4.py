@@ -31,10 +31,10 @@ import lora
 from benchmarks.machine import write
 from benchmarks.turns import median, ratio, shown, take_turns
 from lora import nf4
+from lora.finetune.models import bfloat16_here, load_base, packable
 from lora.injection import wrapper_at
-from lora.models import bfloat16_here, load_base, packable
+from lora.kernels.scratch import keep_freed_memory
 from lora.nf4 import NF4Linear
-from lora.scratch import keep_freed_memory
 
 DTYPES = (torch.float32, torch.bfloat16)
 MEMORY = ("as started", "freed memory kept")

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from benchmarks.machine import write
 from benchmarks.turns import median, take_turns
-from lora.dropout import draw, drop_, dropped
-from lora.fused import _summed
-from lora.models import bfloat16_here
-from lora.scratch import keep_freed_memory
+from lora.finetune.models import bfloat16_here
+from lora.kernels.dropout import draw, drop_, dropped
+from lora.kernels.fused import _summed
+from lora.kernels.scratch import keep_freed_memory
 
 TOKENS, R = 2048, 8
 SHAPES = ((768, 768), (768, 3072), (3072, 768))

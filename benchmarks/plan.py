@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write
-from lora.models import bfloat16_here
-from lora.records import summary_of
+from lora.finetune.models import bfloat16_here
+from lora.finetune.records import summary_of
 
 MB = 10**6
 DEMO = ("lora", "full", "qlora", "bitfit")
@@ -39,8 +39,8 @@ def make(folder: Path) -> list[str]:
     """The model's files and the data; the flags that name them."""
     import transformers
 
-    from lora import demo
-    from lora.models import load_base
+    from lora.finetune import demo
+    from lora.finetune.models import load_base
 
     base, data = folder / "base", folder / "data"
     torch.manual_seed(0)

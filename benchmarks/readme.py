@@ -15,7 +15,7 @@ from typing import Any
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
 from lora.adapter import METHODS
-from lora.compare import markdown, rows
+from lora.finetune.compare import markdown, rows
 
 ROOT = Path(__file__).parents[1]
 WHO = ("ours", "peft")

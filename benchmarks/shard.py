@@ -29,7 +29,7 @@ def make(folder: str, quick: bool) -> None:
     import torch
     import transformers
 
-    from lora.models import load_base
+    from lora.finetune.models import load_base
 
     config = transformers.LlamaConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=6 if quick else 28,
@@ -48,9 +48,9 @@ def measure(folder: str, quantize: str) -> list[dict[str, float]]:
     import transformers.models.llama.modeling_llama  # noqa: F401  (else in load_base)
 
     import lora
-    from lora import distributed
-    from lora.models import load_base
-    from lora.run import PeakMemory
+    from lora.finetune import distributed
+    from lora.finetune.models import load_base
+    from lora.finetune.run import PeakMemory
 
     cpu = torch.device("cpu")
     with distributed.group():

@@ -29,9 +29,9 @@ from torch import nn
 import lora
 from benchmarks.machine import write
 from benchmarks.turns import Rounds, median, ratio, shown, take_turns
+from lora.finetune.models import bfloat16_here, hold
 from lora.injection import after_step, penalty
-from lora.models import bfloat16_here, hold
-from lora.scratch import keep_freed_memory
+from lora.kernels.scratch import keep_freed_memory
 
 LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 RATIOS = (

@@ -4,7 +4,7 @@ python -m benchmarks.vocabulary [--quick] [--json FILE]
 
 A LLaMA of one block, 512 wide, frozen but for LoRA, r = 8, on all its linears, on 2 x 512 tokens in
 float32. "plain" is the model's own forward with labels, as transformers' Trainer and peft compute
-it. "ours" is lora.losses.batch_loss with a label at every token, "ours, answers" with labels at
+it. "ours" is losses.batch_loss with a label at every token, "ours, answers" with labels at
 the last quarter of each row: what is learned where a prompt is masked. Memory is the most that
 forward and backward hold at any moment above what was held before, by the allocator's own events.
 """
@@ -24,8 +24,8 @@ import lora
 from benchmarks.machine import write
 from benchmarks.memory import most_held
 from benchmarks.turns import median, ratio, shown, take_turns
-from lora.losses import batch_loss
-from lora.scratch import keep_freed_memory
+from lora.finetune.losses import batch_loss
+from lora.kernels.scratch import keep_freed_memory
 
 VOCABULARY = 131_072
 ROWS, LENGTH = 2, 512

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import lora
-from lora.data import read
-from lora.models import load_base
-from lora.trainer import AdapterCallback
+from lora.finetune.data.corpus import read
+from lora.finetune.models import load_base
+from lora.interop.trainer import AdapterCallback
 
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/trainer"
 corpus = read("demo", limit=96)

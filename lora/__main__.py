@@ -2,6 +2,6 @@
 
 import sys
 
-from lora.cli import main
+from lora.finetune.cli import main
 
 sys.exit(main())

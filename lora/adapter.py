@@ -26,16 +26,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora import fused
 from lora.declared import declared, fitted, words
 from lora.declared import is_number as is_number
-from lora.dropout import Mask, draw, drop
 from lora.errors import ConfigError, MergeError, SettingError
-from lora.fused import Update, autocast_on, unseen, without_autocast
+from lora.kernels import fused
+from lora.kernels.dropout import Mask, draw, drop
+from lora.kernels.fused import Update, autocast_on, unseen, without_autocast
+from lora.kernels.siblings import plain, reading_of
 from lora.layers import View, apply, in_pieces, views
 from lora.nf4 import NF4
 from lora.patterns import BLOCKS, check_pattern
-from lora.siblings import plain, reading_of
 
 METHODS: dict[str, type[Method]] = {}
 

@@ -129,7 +129,7 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
             "",
             "Its base is built into lora-from-scratch: no folder and no hub has it. It is",
             "",
-            f'    lora.models.load_base("{name}", {labels or 1}, "{kind}", seed=0).model',
+            f'    lora.finetune.models.load_base("{name}", {labels or 1}, "{kind}", seed=0).model',
         ]
     elif peft and base is not None and (task or settings["auto_mapping"]):
         kind = f"For{AUTO[task]}" if task else ""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora import nf4, siblings, ties
+from lora import nf4, ties
 from lora.adapter import (
     SHORTHANDS,
     AdaptedLayer,
@@ -34,7 +34,8 @@ from lora.adapter import (
     is_number,
 )
 from lora.errors import CheckpointError, ConfigError, MergeError, TargetError
-from lora.fused import compute_dtype
+from lora.kernels import siblings
+from lora.kernels.fused import compute_dtype
 from lora.layers import VIEWS, View, gathered, inside, kind, views
 from lora.methods._tokens import Tokens
 from lora.nf4 import NF4Linear, put
@@ -255,7 +256,7 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
         "save_pretrained: the model holds adapters, under names that from_pretrained does not read:"
         " the layers would load with weights drawn at random. For the adapter call"
         " lora.save(model, folder); for a whole model lora.merge(model) and lora.eject(model)"
-        " first. In transformers.Trainer pass callbacks=[lora.trainer.AdapterCallback()]."
+        " first. In transformers.Trainer pass callbacks=[lora.interop.trainer.AdapterCallback()]."
     )
 
 

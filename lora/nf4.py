@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora import fused, layers
+from lora import layers
 from lora.errors import ConfigError, ModelError
+from lora.kernels import fused
+from lora.kernels.scratch import scratch
 from lora.layers import View
-from lora.scratch import scratch
 
 # Dettmers et al. 2023, appendix E: quantiles of N(0, 1), scaled to [-1, 1].
 LEVELS = (

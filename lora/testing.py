@@ -22,7 +22,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lora import fused
 from lora.adapter import (
     AdaptedLayer,
     Adapter,
@@ -42,7 +41,6 @@ from lora.checkpoint import (
     save,
     whole_key,
 )
-from lora.dropout import Mask, draw
 from lora.errors import (
     CheckpointError,
     ConfigError,
@@ -62,6 +60,8 @@ from lora.injection import (
     trained_parameters,
     wrappers_of,
 )
+from lora.kernels import fused
+from lora.kernels.dropout import Mask, draw
 from lora.layers import View
 from lora.nf4 import NF4Linear, dequantize_layers
 from lora.targets import base_parameters

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora.cli import main
-from lora.models import hub_answers
+from lora.finetune.cli import main
+from lora.interop.hub import hub_answers
 
 BASE, DATA = "distilbert-base-uncased", "glue/sst2"
 

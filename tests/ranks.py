@@ -16,11 +16,12 @@ from architectures import tokenizer
 from torch import Tensor, nn
 
 import lora
-from lora import distributed, fused
 from lora.checkpoint import fingerprint
-from lora.distributed import rank, shard, size, together, total
 from lora.errors import DataError, LoraError, TrainingError
-from lora.models import Base, hold, load_base
+from lora.finetune import distributed
+from lora.finetune.distributed import rank, shard, size, together, total
+from lora.finetune.models import Base, hold, load_base
+from lora.kernels import fused
 
 
 def make_base(folder: Path) -> None:

@@ -13,84 +13,55 @@ from conftest import ROOT
 
 import lora
 
-# Each room may import from those above it, and from its own line.
+# A module may import from the rungs above its own, and from its own rung. A name covers what lies
+# below it, unless that is named too: "finetune" is all of the folder but "finetune.data".
 LADDER = [
-    {"errors", "flags"},
-    {"files", "patterns", "scratch", "declared", "rendering"},
+    {"errors"},
+    {"files", "patterns", "declared"},
     {"layers"},
-    {"dropout"},
-    {"fused"},
-    {"nf4", "siblings"},
+    {"kernels"},
+    {"nf4"},
     {"adapter"},
     {"methods"},
     {"targets"},
     {"ties"},
-    {"injection", "foreign", "card", "vocabulary"},
+    {"injection"},
+    {"foreign", "card", "vocabulary"},
     {"checkpoint"},
-    {"testing"},
-    {"documents", "basefile"},
-    {
-        "config",
-        "convert",
-        "demo",
-        "models",
-        "rows",
-        "headers",
-        "columns",
-        "data",
-        "losses",
-        "metrics",
-        "trackers",
-        "distributed",
-    },
-    {"conversations", "export", "harness", "records"},
-    {"tokens", "state"},
-    {"templates"},
-    {"inputs", "evaluate"},
-    {"train", "generate"},
-    {"run"},
-    {"source"},
-    {"trained", "trainer", "plan"},
-    {"compare", "plots", "chat"},
-    {"cli"},
+    {"testing", "interop"},
+    {"finetune.demo"},
+    {"finetune.data"},
+    {"finetune"},
 ]
-CORE = {
-    "errors",
-    "files",
-    "ties",
-    "card",
-    "patterns",
-    "layers",
-    "scratch",
-    "declared",
-    "dropout",
-    "fused",
-    "nf4",
-    "siblings",
-    "adapter",
-    "methods",
-    "targets",
-    "injection",
-    "foreign",
-    "vocabulary",
-    "checkpoint",
-    "testing",
-}
-# foreign knows the modules' old names, run records its version, testing builds a Conv1D
-TRANSFORMERS = {"foreign", "generate", "models", "run", "testing", "trainer"}
+PACKAGE = ROOT / "lora"
+# What imports transformers; the core knows its classes by name, and testing builds a Conv1D.
+TRANSFORMERS = {
+    "foreign", "testing", "interop.pretrained", "interop.trainer", "finetune.generate",
+    "finetune.models", "finetune.run",
+}  # fmt: skip
 
 
-def rooms() -> dict[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for path in sorted((ROOT / "lora").rglob("*.py")):
-        room = path.relative_to(ROOT / "lora").parts[0].removesuffix(".py")
-        if room not in ("__init__", "__main__"):
-            found.setdefault(room, []).append(path)
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name, less `lora.`."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts and parts != ("__main__",):
+            found[".".join(parts)] = path
     return found
 
 
+def rung(module: str) -> int:
+    """The number of a module's rung: that of the longest name that covers it."""
+    names = {name: number for number, rung in enumerate(LADDER) for name in rung}
+    covering = [name for name in names if f"{module}.".startswith(f"{name}.")]
+    assert covering, f"lora.{module} is on no rung of the ladder"
+    return names[max(covering, key=len)]
+
+
 def imports(path: Path) -> list[str]:
-    """Every module imported anywhere in the file, those within functions too."""
+    """Every name imported anywhere in the file, within functions too: module, or module.name."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -98,30 +69,23 @@ def imports(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
     return found
 
 
-def test_every_room_has_its_place() -> None:
-    assert set(rooms()) == set().union(*LADDER)
-
-
-@pytest.mark.parametrize("room", sorted(set().union(*LADDER)))
-def test_imports_go_one_way(room: str) -> None:
-    place = next(i for i, step in enumerate(LADDER) if room in step)
-    allowed = set().union(*LADDER[: place + 1])
-    known = set().union(*LADDER)
-    for path in rooms()[room]:
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "lora" and len(parts) > 1 and parts[1] in known:
-                assert parts[1] in allowed, f"{path.name} imports {name}"
-            assert parts[0] != "peft", f"{path.name} imports peft"
-            if parts[0] == "transformers":
-                assert room in TRANSFORMERS, f"{path.name} imports transformers"
-            if room in CORE and parts[0] not in sys.stdlib_module_names:
-                known_here = ("torch", "safetensors", "regex", "lora", "transformers")
-                assert parts[0] in known_here, name
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_go_one_way(module: str) -> None:
+    known = modules()
+    for name in imports(known[module]):
+        parts = name.split(".")
+        other = next((o for o in (".".join(parts[1:]), ".".join(parts[1:-1])) if o in known), None)
+        if parts[0] == "lora" and other is not None:
+            assert rung(other) <= rung(module), f"lora.{module} imports {name}"
+        assert parts[0] != "peft", f"lora.{module} imports peft"
+        if parts[0] == "transformers":
+            assert module in TRANSFORMERS, f"lora.{module} imports transformers"
+        if rung(module) < rung("testing") and parts[0] not in sys.stdlib_module_names:
+            assert parts[0] in ("torch", "safetensors", "regex", "lora", "transformers"), name
 
 
 def test_no_module_bears_a_public_functions_name() -> None:
@@ -141,9 +105,8 @@ def test_import_lora_loads_nothing_heavy() -> None:
 
 
 def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys; from lora.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    )
+    code = "from lora.finetune.cli import main; main(['--help'])\n"
+    code += "import sys; assert 'torch' not in sys.modules"
     assert "train" in run(code)
 
 
@@ -151,7 +114,7 @@ def test_help_needs_no_torch() -> None:
 def test_a_verbs_help_needs_no_transformers(verb: str, flag: str) -> None:
     code = f"""
 import sys
-from lora.cli import main
+from lora.finetune.cli import main
 try:
     main(["{verb}", "--help"])
 except SystemExit as stop:

@@ -13,8 +13,8 @@ from conftest import ROOT
 
 from benchmarks.readme import PAGES, filled
 from lora.adapter import METHODS
-from lora.compare import rows
-from lora.config import parse_run
+from lora.finetune.compare import rows
+from lora.finetune.config import parse_run
 from lora.injection import SLACK
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

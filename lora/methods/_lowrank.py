@@ -44,8 +44,8 @@ from lora.adapter import (
     strength,
     whole_number,
 )
-from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
+from lora.kernels.dropout import Mask, drop
 from lora.layers import View, apply
 from lora.methods._tokens import Make, token_ids, token_layers
 from lora.nf4 import NF4, dequantize

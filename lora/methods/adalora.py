@@ -19,9 +19,9 @@ from lora.adapter import (
     strength,
     whole_number,
 )
-from lora.dropout import Mask, drop
 from lora.errors import ConfigError, TargetError
-from lora.fused import Update
+from lora.kernels.dropout import Mask, drop
+from lora.kernels.fused import Update
 from lora.layers import View, apply
 
 

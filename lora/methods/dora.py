@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora import fused
-from lora.dropout import Mask, drop
+from lora.kernels import fused
+from lora.kernels.dropout import Mask, drop
 from lora.layers import View, apply
 from lora.methods._lowrank import LowRank, LowRankConfig
 

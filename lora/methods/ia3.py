@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora.adapter import Adapter, AdapterConfig, names_tuple
-from lora.dropout import Mask
 from lora.errors import TargetError
+from lora.kernels.dropout import Mask
 from lora.layers import View, fits
 from lora.patterns import check_pattern
 

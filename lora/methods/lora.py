@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora.dropout import Mask
 from lora.errors import ConfigError
-from lora.fused import Update
+from lora.kernels.dropout import Mask
+from lora.kernels.fused import Update
 from lora.layers import View
 from lora.methods._lowrank import LowRank, LowRankConfig
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora import fused
 from lora.adapter import Adapter, AdapterConfig, check, is_number, probability, whole_number
-from lora.dropout import Mask, drop
+from lora.kernels import fused
+from lora.kernels.dropout import Mask, drop
 from lora.layers import View, apply
 
 

@@ -1,0 +1,1 @@
+"""The application: the `lora` command and what it runs."""

@@ -1,0 +1,321 @@
+"""Methods x seeds on one base and one data set: each run a process of its own, one table.
+
+A process each, so that peak memory is the run's own and no run inherits another's state. A run
+that is complete already, under the same configuration, is taken as it is, and one that was cut off
+is resumed: an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from lora.adapter import check
+from lora.checkpoint import write_together
+from lora.errors import ConfigError, RunError, StoppedError
+from lora.files import writable
+from lora.finetune.config import (
+    NAMES,
+    RunConfig,
+    method_named,
+    parse,
+    parse_run,
+    placed,
+    read_toml,
+    stated_in,
+    to_table,
+)
+from lora.finetune.records import Summary, summary_of
+from lora.finetune.run import config_of
+from lora.layers import inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What is compared. Every other flag goes to the runs, as in `lora train`; a flag that only
+    one method has goes to that method, and [methods.NAME] tables of --config likewise."""
+
+    methods: tuple[str, ...] = ()
+    """Methods to compare. Default: the tables of --config, or lora and full."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of each. Default: those of --config, or 0."""
+    run_dir: Path | None = None
+    """Where the runs, the table and the curves go. Default: that of --config, or runs/compare."""
+    dry_run: bool = False
+    """Print what would run, and stop."""
+    config: Path | None = None
+    """A TOML file of flags, as in lora train."""
+
+
+def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConfig[Any]]]:
+    """The comparison and all of its runs, every one checked before the first begins."""
+    config, rest = parse(CompareConfig, arguments, "lora compare", return_unknown_args=True)
+    path = config.config
+    table = read_toml(path) if path else {}
+    for flag in ("--method", "--seed"):
+        if any(argument == flag or argument.startswith(flag + "=") for argument in rest):
+            raise ConfigError(f"{flag} is of one run. A comparison takes {flag}s.")
+    with stated_in(path):
+        seeds, tables = config.seeds or table.get("seeds", [0]), table.get("methods", {})
+        whole = isinstance(seeds, list | tuple) and all(type(seed) is int for seed in seeds)
+        check("seeds", seeds, "a list of whole numbers, one at least", whole and bool(seeds))
+        check("methods", tables, "tables: [methods.lora], [methods.full], ...",
+              type(tables) is dict)  # fmt: skip
+        folder = table.get("run_dir", "runs/compare")
+        check("run_dir", folder, "a text", isinstance(folder, str))
+    methods = config.methods or tuple(tables) or ("lora", "full")
+    folder = config.run_dir or Path(folder)
+    config = replace(
+        config,
+        methods=tuple(dict.fromkeys(methods)),
+        seeds=tuple(dict.fromkeys(seeds)),
+        run_dir=folder,
+    )
+    unknown = [method for method in config.methods if method not in NAMES]
+    if unknown:
+        raise ConfigError(f"--methods {unknown[0]} is unknown. Found: {', '.join(NAMES)}.")
+    runs = []
+    for method in config.methods:
+        for seed in config.seeds:
+            flags = ["--config", str(path)] if path else []
+            flags += _for_method(rest, method, config.methods)
+            flags += ["--method", method, "--seed", str(seed)]
+            run = parse_run(flags, "lora compare")
+            runs.append(replace(run, run_dir=folder / f"{method}-{seed}"))
+    return config, runs
+
+
+def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
+    """The flags less those that only other compared methods have."""
+    names = {
+        m: {field.name for field in fields(method_named(m).Config)} - method_named(m).Config.written
+        for m in methods
+    }
+    others = set().union(*names.values()) - names[method]
+    kept: list[str] = []
+    keep = True
+    for argument in rest:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            keep = name not in others and name.removeprefix("no_") not in others
+        if keep:
+            kept.append(argument)
+    return kept
+
+
+def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summary]:
+    """Run what is not complete; returns the summaries in the order of the runs."""
+    summaries: list[Summary] = []
+    assert config.run_dir is not None
+    with _alone(config.run_dir) as lock:
+        for number, run in enumerate(runs, 1):
+            assert run.run_dir is not None
+            stands = standing(run)
+            head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}{SAID[stands]}"
+            print(head, file=sys.stderr, flush=True)
+            if stands != "complete":
+                _spawn(run, lock, stands == "cut off")
+            summaries.append(_like(summaries, run.run_dir))
+        files = {
+            "comparison.json": json.dumps(summaries, indent=2).encode(),
+            "comparison.md": markdown(rows(summaries)).encode(),
+        }
+        write_together(config.run_dir, files)
+    return summaries
+
+
+def _like(others: Sequence[Summary], directory: Path) -> Summary:
+    """A run's result, which has the scores of those before it. Raises RunError."""
+    summary = summary_of(directory)
+    wanted = (others[0] if others else summary)["metrics"].keys()
+    for scores in (summary["metrics"], summary.get("baseline", summary["metrics"])):
+        if odd := sorted(scores.keys() ^ wanted):
+            raise RunError(
+                f"{directory / 'summary.json'} is damaged: its scores are {', '.join(scores)}, and"
+                f" {odd[0]} is not in both runs. Remove {directory}, and run it again."
+            )
+    return summary
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[int]:
+    """Hold the comparison's folder: one that is at work there already is left in peace.
+
+    Yields the lock's file descriptor: a run that inherits it holds the folder for as long as it
+    lives, though the comparison be killed.
+    """
+    with writable(folder, RunError, "Pass another --run-dir."):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    with file as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
+            ) from None
+        yield lock.fileno()
+
+
+Standing = Literal["new", "cut off", "complete"]
+SAID: dict[Standing, str] = {
+    "new": "",
+    "cut off": ": was cut off, goes on",
+    "complete": ": complete, taken as it is",
+}
+
+
+def standing(run: RunConfig[Any]) -> Standing:
+    """How far the run in the directory of that name is; a damaged result is removed.
+
+    Raises RunError where the directory holds anything else.
+    """
+    assert run.run_dir is not None
+    if not run.run_dir.exists():
+        return "new"
+    path = run.run_dir / "config.toml"
+    if not path.is_file():
+        raise RunError(f"{run.run_dir} is no run: no config.toml. Remove it, or pass another.")
+    found = to_table(config_of(run.run_dir))
+    if not _same(to_table(replace(run, run_dir=None)), found):
+        raise RunError(
+            f"{run.run_dir} holds a run of other settings. Remove it, or pass another --run-dir."
+        )
+    with suppress(RunError):
+        summary_of(run.run_dir)
+        return "complete"
+    (run.run_dir / "summary.json").unlink(missing_ok=True)
+    return "cut off"
+
+
+def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether a recorded configuration is the asked one with its open questions answered."""
+    for key in asked.keys() | found.keys():
+        wanted, value = asked.get(key), found.get(key)
+        if key == "modules_to_save":  # the new head joins what was asked
+            if not all(any(inside(one, whole) for whole in value or ()) for one in wanted or ()):
+                return False
+        elif key == "trainable_token_indices" and "add_tokens" in asked:  # the new tokens join them
+            if wanted not in (None, value):
+                return False
+        elif key == "data":
+            if [placed(source) for source in wanted or ()] != value and wanted != value:
+                return False
+        elif key in ("base", "adapter", "template") and value is not None:
+            auto = key == "template" and wanted in (None, "auto")
+            if not auto and wanted != value and str(Path(str(wanted)).resolve()) != value:
+                return False
+        elif key in (
+            "task",
+            "labels",
+            "learning_rate",
+            "text_column",
+            "pair_column",
+            "label_column",
+            "dtype",
+            "max_length",
+        ):
+            if wanted not in (None, "auto", value):
+                return False
+        elif wanted != value:
+            return False
+    return True
+
+
+def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
+    """`lora train` in a process of its own, its messages passed on.
+
+    A Ctrl-C reaches it too, and it saves: that is waited for.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder) / "run.toml"
+        asked.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
+        command = [sys.executable, "-m", "lora", "train"]
+        if resumed:
+            command += ["--resume", str(run.run_dir)]
+        else:
+            command += ["--config", str(asked), "--run-dir", str(run.run_dir)]
+        with subprocess.Popen(command, pass_fds=[lock]) as process:
+            while process.returncode is None:
+                with suppress(KeyboardInterrupt):
+                    process.wait()
+        code = process.returncode
+    if code in (130, 143):
+        raise StoppedError("the same command goes on with the comparison.", code - 128)
+    if code:
+        raise RunError(f"{run.method}, seed {run.seed} failed with exit code {code}: see above.")
+
+
+def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """The table: a head, then a row per method, means (± standard deviation) over its seeds; of
+    several tasks a column for each. The base alone comes first where a run has scored it."""
+    if not summaries:
+        return []
+    metrics = summaries[0]["metrics"]
+    metric = next(iter(metrics))
+    shown = [metric, *(name for name in metrics if name.startswith(f"{metric}/"))]
+    heads = [f"{summaries[0]['split']} {metric}", *(n.partition("/")[2] for n in shown[1:])]
+    head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", "peak MiB")
+    found: list[tuple[str, ...]] = [head]
+    bases = [s["baseline"] for s in summaries if "baseline" in s]
+    if bases:
+        scores = (_scores([base[name] for base in bases], metric) for name in shown)
+        found.append(("(the base)", "", "", "", "", *scores, "", ""))
+    for method in dict.fromkeys(s["method"] for s in summaries):
+        own = [s for s in summaries if s["method"] == method]
+        ends = [[e["loss"] for e in s["evaluations"]] for s in own]  # fewer of an early stop
+        losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
+        found.append(
+            (
+                method,
+                f"{own[0]['trainable']:,}",
+                f"{own[0]['trainable'] / own[0]['parameters']:.2%}",
+                f"{own[0]['learning_rate']:g}",
+                " ".join(f"{statistics.mean(some):.3f}" for some in losses),
+                *(_scores([s["metrics"][name] for s in own], metric) for name in shown),
+                f"{statistics.median(s['train_seconds'] for s in own):.1f}",
+                f"{statistics.median(s['peak_bytes'] for s in own) / 2**20:,.0f}",
+            )
+        )
+    return found
+
+
+def _scores(values: Sequence[float], metric: str) -> str:
+    """Mean ± standard deviation; of shares in percent."""
+    scale, places = (100, 2) if metric in ("accuracy", "exact_match") else (1, 4)
+    scores = [scale * value for value in values]
+    spread = f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.{places}f}{spread}" + (" %" if scale == 100 else "")
+
+
+def by_task(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Scores of texts of several tasks: a head, a row for all, and one for each task."""
+    names = [name for name in metrics if "/" not in name]
+    tasks = dict.fromkeys(name.partition("/")[2] for name in metrics)
+    found = [("task", *names)]
+    for task in tasks:
+        keys = [f"{name}/{task}" if task else name for name in names]
+        cells = [f"{metrics[key]:.4f}" if key in metrics else "" for key in keys]
+        found.append((task or "all", *cells))
+    return found
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """The table as GitHub shows it and as a terminal can."""
+    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
+    lines = [table[0], ["-" * width for width in widths], *table[1:]]
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))} |\n"
+        for cells in lines
+    )

@@ -1,0 +1,71 @@
+"""The small language model of the demonstration: LLaMA's architecture, a byte a token, no weights.
+
+`--base demo-lm` is made anew of these numbers and the run's seed: `make demo-lm` trains it on some
+of lora.finetune.demo.tasks before it is adapted to others.
+"""
+
+from __future__ import annotations
+
+import json
+
+SPECIAL = ("<pad>", "<s>", "</s>")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
+)
+"""A line for each message but the answer, which the end token closes."""
+
+# What LlamaConfig takes besides its defaults.
+ARCHITECTURE = {
+    "vocab_size": len(SPECIAL) + 256,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,  # about 1/√hidden_size: at the default 0.02 it learns far more slowly
+    "tie_word_embeddings": True,
+    "attention_bias": True,  # for BitFit, which trains nothing else
+    "mlp_bias": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tokenizer_json() -> str:
+    """A tokenizer in the format of the `tokenizers` library: every byte of UTF-8 a token, behind a
+    start token."""
+    _, start, _ = SPECIAL
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *_signs()))}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+                  "use_regex": False}  # fmt: skip
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": number, "content": token, "special": True, "single_word": False,
+                 "lstrip": False, "rstrip": False, "normalized": False}
+                for number, token in enumerate(SPECIAL)
+            ],
+            "pre_tokenizer": byte_level,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": start, "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                         {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {start: {"id": start, "ids": [1], "tokens": [start]}},
+            },
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+        }
+    )  # fmt: skip
+
+
+def _signs() -> list[str]:
+    """The sign that ByteLevel writes for each byte: itself where it is printable, else one from
+    256 on (GPT-2's bytes_to_unicode)."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]

@@ -1,0 +1,114 @@
+"""Curves, drawn from what runs recorded and from nothing else."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from lora.checkpoint import write_together
+from lora.errors import RunError
+from lora.files import writable
+from lora.finetune.records import Evaluated, StepRow, metrics_of, summary_of
+
+# Distinct for readers who tell few colours apart (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def read_metrics(directory: Path) -> tuple[list[StepRow], list[Evaluated]]:
+    """The recorded steps and evaluations of a run."""
+    rows = metrics_of(directory)
+    steps: list[StepRow] = [row for row in rows if row["kind"] == "step"]
+    epochs: list[Evaluated] = [row for row in rows if row["kind"] == "evaluation"]
+    path = directory / "metrics.jsonl"
+    if not epochs:
+        raise RunError(f"{path} has no finished epoch: nothing to draw. Run lora train again.")
+    alike = all(row["dev"].keys() == epochs[0]["dev"].keys() for row in epochs)
+    if not steps or steps[0]["epoch"] != 1 or not alike:
+        raise RunError(f"{path} is damaged: lines are missing. Run lora train again.")
+    return steps, epochs
+
+
+def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
+    """loss.png and the first metric's PNG over the epochs, runs of a method in one colour."""
+    runs = [(directory, *read_metrics(directory)) for directory in directories]
+    if not runs:
+        raise RunError("no run to draw. Pass run directories.")
+    metric = next(iter(runs[0][2][0]["dev"]))
+    for directory, _, epochs in runs:
+        if metric not in epochs[0]["dev"]:
+            raise RunError(f"{directory} has no {metric}: runs of two tasks share no curve.")
+    methods = [_method(directory) for directory in directories]
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(methods))}
+    pictures: dict[str, bytes] = {}
+    for name in ("loss", metric):
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        shown: set[str] = set()
+        for (_, steps, epochs), method in zip(runs, methods, strict=True):
+            label = method if method not in shown else None
+            shown.add(method)
+            if name == "loss":
+                _loss(axes, steps, epochs, colour[method], label)
+            else:
+                _points(axes, epochs, [e["dev"][metric] for e in epochs], colour[method], label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss" if name == "loss" else f"dev {metric}", parse_math=False)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        _legend(axes)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150)
+        plt.close(figure)
+        pictures[re.sub(r"[^\w.-]+", "-", name)[:100] + ".png"] = drawn.getvalue()
+    with writable(folder, RunError, "Pass another --output."):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_together(folder, pictures)
+    return [folder / name for name in pictures]
+
+
+def _method(directory: Path) -> str:
+    try:
+        return summary_of(directory)["method"]
+    except RunError:  # cut off before its end
+        return directory.name
+
+
+def _loss(
+    axes: Axes, steps: list[StepRow], epochs: list[Evaluated], colour: str, label: str | None
+) -> None:  # fmt: skip
+    """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
+    per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
+    width = max(1, round(per_epoch) // 10)
+    losses = [step["loss"] for step in steps]
+    sums = [0.0, *itertools.accumulate(losses)]
+    firsts = [max(0, i - width + 1) for i in range(len(losses))]
+    smooth = [(sums[i + 1] - sums[f]) / (i + 1 - f) for i, f in enumerate(firsts)]
+    axes.plot([s["step"] / per_epoch for s in steps], smooth, color=colour, lw=1, alpha=0.75,
+              gid=label and f"{label}, train")  # fmt: skip
+    _points(axes, epochs, [e["dev_loss"] for e in epochs], colour, label and f"{label}, dev")
+
+
+def _points(
+    axes: Axes, epochs: list[Evaluated], values: list[float], colour: str, label: str | None
+) -> None:
+    axes.plot([e["epoch"] for e in epochs], values, "o--", color=colour, lw=1.2, gid=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _legend(axes: Axes) -> None:
+    """A legend whose texts are names as they are: $ begins no mathematics, and _ hides nothing."""
+    lines = [line for line in axes.get_lines() if line.get_gid()]
+    legend = axes.legend(lines, [str(number) for number in range(len(lines))], frameon=False)
+    for text, line in zip(legend.get_texts(), lines, strict=True):
+        text.set_text(line.get_gid())
+        text.set_parse_math(False)

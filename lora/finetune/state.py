@@ -1,0 +1,403 @@
+"""Training state on disk: checkpoints from which a training goes on, bit for bit.
+
+    step-00000120/
+      adapter/              in PEFT's format, for whoever wants the adapter of that step
+      training.safetensors  what training changes, in full: values, AdamW's moments, buffers
+      training.json         the step, random states, what methods remember, the base's fingerprint
+      config.toml           the run's configuration
+      manifest.json         size and SHA-256 of each file above
+
+A checkpoint is written to a folder beside its place, every file and folder synced, and renamed: it
+is there whole or not at all. One that is damaged all the same is known by its manifest.
+
+The schedule and the position in the data are functions of the step (train.slope, train.plan_of),
+and need no state of their own.
+
+What trains is whole on every rank, so that rank 0 writes it, and any number of ranks goes on. With
+another number than before the result is that of a run by so many but for the masks of dropout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, get_type_hints
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import AfterValidator, Field, TypeAdapter, create_model
+from torch import Tensor, nn
+from typing_extensions import TypedDict
+
+from lora.adapter import Adapter
+from lora.checkpoint import fingerprint, write_together
+from lora.checkpoint import save as save_adapter
+from lora.errors import CheckpointError
+from lora.finetune import distributed
+from lora.finetune.records import Mark
+from lora.injection import injected
+from lora.interop import documents
+from lora.interop.documents import Count, Finite
+from lora.kernels import siblings
+
+TENSORS, STATE, CONFIG, MANIFEST = (
+    "training.safetensors", "training.json", "config.toml", "manifest.json"
+)  # fmt: skip
+REMOVED = ".removed"
+ANEW = "Remove the folder: lora train --resume goes on from the checkpoint before it."
+
+
+@dataclass
+class Training:
+    """A model in training, and how far it is."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    learning_rate: float  # the peak
+    step: int = 0  # optimiser steps done
+
+
+Key = Annotated[int, Field(ge=0, lt=2**32)]
+Legacy = tuple[
+    Literal["MT19937"],
+    Annotated[list[Key], Field(min_length=624, max_length=624)],
+    Annotated[int, Field(ge=0, le=624)],
+    Literal[0, 1],
+    Finite,
+]
+"""numpy's state. It is set without a look: a position past the keys would read other memory."""
+
+
+class RandomState(TypedDict):
+    """Of torch's generators in hexadecimal, Python's, and numpy's if a model has loaded it."""
+
+    torch: str
+    python: tuple[int, list[int], float | None]
+    cuda: NotRequired[str]
+    numpy: NotRequired[Legacy]
+
+
+def _tried(state: RandomState) -> RandomState:
+    """The state, set on generators that nobody uses. Raises ValueError."""
+    try:
+        torch.Generator().set_state(_bytes(state["torch"]))
+        if "cuda" in state and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(_bytes(state["cuda"]))
+        version, keys, gauss = state["python"]
+        random.Random().setstate((version, tuple(keys), gauss))
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    return state
+
+
+class State(TypedDict):
+    """training.json."""
+
+    step: Count
+    random: Annotated[
+        list[Annotated[RandomState, AfterValidator(_tried)]], Field(min_length=1)
+    ]  # of each rank
+    methods: dict[str, dict[str, Any]]  # what an adapter remembers, by its path
+    read_together: dict[str, list[list[str]]]
+    base: dict[str, str]  # its fingerprint
+    recorded: Mark
+
+
+STATES = TypeAdapter(State)
+CONTENTS = TypeAdapter(dict[str, tuple[Count, str]])
+"""The manifest: size and SHA-256 of each file."""
+
+
+def save(training: Training, folder: Path, config: bytes, recorded: Mark) -> Path:
+    """Write a checkpoint into `folder`; `recorded` is how far metrics.jsonl is. Every rank calls
+    it, rank 0 writes.
+
+    Raises CheckpointError, and what stood in the folder is untouched.
+    """
+    path = place(folder, training.step)
+    state = {
+        "step": training.step,
+        "random": distributed.gather(random_state()),
+        "methods": remembered(training.model),
+        "read_together": siblings.groups(training.model),
+        "base": bases(training.model),
+        "recorded": recorded,
+    }
+    with distributed.alike():
+        _write(training, path, state, config)
+    return path
+
+
+def _write(training: Training, path: Path, state: dict[str, Any], config: bytes) -> None:
+    folder = path.parent
+    making = folder / f".{path.name}.{secrets.token_hex(4)}"
+    writes = distributed.rank() == 0
+    try:
+        save_adapter(training.model, making / "adapter", writes=writes)
+        if not writes:
+            return
+        safetensors.torch.save_file(tensors(training), making / TENSORS)
+        sync(making / TENSORS)
+        write_together(making, {STATE: json.dumps(state).encode(), CONFIG: config})
+        write_together(making, {MANIFEST: json.dumps(_contents(making), indent=2).encode()})
+        for written in (making / "adapter", making):
+            sync(written)
+        if path.exists():  # a damaged one, which find() has passed over
+            shutil.rmtree(path)
+        making.rename(path)
+        for names in (folder, folder.parent):
+            sync(names)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. The"
+            " checkpoints before it are whole."
+        ) from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def place(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08}"
+
+
+def steps(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, whole or damaged, in order."""
+    names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
+
+
+def find(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what to tell of those that were passed over."""
+    said = [
+        f"{path} was being written when the run stopped: passed over."
+        for path in sorted(folder.glob(".step-*"))
+        if path.suffix != REMOVED
+    ]
+    for step in reversed(steps(folder)):
+        path = place(folder, step)
+        wrong = damage(path)
+        if not wrong:
+            return path, said
+        said.append(f"{path} is damaged, passed over: {wrong}.")
+    return None, said
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint's files, "" where nothing is."""
+    try:
+        stated = documents.read(path / MANIFEST, CONTENTS, CheckpointError, "")
+        found = _contents(path)
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}/").rstrip(". ")
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
+    for name in sorted(stated.keys() | found.keys()):
+        if stated.get(name) != found.get(name):
+            missing = "is missing" if name not in found else "is not as it was written"
+            return f"{name} {missing if name in stated else 'is not of it'}"
+    return ""
+
+
+def prune(folder: Path, kept: Iterable[int]) -> None:
+    """Remove the checkpoints of all other steps, and what was left of cut-off writing."""
+    stay = set(kept)
+    gone = [place(folder, step) for step in steps(folder) if step not in stay]
+    for path in (*gone, *folder.glob(".step-*")):
+        # Renamed first: what is half removed is not to be taken for a checkpoint.
+        rest = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
+        with suppress(OSError):
+            path.rename(rest)
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def restore(training: Training, path: Path) -> State:
+    """Put a whole checkpoint into a model that is injected as it was; its training.json.
+
+    Raises CheckpointError, the model untouched, where the two do not belong together.
+    """
+    state = documents.read(path / STATE, STATES, CheckpointError, ANEW)
+    try:
+        stored = safetensors.torch.load((path / TENSORS).read_bytes())
+    except (OSError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a dtype
+        raise CheckpointError(f"{path / TENSORS} cannot be read: {error}. {ANEW}") from None
+    if state["base"] != bases(training.model):
+        raise CheckpointError(
+            f"{path} is of another base: its weights are not those that the training began on."
+            " Bring back the files of the base as they were, or pass their place: --base FOLDER."
+        )
+    wanted, moments = values(training.model), {}
+    strange = {k for k in stored if not k.startswith("optimizer.")} ^ wanted.keys()
+    strange |= {k for k in wanted.keys() & stored.keys() if wanted[k].shape != stored[k].shape}
+    strange |= {k for k in stored if k.startswith("optimizer.")}
+    for name, parameter in training.model.named_parameters():
+        prefix = f"optimizer.{name}."
+        own = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
+        strange -= {prefix + k for k, t in own.items() if t.shape in ((), parameter.shape)}
+        if own:
+            moments[parameter] = own
+    if strange:
+        raise CheckpointError(
+            f"{path} does not fit the model: {len(strange)} tensors differ, {min(strange)} among"
+            " them. Resume with the version of this package that began the run."
+        )
+    _check_remembered(training.model, state, path)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[name])
+    for parameter, own in moments.items():
+        training.optimizer.state[parameter] = {
+            key: tensor.to(parameter.device if tensor.dim() else tensor.device)
+            for key, tensor in own.items()
+        }
+    for layer, remembering in adapters(training.model).items():
+        for name in remembering.remembers:
+            setattr(remembering, name, state["methods"][layer][name])
+    siblings.set_groups(training.model, state["read_together"])
+    rank = distributed.rank()
+    if rank < len(state["random"]):
+        set_random_state(state["random"][rank])
+    else:
+        torch.manual_seed(rank_seed(state["step"]))
+    training.step = state["step"]
+    return state
+
+
+def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
+    """Raise CheckpointError unless what the file remembers is of the model's layers."""
+    groups, beside = siblings.groups(model), state["read_together"]
+    odd = sorted(groups.keys() ^ beside.keys())
+    odd += [name for name in groups if name in beside and any(
+        names not in groups[name] for names in beside[name])]  # fmt: skip
+    there = adapters(model)
+    odd += sorted(there.keys() ^ state["methods"].keys())
+    if odd:
+        raise CheckpointError(
+            f"{path / STATE} does not fit the model: {odd[0]} is another there. {ANEW}"
+        )
+    for layer, adapter in there.items():
+        kinds = get_type_hints(type(adapter))
+        own: dict[str, Any] = {name: (kinds.get(name, Any), ...) for name in adapter.remembers}
+        schema = TypeAdapter(create_model("Remembered", **own))
+        name = f"{path / STATE}, methods of {layer},"
+        documents.check(state["methods"][layer], schema, name, CheckpointError, ANEW)
+
+
+def tensors(training: Training) -> dict[str, Tensor]:
+    """What training.safetensors holds: values(), and the optimiser's state under `optimizer.`."""
+    found = dict(values(training.model))
+    for name, parameter in training.model.named_parameters():
+        for key, tensor in training.optimizer.state.get(parameter, {}).items():
+            found[f"optimizer.{name}.{key}"] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """What a training may change, by its names in the model: what requires a gradient, all of the
+    adapters (a start away from zero follows from the base by way of LAPACK), and the buffers. What
+    several modules share stands under the first of its names."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.requires_grad or isinstance(module, Adapter):
+                found[name] = parameter
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                found[name] = buffer
+    first = {id(tensor): name for name, tensor in reversed(found.items())}
+    return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters that remember more than tensors, by their paths."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Adapter) and module.remembers
+    }
+
+
+def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What they remember."""
+    return {
+        path: {name: getattr(adapter, name) for name in adapter.remembers}
+        for path, adapter in adapters(model).items()
+    }
+
+
+def bases(model: nn.Module) -> dict[str, str]:
+    """The base's fingerprint, where an adapter leaves a base to know."""
+    plans = injected(model).values()
+    if not all(plan.method.keeps_base for plan in plans):
+        return {}
+    return fingerprint(model, tuple(path for plan in plans for path in plan.saved))
+
+
+def rank_seed(seed: int) -> int:
+    """A seed of this rank's own; rank 0's is the seed itself."""
+    rank = distributed.rank()
+    return random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed
+
+
+def random_state() -> RandomState:
+    """The state of every generator that a training draws from."""
+    version, keys, gauss = random.getstate()
+    found: RandomState = {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "python": (version, list(keys), gauss),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    if "numpy" in sys.modules:
+        kind, keys, *rest = sys.modules["numpy"].random.get_state()
+        found["numpy"] = kind, keys.tolist(), *rest
+    return found
+
+
+def set_random_state(state: RandomState) -> None:
+    """Bring back what random_state() gave."""
+    torch.set_rng_state(_bytes(state["torch"]))
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    if "numpy" in state:
+        import numpy as np
+
+        kind, numbers, position, cached, value = state["numpy"]
+        np.random.set_state((kind, np.array(numbers, np.uint32), position, cached, value))
+
+
+def _bytes(state: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8)
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file but the manifest."""
+    found: dict[str, tuple[int, str]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(folder))] = path.stat().st_size, digest
+    return found
+
+
+def sync(path: Path) -> None:
+    """A file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""To and from other tools: loralib, GGUF, vLLM, the LM Evaluation Harness, Trainer."""

@@ -1,0 +1,87 @@
+"""A model as transformers keeps it: its config.json, its class, its tokenizer. No weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lora.errors import LoraError, ModelError
+from lora.files import readable
+from lora.interop import documents
+from lora.interop.basefile import BASE_FILE
+from lora.interop.hub import hub_answers
+
+
+def auto_class(config: Any, task: str) -> Any:
+    """transformers' class for the task."""
+    if task != "text":
+        return transformers.AutoModelForSequenceClassification
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def base_config(base: str, **head: Any) -> Any:
+    """The transformers config of a folder or a name on the hub. Raises ModelError."""
+    _check_place(base)
+    try:
+        stated, _ = transformers.PretrainedConfig.get_config_dict(base)
+        name, then = f"--base {base}: its config.json", "Pass the one that belongs to the weights."
+        documents.check(stated, BASE_FILE, name, ModelError, then)
+        # Never ask, in the middle of a run, whether code of the hub's shall be run.
+        return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **head)
+    except LoraError:
+        raise
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
+        raise not_loaded(base, error) from error
+
+
+def skeleton_of(config: Any, task: str, device: torch.device | str = "meta") -> Any:
+    """The model of a transformers config in float32, without values on the meta device. Raises
+    ModelError."""
+    try:
+        with torch.device(device):
+            return auto_class(config, task).from_config(config, dtype=torch.float32)
+    except Exception as error:  # a config that cannot be raises whatever its model meets first
+        raise not_loaded(config._name_or_path, error) from error
+
+
+def _check_place(base: str) -> None:
+    """Raise ModelError where there is no such folder, or no hub that could have the name."""
+    with readable(base, ModelError, "Pass a folder with config.json, or a name on the hub."):
+        local = Path(base).is_dir()
+    if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
+    if not local and not hub_answers() and not cached(base):
+        raise ModelError(
+            f"--base {base} is a name on the hub, which does not answer, and it is not in the"
+            " local cache. Run lora train --base demo, or pass the folder of a downloaded model."
+        )
+
+
+def read_tokenizer(place: str) -> Any:
+    """The tokenizer of a folder or of a name on the hub. Raises ModelError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place)
+    except Exception as error:  # a damaged folder raises whatever its reader meets first
+        raise not_loaded(place, error) from error
+
+
+def not_loaded(base: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+        " Pass --base demo, a folder with config.json and weights, or a name on the hub."
+    )
+
+
+def cached(name: str) -> bool:
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that a hub could have
+        return False
+    return isinstance(found, str)

@@ -1,0 +1,180 @@
+"""What people type from other tools is understood by its meaning, and errors name flags."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lora.finetune.cli
+from lora.errors import CheckpointError, ConfigError, FileError, SettingError, TargetError
+from lora.finetune.cli import main
+from lora.finetune.compare import CompareConfig
+from lora.finetune.config import field_names, from_table, parse_run
+from lora.finetune.flags import HOW, NEAR, as_flag, hint
+from lora.interop.export import ExportConfig
+from lora.interop.loralib import ConvertConfig
+
+VERBS: dict[str, Any] = {
+    "eval": lora.finetune.cli.EvalConfig,
+    "predict": lora.finetune.cli.PredictConfig,
+    "generate": lora.finetune.cli.GenerateConfig,
+    "merge": lora.finetune.cli.MergeConfig,
+    "plot": lora.finetune.cli.PlotConfig,
+    "plan": lora.finetune.cli.PlanConfig,
+    "export": ExportConfig,
+    "convert": ConvertConfig,
+    "compare": CompareConfig,
+}
+TRAIN = field_names() | {"config", "resume", "nproc"}
+KNOWN = {verb: {field.name for field in fields(kind)} for verb, kind in VERBS.items()}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_a_foreign_name_leads_to_a_flag(name: str) -> None:
+    ours = NEAR[name].split()
+    everywhere = TRAIN.union(*KNOWN.values())
+    assert set(ours) <= everywhere
+    for known in (TRAIN, *KNOWN.values()):
+        if name not in known and not known.isdisjoint(ours):
+            first = next(one for one in ours if one in known)
+            assert hint(name, known, as_flag) == f"Did you mean {as_flag(first)}?"
+
+
+@pytest.mark.parametrize("name", HOW)
+def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
+    assert name not in TRAIN
+    assert name not in NEAR
+    flags = re.findall(r"--([a-z-]+)", HOW[name])
+    assert {flag.replace("-", "_") for flag in flags} <= TRAIN | {"output"}
+    assert HOW[name].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    {
+        ("--lr", "1e-3"): "--lr is no flag of lora train. Did you mean --learning-rate?",
+        ("--rank=8",): "--rank is no flag of lora train. Did you mean --r?",
+        ("--alpha", "16"): "Did you mean --lora-alpha?",
+        ("--device", "cuda"): "Set CUDA_VISIBLE_DEVICES to choose",
+        ("--fp16",): "There is no float16, which overflows. Set --dtype bfloat16.",
+        ("--bf16",): "Set --dtype bfloat16.",
+        ("--num_train_epochs", "3"): "Did you mean --epochs?",
+        ("--model_name_or_path", "x"): "Did you mean --base?",
+        ("--output_dir", "x"): "Did you mean --run-dir?",
+        ("--gradient_accumulation_steps", "4"): "--micro-batch-size",
+        ("--per-device-train-batch-size", "4"): "Set --batch-size to the examples of a step",
+        ("--load_in_4bit",): "Set --quantize nf4.",
+        ("--max_seq_length", "64"): "Did you mean --max-length?",
+        ("--Dataset", "x"): "Did you mean --data?",
+        ("--epochz", "3"): "Did you mean --epochs?",
+        ("-lr", "3"): "Did you mean --learning-rate?",
+        ("-epochs", "3"): "Did you mean --epochs?",
+        ("--no-epochs",): "--no-epochs is no flag of lora train.",
+        ("--method", "full", "--r", "3"): "--r is no flag of lora train. It is of --method",
+        ("--tinit", "3"): "It is of --method adalora.",
+        ("--epochs", "0"): "--epochs must be at least 1, found 0. Set --epochs.",
+        ("--r", "0"): "--r must be a whole number of at least 1, found 0. Set --r.",
+        ("--learning-rate", "nan"): "--learning-rate must be a finite number, found nan.",
+        ("--labels", "a", "a"): "--labels must be distinct",
+        ("--text-column", ""): "--text-column must be a text of at least 1 character",
+        ("--max-length", str(10**30)): "--max-length must be at most 2,147,483,647",
+        ("--weights", "a", "-1"): "--weights [a] must be more than 0",
+        ("--rank-pattern", "(", "3"): "--rank-pattern is refused: '(' is no regular expression",
+        ("--init-lora-weights", "x"): "--init-lora-weights must be",
+    }.items(),
+)
+def test_errors_of_the_command_line_name_flags(
+    given: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *given]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    own = "|".join(name for name in TRAIN if "_" in name)
+    assert not re.search(rf"(?<!-)\b({own})\b", error)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    {
+        ("plan", "--nproc", "0"): "--nproc must be a whole number of at least 1, found 0",
+        ("train", "--nproc", "0"): "--nproc must be a whole number from 1 to 1,024, found 0",
+        ("train", "--nproc", "9" * 5000): "--nproc must be a whole number from 1 to 1,024, found 9",
+        ("data", "preview", "--count", "-1"): "--count must be a whole number of at least 1",
+        ("eval", "/no", "--harness", "x", "--limit", "0"): "--limit must be a whole number of at",
+    }.items(),
+)
+def test_numbers_of_other_verbs_are_held_to_bounds(
+    given: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(list(given)) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_message_keeps_the_names_of_files_and_of_what_was_typed() -> None:
+    for error, message in {
+        TargetError("target_modules=('a',) matches none: see learning_rate."):
+            "--target-modules ('a',) matches none: see --learning-rate.",
+        ConfigError("'lora_alpha' in /x/max_length.toml and run_dir.d"):
+            "'lora_alpha' in /x/max_length.toml and run_dir.d",
+        SettingError("r", "must be 1."): "--r must be 1. Set --r.",
+        FileError("a.toml: r and lora_alpha"): "a.toml: r and lora_alpha",
+        CheckpointError("adapter_config.json: lora_alpha"): "adapter_config.json: lora_alpha",
+    }.items():  # fmt: skip
+        assert lora.finetune.cli.in_flags(error) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr = 1e-3", "lr is no key of a lora run. Did you mean learning_rate?"),
+        ("bf16 = true", "bf16 is no key of a lora run. Set dtype bfloat16."),
+        ("epochs = 0", "epochs must be at least 1, found 0. Set epochs."),
+        ("r = 0", "r must be a whole number of at least 1, found 0. Set r."),
+        ('method = ["lora"]', "--method ['lora'] is unknown."),
+    ],
+)
+def test_errors_of_a_file_name_the_file_and_its_keys(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text(text)
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"FileError: {path}: {words}" in error
+
+
+def test_a_flag_of_a_list_may_be_given_several_times() -> None:
+    config = parse_run(
+        ["--labels", "a", "--epochs", "2", "--labels=b", "--weights", "x", "1", "--no-baseline",
+         "--labels", "c", "d", "--weights", "y", "2", "--target-modules", "q_lin"],
+    )  # fmt: skip
+    assert config.labels == ("a", "b", "c", "d")
+    assert config.weights == {"x": 1.0, "y": 2.0}
+    assert config.epochs == 2
+    assert config.settings.target_modules == ("q_lin",)
+
+
+def test_flags_that_are_taken_first_stand_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, flags in {
+        "train": ("--config", "--resume", "--nproc", "--learning-rate", "--r"),
+        "plan": ("--config", "--nproc"),
+        "compare": ("--config", "--methods"),
+        "data preview": ("--config", "--count"),
+    }.items():
+        with pytest.raises(SystemExit, match="0"):
+            main([*verb.split(), "--help"])
+        shown = capsys.readouterr().out
+        assert all(re.search(rf"^\W*{flag} ", shown, re.MULTILINE) for flag in flags), verb
+
+
+def test_a_config_is_read_wherever_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("epochs = 7\nr = 3\n")
+    config = parse_run(["--seed", "4", "--config", str(path), "--r", "5"])
+    assert (config.epochs, config.settings.r, config.seed) == (7, 5, 4)
+    assert type(config).__name__ == "RunConfig"
+    assert from_table({"epochs": 7, "r": 5, "seed": 4}, "lora") == config

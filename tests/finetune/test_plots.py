@@ -1,0 +1,81 @@
+"""Curves of runs whose names, metrics and numbers are whatever a file says."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from lora.errors import RunError
+from lora.finetune.plots import draw
+
+
+def a_run(directory: Path, epoch: float = 2.0, metric: str = "accuracy") -> Path:
+    """A run that recorded two steps and two evaluations."""
+    directory.mkdir(parents=True)
+    step = {
+        "steps": 2, "micro_batches": 1, "examples": 4, "targets": 4, "tokens": 8, "padding": 0.0,
+        "learning_rate": 1e-3, "gradient_norm": 1.0, "seconds": 0.1, "epoch_ends": True,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for number in (1, 2):
+        rows.append({"kind": "step", "step": number, "epoch": number, "loss": 1 / number, **step})
+        rows.append(
+            {
+                "kind": "evaluation", "step": number, "epoch": 1.0 if number == 1 else epoch,
+                "loss": 0.5, "first_loss": 1.0, "seconds": 0.1, "padding": 0.0, "dev_loss": 0.6,
+                "dev": {metric: 0.7},
+            }
+        )  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / "metrics.jsonl").write_text(lines)
+    return directory
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """What is drawn, as it is closed."""
+    seen: list[Figure] = []
+    monkeypatch.setattr(plt, "close", seen.append)
+    return seen
+
+
+@pytest.mark.parametrize("name", ["$x^$", "_hidden", "a_b$", r"\frac", "${x", "run's #1"])
+def test_a_runs_name_is_drawn_as_it_is(name: str, tmp_path: Path, figures: list[Figure]) -> None:
+    run = a_run(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures = draw([run], tmp_path / "out")
+    assert [picture.name for picture in pictures] == ["loss.png", "accuracy.png"]
+    legends = [axes.get_legend() for figure in figures for axes in figure.axes]
+    texts = [[text.get_text() for text in legend.get_texts()] for legend in legends if legend]
+    assert texts == [[f"{name}, train", f"{name}, dev"], [name]]
+
+
+def test_a_late_epoch_is_a_few_ticks_and_no_list_of_all(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    """3e8 ticks were 13 GiB: more epochs than a run can have are damage, and many are few ticks."""
+    with pytest.raises(RunError, match=r"line 4, is damaged: evaluation.epoch must be"):
+        draw([a_run(tmp_path / "damaged", epoch=3e8)], tmp_path / "out")
+    draw([a_run(tmp_path / "run", epoch=1e6)], tmp_path / "out")
+    assert len(figures) == 2
+    assert all(len(axes.get_xticks()) < 20 for figure in figures for axes in figure.axes)
+
+
+def test_a_metrics_name_is_no_path(tmp_path: Path) -> None:
+    pictures = draw([a_run(tmp_path / "run", metric="../../$f_1$")], tmp_path / "out")
+    assert [picture.name for picture in pictures] == ["loss.png", "..-..-f_1-.png"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+
+
+@pytest.mark.parametrize("output", ["file", "a\0b", "x" * 300])
+def test_a_folder_that_cannot_be_made_is_named(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        draw([a_run(tmp_path / "run")], tmp_path / output)
