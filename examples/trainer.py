@@ -14,7 +14,6 @@ import transformers
 import lora
 from lora.finetune.data.corpus import read
 from lora.finetune.models import load_base
-from lora.interop.trainer import AdapterCallback
 
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/trainer"
 corpus = read("demo", limit=96)
@@ -42,7 +41,7 @@ trainer = transformers.Trainer(
     train_dataset=rows(corpus.train),
     eval_dataset=rows(corpus.dev),
     data_collator=transformers.DataCollatorWithPadding(base.tokenizer),
-    callbacks=[AdapterCallback()],
+    callbacks=[lora.AdapterCallback()],
 )  # fmt: skip
 trainer.train()
 

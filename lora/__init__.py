@@ -5,13 +5,17 @@
     lora.save(model, "adapter/")          # PEFT's format
     lora.merge(model); lora.eject(model)  # a plain model again
 
-The names below are the public interface; they load on first use.
+The names imported below are the public interface. A name loads on first use, so that `import lora`
+is instant: a type checker reads the imports, Python reads the table beneath them.
+
+A method that you add yourself brings a config that has no name here. It is
+`lora.METHODS["name"].Config`, or the class that you wrote.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -39,36 +43,52 @@ if TYPE_CHECKING:
     from lora.injection import inject as inject
     from lora.injection import merge as merge
     from lora.injection import restore as restore
+    from lora.interop.trainer import AdapterCallback as AdapterCallback
+    from lora.methods.adalora import AdaLoRAConfig as AdaLoRAConfig
+    from lora.methods.bitfit import BitFitConfig as BitFitConfig
+    from lora.methods.dora import DoRAConfig as DoRAConfig
     from lora.methods.full import FullConfig as FullConfig
+    from lora.methods.head import HeadConfig as HeadConfig
+    from lora.methods.hira import HiRAConfig as HiRAConfig
+    from lora.methods.ia3 import IA3Config as IA3Config
+    from lora.methods.lntuning import LNTuningConfig as LNTuningConfig
     from lora.methods.lora import LoRAConfig as LoRAConfig
+    from lora.methods.tokens import TokensConfig as TokensConfig
+    from lora.methods.topk import TopKConfig as TopKConfig
+    from lora.methods.vera import VeRAConfig as VeRAConfig
+else:
+    # Hidden from the type checker, which would take any name for one that __getattr__ knows.
+    _NAMES = {
+        "lora": "errors nf4 testing",
+        "lora.adapter": "METHODS Adapter AdapterConfig Selection",
+        "lora.checkpoint": "load save",
+        "lora.errors": "CheckpointError ConfigError LoraError MergeError TargetError",
+        "lora.injection": "Certificate Report activate disabled eject init inject merge restore",
+        "lora.interop.trainer": "AdapterCallback",
+        "lora.methods.adalora": "AdaLoRAConfig",
+        "lora.methods.bitfit": "BitFitConfig",
+        "lora.methods.dora": "DoRAConfig",
+        "lora.methods.full": "FullConfig",
+        "lora.methods.head": "HeadConfig",
+        "lora.methods.hira": "HiRAConfig",
+        "lora.methods.ia3": "IA3Config",
+        "lora.methods.lntuning": "LNTuningConfig",
+        "lora.methods.lora": "LoRAConfig",
+        "lora.methods.tokens": "TokensConfig",
+        "lora.methods.topk": "TopKConfig",
+        "lora.methods.vera": "VeRAConfig",
+    }
+    _MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-_HOMES = {
-    "lora.adapter": "Adapter AdapterConfig Selection",
-    "lora.checkpoint": "load save",
-    "lora.errors": "CheckpointError ConfigError LoraError MergeError TargetError",
-    "lora.injection": "Certificate Report activate disabled eject init inject merge restore",
-}
-_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    if name in ("errors", "nf4", "testing"):
-        return importlib.import_module(f"lora.{name}")
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    if name == "METHODS" or name.endswith("Config"):
-        importlib.import_module("lora.methods")
-        methods = importlib.import_module("lora.adapter").METHODS
+    def __getattr__(name):
+        if name not in _MODULE:
+            raise AttributeError(f"module 'lora' has no attribute {name!r}")
+        module = _MODULE[name]
+        if module == "lora":
+            return importlib.import_module(f"lora.{name}")
         if name == "METHODS":
-            return methods
-        for method in methods.values():
-            if method.Config.__name__ == name:
-                return method.Config
-    raise AttributeError(f"module 'lora' has no attribute {name!r}")
+            importlib.import_module("lora.methods")  # fills it
+        return getattr(importlib.import_module(module), name)
 
-
-def __dir__() -> list[str]:
-    importlib.import_module("lora.methods")
-    methods = importlib.import_module("lora.adapter").METHODS.values()
-    configs = {method.Config.__name__ for method in methods}
-    return sorted({*_HOME, *configs, "METHODS", "errors", "nf4", "testing", "__version__"})
+    def __dir__():
+        return sorted([*_MODULE, "__version__"])

@@ -256,7 +256,7 @@ def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
         "save_pretrained: the model holds adapters, under names that from_pretrained does not read:"
         " the layers would load with weights drawn at random. For the adapter call"
         " lora.save(model, folder); for a whole model lora.merge(model) and lora.eject(model)"
-        " first. In transformers.Trainer pass callbacks=[lora.interop.trainer.AdapterCallback()]."
+        " first. In transformers.Trainer pass callbacks=[lora.AdapterCallback()]."
     )
 
 

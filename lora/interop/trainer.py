@@ -1,7 +1,7 @@
 """An injected model in transformers.Trainer: a callback for what a plain model does not have.
 
     lora.inject(model, lora.LoRAConfig(r=8, modules_to_save=("classifier",)))
-    trainer = transformers.Trainer(model, args, ..., callbacks=[AdapterCallback()])
+    trainer = transformers.Trainer(model, args, ..., callbacks=[lora.AdapterCallback()])
     trainer.train()                                   # or resume_from_checkpoint=True
     lora.load(other, f"{args.output_dir}/adapter")    # or .../checkpoint-30/adapter
 
