@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lora.checkpoint import write_whole
+from lora.files import write_whole
 from lora.finetune.run import environment
 
 RESULTS = Path(__file__).parent / "results"

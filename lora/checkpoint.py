@@ -15,11 +15,9 @@ a file of PEFT's own nothing can be checked, and the report says so.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import secrets
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -49,7 +47,7 @@ from lora.adapter import (
 )
 from lora.card import arguments_of, card, labels_of, stated
 from lora.errors import CheckpointError, ConfigError, LoraError
-from lora.files import readable, writable
+from lora.files import json_object, read_json, readable, writable, write_together
 from lora.foreign import as_peft_means, check_tying, exactly, in_blocks, renamed
 from lora.injection import (
     Parts,
@@ -97,7 +95,8 @@ ROOT = "base_model."
 PREFIX = ROOT + "model."
 MARK = "lora_from_scratch"
 
-LARGEST_JSON = 64 * 2**20  # bytes
+COPY_AGAIN = "Copy it again from where it was saved."
+
 LARGEST_UNFILED = 2**24  # numbers that a config may state beyond 64 times what its file holds
 
 # Keys of PEFT's config that never change what a saved adapter computes.
@@ -197,32 +196,6 @@ def in_one_order(payload: bytes) -> bytes:
     header = json.dumps(json.loads(payload[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + payload[8 + length :]
-
-
-def write_whole(path: Path, payload: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    write_together(path.parent, {path.name: payload})
-
-
-def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files: every one is whole on disk, and has a free place, before the first takes it."""
-    written: dict[Path, Path] = {}
-    try:
-        for name, payload in files.items():
-            if (folder / name).is_dir():
-                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
-            temporary = folder / f".{name}.{secrets.token_hex(4)}"
-            with temporary.open("xb") as file:
-                written[folder / name] = temporary
-                file.write(payload)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in written.items():
-            os.replace(temporary, path)
-    except BaseException:
-        for temporary in written.values():
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def whole_key(key: str) -> str:
@@ -415,7 +388,7 @@ def rows_filed(
 ) -> int | None:
     """The rows of the embeddings that an adapter was made with, None if its files do not say."""
     folder = find_folder(directory, name)
-    stored, settings = read_tensors(folder)[0], read_json(folder / CONFIG)
+    stored, settings = read_tensors(folder)[0], settings_in(folder)
     return filed_rows(model, settings, renamed(model, stored))
 
 
@@ -444,7 +417,7 @@ def read_adapter(
     """
     check_name(name)
     folder = find_folder(directory, name)
-    settings = read_json(folder / CONFIG)
+    settings = settings_in(folder)
     method = method_for(settings, folder)
     stored, mark = read_tensors(folder)
     config = read_config(method, settings, folder)
@@ -487,7 +460,7 @@ def check_unedited(
 def settings_of(directory: str | os.PathLike[str]) -> tuple[type[Method], MethodConfig]:
     """The method of the adapter in a folder, and its config as the file states it."""
     folder = find_folder(directory)
-    settings = read_json(folder / CONFIG)
+    settings = settings_in(folder)
     method = method_for(settings, folder)
     return method, read_config(method, settings, folder)
 
@@ -589,50 +562,15 @@ def _find_folder(folder: Path, name: str) -> Path:
     return folder
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for anything else, however deep or large."""
-    try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes: no adapter's config.")
-        return json_object(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON: {error}. Copy it again from where it was saved."
-        ) from None
-
-
-def json_object(text: str | bytes) -> dict[str, Any]:
-    """One JSON object. Raises ValueError for anything else, however deep."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"found a {type(value).__name__}, not an object")  # noqa: TRY004
-    return value
+def settings_in(folder: Path) -> dict[str, Any]:
+    """Returns what a folder's adapter_config.json states. Raises CheckpointError."""
+    return read_json(folder / CONFIG, CheckpointError, COPY_AGAIN)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The file's tensors by key less the prefix, and our mark in its metadata ({} if foreign)."""
+    stored, metadata = _read_safetensors(folder / WEIGHTS)
     path = folder / WEIGHTS
-    again = "Copy it again from where it was saved."
-    with readable(path, CheckpointError, again), path.open("rb") as raw:
-        start, size = raw.read(4), path.stat().st_size
-    try:
-        stored: dict[str, Tensor] = {}
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            for key in file.keys():  # noqa: SIM118  (no iteration over the file itself)
-                stored[key] = file.get_tensor(key)
-    except (safetensors.SafetensorError, OSError) as error:
-        if start == b"PK\x03\x04" or start[:1] == b"\x80":
-            raise CheckpointError(
-                f"{path} is a pickle under a safetensors name, refused. Convert it where you trust"
-                " it: safetensors.torch.save_file(torch.load(path, weights_only=True), path)."
-            ) from None
-        raise CheckpointError(
-            f"{path} ({size:,} bytes) is no whole safetensors file: {error}. {again}"
-        ) from None
     mark: dict[str, str] = {}
     if MARK in metadata:
         with suppress(ValueError):
@@ -649,6 +587,28 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
     # What is shared by all layers lies at the root, and keeps its whole key.
     return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, mark
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the file's tensors by key, and its metadata."""
+    with readable(path, CheckpointError, COPY_AGAIN):
+        with path.open("rb") as raw:
+            start, size = raw.read(4), path.stat().st_size
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                # The file itself cannot be iterated over.
+                stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return stored, file.metadata() or {}
+        except safetensors.SafetensorError as error:
+            if start == b"PK\x03\x04" or start[:1] == b"\x80":
+                raise CheckpointError(
+                    f"{path} is a pickle under a safetensors name, refused. Convert it where you"
+                    " trust it: safetensors.torch.save_file(torch.load(path, weights_only=True),"
+                    " path)."
+                ) from None
+            raise CheckpointError(
+                f"{path} ({size:,} bytes) is no whole safetensors file: {error}. {COPY_AGAIN}"
+            ) from None
 
 
 def filed_labels(mark: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,26 +1,37 @@
-"""The system's errors of a file, as one named error of ours.
+"""Reads and writes files, and turns the system's errors into ours.
 
-A folder that may not be read, a full disk, a name that is too long or has a NUL in it, a folder in
-a file's place, links in a circle: whatever the system, or a library that reads and writes for us,
-says of them leaves these two doors as a LoraError with the path, the reason, and what to do.
+A folder that may not be read, a full disk, a name that is too long or contains a NUL, a folder in
+a file's place, links in a circle, bytes that are not UTF-8: what the system, or a library that
+reads and writes for us, raises for them leaves readable() and writable() as a LoraError with the
+path, the reason, and what to do.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 
 from lora.errors import LoraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LARGEST_JSON = 64 * 2**20  # bytes
 
 
 @contextmanager
 def readable(
     path: str | os.PathLike[str], error: type[LoraError], advice: str = "Pass another, or mend it."
 ) -> Iterator[None]:
-    """Inside, what cannot be read raises the error given."""
+    """Raises `error` if the block cannot read the path."""
     with _named(path, error, "read", advice):
         yield
 
@@ -31,7 +42,7 @@ def writable(
     error: type[LoraError],
     advice: str = "Free space, or pass another folder.",
 ) -> Iterator[None]:
-    """Inside, what cannot be written raises the error given."""
+    """Raises `error` if the block cannot write the path."""
     with _named(path, error, "written", advice):
         yield
 
@@ -43,7 +54,7 @@ def _named(
     source: Exception
     try:
         yield
-    except (OSError, safetensors.SafetensorError) as cause:
+    except (OSError, safetensors.SafetensorError, UnicodeDecodeError) as cause:
         reason, source = getattr(cause, "strerror", None) or str(cause), cause
     except (ValueError, RuntimeError) as cause:
         # Python has no type of its own for a NUL in a path, nor for links in a circle.
@@ -55,3 +66,77 @@ def _named(
     shown = os.fspath(path)[:200]
     shown = shown if shown.isprintable() else repr(shown)
     raise error(f"{shown} cannot be {done}: {reason}. {advice}") from source
+
+
+def read_json(path: Path, error: type[LoraError], advice: str) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises `error` for anything else, however deep or
+    large."""
+    with readable(path, error, advice):
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise error(f"{path} has {size:,} bytes, at most {LARGEST_JSON:,} are read. {advice}")
+        payload = path.read_bytes()
+    try:
+        return json_object(payload)
+    except ValueError as cause:
+        raise error(f"{path} cannot be read as JSON: {cause}. {advice}") from None
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """Returns one JSON object. Raises ValueError for anything else, however deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"found a {type(value).__name__}, not an object")  # noqa: TRY004
+    return value
+
+
+def read_safetensors(path: Path, error: type[LoraError], advice: str) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file by key. Raises `error`."""
+    import safetensors.torch
+
+    with readable(path, error, advice):
+        try:
+            return safetensors.torch.load(path.read_bytes())
+        except KeyError as cause:  # safetensors raises it for a dtype that it does not know
+            raise safetensors.SafetensorError(f"unknown dtype {cause}") from None
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    write_together(path.parent, {path.name: payload})
+
+
+def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files by name. All are on disk under temporary names before the first takes its
+    place, so that a full disk leaves the old files as they were."""
+    temporaries: dict[Path, Path] = {}
+    try:
+        for name, payload in files.items():
+            if (folder / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{name} is a folder")
+            temporary = folder / f".{name}.{secrets.token_hex(4)}"
+            with temporary.open("xb") as file:
+                temporaries[folder / name] = temporary
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    folder = path.is_dir()
+    if folder and os.name == "nt":  # Windows opens no folders; NTFS keeps names in its journal
+        return
+    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows needs write access
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

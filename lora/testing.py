@@ -37,8 +37,8 @@ from lora.checkpoint import (
     find_folder,
     load,
     read_config,
-    read_json,
     save,
+    settings_in,
     whole_key,
 )
 from lora.errors import (
@@ -589,15 +589,13 @@ def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> N
     model = _injected(config, case)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
-        settings = read_json(find_folder(folder) / CONFIG)
+        settings = settings_in(find_folder(folder))
         found = read_config(method, settings, Path(folder))
         other = Toy(case)
         inject(other, found)
         with tempfile.TemporaryDirectory() as again:
             save(other, again)
-            _require(
-                read_json(Path(again) / CONFIG) == settings, "config -> file -> config differs"
-            )
+            _require(settings_in(Path(again)) == settings, "config -> file -> config differs")
 
 
 @clause()

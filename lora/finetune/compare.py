@@ -22,9 +22,8 @@ from typing import Any, Literal
 import tomli_w
 
 from lora.adapter import check
-from lora.checkpoint import write_together
 from lora.errors import ConfigError, RunError, StoppedError
-from lora.files import writable
+from lora.files import writable, write_together
 from lora.finetune.config import (
     NAMES,
     RunConfig,

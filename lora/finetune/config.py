@@ -28,9 +28,10 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import LARGEST, METHODS, Method, MethodConfig
 from lora.card import base_in
-from lora.checkpoint import CONFIG, find_folder, read_json, settings_of
+from lora.checkpoint import find_folder, settings_in, settings_of
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
+from lora.files import readable
 from lora.finetune.data.corpus import Task
 from lora.finetune.data.templates import LossOn
 from lora.finetune.flags import as_flag, hint
@@ -281,7 +282,7 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
             )
         method = method or found.name
         table = {field.name: getattr(filed, field.name) for field in fields(filed)} | table
-        base = base_in(read_json(find_folder(str(table["adapter"])) / CONFIG))
+        base = base_in(settings_in(find_folder(str(table["adapter"]))))
         table = ({"base": base} if base else {}) | table
     method = method or "lora"
     with stated_in(path):
@@ -492,12 +493,13 @@ def _plain_name_is_a_name(settings: MethodConfig) -> MethodConfig:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file. Raises ConfigError where it is none."""
+    """Returns the table of a TOML file. Raises ConfigError."""
+    with readable(path, ConfigError):
+        text = path.read_text(encoding="utf-8")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no TOML, or no UTF-8
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read: {reason}. Mend it, or pass another.") from None
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
+        raise ConfigError(f"{path} cannot be read: {error}. Mend it, or pass another.") from None
 
 
 def to_table(config: RunConfig[Any]) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora.errors import DataError
+from lora.finetune.data.columns import LARGEST_LABEL
 
 TASKS = ("classification", "regression", "text")
-LARGEST = 3.4028234663852886e38  # of float32; its square is still a float64
 LOWER = ("perplexity", "mse")  # the better
 
 
@@ -40,10 +40,10 @@ def score(
         except ValueError as error:
             raise DataError(f"regression scores need numbers: {error}.") from None
         for value in itertools.chain(*numbers):
-            if not abs(value) <= LARGEST:
+            if not abs(value) <= LARGEST_LABEL:
                 raise DataError(
-                    f"regression scores need finite numbers up to {LARGEST:g}, as float32 has,"
-                    f" found {value:g}. Mend the row, or scale the values."
+                    f"regression scores need finite numbers up to {LARGEST_LABEL:g}, as float32"
+                    f" has, found {value:g}. Mend the row, or scale the values."
                 )
         return regression(*numbers)
     if task != "classification":

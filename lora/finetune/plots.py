@@ -15,9 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lora.checkpoint import write_together
 from lora.errors import RunError
-from lora.files import writable
+from lora.files import writable, write_together
 from lora.finetune.records import Evaluated, StepRow, metrics_of, summary_of
 
 # Distinct for readers who tell few colours apart (Okabe and Ito).

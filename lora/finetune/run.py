@@ -46,16 +46,7 @@ from rich.progress import (
 from lora import __version__
 from lora.adapter import Adapter, PartialConfig
 from lora.card import heads_of
-from lora.checkpoint import (
-    filed_labels,
-    find_folder,
-    load,
-    read_tensors,
-    rows_filed,
-    save,
-    write_together,
-    write_whole,
-)
+from lora.checkpoint import filed_labels, find_folder, load, read_tensors, rows_filed, save
 from lora.errors import (
     CheckpointError,
     ConfigError,
@@ -67,7 +58,7 @@ from lora.errors import (
     TrainingError,
     command,
 )
-from lora.files import readable, writable
+from lora.files import readable, writable, write_together, write_whole
 from lora.finetune import distributed, state, trackers
 from lora.finetune.config import RunConfig, from_table, method_named, placed, read_toml, to_table
 from lora.finetune.data.corpus import Corpus
@@ -288,10 +279,11 @@ def _checkpoint(
     path, said = state.find(directory / CHECKPOINTS)
     for line in said:
         say(f"note: {line}")
-    if path and (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
-        raise RunError(
-            f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
-        )
+    with readable(directory, RunError, "Bring its files back, or run anew."):
+        if path and (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
+            raise RunError(
+                f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
+            )
     return path, then["note"]
 
 

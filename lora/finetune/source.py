@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lora.card import base_in, task_of
-from lora.checkpoint import CONFIG, filed_labels, find_folder, read_json, read_tensors, settings_of
+from lora.checkpoint import (
+    CONFIG,
+    filed_labels,
+    find_folder,
+    read_tensors,
+    settings_in,
+    settings_of,
+)
 from lora.errors import CheckpointError, RunError, command
 from lora.files import readable
 from lora.finetune import distributed, state
@@ -97,7 +104,7 @@ def _run(directory: Path, base: str | None) -> Source:
 
 
 def _alone(directory: Path, folder: Path, base: str | None) -> Source:
-    settings = read_json(folder / CONFIG)
+    settings = settings_in(folder)
     method, filed = settings_of(folder)
     stated = base_in(settings)
     if base is None and stated is None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 import secrets
@@ -41,9 +40,10 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lora.adapter import Adapter
-from lora.checkpoint import fingerprint, write_together
+from lora.checkpoint import fingerprint
 from lora.checkpoint import save as save_adapter
 from lora.errors import CheckpointError
+from lora.files import read_safetensors, readable, sync, writable, write_together
 from lora.finetune import distributed
 from lora.finetune.records import Mark
 from lora.injection import injected
@@ -147,22 +147,18 @@ def _write(training: Training, path: Path, state: dict[str, Any], config: bytes)
         save_adapter(training.model, making / "adapter", writes=writes)
         if not writes:
             return
-        safetensors.torch.save_file(tensors(training), making / TENSORS)
-        sync(making / TENSORS)
-        write_together(making, {STATE: json.dumps(state).encode(), CONFIG: config})
-        write_together(making, {MANIFEST: json.dumps(_contents(making), indent=2).encode()})
-        for written in (making / "adapter", making):
-            sync(written)
-        if path.exists():  # a damaged one, which find() has passed over
-            shutil.rmtree(path)
-        making.rename(path)
-        for names in (folder, folder.parent):
-            sync(names)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. The"
-            " checkpoints before it are whole."
-        ) from error
+        with writable(path, CheckpointError, "The checkpoints before it are whole."):
+            safetensors.torch.save_file(tensors(training), making / TENSORS)
+            sync(making / TENSORS)
+            write_together(making, {STATE: json.dumps(state).encode(), CONFIG: config})
+            write_together(making, {MANIFEST: json.dumps(_contents(making), indent=2).encode()})
+            for written in (making / "adapter", making):
+                sync(written)
+            if path.exists():  # a damaged one, which find() has passed over
+                shutil.rmtree(path)
+            making.rename(path)
+            for names in (folder, folder.parent):
+                sync(names)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
@@ -201,8 +197,6 @@ def damage(path: Path) -> str:
         found = _contents(path)
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}/").rstrip(". ")
-    except OSError as error:
-        return f"{error.filename}: {error.strerror}"
     for name in sorted(stated.keys() | found.keys()):
         if stated.get(name) != found.get(name):
             missing = "is missing" if name not in found else "is not as it was written"
@@ -228,10 +222,7 @@ def restore(training: Training, path: Path) -> State:
     Raises CheckpointError, the model untouched, where the two do not belong together.
     """
     state = documents.read(path / STATE, STATES, CheckpointError, ANEW)
-    try:
-        stored = safetensors.torch.load((path / TENSORS).read_bytes())
-    except (OSError, KeyError, safetensors.SafetensorError) as error:  # KeyError: a dtype
-        raise CheckpointError(f"{path / TENSORS} cannot be read: {error}. {ANEW}") from None
+    stored = read_safetensors(path / TENSORS, CheckpointError, ANEW)
     if state["base"] != bases(training.model):
         raise CheckpointError(
             f"{path} is of another base: its weights are not those that the training began on."
@@ -387,17 +378,9 @@ def _contents(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file but the manifest."""
     found: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(folder))] = path.stat().st_size, digest
+        with readable(path, CheckpointError, ""):
+            if path.is_file() and path.name != MANIFEST:
+                with path.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found[str(path.relative_to(folder))] = path.stat().st_size, digest
     return found
-
-
-def sync(path: Path) -> None:
-    """A file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

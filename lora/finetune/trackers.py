@@ -30,9 +30,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lora.adapter import is_number
-from lora.checkpoint import write_whole
 from lora.errors import ConfigError, RunError
-from lora.files import writable
+from lora.files import writable, write_whole
 from lora.interop import documents
 
 CALLED = {"mlflow": "info.run_id", "tensorboard": "log_dir", "trackio": "name", "wandb": "id"}

@@ -31,17 +31,9 @@ import torch
 from torch import Tensor
 
 from lora.card import base_in
-from lora.checkpoint import (
-    CONFIG,
-    find_folder,
-    read_adapter,
-    read_json,
-    rows_filed,
-    settings_of,
-    write_whole,
-)
+from lora.checkpoint import CONFIG, find_folder, read_adapter, rows_filed, settings_in, settings_of
 from lora.errors import CheckpointError, ConfigError, command
-from lora.files import writable
+from lora.files import writable, write_whole
 from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 from lora.vocabulary import rows_of
@@ -154,7 +146,7 @@ def _check_tokens(folder: Path, model: Any, base: str) -> None:
         return
     of_run = (folder.parent / "config.toml").is_file()
     flags = [] if of_run else ["--resize-embeddings"]
-    if base and base != base_in(read_json(folder / CONFIG)):
+    if base and base != base_in(settings_in(folder)):
         flags += ["--base", base]
     merge = command("lora", "merge", folder.parent if of_run else folder, *flags)
     raise CheckpointError(
@@ -166,7 +158,7 @@ def _check_tokens(folder: Path, model: Any, base: str) -> None:
 
 def base_named(adapter: Path, asked: str | None) -> str:
     """The base to export for: the one that is asked for, or that the adapter's file names."""
-    named = asked or base_in(read_json(folder_of(adapter) / CONFIG))
+    named = asked or base_in(settings_in(folder_of(adapter)))
     if not named or named in ("demo", "demo-lm"):
         raise ConfigError(f"{adapter} names no base that another engine has. Pass --base FOLDER.")
     return named

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.checkpoint import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files, write_together
+from lora.checkpoint import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files
 from lora.errors import CheckpointError, ConfigError, command
-from lora.files import readable, writable
+from lora.files import readable, writable, write_together
 from lora.layers import fits
 from lora.methods._lowrank import by_layer
 from lora.methods.lora import LoRA, LoRAConfig

@@ -17,6 +17,8 @@ PAIR = {"sentence1": "sentence2", "question1": "question2", "premise": "hypothes
         "question": "sentence"}  # fmt: skip
 LABEL = ("label", "labels", "score", "target", "class")
 
+LARGEST_LABEL = 3.4028234663852886e38  # of float32; its square is still a float64
+
 Placed = tuple[str, Row]  # where it stands, for errors: "FILE, line N"
 
 

@@ -435,10 +435,10 @@ def _given(row: Row) -> str:
         if not isinstance(value, kind):
             raise DataError(f"{name} is a {type(value).__name__}, not a {kind.__name__}.")
         found |= value if isinstance(value, dict) else {name: value}
-    return _as_json(found, " or ".join(found)) if found else ""
+    return _json_text(found, " or ".join(found)) if found else ""
 
 
-def _as_json(value: Any, name: str) -> str:
+def _json_text(value: Any, name: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:  # a date of Parquet's, say
@@ -526,7 +526,7 @@ def _more(turn: Row, number: int, role: str) -> dict[str, str]:
     for name in PASSED_ON:
         if turn.get(name) is not None:
             found[name] = turn[name]
-    return {name: _as_json(value, name) for name, value in found.items()}
+    return {name: _json_text(value, name) for name, value in found.items()}
 
 
 def _is_call(call: Any) -> bool:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lora.errors import DataError
 from lora.finetune import demo
 from lora.finetune.data.columns import (
     ANY,
     LABEL,
+    LARGEST_LABEL,
     Columns,
     Header,
     Placed,
@@ -415,7 +414,7 @@ def _fitting(corpus: Corpus, examples: Sequence[Example], bad: BadRows) -> list[
 def _misfit(corpus: Corpus, example: Example) -> str:
     """What is wrong with a label, "" if nothing is."""
     if corpus.task == "regression":
-        if abs(number_of(example.label)) <= torch.finfo(torch.float32).max:
+        if abs(number_of(example.label)) <= LARGEST_LABEL:
             return ""
         return (
             f"label {example.label!r} is no number that float32 holds. Mend the row, or set --task"

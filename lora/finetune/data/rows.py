@@ -25,9 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from lora.checkpoint import json_object
 from lora.errors import DataError, command
-from lora.files import readable
+from lora.files import json_object, readable
 from lora.interop.hub import hub_answers
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -336,28 +335,28 @@ def _values(name: str, column: Any) -> list[Any]:
     """The cells of a column as Python's values, and a DataError for each that is none: bytes that
     are not UTF-8, a date past the year 9999, a time zone that nobody knows."""
     try:
-        return [_as_json(value) for value in column.to_pylist()]
+        return [_json_value(value) for value in column.to_pylist()]
     except Exception:  # pyarrow raises what the conversion of each type does
         return [_value(name, cell.as_py) for cell in column]
 
 
 def _value(name: str, read: Callable[[], Any]) -> Any:
     try:
-        return _as_json(read())
+        return _json_value(read())
     except Exception as error:  # as above
         return DataError(f"{name} is no value that can be read: {error}.")
 
 
-def _as_json(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     """A value as JSON would hold it. Raises TypeError or ValueError for what it cannot hold."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | tuple):
-        return [_as_json(one) for one in value]
+        return [_json_value(one) for one in value]
     if isinstance(value, dict):
-        return {str(_as_json(name)): _as_json(one) for name, one in value.items()}
+        return {str(_json_value(name)): _json_value(one) for name, one in value.items()}
     if isinstance(value, Decimal):
         return f"{value:f}" if value.is_finite() else float(value)
     if isinstance(value, datetime.date | datetime.time):

@@ -50,6 +50,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lora.errors import ConfigError, DataError, ModelError
+from lora.files import readable
 from lora.finetune.data.conversations import Conversation, Message
 from lora.finetune.data.rows import BadRows
 from lora.finetune.data.tokens import IGNORED
@@ -541,13 +542,9 @@ def template_of(tokenizer: Any, asked: str = "auto") -> Template:
         bare = Template(tokenizer, None, "none", raw=False)
         plain = ("{{ bos_token }}" if bare.start else "") + PLAIN
         return bare if asked == "none" else Template(tokenizer, plain, "plain", asked == "plain")
-    try:
-        return Template(tokenizer, Path(asked).read_text("utf-8"), asked, raw=True)
-    except (OSError, ValueError) as error:  # no UTF-8, or a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"--template {asked} cannot be read: {reason}. Pass auto, plain, none or a file."
-        ) from None
+    with readable(asked, ConfigError, "Pass auto, plain, none or a file to --template."):
+        text = Path(asked).read_text("utf-8")
+    return Template(tokenizer, text, asked, raw=True)
 
 
 def _end_token(tokenizer: Any) -> str:

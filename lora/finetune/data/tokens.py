@@ -36,7 +36,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora.checkpoint import write_whole
+from lora.errors import DataError
+from lora.files import writable, write_whole
 from lora.finetune.data.corpus import Example
 
 AT_ONCE = 10_000  # examples tokenised at a time: the ids of more would be held as Python's numbers
@@ -201,10 +202,10 @@ def _read(path: Path, examples: int) -> dict[str, Tensor] | None:
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        write_whole(path, safetensors.torch.save(tensors, {"digest": _digest(tensors)}))
-    except OSError as error:
-        reason = error.strerror or error
-        print(f"note: {path} is not written: {reason}. Set LORA_CACHE.", file=sys.stderr)
+        with writable(path, DataError, "Set LORA_CACHE."):
+            write_whole(path, safetensors.torch.save(tensors, {"digest": _digest(tensors)}))
+    except DataError as error:
+        print(f"note: {error}", file=sys.stderr)
 
 
 def drawn(encoded: Encoded, seed: int, epoch: int) -> list[int]:
