@@ -31,16 +31,9 @@ from lora.adapter import (
     SavedModule,
     method_of,
 )
-from lora.checkpoint import (
-    CONFIG,
-    WEIGHTS,
-    find_folder,
-    load,
-    read_config,
-    save,
-    settings_in,
-    whole_key,
-)
+from lora.adapter_config import read_config
+from lora.adapter_file import CONFIG, WEIGHTS, find_folder, settings_in, whole_key
+from lora.checkpoint import load, save
 from lora.errors import (
     CheckpointError,
     ConfigError,

@@ -16,11 +16,11 @@ from architectures import tokenizer
 from torch import Tensor, nn
 
 import lora
-from lora.checkpoint import fingerprint
 from lora.errors import DataError, LoraError, TrainingError
 from lora.finetune import distributed
 from lora.finetune.distributed import rank, shard, size, together, total
 from lora.finetune.models import Base, hold, load_base
+from lora.identity import fingerprint
 from lora.kernels import fused
 
 

@@ -27,6 +27,7 @@ LADDER = [
     {"ties"},
     {"injection"},
     {"foreign", "card", "vocabulary"},
+    {"adapter_file", "adapter_config", "identity"},
     {"checkpoint"},
     {"testing", "interop"},
     {"finetune.demo"},

@@ -27,8 +27,9 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import LARGEST, METHODS, Method, MethodConfig
+from lora.adapter_config import method_and_config
+from lora.adapter_file import find_folder, settings_in
 from lora.card import base_in
-from lora.checkpoint import find_folder, settings_in, settings_of
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
@@ -273,7 +274,7 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
             method_named(asked)
     method = value_of(own, "--method") or asked
     if isinstance(table.get("adapter"), str):
-        found, filed = settings_of(table["adapter"])
+        found, filed = method_and_config(table["adapter"])
         filed = _plain_name_is_a_name(filed)
         if method is not None and method_named(method).name != found.name:
             raise ConfigError(

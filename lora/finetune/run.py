@@ -45,8 +45,9 @@ from rich.progress import (
 
 from lora import __version__
 from lora.adapter import Adapter, PartialConfig
+from lora.adapter_file import filed_labels, find_folder, read_tensors
 from lora.card import heads_of
-from lora.checkpoint import filed_labels, find_folder, load, read_tensors, rows_filed, save
+from lora.checkpoint import load, rows_filed, save
 from lora.errors import (
     CheckpointError,
     ConfigError,

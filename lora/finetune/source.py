@@ -13,15 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora.adapter_config import method_and_config
+from lora.adapter_file import CONFIG, filed_labels, find_folder, read_tensors, settings_in
 from lora.card import base_in, task_of
-from lora.checkpoint import (
-    CONFIG,
-    filed_labels,
-    find_folder,
-    read_tensors,
-    settings_in,
-    settings_of,
-)
 from lora.errors import CheckpointError, RunError, command
 from lora.files import readable
 from lora.finetune import distributed, state
@@ -105,7 +99,7 @@ def _run(directory: Path, base: str | None) -> Source:
 
 def _alone(directory: Path, folder: Path, base: str | None) -> Source:
     settings = settings_in(folder)
-    method, filed = settings_of(folder)
+    method, filed = method_and_config(folder)
     stated = base_in(settings)
     if base is None and stated is None:
         raise RunError(f"{folder / CONFIG} does not name its base. Pass --base FOLDER or NAME.")

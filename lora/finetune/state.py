@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from lora.adapter import Adapter
-from lora.checkpoint import fingerprint
 from lora.checkpoint import save as save_adapter
 from lora.errors import CheckpointError
 from lora.files import read_safetensors, readable, sync, writable, write_together
 from lora.finetune import distributed
 from lora.finetune.records import Mark
+from lora.identity import fingerprint
 from lora.injection import injected
 from lora.interop import documents
 from lora.interop.documents import Count, Finite

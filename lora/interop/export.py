@@ -30,8 +30,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lora.adapter_config import method_and_config
+from lora.adapter_file import CONFIG, find_folder, settings_in
 from lora.card import base_in
-from lora.checkpoint import CONFIG, find_folder, read_adapter, rows_filed, settings_in, settings_of
+from lora.checkpoint import read_adapter, rows_filed
 from lora.errors import CheckpointError, ConfigError, command
 from lora.files import writable, write_whole
 from lora.methods._lowrank import by_layer
@@ -112,7 +114,7 @@ def read_filed(adapter: Path, base: Any) -> Filed:
     from lora.interop.pretrained import skeleton_of
 
     folder = folder_of(adapter)
-    method, config = settings_of(folder)
+    method, config = method_and_config(folder)
     if method is not LoRA:
         raise CheckpointError(f"{folder} is of {method.name}, and LoRA alone has a form. {MERGE}")
     assert isinstance(config, LoRAConfig)

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.checkpoint import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files
+from lora.adapter_file import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files
 from lora.errors import CheckpointError, ConfigError, command
 from lora.files import readable, writable, write_together
 from lora.layers import fits

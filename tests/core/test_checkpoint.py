@@ -16,7 +16,7 @@ from conftest import ROOT, distilbert, gpt2, tokens
 from torch import nn
 
 import lora
-from lora.checkpoint import fingerprint
+from lora.identity import fingerprint
 from lora.testing import perturb, snapshot, unchanged
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -20,7 +20,7 @@ from conftest import ROOT
 from torch import nn
 
 import lora
-from lora.checkpoint import settings_of
+from lora.adapter_config import method_and_config
 from lora.errors import CheckpointError, ConfigError, LoraError, RunError, command
 from lora.files import readable, writable
 from lora.finetune import config, models, records
@@ -154,8 +154,8 @@ def test_an_adapter_that_cannot_be_read(
             path.mkdir()
         else:
             path.symlink_to(path)
-    for door in (settings_of, lambda folder: lora.load(model(), folder)):
-        if damage == "forbidden" and file.endswith("safetensors") and door is settings_of:
+    for door in (method_and_config, lambda folder: lora.load(model(), folder)):
+        if damage == "forbidden" and file.endswith("safetensors") and door is method_and_config:
             continue  # which reads no tensor
         with pytest.raises(CheckpointError) as raised:
             door(tmp_path)  # type: ignore[operator]
@@ -165,7 +165,7 @@ def test_an_adapter_that_cannot_be_read(
 
 NAMES = {"a NUL": "a\0b", "too long": "x" * 5000, "a long part": "y" * 300, "in a file": "file/x"}
 DOORS: dict[str, Callable[[Path], Any]] = {
-    "settings_of": settings_of,
+    "method_and_config": method_and_config,
     "load": lambda path: lora.load(model(), path),
     "save": lambda path: lora.save(adapted(), path),
     "config_of": config_of,

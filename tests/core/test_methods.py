@@ -466,7 +466,7 @@ def test_ranks_by_layer_are_filed_under_the_whole_name() -> None:
     model = Nested()
     patterns = {"^z.q": 3, "^a1.q": 4, "q": 5}
     lora.inject(model, lora.LoRAConfig(r=2, rank_pattern=patterns, init_lora_weights="pissa"))
-    settings = lora.checkpoint.file_config(
+    settings = lora.adapter_config.file_config(
         model, lora.injection.injected(model)["default"], "default"
     )
     ranks = {n: pick(settings["rank_pattern"], n, settings["r"]) for n in ("q", "z.q", "a1.q")}
@@ -519,7 +519,9 @@ def test_every_key_that_peft_writes_is_computed_or_refused_by_name(tmp_path: Pat
             lora.load(distilbert(), tmp_path)
     ours = {field.name for field in dataclasses.fields(lora.LoRAConfig)}
     method = lora.METHODS["lora"]
-    known = ours | lora.checkpoint.INERT | set(method.neutral) | set(method.states) | set(UNKNOWN)
+    known = (
+        ours | lora.adapter_config.INERT | set(method.neutral) | set(method.states) | set(UNKNOWN)
+    )
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 

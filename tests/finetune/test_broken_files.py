@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import lora
 from lora import nf4
-from lora.checkpoint import settings_of
+from lora.adapter_config import method_and_config
 from lora.errors import LoraError
 from lora.finetune import compare, config, plots, records, state
 from lora.finetune.data import templates, tokens
@@ -195,7 +195,7 @@ def settings(folder: Path) -> Read:
 
     def read(draw: random.Random) -> None:
         write_damaged(folder, known[draw.choice(names)], draw)
-        settings_of(folder)
+        method_and_config(folder)
 
     return read
 

@@ -21,9 +21,9 @@ from conftest import ROOT
 from filelock import FileLock
 
 import lora
-from lora.checkpoint import fingerprint
 from lora.errors import ConfigError, TrainingError
 from lora.finetune import distributed
+from lora.identity import fingerprint
 
 WORKER = [str(ROOT / "tests" / "ranks.py")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

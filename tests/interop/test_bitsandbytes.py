@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lora
 from lora import nf4
-from lora.checkpoint import fingerprint
 from lora.errors import ModelError, TargetError
 from lora.finetune.models import _Take, load_base
+from lora.identity import fingerprint
 from lora.nf4 import NF4Linear, dequantize, from_bitsandbytes
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
