@@ -23,7 +23,8 @@ from benchmarks import memory, step
 from benchmarks.machine import write
 from benchmarks.turns import median, ratio, shown, take_turns
 from lora import nf4
-from lora.finetune.models import bfloat16_here, checkpoint_activations, hold, packable
+from lora.finetune.memory import bfloat16_here, checkpoint_activations, hold
+from lora.finetune.quantized import packable
 from lora.kernels.scratch import keep_freed_memory
 
 CHECKPOINTED = ", checkpointed"

@@ -20,7 +20,7 @@ import torch
 from benchmarks.machine import write
 from benchmarks.step import Setting, ours
 from benchmarks.turns import ratio, shown, take_turns
-from lora.finetune.models import bfloat16_here
+from lora.finetune.memory import bfloat16_here
 from lora.kernels.scratch import keep_freed_memory
 
 

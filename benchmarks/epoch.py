@@ -52,7 +52,8 @@ def trainer(seed: int, limit: int | None, folder: str, best: bool) -> dict[str, 
     import transformers
 
     from lora.finetune.data.corpus import read
-    from lora.finetune.models import bfloat16_here, load_base
+    from lora.finetune.memory import bfloat16_here
+    from lora.finetune.models import load_base
 
     corpus = read(str(DATA), limit=limit)
     base = load_base("demo", 2, "classification", seed)
@@ -123,7 +124,7 @@ def main() -> None:
     import torch
 
     from benchmarks.machine import write
-    from lora.finetune.models import bfloat16_here
+    from lora.finetune.memory import bfloat16_here
 
     seeds, limit = (1, 160) if given.quick else (given.seeds, None)
     rounds: list[dict[str, dict[str, float]]] = []

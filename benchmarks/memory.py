@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.machine import write
 from benchmarks.step import embeddings_pass_gradient, with_lora, with_peft
 from lora import nf4
-from lora.finetune.models import packable
+from lora.finetune.quantized import packable
 
 ROWS, LENGTH = 4, 256
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

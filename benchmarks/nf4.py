@@ -31,7 +31,9 @@ import lora
 from benchmarks.machine import write
 from benchmarks.turns import median, ratio, shown, take_turns
 from lora import nf4
-from lora.finetune.models import bfloat16_here, load_base, packable
+from lora.finetune.memory import bfloat16_here
+from lora.finetune.models import load_base
+from lora.finetune.quantized import packable
 from lora.injection import wrapper_at
 from lora.kernels.scratch import keep_freed_memory
 from lora.nf4 import NF4Linear

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.machine import write
 from benchmarks.turns import median, take_turns
-from lora.finetune.models import bfloat16_here
+from lora.finetune.memory import bfloat16_here
 from lora.kernels.dropout import draw, drop_, dropped
 from lora.kernels.fused import _summed
 from lora.kernels.scratch import keep_freed_memory

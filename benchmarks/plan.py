@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import write
-from lora.finetune.models import bfloat16_here
+from lora.finetune.memory import bfloat16_here
 from lora.finetune.records import summary_of
 
 MB = 10**6

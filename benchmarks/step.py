@@ -29,7 +29,7 @@ from torch import nn
 import lora
 from benchmarks.machine import write
 from benchmarks.turns import Rounds, median, ratio, shown, take_turns
-from lora.finetune.models import bfloat16_here, hold
+from lora.finetune.memory import bfloat16_here, hold
 from lora.injection import after_step, penalty
 from lora.kernels.scratch import keep_freed_memory
 

@@ -18,8 +18,10 @@ from torch import nn
 
 from lora.targets import walk
 
-EMBEDDED = "lora-from-scratch:"
-"""Before the name of a base that is built into the package: no name that a hub could have."""
+BUILT_IN = {"demo": "SEQ_CLS", "demo-lm": "CAUSAL_LM"}
+"""The bases that are part of this package and need no files, with PEFT's task_type."""
+BUILT_IN_PREFIX = "lora-from-scratch:"
+"""Comes before their names in adapter_config.json: no hub can have such a name."""
 
 TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -82,7 +84,7 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
 def base_in(settings: Mapping[str, Any]) -> str | None:
     """The base that an adapter's file states, by what --base calls it; None if it states none."""
     base = settings.get("base_model_name_or_path")
-    return base.removeprefix(EMBEDDED) or None if isinstance(base, str) else None
+    return base.removeprefix(BUILT_IN_PREFIX) or None if isinstance(base, str) else None
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:
@@ -122,8 +124,8 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
     if peft:
         lines.append('    peft.PeftModel.from_pretrained(model, "this folder")  # PEFT')
     given = "".join(f", {name}={value!r}" for name, value in arguments.items())
-    if base is not None and base.startswith(EMBEDDED):
-        name, labels = base.removeprefix(EMBEDDED), arguments.get("num_labels")
+    if base is not None and base.startswith(BUILT_IN_PREFIX):
+        name, labels = base.removeprefix(BUILT_IN_PREFIX), arguments.get("num_labels")
         kind = {None: "text", 1: "regression"}.get(labels, "classification")
         lines += [
             "",

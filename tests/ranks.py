@@ -19,7 +19,8 @@ import lora
 from lora.errors import DataError, LoraError, TrainingError
 from lora.finetune import distributed
 from lora.finetune.distributed import rank, shard, size, together, total
-from lora.finetune.models import Base, hold, load_base
+from lora.finetune.memory import hold
+from lora.finetune.models import Base, load_base
 from lora.identity import fingerprint
 from lora.kernels import fused
 

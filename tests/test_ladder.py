@@ -38,7 +38,8 @@ PACKAGE = ROOT / "lora"
 # What imports transformers; the core knows its classes by name, and testing builds a Conv1D.
 TRANSFORMERS = {
     "foreign", "testing", "interop.pretrained", "interop.trainer", "finetune.generate",
-    "finetune.models", "finetune.run",
+    "finetune.demo.bases", "finetune.memory", "finetune.models", "finetune.quantized",
+    "finetune.run", "finetune.weights",
 }  # fmt: skip
 
 

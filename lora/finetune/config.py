@@ -29,7 +29,7 @@ import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter import LARGEST, METHODS, Method, MethodConfig
 from lora.adapter_config import method_and_config
 from lora.adapter_file import find_folder, settings_in
-from lora.card import base_in
+from lora.card import BUILT_IN, base_in
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
@@ -447,7 +447,7 @@ def named(source: str) -> tuple[str, str]:
 def placed(source: str) -> str:
     """The same with a file or folder by its whole path, so that it is found from anywhere."""
     _, place = named(source)
-    if place in ("demo", "demo-lm") or not os.path.exists(place):
+    if place in BUILT_IN or not os.path.exists(place):
         return source
     return source.removesuffix(place) + str(Path(place).resolve())
 

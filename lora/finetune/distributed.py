@@ -192,7 +192,7 @@ def shard(
     last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
     else lies on device() then, on every rank the same: what trains, adapters, what two blocks
     share, and scalars. Where a bfloat16 product meets a float32 weight the cast of that weight is
-    kept whole: models.hold() first.
+    kept whole: memory.hold() first.
 
     `pieces` are a base's that was loaded so (models.load_base), by name: each is taken out as it
     finds its place, and the adapters are filled then, by `seed`, as inject would have. With

@@ -33,7 +33,7 @@ class Evaluation:
 
 
 def autocast(model: Any) -> AbstractContextManager[Any]:
-    """bfloat16 autocast if models.hold() put the model into it: for what is computed outside its
+    """bfloat16 autocast if memory.hold() put the model into it: for what is computed outside its
     forward, and so that it casts what trains once for many forwards."""
     held = getattr(model, "lora_dtype", torch.float32) == torch.bfloat16
     return torch.autocast(device_of(model).type, torch.bfloat16, enabled=held)

@@ -42,15 +42,10 @@ from lora.finetune.distributed import device as device_here
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
 from lora.finetune.losses import batch_loss, token_scores
+from lora.finetune.memory import checkpoint_activations, hold
 from lora.finetune.metrics import score
-from lora.finetune.models import (
-    Base,
-    checkpoint_activations,
-    hold,
-    load_skeleton,
-    packable,
-    unfilled,
-)
+from lora.finetune.models import Base, load_skeleton
+from lora.finetune.quantized import packable, unfilled
 from lora.finetune.run import PeakMemory, adapter_to_fit, resolve, with_tokens
 from lora.finetune.train import check_room, groups, plan_of, steps_per_epoch
 from lora.injection import (

@@ -70,16 +70,10 @@ from lora.finetune.flags import as_flag
 from lora.finetune.generate import scored
 from lora.finetune.inputs import calibration, digest, inputs_of, read_corpus
 from lora.finetune.losses import check_language
+from lora.finetune.memory import checkpoint_activations, hold, pick_dtype
 from lora.finetune.metrics import LOWER
-from lora.finetune.models import (
-    Base,
-    checkpoint_activations,
-    hold,
-    load_base,
-    load_tokenizer,
-    packable,
-    pick_dtype,
-)
+from lora.finetune.models import Base, load_base, load_tokenizer
+from lora.finetune.quantized import packable
 from lora.finetune.records import NOTHING, Mark, environment_of, metrics_at
 from lora.finetune.state import Training
 from lora.finetune.train import SIGNALS, Step, begin, check_room, fit, steps_per_epoch

@@ -15,13 +15,14 @@ from typing import Any
 
 from lora.adapter_config import method_and_config
 from lora.adapter_file import CONFIG, filed_labels, find_folder, read_tensors, settings_in
-from lora.card import base_in, task_of
+from lora.card import BUILT_IN, base_in, task_of
 from lora.errors import CheckpointError, RunError, command
 from lora.files import readable
 from lora.finetune import distributed, state
 from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Task
-from lora.finetune.models import load_skeleton, pick_dtype
+from lora.finetune.memory import pick_dtype
+from lora.finetune.models import load_skeleton
 from lora.finetune.run import CHECKPOINTS, at_base, config_of, run_around
 from lora.interop.pretrained import base_config
 
@@ -110,7 +111,7 @@ def _alone(directory: Path, folder: Path, base: str | None) -> Source:
         settings=filed,
     )
     config = at_base(config, base, directory)
-    built_in = {"demo": "SEQ_CLS", "demo-lm": "CAUSAL_LM"}.get(config.base)
+    built_in = BUILT_IN.get(config.base)
     told = None if built_in else base_config(config.base)
     task: Task = TASKS[built_in or _task(folder, settings, told)]
     most = getattr(told, "max_position_embeddings", None) or 2 * config.max_new_tokens

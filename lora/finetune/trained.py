@@ -42,7 +42,8 @@ from lora.finetune.inputs import (
     screened,
     thought_end,
 )
-from lora.finetune.models import FLOATS, hold, load_tokenizer
+from lora.finetune.memory import hold
+from lora.finetune.models import load_tokenizer
 from lora.finetune.records import answers_of, environment_of, summary_of
 from lora.finetune.run import (
     base_of,
@@ -55,6 +56,7 @@ from lora.finetune.run import (
     write_lines,
 )
 from lora.finetune.source import Source, open_source
+from lora.finetune.weights import FLOATS
 from lora.injection import disabled, eject, merge, output_on
 
 Acts = Literal["on", "off", "both"]

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lora.adapter_config import method_and_config
 from lora.adapter_file import CONFIG, find_folder, settings_in
-from lora.card import base_in
+from lora.card import BUILT_IN, base_in
 from lora.checkpoint import read_adapter, rows_filed
 from lora.errors import CheckpointError, ConfigError, command
 from lora.files import writable, write_whole
@@ -161,7 +161,7 @@ def _check_tokens(folder: Path, model: Any, base: str) -> None:
 def base_named(adapter: Path, asked: str | None) -> str:
     """The base to export for: the one that is asked for, or that the adapter's file names."""
     named = asked or base_in(settings_in(folder_of(adapter)))
-    if not named or named in ("demo", "demo-lm"):
+    if not named or named in BUILT_IN:
         raise ConfigError(f"{adapter} names no base that another engine has. Pass --base FOLDER.")
     return named
 

@@ -85,3 +85,11 @@ def cached(name: str) -> bool:
     except ValueError:  # no name that a hub could have
         return False
     return isinstance(found, str)
+
+
+def head_settings(labels: int, task: str) -> dict[str, Any]:
+    """Returns what a transformers config is told of a head of so many outputs."""
+    if task == "text":
+        return {}
+    problem = "regression" if task == "regression" else "single_label_classification"
+    return {"num_labels": labels, "problem_type": problem}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora
 from lora import nf4
-from lora.finetune.models import packable
+from lora.finetune.quantized import packable
 from lora.injection import trained_parameters, wrapper_at
 from lora.testing import perturb, snapshot, unchanged
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import lora
 from lora import nf4
 from lora.errors import ModelError, TargetError
-from lora.finetune.models import checkpoint_activations, packable
+from lora.finetune.memory import checkpoint_activations
+from lora.finetune.quantized import packable
 from lora.injection import check_alive, wrappers_of
 from lora.testing import perturb
 

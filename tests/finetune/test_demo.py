@@ -13,7 +13,8 @@ import transformers
 from lora.errors import ModelError
 from lora.finetune import demo
 from lora.finetune.cli import main
-from lora.finetune.models import bfloat16_here, load_base
+from lora.finetune.memory import bfloat16_here
+from lora.finetune.models import load_base
 
 
 def test_distilbert_with_minilms_weights_computes_what_minilm_does() -> None:

@@ -121,7 +121,8 @@ def test_it_counts_the_bytes_that_torchs_allocator_gives_out(bare: Path, method:
 def load_base_of(folder: Path, quantize: str) -> Any:
     """The folder's model with random weights, as load_base holds it."""
     from lora import nf4
-    from lora.finetune.models import load_skeleton, packable
+    from lora.finetune.models import load_skeleton
+    from lora.finetune.quantized import packable
 
     found = load_skeleton(str(folder), 2, "classification", device="cpu")
     if quantize == "nf4":

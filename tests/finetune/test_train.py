@@ -17,7 +17,7 @@ import lora
 from lora.errors import ConfigError, TrainingError
 from lora.finetune.data.tokens import Encoded, batches, collate, layout
 from lora.finetune.evaluate import predict
-from lora.finetune.models import hold
+from lora.finetune.memory import hold
 from lora.finetune.train import Step, begin, check_room, fit, plan_of, slope
 
 CPU = torch.device("cpu")

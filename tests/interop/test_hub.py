@@ -20,7 +20,7 @@ from lora.finetune.data.corpus import read
 
 ASK = """
 import json, os
-from lora.finetune.models import hub_answers
+from lora.interop.hub import hub_answers
 answers = [hub_answers(), hub_answers()]
 import huggingface_hub.constants
 offline = huggingface_hub.constants.HF_HUB_OFFLINE
@@ -106,7 +106,7 @@ def test_five_seconds_are_five_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """urlopen's own limit is per address, and does not count the look-up of the name."""
     import huggingface_hub.constants
 
-    import lora.finetune.models
+    import lora.interop.hub
 
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -118,8 +118,8 @@ def test_five_seconds_are_five_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
             super().join(0.01)
 
     held = threading.Event()
-    monkeypatch.setattr(lora.finetune.models.threading, "Thread", Asking)
-    monkeypatch.setattr(lora.finetune.models, "_probe", lambda: held.wait(60))
+    monkeypatch.setattr(lora.interop.hub.threading, "Thread", Asking)
+    monkeypatch.setattr(lora.interop.hub, "_probe", lambda: held.wait(60))
     lora.interop.hub.hub_answers.cache_clear()
     try:
         assert not lora.interop.hub.hub_answers()

@@ -20,7 +20,7 @@ from torch import nn
 import lora
 from lora import nf4
 from lora.errors import ConfigError, TargetError
-from lora.finetune.models import packable
+from lora.finetune.quantized import packable
 from lora.finetune.train import groups
 from lora.injection import trained_parameters
 from lora.interop.trainer import AdapterCallback

@@ -1,0 +1,64 @@
+"""The two bases that need no files: `demo`, a classifier, and `demo-lm`, which writes texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tokenizers
+import transformers
+
+from lora.card import BUILT_IN_PREFIX
+from lora.errors import ModelError
+from lora.finetune import demo
+from lora.finetune.demo import language
+from lora.interop.pretrained import head_settings
+
+
+def build(base: str, labels: int, task: str, weights: bool) -> tuple[Any, Any, tuple[str, ...]]:
+    """Returns the model, its tokenizer, and the modules with fresh weights: the head.
+
+    weights: read those of `demo`. Those of `demo-lm` are always random.
+    Raises ModelError if the base cannot do the task.
+    """
+    if (task == "text") != (base == "demo-lm"):
+        raise ModelError(
+            f"--base {base} is {'no' if task == 'text' else 'a'} language model, found --task"
+            f" {task}. Pass --base {'demo-lm or another' if task == 'text' else 'demo'}."
+        )
+    if base == "demo-lm":
+        model, tokenizer = _language_model()
+        return model.eval(), tokenizer, ()
+    model, tokenizer = _classifier(labels, task)
+    if weights:
+        model.distilbert.load_state_dict(demo.state_dict())
+    return model.eval(), tokenizer, ("pre_classifier", "classifier")
+
+
+def _classifier(labels: int, task: str) -> tuple[Any, Any]:
+    config = transformers.DistilBertConfig(**demo.ARCHITECTURE, **head_settings(labels, task))
+    model = transformers.DistilBertForSequenceClassification(config)
+    model.config._name_or_path = f"{BUILT_IN_PREFIX}demo"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(demo.file("tokenizer.json")),
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    return model, tokenizer
+
+
+def _language_model() -> tuple[Any, Any]:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.ARCHITECTURE))
+    model.config._name_or_path = f"{BUILT_IN_PREFIX}demo-lm"
+    pad, start, end = language.SPECIAL
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(language.tokenizer_json()),
+        pad_token=pad, bos_token=start, eos_token=end,
+        model_max_length=language.ARCHITECTURE["max_position_embeddings"],
+        clean_up_tokenization_spaces=False, chat_template=language.TEMPLATE,
+    )  # fmt: skip
+    return model, tokenizer

@@ -1,0 +1,83 @@
+"""What saves memory: frozen weights in bfloat16, and activations that are computed again."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from lora.errors import ConfigError, ModelError
+from lora.layers import kind
+
+
+def bfloat16_here(device: torch.device) -> bool:
+    """True if the device multiplies in bfloat16: AVX512-BF16 or AMX, CUDA from 8.0 on.
+
+    LORA_BFLOAT16=1 or 0 in the environment overrides it. Raises ConfigError for any other value.
+    """
+    forced = os.environ.get("LORA_BFLOAT16", "")
+    if forced:
+        if forced not in ("0", "1"):
+            raise ConfigError(
+                f"LORA_BFLOAT16 is {forced!r} in the environment. Set it to 1 or 0, or unset it."
+            )
+        return forced == "1"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
+def pick_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """Returns the dtype that --dtype auto means on the device."""
+    return "bfloat16" if bfloat16_here(device) else "float32"
+
+
+def hold(model: Any, dtype: str) -> None:
+    """Convert the frozen weights of linear layers to `dtype`, and run each forward under autocast.
+
+    Trainable parameters stay as they are. Embeddings, norms and biases are few, and stay float32.
+    The parts that generate() or a user calls directly, a backbone or an encoder, run under autocast
+    too.
+    """
+    if dtype != "bfloat16":
+        return
+    for module in model.modules():
+        if kind(module) in ("Linear", "Conv1D") and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+        if isinstance(module, transformers.PreTrainedModel):
+            # A partial, which deepcopy binds to the copy, as it would not a closure.
+            forward = functools.partial(_in_bfloat16, module.forward)
+            module.forward = functools.update_wrapper(forward, module.forward)
+    model.lora_dtype = torch.bfloat16
+
+
+def _in_bfloat16(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    given = (value for value in (*args, *named.values()) if isinstance(value, Tensor))
+    with torch.autocast(next(given, torch.empty(0)).device.type, torch.bfloat16):
+        return forward(*args, **named)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let each block keep only its input, and compute the rest again in the backward pass.
+
+    The same dropout masks are drawn again, so that only time is lost. A run without it draws other
+    masks if layers with one input share theirs (siblings). Raises ModelError if transformers does
+    not support it for the architecture.
+    """
+    # transformers 5.17 has the older name alone, and 5.23 warns of it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError:
+        raise ModelError(
+            f"--activation-checkpointing: transformers has none for {type(model).__name__}. Leave"
+            " it out, and lower --batch-size or --max-length."
+        ) from None
+    model.disable_input_require_grads()  # on for reentrant checkpointing, which needs it
