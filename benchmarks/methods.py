@@ -1,15 +1,16 @@
-"""docs/methods.md from the code: what each method is, when to choose it, and the contract it keeps.
+"""Writes docs/methods.md from the code: each method, when to choose it, and the contract it keeps.
 
-    python -m benchmarks.methods            writes docs/methods.md (a minute or two)
+    python -m benchmarks.methods            runs the contract (a minute or two) and writes the page
+    python -m benchmarks.methods --text     rewrites the text and keeps the page's contract table
 
-Every cell of the table is run here; tests/core/test_contract.py runs them again and holds the page
-to what it finds.
+tests/core/test_contract.py runs the contract again and compares it with the page.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -19,14 +20,16 @@ from typing import Any
 import torch
 
 import lora.methods  # noqa: F401  (fills METHODS)
+from benchmarks.readme import family
 from lora.adapter import METHODS, Method
+from lora.finetune.compare import markdown
 from lora.testing import CLAUSES, WRAPPING, cases, run_clause
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 
 
 def settings() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
-    """Every method, and every variant of it, under the label that the page gives it."""
+    """Every method and every variant of it, by the label on the page."""
     return {
         " ".join(filter(None, [name, variant])): (method, chosen)
         for name, method in sorted(METHODS.items())
@@ -35,89 +38,131 @@ def settings() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
 
 
 def outcomes(label: str, clause: str) -> list[str]:
-    """What a clause found under a label: "held", or "exempt: REASON", each once."""
+    """The distinct outcomes of a clause over all cases: "held", "exempt: REASON"."""
     method, chosen = settings()[label]
     config = method.Config(**chosen)
     return sorted({run_clause(clause, method, config, case).outcome for case in cases()})
 
 
-def cell(found: list[str]) -> str:
-    """A clause's outcomes over all cases as the page shows them."""
-    if found == ["held"]:
+def cell(outcomes: list[str]) -> str:
+    """A clause's outcomes over all cases, as the page shows them."""
+    if outcomes == ["held"]:
         return "held"
     reasons = " and ".join(
-        outcome.removeprefix("exempt: ") for outcome in found if outcome != "held"
+        outcome.removeprefix("exempt: ") for outcome in outcomes if outcome != "held"
     )
-    return f"on some layers: {reasons}" if "held" in found else reasons
+    return f"on some layers: {reasons}" if "held" in outcomes else reasons
 
 
 def page(cells: Mapping[tuple[str, str], str]) -> str:
     """The whole page; `cells` by (label, clause)."""
-    return "\n".join(_lines(cells)) + "\n"
+    sections = [INTRODUCTION, *map(_section, sorted(METHODS)), VARIANTS, _contract(cells)]
+    text = "\n\n".join(sections) + "\n"
+    return text.replace("<!-- family -->\n", "<!-- family -->\n" + markdown(family()))
 
 
-def _lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
-    yield "# The methods"
-    yield ""
-    yield "Written by `python -m benchmarks.methods`; do not edit."
-    yield ""
-    yield "| method | choose it | rate | paper |"
-    yield "| --- | --- | --- | --- |"
-    for name, method in sorted(METHODS.items()):
-        yield f"| [{name}](#{name}) | {method.when} | {method.learning_rate:g} | {method.paper} |"
-    for name, method in sorted(METHODS.items()):
-        source = inspect.getsourcefile(method)
-        assert source is not None
-        yield ""
-        yield f"## {name}"
-        yield ""
-        yield f"[lora/methods/{Path(source).name}](../lora/methods/{Path(source).name})"
-        yield ""
-        yield "```"
-        yield inspect.getdoc(method) or ""
-        yield "```"
-        yield ""
-        listed = ", ".join(f"`{field.name}`" for field in fields(method.Config))
-        yield f"Settings: {listed or 'none'}."
-        if method.variants:
-            yield ""
-            yield f"Also checked as: {', '.join(method.variants)}."
-    yield ""
+INTRODUCTION = """\
+# The methods
+
+This page is written by `python -m benchmarks.methods`. Do not edit it.
+
+The rate is the default learning rate of `lora train`. A step is forward, backward and AdamW on a
+model of DistilBERT-base's width (16 × 128 tokens, two CPU cores). Its time is given relative to a
+step of LoRA without dropout that was measured in the same round. The columns "step" and "dropout"
+are ours without and with dropout 0.1; each is followed by PEFT's. An empty cell was not measured,
+or the method has no dropout.
+
+<!-- family -->
+<!-- /family -->
+
+Measured by `python -m benchmarks.family` into
+[`family.json`](../benchmarks/results/family.json). With dropout, DoRA needs a second matmul with W,
+here and in PEFT.
+
+Below, each method is given as its docstring states it: the equation, its source, and the adapter's
+parameters with shapes and initial values. To write a method of your own, see
+[own-method.md](own-method.md)."""
+
+VARIANTS = """\
+## Variants of LoRA
+
+These variants are settings of LoRA:
+
+| variant | setting |
+| --- | --- |
+| rsLoRA | `--use-rslora` |
+| LoRA+ | `--loraplus-lr-ratio 16` |
+| LoRA-FA | `--use-lorafa` |
+| another rank or alpha for some layers | `--rank-pattern q_lin 16`, `--alpha-pattern q_lin 32` |
+| trainable biases | `--bias lora_only` or `all` |
+| trainable tokens | `--trainable-token-indices 17 42` |
+| another start | `--init-lora-weights` with gaussian, pissa, pissa_niter_4, olora, eva or lora_ga |
+| a start that corrects 4-bit quantization | [qlora.md](qlora.md) |
+
+A start with B A ≠ 0 never changes the base weights. The saved file is an ordinary LoRA of rank 2r.
+Which layers are adapted: see [python.md](python.md#injecting)."""
+
+
+def _section(name: str) -> str:
+    """A method's section: its file, docstring and settings."""
+    method = METHODS[name]
+    source = inspect.getsourcefile(method)
+    assert source is not None
+    file = f"lora/methods/{Path(source).name}"
+    settings = ", ".join(f"`{field.name}`" for field in fields(method.Config)) or "none"
+    variants = ", ".join(method.variants)
+    paragraphs = [
+        f"## {name}",
+        f"[{file}](../{file})",
+        f"```\n{inspect.getdoc(method) or ''}\n```",
+        f"Settings: {settings}.",
+        *([f"The contract also checks it as: {variants}."] if variants else []),
+    ]
+    return "\n\n".join(paragraphs)
+
+
+def _contract(cells: Mapping[tuple[str, str], str]) -> str:
+    return "\n".join(_contract_lines(cells))
+
+
+def _contract_lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
     yield "## The contract"
     yield ""
     yield (
-        f"`lora.testing.check_method` runs {len(CLAUSES)} clauses on {len(cases())} layers:"
-        f" {'; '.join(map(str, cases()))}. A clause that is not in the last column of a method is"
-        " held on all of them."
+        f"`lora.testing.check_method` checks {len(CLAUSES)} clauses on {len(cases())} layers:"
+        f" {'; '.join(map(str, cases()))}."
     )
     yield ""
     yield "| clause | what it demands |"
     yield "| --- | --- |"
     for clause, check in CLAUSES.items():
-        said = " ".join((inspect.getdoc(check) or "").split())
+        demand = " ".join((inspect.getdoc(check) or "").split())
         mark = " (wrapped)" if clause in WRAPPING else ""
-        yield f"| {clause}{mark} | {said} |"
+        yield f"| {clause}{mark} | {demand} |"
     yield ""
-    yield "Clauses marked as of the wrapped concern layers that a method wraps."
+    yield (
+        "Clauses marked (wrapped) concern only methods that wrap layers. The next table names the"
+        " clauses that are not asked of a method, with the reason."
+    )
     yield ""
     yield "| method | held | not asked, and why |"
     yield "| --- | --- | --- |"
     for label in settings():
-        own = {clause: cells[label, clause] for clause in CLAUSES}
-        held = sum(value == "held" or value.startswith("on some") for value in own.values())
+        outcomes = {clause: cells[label, clause] for clause in CLAUSES}
+        held = sum(text == "held" or text.startswith("on some") for text in outcomes.values())
         reasons: dict[str, list[str]] = {}
-        for clause, value in own.items():
-            if value != "held":
-                reasons.setdefault(value, []).append(clause)
+        for clause, text in outcomes.items():
+            if text != "held":
+                reasons.setdefault(text, []).append(clause)
         parts = {_short(names): reason for reason, names in reasons.items()}
         first, *_ = [*parts, ""]
-        if len(parts) > 1 and sum(map(len, reasons.values())) == len(own):
+        if len(parts) > 1 and sum(map(len, reasons.values())) == len(outcomes):
             parts = {OTHERS: parts.pop(first)} | parts
-        said = "<br>".join(f"{names}: {reason}" for names, reason in parts.items())
-        yield f"| {label} | {held} of {len(own)} | {said} |"
+        column = "<br>".join(f"{names}: {reason}" for names, reason in parts.items())
+        yield f"| {label} | {held} of {len(outcomes)} | {column} |"
 
 
-OTHERS = "every other clause"  # first in a row, so that the rest of the row says more
+OTHERS = "every other clause"  # comes first in a row; the rest of the row names its exceptions
 GROUPS = {
     OTHERS: list(CLAUSES),
     "every clause": list(CLAUSES),
@@ -131,30 +176,37 @@ def _short(names: list[str]) -> str:
 
 
 def read_cells(text: str) -> dict[tuple[str, str], str]:
-    """The cells of a page: what it claims."""
-    found: dict[tuple[str, str], str] = {}
+    """The cells that a page's last table states, by (label, clause)."""
+    cells: dict[tuple[str, str], str] = {}
     rows = re.findall(r"^\| ([^|]+) \| \d+ of \d+ \| (.*) \|$", text, flags=re.MULTILINE)
-    for label, said in rows:
-        found |= {(label, clause): "held" for clause in CLAUSES}
-        for part in filter(None, said.split("<br>")):
+    for label, column in rows:
+        cells |= {(label, clause): "held" for clause in CLAUSES}
+        for part in filter(None, column.split("<br>")):
             listed, _, reason = part.partition(": ")
             names = GROUPS.get(listed, listed.split(", "))
-            found |= {(label, name): reason for name in names}
-    return found
+            cells |= {(label, name): reason for name in names}
+    return cells
 
 
-def main() -> None:
+def checked_cells() -> dict[tuple[str, str], str]:
+    """The cells as the contract finds them now. Exits if a method breaks a clause."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cells = {}
     for label in settings():
         print(label, flush=True)
         for clause in CLAUSES:
-            found = outcomes(label, clause)
-            failed = [outcome for outcome in found if outcome.startswith("failed")]
+            results = outcomes(label, clause)
+            failed = [outcome for outcome in results if outcome.startswith("failed")]
             if failed:
                 raise SystemExit(f"{label} breaks {clause}: {failed[0]}")
-            cells[label, clause] = cell(found)
+            cells[label, clause] = cell(results)
+    return cells
+
+
+def main() -> None:
+    keep = "--text" in sys.argv
+    cells = read_cells(PAGE.read_text(encoding="utf-8")) if keep else checked_cells()
     PAGE.write_text(page(cells), encoding="utf-8")
     print(PAGE)
 

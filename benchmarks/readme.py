@@ -1,14 +1,18 @@
-"""Put the measured tables into README.md and docs/, between their markers, from results/.
+"""Writes what is generated in README.md and docs/, between markers such as <!-- demo -->.
 
-python -m benchmarks.readme [--check]
+    python -m benchmarks.readme [--check]
+
+Tables come from the measurements in results/, the tree of the package from its docstrings.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +23,7 @@ from lora.finetune.compare import markdown, rows
 
 ROOT = Path(__file__).parents[1]
 WHO = ("ours", "peft")
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("language", "performance", "training")),
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def tables() -> dict[str, str]:
@@ -51,7 +52,29 @@ def tables() -> dict[str, str]:
               "kills": kills(), "language": language(), "vocabulary": vocabulary(),
               "compiled": compiled(), "nf4": four_bits(), "nf4 errors": errors()}  # fmt: skip
     found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
-    return found | {"startup": markdown(table)}
+    return found | {"startup": markdown(table), "tree": f"```\n{tree()}```\n"}
+
+
+def tree() -> str:
+    """Every module of the package with the first sentence of its docstring, as a text block."""
+    return "lora/\n" + "".join(f"{name:<26} {text}\n" for name, text in entries(ROOT / "lora"))
+
+
+def entries(folder: Path, indent: str = "  ") -> Iterator[tuple[str, str]]:
+    """The lines of a folder: its modules, then its subfolders, each by name."""
+    for path in sorted(folder.glob("*.py")):
+        if not path.stem.startswith("__"):
+            yield indent + path.name, first_sentence(path)
+    for path in sorted(folder.glob("*/__init__.py")):
+        yield f"{indent}{path.parent.name}/", first_sentence(path)
+        yield from entries(path.parent, indent + "  ")
+
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, without its full stop."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(docstring.partition("\n\n")[0].split())
+    return re.split(r"\.(?: |$)|:$", paragraph)[0]
 
 
 def language() -> list[tuple[str, ...]]:
@@ -240,18 +263,18 @@ def parts() -> dict[str, str]:
 
 
 def family() -> list[tuple[str, ...]]:
-    """Each method, when to choose it, and its step over LoRA's, peft's beside ours, without and
-    with dropout."""
-    steps = json.loads((RESULTS / "family.json").read_text())["steps"]
-    head = ("method", "choose it", "step / LoRA's", "peft's", "dropout 0.1", "peft's", "paper")
-    found: list[tuple[str, ...]] = [head]
+    """Each method, when to choose it, and its step over LoRA's, ours and PEFT's."""
+    steps = read("family")["steps"]
+    head = ("method", "choose it", "rate", "step", "PEFT's", "dropout", "PEFT's", "paper")
+    table: list[tuple[str, ...]] = [head]
     for name, method in sorted(METHODS.items()):
-        shown = [
+        ratios = [
             f"{steps[key]['over lora']:.2f}" if key in steps else ""
             for key in (name, f"peft {name}", f"{name}, dropout", f"peft {name}, dropout")
         ]
-        found.append((name, method.when, *shown, method.paper))
-    return found
+        link, rate = f"[{name}](#{name})", f"{method.learning_rate:g}"
+        table.append((link, method.when, rate, *ratios, method.paper))
+    return table
 
 
 def filled() -> dict[Path, str]:

@@ -33,7 +33,7 @@ def test_every_line_of_the_report_has_its_row() -> None:
 
 def test_every_row_names_tests_that_are_there() -> None:
     for row in ROWS:
-        tests = re.findall(r"`(tests/\w+\.py)::([\w:]+)`", row[-2])
+        tests = re.findall(r"`(tests/[\w/]+\.py)::([\w:]+)`", row[-2])
         assert tests, row[1]
         for path, name in tests:
             assert name.startswith(("test_", "Test")), name

@@ -1,4 +1,5 @@
-"""The README says what was measured, its code runs, and its tree is the tree."""
+"""README and docs/ state what was measured, their code runs, their links lead somewhere, and the
+tree is the tree."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from lora.finetune.config import parse_run
 from lora.injection import SLACK
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CODE = {"README.md": 1, "docs/own-method.md": 1}  # blocks of Python, by page
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -26,37 +28,62 @@ def test_the_tables_are_the_measured_ones() -> None:
         assert page.read_text(encoding="utf-8") == text, "run python -m benchmarks.readme"
 
 
-def test_every_file_that_it_links_is_there() -> None:
-    for page in PAGES:
-        links = re.findall(r"\]\((?!http)([^)#]+)[)#]", page.read_text(encoding="utf-8"))
+def anchors(page: Path) -> set[str]:
+    """What a link to a heading of the page may name, as GitHub makes it of the heading."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8"))
+    if page.stem in ("README", "language", "performance", "training"):
         assert len(links) >= 4
-        for link in links:
-            assert (page.parent / link).is_file(), link
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_one_sitting_and_leads_to_every_page() -> None:
+    assert len(README.splitlines()) <= 200
+    for page in PAGES:
+        assert page.stem == "README" or f"(docs/{page.name})" in README, page
 
 
 def test_the_tree_is_the_tree() -> None:
-    block = README.split("## The tree")[1].split("```")[1]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    block = page.split("## The tree")[1].split("```")[1]
     named = set(re.findall(r"^  (\w+)(?:\.py|/) ", block, flags=re.MULTILINE))
     there = {path.stem for path in (ROOT / "lora").iterdir() if path.suffix == ".py"}
     there |= {path.name for path in (ROOT / "lora").iterdir() if (path / "__init__.py").is_file()}
     assert named == there - {"__init__", "__main__"}
 
 
-def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    name = page.relative_to(ROOT).as_posix()
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == CODE.get(name, 0)
     try:
         for block in blocks:
-            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+            exec(compile(block, name, "exec"), {"__name__": "readme"})
     finally:
         METHODS.pop("gain", None)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    if name == "README.md":
+        assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_public_interface_is_ten_lines() -> None:
     block = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
     assert sum(bool(line.strip()) for line in block.splitlines()) <= 12
+
+
+def results_page() -> str:
+    """docs/results.md without its line breaks."""
+    return " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
 
 def test_sst2_is_reported_over_three_seeds_of_each_method() -> None:
@@ -76,12 +103,13 @@ def test_qlora_is_within_a_point_of_lora() -> None:
         scores.setdefault(summary["method"], []).append(summary["metrics"]["accuracy"])
     means = {method: sum(found) / len(found) for method, found in scores.items()}
     assert abs(means["qlora"] - means["lora"]) < 0.01
-    assert "QLoRA is within a point of LoRA" in README
+    assert "QLoRA is within a point of LoRA" in results_page()
 
 
 def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
     """More than a point, in the results of the recipe and of each of the two before it."""
-    assert "LoRA stays more\nthan a point behind full fine-tuning; so it did under two" in README
+    claim = "LoRA stays more than a point behind full fine-tuning; so it did under two"
+    assert claim in results_page()
     for name, recipes in (("comparison", 1), ("earlier", 2)):
         scores: dict[tuple[str, str], list[float]] = {}
         for run in json.loads((RESULTS / "sst2" / f"{name}.json").read_text()):
@@ -261,5 +289,5 @@ def test_the_e2e_recipe_takes_a_small_model_as_it_says() -> None:
 
 def test_e2e_is_as_the_page_says() -> None:
     found = json.loads((RESULTS / "e2e" / "summary.json").read_text())["summary"]["metrics"]
-    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs" / "language.md").read_text(encoding="utf-8").split())
     assert f"at BLEU {found['bleu']:.1f} and ROUGE-L {100 * found['rougeL']:.1f} against" in page
