@@ -19,16 +19,10 @@ from lora.finetune.data import conversations, tokens
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, grouped
 from lora.finetune.data.corpus import Corpus, read, take
+from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids, refuse
+from lora.finetune.data.previews import preview
 from lora.finetune.data.rows import SPLITS, BadRows
-from lora.finetune.data.templates import (
-    Template,
-    encode,
-    encode_pairs,
-    preview,
-    prompt_ids,
-    refuse,
-    template_of,
-)
+from lora.finetune.data.templates import Template, template_of
 from lora.finetune.data.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 from lora.finetune.demo import tasks
 from lora.finetune.models import Base, check_ids, writing_parts

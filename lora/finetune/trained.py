@@ -26,8 +26,9 @@ from lora.finetune.config import RunConfig, method_named
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, from_row, read_prompts
 from lora.finetune.data.corpus import Corpus, Example, read_split, take, unlabelled
+from lora.finetune.data.encoding import refuse_prompts
 from lora.finetune.data.rows import BadRows
-from lora.finetune.data.templates import refuse_prompts, template_of
+from lora.finetune.data.templates import template_of
 from lora.finetune.data.tokens import Encoded, collate, layout
 from lora.finetune.evaluate import EVALUATED, predict, rows_of
 from lora.finetune.generate import Writing, padded, row_of, scored, written

@@ -32,7 +32,7 @@ from lora import nf4
 from lora.adapter_config import method_and_config
 from lora.errors import LoraError
 from lora.finetune import compare, config, plots, records, state
-from lora.finetune.data import templates, tokens
+from lora.finetune.data import encoding, templates, tokens
 from lora.finetune.data.conversations import from_row, read_prompts
 from lora.finetune.data.corpus import Columns, Example, read_predictions, unlabelled
 from lora.finetune.inputs import read_corpus
@@ -655,7 +655,7 @@ def chat_templates(folder: Path) -> Read:
             payload += draw.choice(pieces)
         (folder / "a.jinja").write_bytes(payload)
         found = templates.template_of(base.tokenizer, str(folder / "a.jinja"))
-        templates.encode(found, talk, 32)
+        encoding.encode(found, talk, 32)
 
     return read
 

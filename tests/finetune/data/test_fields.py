@@ -12,7 +12,8 @@ from test_templates import SPECIAL, TEMPLATES, bart_like, learned, made, of, t5_
 
 from lora.errors import DataError
 from lora.finetune.data.conversations import Message, from_row, read_conversations
-from lora.finetune.data.templates import Template, encode, encode_pairs, prompt_ids, template_of
+from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids
+from lora.finetune.data.templates import Template, template_of
 from lora.finetune.generate import row_of
 
 # After the models' own templates: what they write of reasoning and tools, and when.

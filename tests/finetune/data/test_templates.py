@@ -30,15 +30,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lora.errors import ConfigError, DataError, ModelError
 from lora.finetune.data.conversations import Conversation, Message, read_split
-from lora.finetune.data.templates import (
-    IGNORED,
-    Template,
-    encode,
-    encode_pairs,
-    preview,
-    prompt_ids,
-    template_of,
-)
+from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids
+from lora.finetune.data.previews import preview
+from lora.finetune.data.templates import Template, template_of
+from lora.finetune.data.tokens import IGNORED
 
 LINES = [
     "User: hello there\nAssistant: a good answer, indeed.",
@@ -352,7 +347,7 @@ def test_examples_lie_in_a_row_and_what_learns_nothing_is_left_out() -> None:
 def test_batches_of_texts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     template = of(made("gpt2"), "zephyr")
     whole, counts = encode(template, [*CONVERSATIONS.values()], 60)
-    monkeypatch.setattr("lora.finetune.data.templates.AT_ONCE", 3)
+    monkeypatch.setattr("lora.finetune.data.encoding.AT_ONCE", 3)
     again, others = encode(template, [*CONVERSATIONS.values()], 60)
     assert counts == others
     assert all(torch.equal(whole[name], again[name]) for name in whole)

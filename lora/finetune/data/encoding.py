@@ -1,0 +1,354 @@
+"""Conversations as token ids, and as the labels that are learned.
+
+encode(template, ...)         -> token ids and labels, the labels shifted by one
+encode_pairs(template, ...)   -> the same for an encoder and a decoder
+
+The text of a template holds every special token, and the tokenizer adds none. Without a template we
+write the first token that the tokenizer would, and tokenize only what follows: a SentencePiece
+tokenizer may begin the first word of a text by a space, and no word after a token. Each text is
+tokenized whole. A token is learned if its characters lie in an answer. Offsets come from the
+tokenizer's core without its post-processor, which would leave out leading spaces.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lora.errors import DataError
+from lora.finetune.data.conversations import Conversation
+from lora.finetune.data.rows import BadRows
+from lora.finetune.data.templates import LossOn, Rendered, Span, Template
+from lora.finetune.data.tokens import IGNORED
+
+TOGETHER = 16  # conversations rendered at a time
+AT_ONCE = 1_000  # texts tokenized at a time: their offsets are Python integers, which take memory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many examples and tokens were encoded, cut, left out, or are odd."""
+
+    examples: int = 0
+    tokens: int = 0  # that are left after the cut
+    learned: int = 0  # of those, the targets
+    long: int = 0  # examples longer than max_length, and cut
+    cut: int = 0  # tokens cut off
+    lost: int = 0  # examples without a target left, and left out
+    straddling: int = 0  # examples with a token that is part answer, part not; it is learned
+    unlike: int = 0  # examples that do not begin with the tokens that generation starts from
+    special: int = 0  # examples with special tokens in a message
+    unthought: int = 0  # examples whose template leaves out the reasoning of an earlier answer
+
+    def note(self, max_length: int) -> str:
+        """Returns one line for the user, "" if there is nothing to say."""
+        notes = []
+        if self.long:
+            notes.append(
+                f"{self.long} of {self.examples} examples are longer than --max-length {max_length}"
+                f" and cut, {self.cut} tokens in all"
+            )
+        if self.lost:
+            notes.append(f"{self.lost} of {self.examples} have no answer left and are left out")
+        if self.straddling:
+            notes.append(f"{self.straddling} learn a token that is only in part the answer's")
+        if self.unlike:
+            notes.append(f"{self.unlike} begin with other tokens than generation starts from")
+        if self.special:
+            notes.append(f"{self.special} have special tokens of the tokenizer in what was said")
+        if self.unthought:
+            notes.append(f"of {self.unthought} the template leaves out the reasoning of an answer")
+        return "; ".join(notes)
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """The tokens of one example, uncut."""
+
+    text: str
+    ids: list[int]
+    offsets: list[Span]  # characters of each token
+    learned: list[Span]  # stretches of tokens
+    straddling: bool
+    unlike: bool
+    special: bool
+    unthought: bool
+
+
+def encode(
+    template: Template,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    loss_on: LossOn = "answers",
+    bad: BadRows | None = None,
+) -> tuple[dict[str, Tensor], Counts]:
+    """Returns token ids and labels of the examples that have something to learn, concatenated.
+
+    input_ids (tokens,) int32
+    labels    (tokens,) int32: the token that each position predicts, -100 if nothing is learned
+    offsets   (examples + 1,) int64: where each example begins, and where the last ends
+    rows      (examples,) int64: their numbers among the conversations
+
+    Adds rows that the template refuses to `bad` and leaves them out; without `bad` raises their
+    DataError. Raises DataError if no row is left, and what Template.render raises.
+    """
+    counts: Counter[str] = Counter()
+    parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
+    lengths, rows = [], []
+    for start in range(0, len(conversations), AT_ONCE):
+        flat: dict[str, list[int]] = {"input_ids": [], "labels": []}
+        batch = rendered(template, conversations[start : start + AT_ONCE], loss_on, bad)
+        texts = [(conversations[start + row], text) for row, text in batch]
+        for (row, _), tokens in zip(batch, tokenized(template, texts), strict=True):
+            ids, labels = tokens.ids[:max_length], shifted_labels(tokens, max_length)
+            counts["long"] += len(tokens.ids) > max_length
+            counts["cut"] += len(tokens.ids) - len(ids)
+            for name in ("straddling", "unlike", "special", "unthought"):
+                counts[name] += getattr(tokens, name)
+            if learned := len(labels) - labels.count(IGNORED):
+                counts.update(tokens=len(ids), learned=learned)
+                flat["input_ids"] += ids
+                flat["labels"] += labels
+                lengths.append(len(ids))
+                rows.append(start + row)
+        for name, values in flat.items():
+            parts[name].append(torch.tensor(values, dtype=torch.int32))
+    counts.update(examples=len(conversations), lost=len(conversations) - len(rows))
+    totals = Counts(**counts)
+    if not rows:
+        if bad is not None:
+            bad.judge(left=False)
+        raise DataError(
+            f"none of {len(conversations)} examples has anything to learn:"
+            f" {totals.note(max_length)}. Raise --max-length, or run lora data preview."
+        )
+    tensors = {name: torch.cat(pieces) for name, pieces in parts.items()}
+    tensors["offsets"] = torch.tensor([0, *itertools.accumulate(lengths)])
+    return tensors | {"rows": torch.tensor(rows)}, totals
+
+
+def encode_pairs(
+    template: Template,
+    conversations: Sequence[Conversation],
+    max_length: int,
+    bad: BadRows | None = None,
+) -> tuple[dict[str, Tensor], Counts]:
+    """Returns what an encoder reads, the prompt, and what its decoder writes, the answer as labels.
+
+    As encode(), but the labels are the answer's tokens, not shifted, with the end token. They have
+    their own label_offsets (examples + 1,). Prompt and answer are each cut to max_length.
+    """
+    rows = [
+        number
+        for number, one in enumerate(conversations)
+        if _try(lambda one: _text_alone(template, one), one, bad) is not None
+        and one.messages[-1].learned
+    ]
+    counts: Counter[str] = Counter(examples=len(conversations))
+    counts["lost"] = len(conversations) - len(rows)
+    sequences: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for start in range(0, len(rows), AT_ONCE):
+        batch = [conversations[row] for row in rows[start : start + AT_ONCE]]
+        sources = prompt_ids(template, batch, encoder=True)
+        answers = _answer_ids(template, batch)
+        for source, answer in zip(sources, answers, strict=True):
+            cut = [_cut(ids, max_length, template.tokenizer) for ids in (source, answer)]
+            counts["long"] += cut != [source, answer]
+            counts["cut"] += len(source) + len(answer) - sum(map(len, cut))
+            counts.update(tokens=sum(map(len, cut)), learned=len(cut[1]))
+            for name, ids in zip(sequences, cut, strict=True):
+                sequences[name].append(ids)
+    tensors = {}
+    for name, offsets in (("input_ids", "offsets"), ("labels", "label_offsets")):
+        flat = [*itertools.chain.from_iterable(sequences[name])]
+        tensors[name] = torch.tensor(flat, dtype=torch.int32)
+        tensors[offsets] = torch.tensor([0, *itertools.accumulate(map(len, sequences[name]))])
+    if not rows and bad is not None:
+        bad.judge(left=False)
+    return tensors | {"rows": torch.tensor(rows)}, Counts(**counts)
+
+
+def prompt_ids(
+    template: Template, conversations: Sequence[Conversation], encoder: bool = False
+) -> list[list[int]]:
+    """Returns the tokens of the prompts, uncut; for an encoder with the tokens around its texts."""
+    texts = [template.prompt(one) for one in conversations]
+    if not encoder:
+        heads = [template.head(one) for one in conversations]
+        return [ids for ids, _ in _ids(template, texts, heads)]
+    head, tail = _frame(template.tokenizer, text="a")
+    return _framed(template, [text.removeprefix(template.start) for text in texts], head, tail)
+
+
+def _text_alone(template: Template, conversation: Conversation) -> str:
+    """Returns the prompt. Raises DataError if the answer is more than a text, since a decoder of
+    its own learns nothing else."""
+    last = conversation.messages[-1]
+    if last.role == "assistant" and last.more:
+        raise DataError(
+            f"{conversation.place}: the answer has {last.more[0][0]}, and a base with a decoder of"
+            " its own learns a text alone. Remove it, or pass another --base."
+        )
+    return template.prompt(conversation)
+
+
+def _framed(
+    template: Template, texts: Sequence[str], head: list[int], tail: list[int]
+) -> list[list[int]]:
+    """Returns the ids of texts between head and tail, which are there once even if a text has them
+    already."""
+    decoder = template.tokenizer.added_tokens_decoder
+    first = "".join(decoder[token].content for token in head if token in decoder)
+    last = "".join(decoder[token].content for token in tail if token in decoder)
+    bare = [
+        text.strip().removeprefix(first).removesuffix(last)
+        if (first and text.lstrip().startswith(first)) or (last and text.rstrip().endswith(last))
+        else text
+        for text in texts
+    ]
+    encodings = template.core.encode_batch_fast(bare, add_special_tokens=False)
+    return [head + encoding.ids + tail for encoding in encodings]
+
+
+def _answer_ids(template: Template, conversations: Sequence[Conversation]) -> list[list[int]]:
+    """Returns the ids of the answers, between the tokens that the tokenizer puts around targets."""
+    head, tail = _frame(template.tokenizer, text_target="a")
+    end = template.tokenizer.eos_token_id
+    tail = tail if end in tail else [*tail, end]
+    texts = [one.messages[-1].content.strip() for one in conversations]
+    return _framed(template, texts, head, tail)
+
+
+def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
+    """Returns the ids that a tokenizer puts before and after a text."""
+    encoding = tokenizer(return_special_tokens_mask=True, **text)
+    ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
+    first, last = special.index(0), len(special) - special[::-1].index(0)
+    return ids[:first], ids[last:]
+
+
+def _cut(ids: list[int], length: int, tokenizer: Any) -> list[int]:
+    """Returns at most `length` ids, an end token kept."""
+    ended = ids[-1:] if ids[-1] == tokenizer.eos_token_id else []
+    return ids if len(ids) <= length else ids[: length - len(ended)] + ended
+
+
+def shifted_labels(tokens: TokenizedText, length: int) -> list[int]:
+    """Returns the token that each of the first `length` positions is to predict, or IGNORED.
+
+    No position predicts the first token.
+    """
+    ids = tokens.ids[:length]
+    labels = [IGNORED] * len(ids)
+    for first, last in tokens.learned:
+        for token in range(max(first, 1), min(last, len(ids))):
+            labels[token - 1] = ids[token]
+    return labels
+
+
+def refuse(
+    template: Template, conversations: Sequence[Conversation], loss_on: LossOn, bad: BadRows
+) -> None:
+    """Add the rows that the template refuses to `bad`."""
+    rendered(template, conversations, loss_on, bad)
+
+
+def refuse_prompts(template: Template, conversations: Sequence[Conversation], bad: BadRows) -> None:
+    """Add the rows that the template cannot make a prompt of to `bad`."""
+    for one in conversations:
+        _try(template.prompt, one, bad)
+
+
+def rendered(
+    template: Template,
+    conversations: Sequence[Conversation],
+    loss_on: LossOn,
+    bad: BadRows | None = None,
+) -> list[tuple[int, Rendered]]:
+    """Returns the texts of the conversations with their numbers, without those that the template
+    refuses."""
+    texts = []
+    for number, one in enumerate(conversations):
+        if number % TOGETHER == 0:
+            template.prepare(conversations[number : number + TOGETHER], loss_on)
+        text = _try(lambda one: template.render(one, loss_on), one, bad)
+        if text is not None:
+            texts.append((number, text))
+    return texts
+
+
+def _try(
+    write: Callable[[Conversation], T], conversation: Conversation, bad: BadRows | None
+) -> T | None:
+    """Returns what `write` makes of a conversation. If it refuses, adds that to `bad` and returns
+    None."""
+    try:
+        return write(conversation)
+    except DataError as error:
+        if bad is None:
+            raise
+        bad.add(error, conversation.place)
+        return None
+
+
+def tokenized(
+    template: Template, texts: Sequence[tuple[Conversation, Rendered]]
+) -> Iterator[TokenizedText]:
+    """Yields the tokens of each text."""
+    heads = [template.head(conversation) for conversation, _ in texts]
+    wholes = _ids(template, [written.text for _, written in texts], heads)
+    prompts = _ids(template, [written.prompt for _, written in texts], heads)
+    for (conversation, written), (ids, offsets), (prompt, _) in zip(
+        texts, wholes, prompts, strict=True
+    ):
+        stretches = [_stretch(written.text, offsets, span) for span in written.spans]
+        yield TokenizedText(
+            text=written.text,
+            ids=ids,
+            offsets=offsets,
+            learned=[stretch for stretch, _ in stretches],
+            straddling=any(straddling for _, straddling in stretches),
+            unlike=ids[: len(prompt)] != prompt,
+            special=template.has_special(conversation),
+            unthought=any(thought.strip() not in written.text for thought in conversation.thoughts),
+        )
+
+
+def _ids(
+    template: Template, texts: Sequence[str], heads: Sequence[str]
+) -> Iterator[tuple[list[int], list[Span]]]:
+    """Yields the ids of each text and their characters. A head is one token."""
+    rests = [text[len(head) :] for text, head in zip(texts, heads, strict=True)]
+    encodings = template.core.encode_batch(rests, add_special_tokens=False)
+    for head, rest in zip(heads, encodings, strict=True):
+        first, far = [template.tokenizer.bos_token_id] * bool(head), len(head)
+        offsets = (
+            [(start + far, end + far) for start, end in rest.offsets] if head else rest.offsets
+        )
+        yield first + rest.ids, [(0, far)] * bool(head) + offsets
+
+
+def _stretch(text: str, offsets: Sequence[Span], span: Span) -> tuple[Span, bool]:
+    """Returns the tokens that a span touches, and whether an edge of the span cuts through one.
+
+    A token that takes only white space from beyond the edge, as special tokens may, does not count.
+    """
+    start, end = span
+    first = bisect_right(offsets, start, key=lambda token: token[1])
+    last = bisect_left(offsets, end, key=lambda token: token[0])
+    if first < last and offsets[first][0] < start and not text[start : offsets[first][1]].strip():
+        first += 1
+    straddling = first < last and (
+        bool(text[offsets[first][0] : start].strip())
+        or bool(text[end : offsets[last - 1][1]].strip())
+    )
+    return (first, last), straddling
