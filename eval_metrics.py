@@ -10,7 +10,7 @@ from pathlib import Path
 from lora.errors import LoraError
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.metrics import score
-from lora.finetune.records import summary_of
+from lora.finetune.record import summary_of
 from lora.finetune.trained import newest_runs
 
 if __name__ == "__main__":

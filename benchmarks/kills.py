@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import write
-from lora.finetune.records import metrics_of
+from lora.finetune.record import metrics_of
 
 
 def files(run: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def config_of(seed: int, limit: int | None, folder: str, packed: bool) -> Any:
 
 
 def ours(seed: int, limit: int | None, folder: str, packed: bool) -> dict[str, float]:
-    from lora.finetune.records import metrics_of
+    from lora.finetune.record import metrics_of
     from lora.finetune.run import run
     from lora.kernels.scratch import keep_freed_memory
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.files import write_whole
-from lora.finetune.run import environment
+from lora.finetune.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.machine import write
 from lora.finetune.memory import bfloat16_here
-from lora.finetune.records import summary_of
+from lora.finetune.record import summary_of
 
 MB = 10**6
 DEMO = ("lora", "full", "qlora", "bitfit")

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.machine import write
-from lora.finetune.records import summary_of
+from lora.finetune.record import summary_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sst2-sentences"
 RATES = {

@@ -21,7 +21,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.machine import write
-from lora.finetune.records import summary_of
+from lora.finetune.record import summary_of
 
 NORMS = "--modules-to-save sa_layer_norm output_layer_norm"
 GRID = {

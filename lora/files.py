@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,5 +138,24 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows needs write access
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[int | None]:
+    """Locks a file inside the block; makes it if it does not exist.
+
+    Yields the file's descriptor, or None if another process holds the lock. A child process that
+    inherits the descriptor holds the lock until it ends. File systems without locks lock nothing.
+    """
+    import filelock  # not above: torch brings it, but nothing else in the core needs it
+
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        free = True
+        with suppress(OSError):
+            free = filelock.lock_descriptor(descriptor, blocking=False)
+        yield descriptor if free else None
     finally:
         os.close(descriptor)

@@ -14,7 +14,7 @@ from rich.text import Text
 from lora.errors import DataError
 from lora.finetune.data.conversations import Message
 from lora.finetune.generate import Writing
-from lora.finetune.run import progress_bar, reading
+from lora.finetune.screen import progress_bar, reading
 from lora.finetune.source import Source
 from lora.finetune.trained import Acts, Trained, answers, conversation, reopen, system_of
 

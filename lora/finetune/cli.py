@@ -186,7 +186,7 @@ def _train_on(
 
     if launched():
         raise ConfigError("--nproc starts the processes, and torchrun did. Leave --nproc out.")
-    from lora.finetune.run import default_directory, resumable
+    from lora.finetune.run_folder import default_directory, resumable
 
     if directory is not None:
         resumable(Path(directory), base)
@@ -314,7 +314,7 @@ def _eval(arguments: list[str]) -> None:
     if config.predictions is not None:
         from lora.finetune.data.corpus import read_predictions
         from lora.finetune.metrics import score
-        from lora.finetune.records import summary_of
+        from lora.finetune.record import summary_of
 
         task = config.task or "classification"
         if config.task is None and (config.predictions.parent / "summary.json").is_file():
@@ -495,17 +495,17 @@ def _data(arguments: list[str]) -> None:
     own, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
     whole_number("count", own.count)
     config = parse_run(_with_config(own.config, others), "lora data preview")
+    from lora.finetune.assemble import resized_for, resolve, with_tokens
     from lora.finetune.distributed import device
     from lora.finetune.inputs import corpus_to_show, show, show_labelled
     from lora.finetune.models import load_skeleton
-    from lora.finetune.run import adapter_to_fit, resolve, with_tokens
 
     corpus = corpus_to_show(config)
     if corpus.task != "text":
         show_labelled(corpus, own.split, own.count)
         return
     base = load_skeleton(config.base, 1, "text")  # no weights are read
-    base = with_tokens(base, config, "text", adapter_to_fit(config))
+    base = with_tokens(base, config, "text", resized_for(config))
     config, _ = resolve(config, corpus, base, device())
     show(config, corpus, base, own.split, own.count)
 
@@ -559,7 +559,7 @@ def _export(arguments: list[str]) -> None:
 def _ends(adapter: Path, base: str) -> Any:
     """What ends an answer of a run that writes texts; None of all else."""
     from lora.finetune.inputs import export_ends
-    from lora.finetune.run import config_of, run_around
+    from lora.finetune.run_folder import config_of, run_around
 
     run = run_around(adapter)
     if run is None:

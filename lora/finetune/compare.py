@@ -7,14 +7,13 @@ is resumed: an interrupted comparison goes on where it stopped.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ import tomli_w
 
 from lora.adapter import check
 from lora.errors import ConfigError, RunError, StoppedError
-from lora.files import writable, write_together
+from lora.files import locked, writable, write_together
 from lora.finetune.config import (
     NAMES,
     RunConfig,
@@ -35,8 +34,8 @@ from lora.finetune.config import (
     stated_in,
     to_table,
 )
-from lora.finetune.records import Summary, summary_of
-from lora.finetune.run import config_of
+from lora.finetune.record import Summary, summary_of
+from lora.finetune.run_folder import config_of
 from lora.layers import inside
 
 
@@ -149,22 +148,20 @@ def _like(others: Sequence[Summary], directory: Path) -> Summary:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-    """Hold the comparison's folder: one that is at work there already is left in peace.
+    """Inside, no other comparison can work in this folder. Raises RunError if one already does.
 
-    Yields the lock's file descriptor: a run that inherits it holds the folder for as long as it
-    lives, though the comparison be killed.
+    Yields the lock's file descriptor. A run that inherits it holds the folder until it ends, even
+    if the comparison is killed.
     """
-    with writable(folder, RunError, "Pass another --run-dir."):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    with file as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with ExitStack() as stack:
+        with writable(folder, RunError, "Pass another --run-dir."):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = stack.enter_context(locked(folder / ".lock"))
+        if descriptor is None:
             raise RunError(
                 f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
-            ) from None
-        yield lock.fileno()
+            )
+        yield descriptor
 
 
 Standing = Literal["new", "cut off", "complete"]
@@ -245,7 +242,9 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
             command += ["--resume", str(run.run_dir)]
         else:
             command += ["--config", str(asked), "--run-dir", str(run.run_dir)]
-        with subprocess.Popen(command, pass_fds=[lock]) as process:
+        # Windows passes no descriptors on. There the run's own lock alone keeps others away.
+        inherited: dict[str, Any] = {} if sys.platform == "win32" else {"pass_fds": [lock]}
+        with subprocess.Popen(command, **inherited) as process:
             while process.returncode is None:
                 with suppress(KeyboardInterrupt):
                     process.wait()

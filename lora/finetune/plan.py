@@ -35,25 +35,25 @@ from lora import nf4
 from lora.adapter import Adapter, whole_number
 from lora.checkpoint import read_adapter
 from lora.errors import ModelError
+from lora.finetune.assemble import resized_for, resolve, with_tokens
 from lora.finetune.config import RunConfig, method_named
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
 from lora.finetune.distributed import device as device_here
+from lora.finetune.environment import PeakMemory
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
-from lora.finetune.losses import batch_loss, token_scores
+from lora.finetune.losses import token_scores
 from lora.finetune.memory import checkpoint_activations, hold
 from lora.finetune.metrics import score
 from lora.finetune.models import Base, load_skeleton
 from lora.finetune.quantized import packable, unfilled
-from lora.finetune.run import PeakMemory, adapter_to_fit, resolve, with_tokens
-from lora.finetune.train import check_room, groups, plan_of, steps_per_epoch
+from lora.finetune.train import Part, adamw, add_gradients, batch_plan, check_room, steps_per_epoch
 from lora.injection import (
     Report,
     build,
     check_steps,
     machine_memory,
-    penalty,
     place,
     planned_of,
     with_views,
@@ -332,7 +332,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     corpus = read_corpus(config)
     asked = len(corpus.labels) or 1, corpus.task, config.quantize, config.dense
     bare = load_skeleton(config.base, *asked)
-    bare = with_tokens(bare, config, corpus.task, adapter_to_fit(config))
+    bare = with_tokens(bare, config, corpus.task, resized_for(config))
     config, said = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
     corpus = inputs.corpus
@@ -343,9 +343,8 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     train = splits["train"]
     per_epoch = steps_per_epoch(train, config.batch_size)
     walked = min(config.epochs, -(-WALKED // per_epoch))
-    each = [
-        shape_of(train, rows) for _, rows in plan_of(train, config.batch_size, walked, config.seed)
-    ]
+    plan_of_batches = batch_plan(train, config.batch_size, walked, config.seed)
+    each = [shape_of(train, rows) for _, rows in plan_of_batches]
     largest = max(each, key=lambda shape: shape.size)
     typical = sorted(each, key=lambda shape: shape.size)[len(each) // 2]
     apart = [dataclasses.replace(split, row=None) for n, split in splits.items() if n != "train"]
@@ -426,7 +425,7 @@ class _Step:
                 head = base.model.get_output_embeddings() if texts else base.model
                 head.register_forward_hook(self._seen)
                 held = Counter(ledger.now)
-                optimizer = torch.optim.AdamW(groups(base.model, 1.0, 0.0), fused=True)
+                optimizer = adamw(base.model, 1.0, 0.0)
                 with ledger.phase("activations") as training:
                     for shape in shapes[:-1]:
                         self._step(base.model, optimizer, shape, 1)
@@ -469,7 +468,7 @@ class _Step:
         asked = len(self.corpus.labels) or 1, self.corpus.task
         quantize = "none" if packs else config.quantize
         base = load_skeleton(config.base, *asked, quantize, config.dense)
-        base = with_tokens(base, config, self.corpus.task, adapter_to_fit(config))
+        base = with_tokens(base, config, self.corpus.task, resized_for(config))
         model = base.model
         names = packable(model, config.dense) if packs else ()
         if config.adapter is not None:
@@ -547,10 +546,7 @@ class _Step:
         for _ in range(pieces if pieces == 1 else 2):  # the third finds what the second found
             ledger.use = "activations"
             batch, targets = self._batch(shape)
-            with autocast(model):
-                loss = batch_loss(model, batch, targets, task) / shape.targets
-            extra = penalty(model)
-            (loss if extra is None else loss + extra).backward()  # type: ignore[no-untyped-call]
+            add_gradients(model, Part(batch, targets), task, shape.targets, penalized=True)
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
         ledger.use = "optimiser"
         optimizer.step()

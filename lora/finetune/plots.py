@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora.errors import RunError
 from lora.files import writable, write_together
-from lora.finetune.records import Evaluated, StepRow, metrics_of, summary_of
+from lora.finetune.record import Evaluated, StepRow, metrics_of, summary_of
 
 # Distinct for readers who tell few colours apart (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

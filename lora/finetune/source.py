@@ -23,7 +23,7 @@ from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Task
 from lora.finetune.memory import pick_dtype
 from lora.finetune.models import load_skeleton
-from lora.finetune.run import CHECKPOINTS, at_base, config_of, run_around
+from lora.finetune.run_folder import CHECKPOINTS, at_base, config_of, run_around
 from lora.interop.pretrained import base_config
 
 TASKS: dict[str, Task] = {"SEQ_CLS": "classification", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "text"}

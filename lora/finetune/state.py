@@ -10,7 +10,7 @@
 A checkpoint is written to a folder beside its place, every file and folder synced, and renamed: it
 is there whole or not at all. One that is damaged all the same is known by its manifest.
 
-The schedule and the position in the data are functions of the step (train.slope, train.plan_of),
+The schedule and the position in the data are functions of the step (train.slope, train.batch_plan),
 and need no state of their own.
 
 What trains is whole on every rank, so that rank 0 writes it, and any number of ranks goes on. With
@@ -44,7 +44,7 @@ from lora.checkpoint import save as save_adapter
 from lora.errors import CheckpointError
 from lora.files import read_safetensors, readable, sync, writable, write_together
 from lora.finetune import distributed
-from lora.finetune.records import Mark
+from lora.finetune.record import Mark
 from lora.identity import fingerprint
 from lora.injection import injected
 from lora.interop import documents

@@ -22,6 +22,7 @@ from lora.checkpoint import load
 from lora.errors import ConfigError, DataError, MergeError, RunError, command
 from lora.files import writable
 from lora.finetune import distributed
+from lora.finetune.assemble import add_adapter, build_base, check_head, quantizes_later
 from lora.finetune.config import RunConfig, method_named
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, from_row, read_prompts
@@ -45,17 +46,9 @@ from lora.finetune.inputs import (
 )
 from lora.finetune.memory import hold
 from lora.finetune.models import load_tokenizer
-from lora.finetune.records import answers_of, environment_of, summary_of
-from lora.finetune.run import (
-    base_of,
-    check_free,
-    check_head,
-    progress_bar,
-    put_on,
-    reading,
-    takes_up,
-    write_lines,
-)
+from lora.finetune.record import answers_of, environment_of, summary_of, write_lines
+from lora.finetune.run_folder import check_free
+from lora.finetune.screen import progress_bar, reading
 from lora.finetune.source import Source, open_source
 from lora.finetune.weights import FLOATS
 from lora.injection import disabled, eject, merge, output_on
@@ -87,9 +80,9 @@ def _reopened(source: Source) -> Trained:
     """The same in the dtype of its base."""
     config = source.config
     fits = source.adapter if source.resizes else None
-    base = base_of(config, config.labels, config.task, fits=fits)
-    if takes_up(config):  # the base that training began with, packed under the start that it had
-        put_on(config, base)
+    base = build_base(config, config.labels, config.task, adapter=fits)
+    if quantizes_later(config):  # the same start again, so that the base is quantized as it was
+        add_adapter(config, base)
         eject(base.model)
     report = load(base.model, source.adapter, resize_embeddings=source.resizes)
     tokenizer = base.tokenizer

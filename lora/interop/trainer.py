@@ -79,7 +79,7 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
             raise ConfigError(
                 "the adapter trains at more than one rate, Trainer's optimizer has one. Pass"
                 " optimizers=(torch.optim.AdamW(groups(model, rate, decay)), None), with"
-                " lora.finetune.train.groups."
+                " lora.finetune.train.optimizer_groups."
             )
         self.checked = False
 

@@ -23,14 +23,16 @@ import lora
 from lora.adapter_config import method_and_config
 from lora.errors import CheckpointError, ConfigError, LoraError, RunError, command
 from lora.files import readable, writable
-from lora.finetune import config, models, records
+from lora.finetune import config, models, record
 from lora.finetune.cli import main
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import read_prompts
 from lora.finetune.data.rows import read_source
 from lora.finetune.data.templates import template_of
 from lora.finetune.plots import draw
-from lora.finetune.run import check_free, config_of, resume, run, write_lines
+from lora.finetune.record import write_lines
+from lora.finetune.run import resume, run
+from lora.finetune.run_folder import check_free, config_of
 from lora.finetune.source import open_source
 from lora.finetune.trained import merge_run, rescore
 from lora.interop.export import ExportConfig, export, export_gguf
@@ -114,7 +116,7 @@ def test_a_full_disk_at_any_write_of_a_run(
     left = {path.name for path in tmp_path.iterdir()} - {"cache"}
     assert left <= {"run"}
     if left:
-        assert resume(tmp_path / "run")["step"] == records.summary_of(run_of_demo)["step"]
+        assert resume(tmp_path / "run")["step"] == record.summary_of(run_of_demo)["step"]
     else:
         run(asked)
 

@@ -287,9 +287,9 @@ def test_a_start_that_no_file_could_repeat_is_in_the_file(init: str, method: str
 def test_lora_plus_and_fa_train_what_they_say() -> None:
     model = distilbert()
     lora.inject(model, lora.LoRAConfig(r=2, target_modules=TARGETS, loraplus_lr_ratio=16))
-    from lora.finetune.train import groups
+    from lora.finetune.train import optimizer_groups
 
-    found = {group["lr"]: group["params"] for group in groups(model, 1e-3, 0.01)}
+    found = {group["lr"]: group["params"] for group in optimizer_groups(model, 1e-3, 0.01)}
     assert set(found) == {1e-3, 16e-3}
     assert {p.shape[0] for p in found[1e-3]} == {2}
     assert {p.shape[1] for p in found[16e-3]} == {2}

@@ -176,7 +176,7 @@ class CutError(Exception):
 
 def cut_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run `lora train`, cut off in the middle of a step."""
-    real = lora.finetune.run.Record.step
+    real = lora.finetune.record.Record.step
 
     def stop(self: Any, now: Any) -> None:
         real(self, now)
@@ -184,7 +184,7 @@ def cut_at(step: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> 
             raise CutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora.finetune.run.Record, "step", stop)
+        patch.setattr(lora.finetune.record.Record, "step", stop)
         with pytest.raises(CutError):
             cli.main(arguments)
 

@@ -19,7 +19,7 @@ from test_resume import FLAGS, StoppedError, one_thread, result
 
 import lora.finetune.run as room
 from lora.errors import RunError, TrainingError
-from lora.finetune import distributed, state
+from lora.finetune import distributed, selection, state
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_the_best_checkpoint_is_handed_on_whole_or_not_at_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
-    monkeypatch.setattr(room, "ranked", list)  # the first is the best
+    monkeypatch.setattr(selection, "ranked", list)  # the first is the best
     train_until(8, *flags, "--final", "best", "--run-dir", run)
     path = state.place(run / "checkpoints", 3) / state.TENSORS
     payload = bytearray(path.read_bytes())
@@ -268,12 +268,12 @@ def test_a_run_is_its_processs_own_until_the_result_is_written(
     assert lora("train", *flags, "--run-dir", run) == 0
     (run / "summary.json").rename(run / "summary")
 
-    def put_on(*given: Any) -> Any:  # while this process reads, another one ends
+    def add_adapter(*given: Any) -> Any:  # while this process reads, another one ends
         (run / "summary").rename(run / "summary.json")
-        return real_put_on(*given)
+        return real_add_adapter(*given)
 
-    real_put_on = room.put_on
-    monkeypatch.setattr(room, "put_on", put_on)
+    real_add_adapter = room.add_adapter
+    monkeypatch.setattr(room, "add_adapter", add_adapter)
     before = (run / "metrics.jsonl").read_bytes()
     assert lora("train", "--resume", run) == 2
     assert "is complete" in said(capsys)

@@ -31,13 +31,13 @@ import lora
 from lora import nf4
 from lora.adapter_config import method_and_config
 from lora.errors import LoraError
-from lora.finetune import compare, config, plots, records, state
+from lora.finetune import compare, config, plots, record, state
 from lora.finetune.data import encoding, templates, tokens
 from lora.finetune.data.conversations import from_row, read_prompts
 from lora.finetune.data.corpus import Columns, Example, read_predictions, unlabelled
 from lora.finetune.inputs import read_corpus
 from lora.finetune.models import load_base, load_skeleton
-from lora.finetune.run import config_of
+from lora.finetune.run_folder import config_of
 from lora.finetune.source import open_source
 from lora.interop.export import ExportConfig, export
 from lora.interop.loralib import ConvertConfig, convert
@@ -379,11 +379,11 @@ def documents(folder: Path) -> Read:
         kind = draw.randrange(5)
         if kind == 0:
             (folder / "summary.json").write_bytes(damage.of_document(SUMMARY, draw))
-            compare.markdown(compare.rows([records.summary_of(folder)]))
+            compare.markdown(compare.rows([record.summary_of(folder)]))
         elif kind == 1:
             around = {"data": "a", "tokens": "b", "note": "", "torch": "2", "cores": 2}
             (folder / "environment.json").write_bytes(damage.of_document(around, draw))
-            records.environment_of(folder)
+            record.environment_of(folder)
         elif kind == 2:
             (folder / "metrics.jsonl").write_bytes(damage.of_lines(METRICS, draw))
             plots.read_metrics(folder)
@@ -391,7 +391,7 @@ def documents(folder: Path) -> Read:
             task = draw.choice(("classification", "text"))
             lines = damage.of_lines(answers[task], draw)
             (folder / "predictions.jsonl").write_bytes(lines)
-            for row in records.answers_of(folder, task, 8):
+            for row in record.answers_of(folder, task, 8):
                 list(from_row(row, "a place", answered=False)) if task == "text" else row["text"]
         else:
             lines = damage.of_lines(answers["classification"] * 3, draw)
@@ -428,7 +428,7 @@ def training_states(folder: Path) -> Read:
     sum(p.sum() for p in trained).backward()  # type: ignore[union-attr]
     optimizer.step()
     training = state.Training(model, optimizer, 1e-3, step=1)  # type: ignore[call-arg]
-    path = state.save(training, folder / "checkpoints", b"", records.NOTHING)
+    path = state.save(training, folder / "checkpoints", b"", record.NOTHING)
     names = ("training.json", "training.safetensors", "manifest.json")
     whole = {name: (path / name).read_bytes() for name in names}
 

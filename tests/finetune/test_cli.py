@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -19,8 +18,9 @@ from test_documents import SUMMARY
 
 import lora.methods
 from lora.adapter import METHODS
+from lora.files import locked
 from lora.finetune.cli import VERBS, main
-from lora.finetune.records import answers_of
+from lora.finetune.record import answers_of
 
 REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
 
@@ -236,7 +236,7 @@ def test_merge_writes_a_plain_model(
         assert found == pytest.approx(row["scores"], abs=2e-4)
         assert names[max(range(2), key=found.__getitem__)] == row["prediction"]
     assert lora("merge", run, "--output", out, *how) == 2
-    assert "exists: no model is written over" in capsys.readouterr().err
+    assert "exists: no model is overwritten" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"data", "run", "out"}
 
 
@@ -510,8 +510,7 @@ def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
     assert lora(*arguments, "--lora-alpha", 4) == 0
     assert "was cut off, goes on" in capsys.readouterr().err
     assert (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
-    with (runs / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(runs / ".lock"):
         assert lora(*arguments, "--lora-alpha", 4) == 2
         assert "another comparison is at work there" in capsys.readouterr().err
     assert lora("plot", runs / "lora-0", runs / "full-0", "--output", tmp_path / "pictures") == 0
@@ -659,7 +658,7 @@ def test_run_directories_that_cannot_be(
     arguments = ("train", "--base", base, "--data", data(tmp_path / "data"))
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     assert lora(*arguments, "--run-dir", trained) == 2
-    assert "exists: no run is written over" in capsys.readouterr().err
+    assert "exists: no run is overwritten" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     (tmp_path / "file").write_text("in the way")
     for folder, words in ((tmp_path / "file" / "run", "cannot be made"), ("/", "exists")):
@@ -730,9 +729,9 @@ def test_no_traceback_where_the_disk_is_full(base: str, tmp_path: Path) -> None:
 def test_a_run_directory_is_made_whole_or_not_at_all(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import lora.finetune.run
+    import lora.finetune.run_folder
 
-    real = lora.finetune.run.write_together
+    real = lora.finetune.run_folder.write_together
 
     def full(folder: Path, files: dict[str, bytes]) -> None:
         if "environment.json" in files:
@@ -741,7 +740,7 @@ def test_a_run_directory_is_made_whole_or_not_at_all(
 
     arguments = ("--base", base, "--data", data(tmp_path / "data"), "--epochs", 1)
     runs = tmp_path / "runs"
-    monkeypatch.setattr(lora.finetune.run, "write_together", full)
+    monkeypatch.setattr(lora.finetune.run_folder, "write_together", full)
     assert main(list(map(str, ("train", *arguments, "--run-dir", runs / "one")))) == 2
     assert "one cannot be written: No space left on device" in capsys.readouterr().err
     assert list(runs.iterdir()) == []

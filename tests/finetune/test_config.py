@@ -18,7 +18,7 @@ from lora.adapter import METHODS
 from lora.declared import declared
 from lora.errors import FileError, LoraError, RunError
 from lora.finetune.config import RunConfig, from_table, parse_run, to_table
-from lora.finetune.run import config_of
+from lora.finetune.run_folder import config_of
 
 RESOLVED: dict[str, Any] = {
     "base": "demo", "data": ["demo"], "method": "lora", "task": "classification",

@@ -941,8 +941,11 @@ class TestBadInput:
             (("--temperature", 0), "temperature"),
             (("--template", "gone.jinja"), "gone.jinja cannot be read"),
             (("--loss-on", "none"), "loss-on"),
-            (("--task", "text", "--text-column", "body"), "--text-column is of a classification"),
-            (("--task", "text", "--labels", "a", "b"), "--labels is of a classification"),
+            (
+                ("--task", "text", "--text-column", "body"),
+                "--text-column has no effect with --task text",
+            ),
+            (("--task", "text", "--labels", "a", "b"), "--labels has no effect with --task text"),
         ],
     )
     def test_settings(

@@ -19,7 +19,7 @@ from lora.errors import ConfigError, LoraError, ModelError, TargetError
 from lora.finetune.config import from_table
 from lora.finetune.models import load_base
 from lora.finetune.plan import Estimate, Memory, plan
-from lora.finetune.train import begin, fit
+from lora.finetune.train import Hyperparameters, begin, fit
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_it_counts_the_bytes_that_torchs_allocator_gives_out(bare: Path, method:
     found = plan(config)
     corpus = lora.finetune.run.read_corpus(config)
     real = load_base_of(bare, config.quantize)
-    config, _ = lora.finetune.run.resolve(config, corpus, real, torch.device("cpu"))
+    config, _ = lora.finetune.assemble.resolve(config, corpus, real, torch.device("cpu"))
     lora.inject(real.model, config.settings)
     rows, longest, *_ = found.largest
     offsets = torch.arange(rows + 1) * longest
@@ -104,7 +104,7 @@ def test_it_counts_the_bytes_that_torchs_allocator_gives_out(bare: Path, method:
     data = lora.finetune.data.tokens.Encoded(
         fields, offsets, torch.zeros(rows, dtype=torch.long), 0
     )
-    steps = fit(begin(real.model, 1e-3), data, "classification", 2, rows)
+    steps = fit(begin(real.model, 1e-3), data, "classification", Hyperparameters(2, rows))
     next(steps)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         next(steps)

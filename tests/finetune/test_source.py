@@ -19,7 +19,7 @@ from lora.errors import LoraError, RunError
 from lora.finetune import state
 from lora.finetune.cli import main
 from lora.finetune.models import load_base
-from lora.finetune.run import run_around
+from lora.finetune.run_folder import run_around
 from lora.finetune.source import open_source
 from lora.finetune.trained import reopen
 
@@ -413,7 +413,7 @@ class TestARunIsResumedOnIt:
     def test_not_before_its_first_checkpoint(self, cut: tuple[Path, bytes], tmp_path: Path) -> None:
         run, _ = cut
         shutil.rmtree(run / "checkpoints")
-        from lora.finetune.run import resumable
+        from lora.finetune.run_folder import resumable
 
         with pytest.raises(RunError, match="no checkpoint yet, by which its base would be known"):
             resumable(run, str(tmp_path / "moved"))

@@ -16,9 +16,9 @@ from torch import nn
 import lora
 from lora.errors import CheckpointError
 from lora.finetune import state
-from lora.finetune.records import NOTHING
+from lora.finetune.record import NOTHING
 from lora.finetune.state import Training
-from lora.finetune.train import begin, fit
+from lora.finetune.train import Hyperparameters, begin, fit
 
 SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 8, "micro_batch_size": 3}
 
@@ -41,7 +41,7 @@ def training(method: str = "lora", **model: Any) -> Training:
 
 def go(training: Training, until: int | None = None) -> list[float]:
     losses = []
-    for step in fit(training, encoded(), "classification", seed=4, **SETTINGS):
+    for step in fit(training, encoded(), "classification", Hyperparameters(seed=4, **SETTINGS)):
         losses.append(step.loss)
         if step.step == until:
             break

@@ -18,7 +18,7 @@ from lora.errors import ConfigError, TrainingError
 from lora.finetune.data.tokens import Encoded, batches, collate, layout
 from lora.finetune.evaluate import predict
 from lora.finetune.memory import hold
-from lora.finetune.train import Step, begin, check_room, fit, plan_of, slope
+from lora.finetune.train import Hyperparameters, Step, batch_plan, begin, check_room, fit, slope
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,8 @@ def steps_of(
     weight_decay: float = 0.0, seed: int = 0, **more: Any,
 ) -> Iterator[Step]:  # fmt: skip
     training = begin(model, learning_rate, weight_decay, seed)
-    return fit(training, data, "classification", epochs, batch_size, seed=seed, **more)
+    settings = Hyperparameters(epochs, batch_size, seed=seed, **more)
+    return fit(training, data, "classification", settings)
 
 
 def test_the_loop_is_adamw_with_warm_up_decay_and_clipping() -> None:
@@ -136,10 +137,10 @@ def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 
 def test_the_plan_goes_on_where_it_was() -> None:
-    whole = list(plan_of(encoded(), 8, 3, 4))
+    whole = list(batch_plan(encoded(), 8, 3, 4))
     assert len(whole) == 15
     for first in (0, 1, 5, 14, 15):
-        assert list(plan_of(encoded(), 8, 3, 4, first)) == whole[first:]
+        assert list(batch_plan(encoded(), 8, 3, 4, first)) == whole[first:]
 
 
 def test_an_evaluation_between_steps_changes_no_bit() -> None:

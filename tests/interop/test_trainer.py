@@ -21,7 +21,7 @@ import lora
 from lora import nf4
 from lora.errors import ConfigError, TargetError
 from lora.finetune.quantized import packable
-from lora.finetune.train import groups
+from lora.finetune.train import optimizer_groups
 from lora.injection import trained_parameters
 from lora.interop.trainer import AdapterCallback
 
@@ -211,7 +211,7 @@ def test_what_trainer_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="more than one rate, Trainer's optimizer has one"):
         trainer(classifier(plus), tmp_path).train()
     model = classifier(plus)
-    own = torch.optim.AdamW(groups(model, 1e-2, 0.0))
+    own = torch.optim.AdamW(optimizer_groups(model, 1e-2, 0.0))
     trainer(model, tmp_path, optimizers=(own, None), warmup_steps=2).train()
     few = lora.METHODS["adalora"].Config(init_r=4, target_r=2, tinit=5, tfinal=5)
     with pytest.raises(ConfigError, match="adalora has no steps to allocate ranks in"):

@@ -19,7 +19,7 @@ from lora.errors import ModelError
 from lora.finetune import losses
 from lora.finetune.data.tokens import IGNORED, Encoded, collate, drawn, layout, parts_of
 from lora.finetune.losses import batch_loss, check_language
-from lora.finetune.train import begin, fit, plan_of
+from lora.finetune.train import Hyperparameters, batch_plan, begin, fit
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_packing_changes_no_gradient(name: str) -> None:
                 module.p = 0.0
         lora.inject(model, lora.LoRAConfig(r=2))
         encoded = texts([7, 3, 9, 5, 4, 8, 12, 6], row=row)
-        steps = list(fit(begin(model, 1e-3), encoded, "text", 3, 4, warmup=0.0))
+        steps = list(fit(begin(model, 1e-3), encoded, "text", Hyperparameters(3, 4, warmup=0.0)))
         found.append(([s.loss for s in steps], [s.gradient_norm for s in steps], steps))
     for one, two in zip(found[0][:2], found[1][:2], strict=True):
         assert one == pytest.approx(two, rel=1e-5)
@@ -101,7 +101,12 @@ def test_a_step_is_the_mean_over_the_tokens_that_are_learned() -> None:
         model: Any = build("llama")
         lora.inject(model, lora.LoRAConfig(r=2))
         training = begin(model, 1e-3)
-        losses_.append([s.loss for s in fit(training, encoded, "text", 4, 6, size, warmup=0.0)])
+        losses_.append(
+            [
+                s.loss
+                for s in fit(training, encoded, "text", Hyperparameters(4, 6, size, warmup=0.0))
+            ]
+        )
     model = build("llama")
     batch, targets = collate(encoded, [[i] for i in range(6)], CPU)
     want = float(batch_loss(model, batch, targets, "text").detach()) / sum(encoded.counts)
@@ -134,7 +139,7 @@ def test_texts_that_see_one_another_are_refused() -> None:
 def test_what_is_packed_says_how_full_its_rows_are() -> None:
     model: Any = build("llama")
     lora.inject(model, lora.LoRAConfig(r=2))
-    step = next(fit(begin(model, 1e-3), texts([8, 8, 8, 6], row=16), "text", 1, 4))
+    step = next(fit(begin(model, 1e-3), texts([8, 8, 8, 6], row=16), "text", Hyperparameters(1, 4)))
     assert step.tokens == 30
     assert step.padding == pytest.approx(1 - 30 / 32)
 
@@ -168,10 +173,10 @@ def test_an_epoch_has_each_tasks_share_and_repeats_none_early() -> None:
 
 def test_the_plan_of_a_mixture_goes_on_anywhere() -> None:
     encoded = mixture([30, 7], [0.4, 0.6])
-    whole = list(plan_of(encoded, 8, 3, 5))
+    whole = list(batch_plan(encoded, 8, 3, 5))
     assert len(whole) == 3 * math.ceil(37 / 8)
     for first in (1, 5, 9):
-        assert list(plan_of(encoded, 8, 3, 5, first)) == whole[first:]
+        assert list(batch_plan(encoded, 8, 3, 5, first)) == whole[first:]
 
 
 def test_stretches_do_not_change_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +185,11 @@ def test_stretches_do_not_change_a_step(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(losses, "AT_ONCE", most)
         model: Any = build("gemma2")
         lora.inject(model, lora.LoRAConfig(r=2))
-        found.append([s.loss for s in fit(begin(model, 1e-2), texts([9, 12, 5]), "text", 6, 3)])
+        found.append(
+            [
+                s.loss
+                for s in fit(begin(model, 1e-2), texts([9, 12, 5]), "text", Hyperparameters(6, 3))
+            ]
+        )
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0][-1] < found[0][0]

@@ -1,0 +1,308 @@
+"""What a run writes into its folder and what is read back, each file with its schema.
+
+environment.json   versions, machine, command, and digests of the training data
+metrics.jsonl      one row per step and per evaluation, as they happen
+predictions.jsonl  the answers on the held-out split
+summary.json       the result; written last, so only a complete run has it
+
+Record writes metrics.jsonl during training. The readers need no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
+
+from lora.errors import RunError
+from lora.files import readable, writable, write_whole
+from lora.interop import documents
+from lora.interop.documents import Count, Finite, Positive, Seconds
+
+if TYPE_CHECKING:  # both import torch, which a reader of a summary does without
+    from lora.finetune.evaluate import Evaluation
+    from lora.finetune.train import Step
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Scores = Annotated[dict[str, Finite], Field(min_length=1)]
+Task = Literal["classification", "regression", "text"]
+Split = Literal["train", "dev", "test"]
+Epoch = Annotated[float, Field(gt=0, le=1_000_000)]
+Mark = tuple[Count, str]
+"""The length of metrics.jsonl at a checkpoint, in bytes, and the SHA-256 of those bytes."""
+NOTHING: Mark = (0, hashlib.sha256().hexdigest())
+
+
+class Evaluated(TypedDict):
+    """Means over the steps since the last evaluation, and the scores on dev after them."""
+
+    step: Positive
+    epoch: Epoch
+    loss: Finite
+    first_loss: Finite
+    seconds: Seconds
+    padding: Finite
+    dev_loss: Finite
+    dev: Scores
+
+
+class EvaluationRow(Evaluated):
+    kind: Literal["evaluation"]
+
+
+class StepRow(TypedDict):
+    """lora.finetune.train.Step without `stop`."""
+
+    kind: Literal["step"]
+    step: Positive
+    steps: Positive
+    epoch: Positive
+    loss: Finite
+    learning_rate: Finite
+    gradient_norm: Finite
+    examples: Positive
+    targets: Positive
+    tokens: Positive
+    padding: Share
+    seconds: Seconds
+    epoch_ends: bool
+
+
+class Environment(TypedDict):
+    """The keys of environment.json that are read back: digests of the data, and remarks on it."""
+
+    data: str
+    tokens: str
+    note: str
+
+
+class Answer(TypedDict):
+    """A row of predictions.jsonl of classification or regression."""
+
+    text: str
+    pair: NotRequired[str]
+
+
+class Turn(TypedDict):
+    """A message. Other keys are checked when the conversation is read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    role: str
+    content: str
+
+
+class Written(TypedDict, total=False):
+    """A row of predictions.jsonl of --task text: a prompt or messages, and tools if it has any."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    prompt: str
+    messages: list[Turn]
+
+
+class Summary(TypedDict):
+    method: str
+    task: Task
+    base: str
+    data: str
+    seed: Count
+    note: str
+    trainable: Count
+    adapter_parameters: Count
+    parameters: Positive
+    learning_rate: Finite
+    evaluations: Annotated[list[Evaluated], Field(min_length=1)]
+    step: Positive
+    split: Split
+    rows: Positive
+    loss: Finite
+    metrics: Scores
+    baseline: NotRequired[Scores]
+    train_seconds: Seconds
+    seconds: Seconds
+    peak_bytes: Count
+    dtype: NotRequired[Literal["float32", "bfloat16"]]  # of the computation; older runs lack it
+
+
+Row = StepRow | EvaluationRow
+ROW: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="kind")])
+ENVIRONMENT = TypeAdapter(Environment)
+SUMMARY = TypeAdapter(Summary)
+ANSWERS: dict[str, TypeAdapter[Any]] = {
+    "classification": TypeAdapter(Answer),
+    "regression": TypeAdapter(Answer),
+    "text": TypeAdapter(Written),
+}
+
+
+def summary_of(directory: Path) -> Summary:
+    """The result of a complete run. Raises RunError if it is missing or damaged."""
+    path = directory / "summary.json"
+    with readable(path, RunError, "Pass the folder of a run."):
+        exists = path.is_file()
+    if not exists:
+        raise RunError(f"{directory} holds no complete run: no summary.json. Run lora train.")
+    return documents.read(path, SUMMARY, RunError, f"Remove {directory}, and run it again.")
+
+
+def environment_of(directory: Path) -> Environment:
+    """What the run started with. Raises RunError."""
+    return documents.read(
+        directory / "environment.json", ENVIRONMENT, RunError, "Bring it back, or run anew."
+    )
+
+
+def metrics_of(directory: Path) -> list[Row]:
+    """The rows that a run has recorded, without a last line that is incomplete. Raises RunError."""
+    path = directory / "metrics.jsonl"
+    with readable(path, RunError, "Pass a run directory."):
+        exists = path.exists()
+    if not exists:
+        raise RunError(f"{directory} is no run directory: no metrics.jsonl. Run lora train.")
+    payload = documents.content(path, RunError, "Run lora train again.")
+    whole = payload[: payload.rfind(b"\n") + 1]
+    return documents.decode_lines(whole, ROW, path, RunError, "Run lora train again.")
+
+
+def metrics_at(directory: Path, mark: Mark, step: int) -> tuple[list[Row], bytes]:
+    """The rows that a run had recorded at the checkpoint of `step`, and their bytes in the file.
+
+    Raises RunError if the file has changed since.
+    """
+    if step == 0:
+        return [], b""
+    path, advice = directory / "metrics.jsonl", "Bring it back, or run anew."
+    payload = documents.content(path, RunError, advice)[: mark[0]]
+    if hashlib.sha256(payload).hexdigest() != mark[1]:
+        raise RunError(f"{path} is damaged: it is not as it was at its checkpoint. {advice}")
+    rows = documents.decode_lines(payload, ROW, path, RunError, advice)
+    if not rows or rows[-1]["kind"] != "step" or rows[-1]["step"] != step:
+        raise RunError(f"{path} is damaged: its checkpoint is of step {step}. {advice}")
+    return rows, payload
+
+
+def answers_of(directory: Path, task: str, most: int) -> list[Any]:
+    """The first rows of predictions.jsonl; none before the run is complete. Raises RunError."""
+    path, advice = directory / "predictions.jsonl", "Bring it back, or run anew."
+    if not path.exists():
+        return []
+    payload = documents.content(path, RunError, advice)
+    first = b"\n".join(payload.split(b"\n", most)[:most])
+    return documents.decode_lines(first, ANSWERS[task], path, RunError, advice)
+
+
+class Record:
+    """Writes metrics.jsonl, and knows what it holds: every evaluation, and the steps since the
+    last one.
+
+    `file` is None on ranks that write nothing. `log` gets each new row too; `rows` are in the file
+    already.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO | None,
+        rows: Sequence[Mapping[str, Any]],
+        log: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        self.file, self.log, self.digest = file, log, hashlib.sha256()
+        self.evaluations: list[dict[str, Any]] = []
+        self.steps: list[Mapping[str, Any]] = []
+        for row in rows:
+            self._remember(row)
+
+    def step(self, step: Step) -> None:
+        """Write the row of an optimiser step."""
+        row = {"kind": "step", **asdict(step)}
+        del row["stop"]  # belongs to this process, not to the training
+        self._write(row)
+
+    def evaluation(self, step: int, epoch: float, dev: Evaluation) -> Mapping[str, Any]:
+        """Write the row of an evaluation, with means over the steps since the one before."""
+        targets = sum(s["targets"] for s in self.steps)
+        tokens = sum(s["tokens"] for s in self.steps)
+        positions = sum(s["tokens"] / (1 - s["padding"]) for s in self.steps)
+        self._write(
+            {
+                "kind": "evaluation",
+                "step": step,
+                "epoch": epoch,
+                "loss": sum(s["loss"] * s["targets"] for s in self.steps) / targets,
+                "first_loss": self.steps[0]["loss"],
+                "seconds": sum(s["seconds"] for s in self.steps),
+                "padding": 1 - tokens / positions,
+                "dev_loss": dev.loss,
+                "dev": dev.metrics,
+            }
+        )
+        return self.evaluations[-1]
+
+    def mark(self) -> Mark:
+        """The file's length and SHA-256, once it is on disk; NOTHING on ranks that write none."""
+        if self.file is None:
+            return NOTHING
+        with writable(self.file.name, RunError):
+            os.fsync(self.file.fileno())
+        return self.file.tell(), self.digest.hexdigest()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Write one line and flush it, so that a reader can follow the run."""
+        if self.file is not None:
+            line = json.dumps(row, allow_nan=False).encode() + b"\n"
+            with writable(self.file.name, RunError):
+                self.file.write(line)
+                self.file.flush()
+            self.digest.update(line)
+        self.log(row)
+        self._remember(row)
+
+    def _remember(self, row: Mapping[str, Any]) -> None:
+        if row["kind"] == "step":
+            self.steps.append(row)
+        else:
+            self.evaluations.append({k: v for k, v in row.items() if k != "kind"})
+            self.steps = []
+
+
+@contextmanager
+def recorder(
+    directory: Path, mark: Mark, step: int, log: Callable[[Mapping[str, Any]], None], writes: bool
+) -> Iterator[Record]:
+    """Open metrics.jsonl to append to it after `mark`, the mark() of the checkpoint of `step`.
+
+    What the file holds after the mark is cut off: those steps are done again. Only the rank that
+    `writes` opens the file.
+    """
+    path, length = directory / "metrics.jsonl", mark[0]
+    rows, payload = metrics_at(directory, mark, step)
+    record = Record(None, rows, log)
+    record.digest.update(payload)
+    try:
+        if writes:
+            with writable(path, RunError):
+                record.file = path.open("r+b" if length else "wb")
+                record.file.truncate(length)
+                record.file.seek(length)
+        yield record
+    finally:
+        if record.file is not None:
+            with suppress(OSError):  # flushes a line that failed to be written, which was reported
+                record.file.close()
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines: the whole file or nothing. Raises RunError."""
+    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def write_file(path: Path, payload: bytes) -> None:
+    """Write the whole file or nothing. Raises RunError."""
+    with writable(path, RunError):
+        write_whole(path, payload)

@@ -1,0 +1,183 @@
+"""The folder of a run: where it may be made, its configuration, and whether it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from lora.errors import ConfigError, RunError, command
+from lora.files import locked, readable, writable, write_together
+from lora.finetune import state
+from lora.finetune.config import RunConfig, from_table, placed, read_toml, to_table
+from lora.finetune.data.corpus import Corpus
+from lora.finetune.environment import environment
+from lora.finetune.record import environment_of
+
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+SAME = ("python", "torch", "transformers", "processor", "threads", "device", "ranks")
+"""Keys of environment.json on which the last bits of a result may depend."""
+
+
+def default_directory(config: RunConfig[Any]) -> Path:
+    """runs/TIME-METHOD, a name that no earlier run has."""
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
+
+
+def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> None:
+    """Raise RunError if a folder exists already or could not be made. Makes nothing."""
+    with writable(directory, RunError, f"Pass another {flag}."):
+        exists = False
+        with suppress(FileNotFoundError, NotADirectoryError):
+            exists = bool(directory.lstat())
+        parents = (path for path in directory.absolute().parents if path.exists())
+        parent = next(parents, directory)  # a root has no parents
+    if exists:
+        raise RunError(
+            f"{flag} {directory} exists: no {what} is overwritten. Pass another, or remove it."
+        )
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "not writable" if parent.is_dir() else "not a folder"
+        raise RunError(f"{flag} {directory} cannot be made: {parent} is {why}. Pass another.")
+
+
+def create(directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str) -> None:
+    """Make the folder with config.toml and environment.json in it, or make nothing."""
+    start = environment() | {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
+    files = {
+        "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
+        "environment.json": json.dumps(start, indent=2).encode(),
+    }
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
+    with writable(directory, RunError, "Pass another --run-dir."):
+        temporary.mkdir(parents=True)
+        try:
+            write_together(temporary, files)
+            temporary.rename(directory)
+        except BaseException:
+            shutil.rmtree(temporary)
+            raise
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Inside, no other process can work on this run. Raises RunError if one already does."""
+    with ExitStack() as stack:
+        with writable(directory, RunError, "Pass the folder of a run."):
+            descriptor = stack.enter_context(locked(directory / LOCK))
+        if descriptor is None:
+            raise RunError(f"{directory}: another process is at work on this run. Wait.")
+        yield
+
+
+def run_around(folder: Path) -> Path | None:
+    """The run whose folder, or whose adapter folder, this is; None if it is neither.
+
+    Resolves the path first: inside RUN/adapter, `.` is the run's adapter too.
+    """
+    path = folder.resolve()
+    runs = [folder, *([path.parent] if path.name == "adapter" else [])]
+    return next((run for run in runs if (run / "config.toml").is_file()), None)
+
+
+def config_of(directory: Path) -> RunConfig[Any]:
+    """The configuration of a run, as resolved. Raises RunError if the folder is not a run."""
+    path = directory / "config.toml"
+    with readable(directory, RunError, "Pass the folder of a run."):
+        exists = path.is_file()
+    if not exists:
+        raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
+    try:
+        table = read_toml(path)
+        if "method" not in table:
+            raise ConfigError("method is missing.")
+        config = from_table(table, table["method"])
+    except ConfigError as error:
+        raise RunError(f"{path} is damaged: {error} Bring it back, or run anew.") from None
+    missing = [key for key in ("learning_rate", "max_length") if getattr(config, key) is None]
+    missing += ["dtype"] * (config.dtype == "auto")
+    if missing:
+        raise RunError(f"{path} is damaged: {missing[0]} is missing. Bring it back, or run anew.")
+    if config.task == "auto" or (config.task == "classification") != bool(config.labels):
+        raise RunError(
+            f"{path} names no task with its labels, so no run wrote it. Run lora train first."
+        )
+    return config
+
+
+def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunConfig[Any]:
+    """The configuration with its base where it is now: at `base`, or where it was when the run in
+    `directory` started. Raises RunError if it is not there any more."""
+    if base is not None:
+        return replace(config, base=placed(base))
+    if os.path.isabs(config.base) and not os.path.isdir(config.base):
+        raise RunError(
+            f"{directory}: its base {config.base} is not there any more. Pass its new place:"
+            " --base FOLDER."
+        )
+    return replace(config, base=placed(config.base))
+
+
+def resumable(directory: Path, base: str | None = None) -> RunConfig[Any]:
+    """The configuration of a run that is not complete. Raises RunError."""
+    config = config_of(directory)
+    _check_incomplete(directory)
+    if base is not None and state.find(directory / CHECKPOINTS)[0] is None:
+        anew = command("lora", "train", "--config", directory / "config.toml", "--base", base)
+        raise RunError(
+            f"--base {base}: {directory} has no checkpoint yet, so nothing tells whether this is"
+            f" the same base. Train anew: {anew}."
+        )
+    return at_base(config, base, directory)
+
+
+def checkpoint_to_resume(
+    directory: Path, corpus: Corpus, tokens: str, say: Callable[[str], None]
+) -> tuple[Path | None, str]:
+    """The newest whole checkpoint of a run, None if it has none; and the note on its data.
+
+    `tokens` is the digest of the training split. Raises RunError if the run is complete, or if its
+    data, tokens or config.toml have changed since it started.
+    """
+    _check_incomplete(directory)  # again: another process may have completed it meanwhile
+    anew = command("lora", "train", "--config", directory / "config.toml")
+    start, now = environment_of(directory), environment()
+    if start["data"] != corpus.digest():
+        raise RunError(
+            f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
+            f" run anew: {anew}."
+        )
+    if start["tokens"] != tokens:
+        raise RunError(
+            f"{directory}: the same data gives other tokens than when the run began. The tokenizer"
+            " changed, or the chat template writes today's date. Bring the tokenizer back, or run"
+            f" anew with a --template FILE that writes no date: {anew}."
+        )
+    for key in SAME:
+        if start.get(key) != now[key]:
+            say(f"note: {key} was {start.get(key)}, is {now[key]}: last bits may differ.")
+    path, notes = state.find(directory / CHECKPOINTS)
+    for note in notes:
+        say(f"note: {note}")
+    with readable(directory, RunError, "Bring its files back, or run anew."):
+        if path and (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
+            raise RunError(
+                f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
+            )
+    return path, start["note"]
+
+
+def _check_incomplete(directory: Path) -> None:
+    if (directory / "summary.json").is_file():
+        score = command("lora", "eval", directory)
+        raise RunError(f"{directory} is complete. Run {score}, or train anew.")

@@ -1,0 +1,113 @@
+"""What a run shows while it works: a progress bar on a terminal, elsewhere lines on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import rich
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from lora.finetune import distributed
+from lora.finetune.train import Step
+
+
+def progress_bar() -> Progress:
+    """A bar on a terminal; elsewhere nothing but the printed lines, on stderr. Only rank 0 shows
+    anything."""
+    first = distributed.rank() == 0
+    console = rich.get_console() if sys.stderr.isatty() else rich.console.Console(file=sys.stderr)
+    console = console if first else rich.console.Console(quiet=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty() or not first,
+    )
+
+
+@contextmanager
+def reading(progress: Progress) -> Iterator[Callable[[int, int], None]]:
+    """Inside, a bar without an end: nobody knows how long data and base take to load.
+
+    Yields a function to call with (layers quantized, layers in all) while the base is quantized.
+    """
+    task = progress.add_task("reading data and base", total=None)
+    description = "quantizing the base, layer by layer"
+    yield lambda done, layers: progress.update(
+        task, total=layers, completed=done, description=description
+    )
+    progress.remove_task(task)
+
+
+def say(progress: Progress, text: str) -> None:
+    """Print a line above the bar, exactly as it is: rich would wrap it and color numbers."""
+    progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+class TrainingScreen:
+    """Shows a training: a bar on a terminal; elsewhere a line every 30 seconds, and each
+    evaluation."""
+
+    EVERY = 30.0  # seconds
+
+    def __init__(self, progress: Progress, epochs: int, total: int, done: int) -> None:
+        self.progress, self.epochs = progress, epochs
+        self.bar = progress.add_task("training", total=total, completed=done)
+        self.recent: deque[Step] = deque(maxlen=20)
+        self.printed = time.monotonic()
+
+    def step(self, step: Step) -> None:
+        """Show a step's loss and rate, and the speed over the last 20 steps."""
+        self.recent.append(step)
+        seconds = sum(s.seconds for s in self.recent)
+        tokens = sum(s.tokens for s in self.recent)
+        positions = sum(s.tokens / (1 - s.padding) for s in self.recent)
+        text = (
+            f"epoch {step.epoch}/{self.epochs} loss {step.loss:.3f} rate {step.learning_rate:.1e}"
+            f" {tokens / seconds:,.0f} tokens/s padding {1 - tokens / positions:.0%}"
+        )
+        self.progress.update(self.bar, completed=step.step, description=text)
+        now = time.monotonic()
+        if self.progress.disable and now - self.printed >= self.EVERY:
+            self.printed = now
+            left = (step.steps - step.step) * seconds / len(self.recent)
+            clock = time.strftime("%H:%M:%S", time.gmtime(left))
+            say(self.progress, f"step {step.step}/{step.steps} {text} left {clock}")
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Print an evaluation: its scores, and the first metric of each task if there are tasks."""
+        scores = "  ".join(
+            f"{name} {value:.4f}" for name, value in row["dev"].items() if "/" not in name
+        )
+        metric = next(iter(row["dev"]))
+        tasks = [
+            f"{name.removeprefix(f'{metric}/')} {value:.4f}"
+            for name, value in row["dev"].items()
+            if name.startswith(f"{metric}/")
+        ]
+        scores += f"  ({metric} of {', '.join(tasks)})" if tasks else ""
+        say(
+            self.progress,
+            f"epoch {row['epoch']:.3g}/{self.epochs}  loss {row['loss']:.4f}"
+            f"  dev loss {row['dev_loss']:.4f}  {scores}  {row['seconds']:.1f} s",
+        )
+
+    def done(self) -> None:
+        """Remove the bar."""
+        self.progress.remove_task(self.bar)
