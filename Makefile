@@ -1,4 +1,4 @@
-# Each target makes the virtual environment if it is not there: a fresh machine needs no more.
+# Each target first makes the virtual environment if there is none.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -7,8 +7,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 .PHONY: help demo demo-lm test test-all lint types quick slow figures clean
 
 help:
-	@echo "make demo       train LoRA and full fine-tuning on the embedded data, and compare them"
-	@echo "make demo-lm    train a small language model, and adapt it to tasks that it has not seen"
+	@echo "make demo       train LoRA and full fine-tuning on the included reviews, and compare them"
+	@echo "make demo-lm    train a small language model, and adapt it to tasks it has not seen"
 	@echo "make test       lint, types, the quick tests"
 	@echo "make test-all   the same and the slow tests"
 
@@ -21,7 +21,7 @@ demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/lora compare --config recipes/demo.toml --run-dir runs/demo
 
-# So small a model is as fast on one thread as on two.
+# A model this small is as fast on one thread as on two.
 demo-lm: export OMP_NUM_THREADS := 1
 demo-lm: $(READY)
 	rm -rf runs/demo-lm
