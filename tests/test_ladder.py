@@ -37,7 +37,7 @@ LADDER = [
 PACKAGE = ROOT / "lora"
 # What imports transformers; the core knows its classes by name, and testing builds a Conv1D.
 TRANSFORMERS = {
-    "foreign", "testing", "interop.pretrained", "interop.trainer", "finetune.generate",
+    "foreign", "testing._toys", "interop.pretrained", "interop.trainer", "finetune.generate",
     "finetune.demo.bases", "finetune.memory", "finetune.models", "finetune.quantized",
     "finetune.environment", "finetune.weights",
 }  # fmt: skip

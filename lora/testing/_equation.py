@@ -1,0 +1,237 @@
+"""Clauses on what a method computes: values, gradients, dtypes, dropout."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, Method, MethodConfig
+from lora.errors import ConfigError, MergeError
+from lora.injection import (
+    activate,
+    inject,
+    merge,
+    trained_parameters,
+    wrappers_of,
+)
+from lora.kernels import fused
+from lora.kernels.dropout import Mask, draw
+from lora.layers import View
+from lora.testing._requirements import require, require_near, require_raise, require_same
+from lora.testing._toys import (
+    Case,
+    Toy,
+    injected_toy,
+    input_of,
+    make_mergeable,
+    perturb,
+    to_float32,
+    trains_base,
+)
+
+
+def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Right after injection the model computes what the base does."""
+    x = input_of(case)
+    require_near(injected_toy(config, case)(x), Toy(case).eval()(x), "output after injection")
+
+
+def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """With moved parameters, which change the output, merging changes it no more."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    make_mergeable(model)
+    before = model(x)
+    require(not torch.equal(before, Toy(case).eval()(x)), "moved parameters change nothing")
+    merge(model)
+    require_near(model(x), before, "merged output")
+
+
+def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Of the same 16-bit weights computed in float32; forward and merged alike."""
+    if case.dtype.itemsize != 2:
+        return
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    truth = copy.deepcopy(model).float()(to_float32(x))
+    make_mergeable(model)
+    eps = torch.finfo(case.dtype).eps
+    for how in ("forward", "merged"):
+        if how == "merged":
+            merge(model)
+        off = float((model(x).float() - truth).detach().abs().max() / truth.detach().abs().max())
+        require(off <= 4 * eps, f"{how}: off by {off / eps:.1f} eps of the largest output")
+
+
+def adapters_are_held_in_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Whatever the base's dtype."""
+    for name, layer in wrappers_of(injected_toy(config, case))[0].items():
+        for key, parameter in layer.adapter("default").named_parameters():
+            require(parameter.dtype == torch.float32, f"{name}.{key} is {parameter.dtype}")
+
+
+def active_together(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Two additive adapters sum, forward and merged; two others are refused."""
+    assert issubclass(method, Adapter)
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    if trains_base(model):
+        with require_raise(ConfigError, "a second adapter beside trained parameters of the base"):
+            inject(model, config, name="two", seed=1)
+        return
+    inject(model, config, name="two", seed=1)
+    perturb(model, "two", size=0.2)
+    model.eval()
+    if not method.additive:
+        with require_raise(MergeError, "two adapters that do not add up"):
+            activate(model, "default", "two")
+        return
+    layer = model.first
+    shifts = []
+    for name in ("default", "two"):
+        activate(model, name)
+        shifts.append(layer(x).float() - layer.base_layer(x).float())  # type: ignore[operator]
+    activate(model, "default", "two")
+    wanted = layer.base_layer(x).float() + shifts[0] + shifts[1]  # type: ignore[operator]
+    require_near(layer(x), wanted.to(case.dtype), "two active adapters", k=32)
+    before = model(x)
+    make_mergeable(model)
+    merge(model)
+    require_near(model(x), before, "two merged adapters", k=32)
+
+
+def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """In float64, values and gradients, with the same mask and without one."""
+    assert issubclass(method, Adapter)
+    model = injected_toy(config, Case(case.kind, case.bias, torch.float64), moved=True).train()
+    layers, _ = wrappers_of(model)
+    for name, layer in layers.items():
+        adapter, view = layer.adapter("default"), layer.view
+
+        def plain(view: View, x: Tensor, mask: Mask | None, adapter: Adapter = adapter) -> Tensor:
+            with fused.off():
+                return adapter.compute(view, x, mask)
+
+        roads = [("y", adapter.compute, adapter.reference), ("plain y", plain, adapter.reference)]
+        if method.additive:  # the road of several adapters together
+            roads.append(("delta", adapter.delta, partial(Adapter.delta, adapter)))
+        for shape in ((7,), (1,), (0,), (2, 9), (1, 1, 3)):
+            pull = torch.randn(*shape, view.out_features, dtype=torch.float64)
+            own = adapter.named_parameters()
+            inputs: dict[str, Tensor] = {n: p for n, p in own if n not in adapter.frozen}
+            masks: list[Mask | None] = [None]
+            if view.of_ids:
+                x = torch.randint(0, view.in_features, shape)
+            else:
+                x = torch.randn(*shape, view.in_features, dtype=torch.float64, requires_grad=True)
+                inputs["x"] = x
+                masks.append(draw(0.5, x))
+            for mask in masks:
+                for road, fast, slow in roads:
+                    found, wanted = fast(view, x, mask), slow(view, x, mask)
+                    where = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}: {road}"
+                    require_near(found, wanted, where, k=1024)
+                    for label, got, should in zip(
+                        inputs,
+                        torch.autograd.grad(found, list(inputs.values()), pull),
+                        torch.autograd.grad(wanted, list(inputs.values()), pull),
+                        strict=True,
+                    ):
+                        require_near(got, should, f"{where}: gradient of {label}", k=1024)
+
+
+def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Near those of the same weights in float32, plain and under autocast."""
+    model, x = injected_toy(config, case, moved=True).train(), input_of(case)
+    truth = copy.deepcopy(model).float()
+
+    def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(x).float().square().mean().backward()
+        own = trained_parameters(model, "default").items()
+        return {name: p.grad.float() for name, p in own if p.grad is not None}
+
+    wanted = gradients(truth, to_float32(x))
+    for autocast in (False, True):
+        if autocast and case.dtype == torch.float16:
+            continue  # autocast to bfloat16 over float16 norms is refused by torch itself
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = gradients(model, x)
+        eps = torch.finfo(torch.bfloat16 if autocast else case.dtype).eps
+        for name, gradient in found.items():
+            off = float((gradient - wanted[name]).abs().max() / wanted[name].abs().max())
+            where = f"gradient of {name}{' under autocast' if autocast else ''}"
+            require(off <= max(8 * eps, 1e-5), f"{where}: off by {off:.2g}")
+
+
+def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """A layer in training drops as the specification does with the mask it draws, eval nothing."""
+    model = injected_toy(config, case, moved=True)
+    layers, _ = wrappers_of(model)
+    layer = layers["first"]
+    x = input_of(case)
+    adapter = layer.adapter("default")
+    require_near(layer(x), adapter.reference(layer.view, x, None), "eval", k=32)
+    adapter.dropout = 0.0
+    layer.train()
+    require_near(layer(x), adapter.reference(layer.view, x, None), "training without dropout", k=32)
+    adapter.dropout = 0.5
+    layer.train()
+    torch.manual_seed(5)
+    found = layer(x)
+    torch.manual_seed(5)
+    mask = adapter.draw_mask(x)
+    if case.kind == "Embedding":
+        require(mask is None, "ids are dropped")
+        return
+    assert mask is not None
+    values = set(mask.scaled(x).flatten().tolist())
+    require_near(found, adapter.reference(layer.view, x, mask), "training", k=32)
+    require(values == {0.0, 2.0}, "a mask of p = 0.5 has values 0 and 2")
+    again = adapter.draw_mask(x)
+    same = again is None or torch.equal(again.keep(x), mask.keep(x))
+    require(not same, "the same mask at every step")
+
+
+def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """The base's, plain and under autocast."""
+    model, base, x = injected_toy(config, case, moved=True), Toy(case).eval(), input_of(case)
+    require(model(x).dtype == base(x).dtype, "dtype differs from the base's")
+    if case.dtype == torch.float16:
+        return  # autocast to bfloat16 over float16 norms is refused by torch itself
+    wanted = copy.deepcopy(model).float()(to_float32(x)).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x).detach()
+        require(found.dtype == base(x).dtype, "dtype under autocast differs from the base's")
+    off = float((found.float() - wanted).abs().max() / wanted.abs().max())
+    require(off <= 8 * torch.finfo(torch.bfloat16).eps, f"off by {off:.3f} under autocast")
+
+
+def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Recomputation draws the same mask, so that the gradients are the same bits."""
+    from torch.utils.checkpoint import checkpoint
+
+    model = injected_toy(config, case, moved=True).train()
+    for layer in wrappers_of(model)[0].values():
+        layer.adapter("default").dropout = 0.3
+    own = trained_parameters(model, "default")
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(7)
+        x = input_of(case)
+        y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
+        y.float().square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
+        model.zero_grad()
+    for name in own:
+        require_same(found[1][name], found[0][name], f"gradient of {name}")
+
+
+def torch_compile(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """The whole model in one graph (aot_eager), to the same output."""
+    if case != Case("Linear", True, torch.float32):
+        return  # one compilation is seconds, and no case has code of its own here
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    require_near(compiled(x), model(x), "compiled output")

@@ -1,0 +1,150 @@
+"""Clauses on the model around an adapter: disabled, merged, restored, ejected, refused."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lora.adapter import AdaptedLayer, AdapterConfig, Method, MethodConfig
+from lora.errors import ConfigError, MergeError, TargetError
+from lora.injection import (
+    disabled,
+    eject,
+    inject,
+    merge,
+    restore,
+)
+from lora.testing._requirements import (
+    require,
+    require_near,
+    require_raise,
+    require_same,
+    snapshot,
+    unchanged,
+)
+from lora.testing._toys import Case, Toy, injected_toy, input_of, make_mergeable, perturb
+
+
+def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Bit for bit, and the adapter acts again after."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    with disabled(model):
+        require_same(model(x), Toy(case).eval()(x), "disabled output")
+    require(not torch.equal(model(x), Toy(case).eval()(x)), "enabled again: nothing acts")
+
+
+def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """disabled, merge and restore work, or are a MergeError with the model untouched."""
+    if method.keeps_base:
+        return
+    model = injected_toy(config, case, moved=True)
+    before = snapshot(model)
+    with require_raise(MergeError, "disabled"), disabled(model):
+        pass
+    for verb in (merge, restore):
+        with require_raise(MergeError, verb.__name__):
+            verb(model)
+    require(unchanged(before, model), "the refused call changed the model")
+
+
+def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """A deepcopy computes the same and moves apart; all parameters move to another device."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    wanted = model(x)
+    twin = copy.deepcopy(model)
+    require_same(twin(x), wanted, "output of a deepcopy")
+    perturb(twin)
+    require_same(model(x), wanted, "the original after its deepcopy moved")
+    away = copy.deepcopy(model).to("meta")
+    require(all(p.is_meta for p in away.parameters()), "a parameter stayed behind")
+    if torch.cuda.is_available():
+        require_near(copy.deepcopy(model).cuda()(x.cuda()).cpu(), wanted, "on CUDA", k=256)
+
+
+def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Five merges and restores leave the model as it was; a second merge is refused."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    make_mergeable(model)
+    wanted, before = model(x), snapshot(model)
+    for _ in range(5):
+        merge(model)
+        restore(model)
+    require(unchanged(before, model), "merge and restore changed the model")
+    require_same(model(x), wanted, "output after restore")
+    merge(model)
+    with require_raise(MergeError, "merge of a merged model"):
+        merge(model)
+
+
+def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """No wrapper is left, the output is the merged one's, everything trains again."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    if method.keeps_base:
+        make_mergeable(model)
+        merge(model)
+    wanted = model(x)
+    eject(model)
+    require([n for n, _ in model.named_modules()] == [n for n, _ in Toy(case).named_modules()],
+             "a wrapper is left")  # fmt: skip
+    require_same(model(x), wanted, "ejected output")
+    trained = {name: p.requires_grad for name, p in Toy(case).named_parameters()}
+    require(all(p.requires_grad == trained[name] for name, p in model.named_parameters()),
+             "a parameter is left frozen")  # fmt: skip
+
+
+def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """A module reached by two paths has one wrapper on both."""
+    assert isinstance(config, AdapterConfig)
+    for targets in (config.target_modules, ("first", "second"), ("again", "second")):
+        model = Toy(case)
+        model.again = model.first
+        inject(model, replace(config, target_modules=targets))
+        require(model.again is model.first and isinstance(model.again, AdaptedLayer),
+                 "a module reached by two paths was wrapped on one")  # fmt: skip
+    perturb(model.eval())
+    wanted = model(input_of(case))
+    make_mergeable(model)
+    merge(model)
+    require_near(model(input_of(case)), wanted, "merged output")
+    eject(model)
+    require(model.again is model.first and not isinstance(model.again, AdaptedLayer),
+             "ejected on one path only")  # fmt: skip
+
+
+def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Refused, or untied on request, the other side unmoved; restore ties again."""
+    model = Toy(case)
+    model.tied = nn.Module()
+    if case.kind == "NF4Linear":
+        return  # a packed weight is not merged at all, and nothing is tied to one
+    model.tied.weight = model.first.weight
+    inject(model, config)
+    before = snapshot(model)
+    with require_raise(MergeError, "merging into a tied weight"):
+        merge(model)
+    require(unchanged(before, model), "the refused merge changed the model")
+    perturb(model.eval())
+    wanted, before = model(input_of(case)), snapshot(model)
+    tied = model.tied.weight.detach().clone()  # type: ignore[operator]
+    merge(model, untie=True)
+    require_near(model(input_of(case)), wanted, "merged output, untied")
+    require_same(model.tied.weight, tied, "the other side of the tie")  # type: ignore[arg-type]
+    restore(model)
+    require(unchanged(before, model), "restore left the tie broken")
+
+
+def what_does_not_fit_is_named(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Targets that match nothing, or no layer, are a TargetError, the model untouched."""
+    assert isinstance(config, AdapterConfig)
+    for targets in (("norm",), ("frist",), r"second.+", ("first", "frist")):
+        model = Toy(case)
+        before = snapshot(model)
+        with require_raise(TargetError, f"target_modules={targets!r}"):
+            inject(model, replace(config, target_modules=targets))
+        require(unchanged(before, model), "the refused injection changed the model")
+    model = injected_toy(config, case)
+    with require_raise(ConfigError, "a name given twice"):
+        inject(model, config)

@@ -1,0 +1,147 @@
+"""Clauses on files: what is saved is loaded, and what is broken is refused."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from lora.adapter import Method, MethodConfig
+from lora.adapter_config import read_config
+from lora.adapter_file import CONFIG, WEIGHTS, find_folder, settings_in, whole_key
+from lora.checkpoint import load, save
+from lora.errors import CheckpointError
+from lora.injection import inject, stored_tensors, trained_parameters
+from lora.testing._requirements import (
+    require,
+    require_near,
+    require_raise,
+    require_same,
+    snapshot,
+    unchanged,
+)
+from lora.testing._toys import Case, Toy, injected_toy, input_of, trains_base
+
+
+def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """The file holds the adapter's tensors alone, and loads to the same bits and output."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    own = stored_tensors(model, "default")
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        stored = safetensors.torch.load_file(Path(folder) / WEIGHTS)
+        require(len(stored) == len(own), "the file holds other tensors than the adapter's")
+        for key, parameter in own.items():
+            require_same(stored[whole_key(key)], parameter.detach(), f"stored {key}")
+        other = Toy(case)
+        load(other, folder)
+    other.eval()
+    for key, parameter in stored_tensors(other, "default").items():
+        require_same(parameter.detach(), own[key].detach(), f"loaded {key}")
+    exact = all(
+        own[key].shape == p.shape for key, p in trained_parameters(model, "default").items()
+    )
+    if exact:
+        require_same(other(x), model(x), "output of the loaded adapter")
+    else:  # filed as the plain update that it equals
+        require_near(other(x), model(x), "output of the loaded adapter")
+
+
+def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Settings through adapter_config.json and back are the same settings."""
+    model = injected_toy(config, case)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        settings = settings_in(find_folder(folder))
+        found = read_config(method, settings, Path(folder))
+        other = Toy(case)
+        inject(other, found)
+        with tempfile.TemporaryDirectory() as again:
+            save(other, again)
+            require(settings_in(Path(again)) == settings, "config -> file -> config differs")
+
+
+def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Seven kinds of broken file, ours and PEFT's: a CheckpointError, the model untouched."""
+    model = injected_toy(config, case, moved=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        path = Path(folder) / WEIGHTS
+        # From bytes: load_file maps the file, which is rewritten below.
+        whole = safetensors.torch.load(path.read_bytes())
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+        load(Toy(case), folder, name="other")  # so that what fails below fails for what is broken
+        last = list(whole)[-1]
+        broken: dict[str, dict[str, Tensor] | bytes] = {
+            "truncated": path.read_bytes()[:-8],
+            "empty": b"",
+            "a tensor missing": {k: t for k, t in whole.items() if k != last},
+            "a tensor too many": whole | {"base_model.model.third.weight": torch.zeros(2)},
+            "a tensor misshapen": whole | {last: torch.zeros(3, 5)},
+            "not a number": whole | {last: torch.full_like(whole[last], torch.nan)},
+            "integers": whole | {last: torch.zeros(whole[last].shape, dtype=torch.int64)},
+        }
+        for what, content in broken.items():
+            for mark in (metadata, None):  # a file of ours, and one of PEFT's
+                if isinstance(content, bytes):
+                    path.write_bytes(content)
+                else:
+                    path.write_bytes(safetensors.torch.save(content, mark))
+                models = [Toy(case)]
+                if not trains_base(model):
+                    models.append(injected_toy(config, case))
+                for other in models:
+                    before = snapshot(other)
+                    with require_raise(CheckpointError, what):
+                        load(other, folder, name="other")
+                    require(unchanged(before, other), f"{what}: the failed load changed the model")
+
+
+def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """The digest covers every setting but those of training, which leave the output alone."""
+    model, x = injected_toy(config, case, moved=True), input_of(case)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        path = Path(folder) / CONFIG
+        settings = json.loads(path.read_text())
+        whole = Toy(case)
+        load(whole, folder)
+        edits: dict[str, Any] = {"target_modules": ["first"]}
+        for field in fields(config):
+            value = settings.get(field.name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if value == 0:
+                    edits[field.name] = 1 if isinstance(value, int) else 0.25
+                else:
+                    edits[field.name] = 2 * value if isinstance(value, int) else value / 2
+        for name, value in edits.items():
+            path.write_text(json.dumps(settings | {name: value}))
+            other = Toy(case)
+            if name in config.training_only:
+                load(other, folder)
+                require_same(other.eval()(x), whole.eval()(x), f"output after an edited {name}")
+                continue
+            before = snapshot(other)
+            with require_raise(CheckpointError, f"an edited {name}"):
+                load(other, folder)
+            require(unchanged(before, other), "the failed load changed the model")
+
+
+def another_base_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """An adapter does not load onto a base that differs from its own."""
+    model = injected_toy(config, case, moved=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        other = Toy(case)
+        with torch.no_grad():
+            weight: Any = other.first.weight
+            weight.copy_(weight + 1 if case.kind == "NF4Linear" else weight * 1.1)
+        with require_raise(CheckpointError, "another base"):
+            load(other, folder)

@@ -1,0 +1,142 @@
+"""The models of the contract: two layers of one kind, and what a clause does with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import MethodConfig
+from lora.errors import MergeError, TargetError
+from lora.injection import (
+    inject,
+    injected,
+    merge,
+    trained_parameters,
+    wrappers_of,
+)
+from lora.nf4 import NF4Linear, dequantize_layers
+from lora.testing._requirements import require, require_raise, snapshot, unchanged
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer to put a method on."""
+
+    kind: str  # Linear, Conv1D, Embedding or NF4Linear
+    bias: bool
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        without = "" if self.bias or self.kind == "Embedding" else ", no bias"
+        return f"{self.kind}{without}, {dtype}"
+
+
+def cases() -> list[Case]:
+    """Every case that can be built here; Conv1D needs transformers and always has a bias."""
+    dtypes = (torch.float32, torch.bfloat16)
+    found = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
+    found.append(Case("Linear", True, torch.float16))
+    found += [Case("NF4Linear", bias, dtype) for bias, dtype in zip((True, False), dtypes)]
+    found += [Case("Embedding", False, dtype) for dtype in dtypes]
+    try:
+        import transformers.pytorch_utils  # noqa: F401
+    except ImportError:
+        return found
+    return found + [Case("Conv1D", True, dtype) for dtype in dtypes]
+
+
+class Toy(nn.Module):
+    """Two layers of the case's kind and a norm that nothing targets.
+
+    Nearly linear: a saturating toy would make gradients vanish that are there.
+    """
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.first = layer_of(case, 12, 16)
+        self.norm = nn.LayerNorm(16)
+        self.second = layer_of(case, 16, 10)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                width = parameter.shape[0] ** 0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / width)
+        if case.kind == "NF4Linear":
+            for name in ("first", "second"):
+                setattr(self, name, NF4Linear.of(getattr(self, name)))
+        self.to(case.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h + 0.1 * torch.sin(self.norm(h))
+        # Two tables are both asked for the ids.
+        output: Tensor = self.second(h) if x.is_floating_point() else h[..., :10] + self.second(x)
+        return output
+
+
+def layer_of(case: Case, inside: int, outside: int) -> nn.Module:
+    if case.kind == "Embedding":
+        return nn.Embedding(inside, outside)
+    if case.kind == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        module: nn.Module = Conv1D(outside, inside)
+        return module
+    return nn.Linear(inside, outside, bias=case.bias)
+
+
+def input_of(case: Case, seed: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if case.kind == "Embedding":
+        return torch.randint(0, 12, (3, 5), generator=generator)
+    return torch.randn(3, 5, 12, generator=generator).to(case.dtype)
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """x in float32; ids stay ids."""
+    return x.float() if x.is_floating_point() else x
+
+
+def injected_toy(config: MethodConfig, case: Case, moved: bool = False) -> Toy:
+    model = Toy(case)
+    inject(model, config)
+    if moved:
+        perturb(model)
+    return model.eval()
+
+
+def perturb(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
+    """Move every trained parameter off its start, by a fixed amount of its own."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained_parameters(model, name).values():
+            shift = size * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(shift.to(parameter.dtype))
+
+
+def make_mergeable(model: nn.Module) -> None:
+    """Where weights are packed, a merge is refused, and works once they are dequantised."""
+    if any(layer.view.packed for layer in wrappers_of(model)[0].values()):
+        before = snapshot(model)
+        with require_raise(MergeError, "merging into a packed weight"):
+            merge(model)
+        require(unchanged(before, model), "the refused merge changed the model")
+        dequantize_layers(model)
+
+
+def trains(config: MethodConfig, case: Case) -> bool:
+    """Whether the method takes the case's layers at all, or says what does not train."""
+    try:
+        inject(Toy(case), config)
+    except TargetError as error:
+        require("cannot train" in str(error), f"refused for another reason: {error}")
+        return False
+    return True
+
+
+def trains_base(model: nn.Module) -> bool:
+    """Whether the model's adapter trains parameters of the base."""
+    return bool(injected(model)["default"].selected)

@@ -1,0 +1,113 @@
+"""Clauses on what is trained, how much of it, and where it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, AdapterConfig, Method, MethodConfig
+from lora.errors import TargetError
+from lora.injection import (
+    disabled,
+    inject,
+    stored_tensors,
+    trained_parameters,
+    wrappers_of,
+)
+from lora.targets import base_parameters
+from lora.testing._requirements import require, require_same
+from lora.testing._toys import Case, Toy, injected_toy, input_of
+
+
+def base_bits_stay(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """After optimiser steps with weight decay; disabled, all of them."""
+    model = injected_toy(config, case)
+    base = {name: p.detach().clone() for name, p in base_parameters(model)}
+    _steps(model, case)
+    for name, parameter in base_parameters(model):
+        if not parameter.requires_grad:
+            require_same(parameter.detach(), base[name], f"base parameter {name} after steps")
+    with disabled(model):
+        for name, parameter in base_parameters(model):
+            require_same(
+                parameter.detach(), base[name], f"base parameter {name}, disabled after steps"
+            )
+
+
+def _steps(model: nn.Module, case: Case) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    model.train()
+    for number in range(3):
+        model(input_of(case, seed=number)).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def only_the_adapter_trains(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Each of its parameters gets a gradient, and nothing else requires one."""
+    model = injected_toy(config, case, moved=True)
+    own = {id(p) for p in trained_parameters(model, "default").values()}
+    model(input_of(case)).float().square().sum().backward()
+    for name, parameter in model.named_parameters():
+        mine = id(parameter) in own
+        require(parameter.requires_grad == mine, f"{name}: requires_grad is not {mine}")
+        got = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        require(got == mine, f"{name}: {'no gradient' if mine else 'a gradient'}")
+
+
+def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Is the closed form that the method gives."""
+    assert issubclass(method, Adapter)
+    assert isinstance(config, AdapterConfig)
+    for name, layer in wrappers_of(injected_toy(config, case))[0].items():
+        found = layer.adapter("default").own_size()
+        wanted = method.size(layer.view, config, name)
+        require(found == wanted, f"{name}: {found} parameters, {wanted} in closed form")
+
+
+def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Whatever was drawn before, and whichever other layers are adapted."""
+    one, two = _start(config, case, 0, 1), _start(config, case, 0, 99)
+    for name in one:
+        require_same(two[name], one[name], f"start of {name}")
+    if issubclass(method, Adapter):
+        assert isinstance(config, AdapterConfig)
+        part = Toy(case)
+        try:
+            inject(part, replace(config, target_modules=("second",)))
+        except TargetError:
+            return  # a setting names the other layer
+        for name, parameter in trained_parameters(part, "default").items():
+            if name in one:
+                require_same(
+                    parameter.detach(), one[name], f"start of {name} without the other layer"
+                )
+
+
+def _start(config: MethodConfig, case: Case, seed: int, noise: int) -> dict[str, Tensor]:
+    """What an injection fills, after other draws."""
+    torch.manual_seed(noise)
+    model = Toy(case)
+    torch.randn(noise)
+    state = torch.get_rng_state()
+    inject(model, config, seed=seed)
+    require(torch.equal(state, torch.get_rng_state()), "injection moves the default generator")
+    return {k: p.detach() for k, p in trained_parameters(model, "default").items()}
+
+
+def another_seed_other_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """Of at least one stored tensor, unless each starts at one value throughout."""
+    one, other = (_stored(config, case, seed) for seed in (0, 1))
+    constant = all(bool((t == t.flatten()[0]).all()) for t in one.values())
+    differs = any(not torch.equal(one[n], other[n]) for n in one)
+    require(constant or differs, "the seed changes nothing")
+
+
+def _stored(config: MethodConfig, case: Case, seed: int) -> dict[str, Tensor]:
+    model = Toy(case)
+    inject(model, config, seed=seed)
+    return {k: t.detach() for k, t in stored_tensors(model, "default").items()}
