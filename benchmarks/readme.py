@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +27,40 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def tables() -> dict[str, str]:
-    """Marker -> the text that belongs there."""
-    found = {}
-    for name in ("demo", "demo-lm", "sst2"):
-        summaries = json.loads((RESULTS / name / "comparison.json").read_text())
-        table = rows(summaries)
-        if name == "sst2":  # run two at a time, a thread each: their seconds compare with nothing
-            column = table[0].index("train s")
-            table = [row[:column] + row[column + 1 :] for row in table]
-        found[name] = markdown(table)
-    seconds = json.loads((RESULTS / "startup.json").read_text())["seconds"]
-    shown = {
-        "`lora --help` answers in": seconds["lora --help"],
-        "`lora train --help` answers in": seconds["lora train --help"],
-        "`import lora`, all of its core, adds to `import torch`":
-            seconds["import lora and all its core, added"],
-        "`lora.inject`, r = 16 on all of Llama-2-7B's shape, without its weights":
-            seconds["inject into Llama-2-7B's shape"],
-        "peft, the same": seconds["peft, the same"],
+    """The text that belongs between each pair of markers, by the marker's name."""
+    texts = {name: markdown(comparison(name)) for name in ("demo", "demo-lm", "sst2")}
+    measured = {
+        "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
+        "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
+        "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
+        "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(),
     }  # fmt: skip
-    table = [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
-    tables = {"family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
-              "checkpointing": checkpointing(), "shard": shards(), "plan": plans(),
-              "kills": kills(), "language": language(), "vocabulary": vocabulary(),
-              "compiled": compiled(), "nf4": four_bits(), "nf4 errors": errors()}  # fmt: skip
-    found |= {name: markdown(rows) for name, rows in tables.items()} | parts()
-    return found | {"startup": markdown(table), "tree": f"```\n{tree()}```\n"}
+    texts |= {name: markdown(rows) for name, rows in measured.items()}
+    return texts | parts() | {"tree": f"```\n{tree()}```\n"}
+
+
+def comparison(name: str) -> list[tuple[str, ...]]:
+    """The table of a `lora compare` whose summaries are in results/."""
+    table = rows(json.loads((RESULTS / name / "comparison.json").read_text()))
+    if name == "sst2":  # its runs shared the processor in pairs, so their times mean nothing
+        column = table[0].index("train s")
+        table = [row[:column] + row[column + 1 :] for row in table]
+    return table
+
+
+def startup() -> list[tuple[str, ...]]:
+    """Seconds until the command line and the library answer."""
+    seconds = read("startup")["seconds"]
+    shown = {
+        "`lora --help`": seconds["lora --help"],
+        "`lora train --help`": seconds["lora train --help"],
+        "`import lora` with all of the core, beyond `import torch`":
+            seconds["import lora and all its core, added"],
+        "`lora.inject`, r = 16 on Llama-2-7B's shape without weights":
+            seconds["inject into Llama-2-7B's shape"],
+        "the same in PEFT": seconds["peft, the same"],
+    }  # fmt: skip
+    return [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
 
 
 def tree() -> str:
@@ -78,37 +86,40 @@ def first_sentence(path: Path) -> str:
 
 
 def language() -> list[tuple[str, ...]]:
-    """Texts per second of each contender, and ours over the others'."""
-    found = read("language")
-    names = list(found["seeds"][0])
-    others = [name for name in names if name.startswith("trainer")]
+    """Texts per second of each contender, and the ratio of ours to the others."""
+    result = read("language")
+    names = list(result["seeds"][0])
+    others = {"trainer": "relative to Trainer", "trainer, best": "relative to Trainer, grouped"}
     shown = {
         "ours": "`lora train`", "ours, packed": "`lora train --packing`",
-        "trainer": "transformers.Trainer + peft, defaults",
+        "trainer": "transformers.Trainer with PEFT, defaults",
         "trainer, best": "the same, texts grouped by length",
     }  # fmt: skip
-    rows: list[tuple[str, ...]] = [("", "texts/s", *(f"over {shown[name]}" for name in others))]
+    rows: list[tuple[str, ...]] = [("", "texts/s", *others.values())]
     for name in names:
-        rate = statistics.median(row[name]["rate"] for row in found["seeds"])
-        ratios = (found.get(f"{name} / {other}") for other in others)
+        rate = statistics.median(row[name]["rate"] for row in result["seeds"])
+        ratios = (result.get(f"{name} / {other}") for other in others)
         rows.append((shown[name], f"{rate:.0f}", *(f"{r:.2f}" if r else "" for r in ratios)))
     return rows
 
 
 def vocabulary() -> list[tuple[str, ...]]:
-    """The most memory of a step of each loss, and its time over the plain one's."""
-    found = read("vocabulary")
+    """Peak memory of a step with each loss, and its time relative to the plain loss."""
+    result = read("vocabulary")
     shown = {
-        "plain": "all logits at once, as transformers has it",
+        "plain": "all logits at once, as in transformers",
         "ours": "ours, a label at every token",
         "ours, answers": "ours, labels on a quarter of the tokens",
     }  # fmt: skip
-    rows = [("loss", "most held in a step, MiB", "time over the first")]
+    rows = [("loss", "peak memory of a step, MiB", "time relative to the first")]
     for name, what in shown.items():
-        ratio = found["ratios"][name]
-        spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        rows.append((what, f"{found['bytes'][name] / 2**20:,.0f}", spread))
+        rows.append((what, f"{result['bytes'][name] / 2**20:,.0f}", spread(result["ratios"][name])))
     return rows
+
+
+def spread(ratio: Mapping[str, float]) -> str:
+    """A ratio's median and quartiles: "1.06 [1.03, 1.15]"."""
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def read(name: str) -> Any:
@@ -116,150 +127,150 @@ def read(name: str) -> Any:
 
 
 def steps() -> list[tuple[str, ...]]:
-    """A step over the frozen limit's, by setting, with the quartiles of ours."""
-    head = ("rows x tokens", "ours", "ours, dropout 0.1", "peft", "peft, dropout 0.1", "full")
-    found = [head]
-    measured = read("step-bfloat16")["settings"]
-    for name, setting in (read("step")["settings"] | measured).items():
-        ratios = setting["ratios"]
-        shown = []
+    """The time of a step relative to that of the frozen model, by setting."""
+    head = ("rows x tokens", "ours", "ours, dropout 0.1", "PEFT", "PEFT, dropout 0.1", "full")
+    table: list[tuple[str, ...]] = [head]
+    for name, setting in (read("step")["settings"] | read("step-bfloat16")["settings"]).items():
+        cells = []
         for contender in ("ours", "ours, dropout", "peft", "peft, dropout", "full"):
-            ratio = ratios[f"{contender} / limit"]
-            spread = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if "ours" in contender else ""
-            shown.append(f"{ratio['median']:.2f}{spread}")
-        found.append((name, *shown))
-    return found
-
-
-def epochs() -> list[tuple[str, ...]]:
-    """Seconds of an epoch, over ours, and the accuracy after it: medians and means of the seeds."""
-    found = read("epoch")
-    best = "bfloat16, " if found["bfloat16 in hardware"] else ""
-    table: list[tuple[str, ...]] = [("one epoch", "seconds", "over ours", "test accuracy")]
-    for shown, name in (
-        ("`lora train`", "ours"),
-        ("transformers.Trainer + peft, defaults", "trainer"),
-        (f"the same at its best: {best}rows grouped by length", "trainer, best"),
-    ):
-        seconds = statistics.median(seed[name]["seconds"] for seed in found["seeds"])
-        over = f"{found[f'{name} / ours']:.2f}" if name != "ours" else ""
-        table.append((shown, f"{seconds:.0f}", over, f"{found[f'{name} accuracy']:.2%}"))
-    return table
-
-
-def four_bits() -> list[tuple[str, ...]]:
-    """Milliseconds of the codec and of a layer beside bitsandbytes', by what becomes of memory."""
-    found, kinds = read("nf4"), ("as started", "freed memory kept")
-    head = [f"{who}, {kind}" for kind in kinds for who in ("ours", "bitsandbytes")]
-    table: list[tuple[str, ...]] = [("ms", *head)]
-    for what in found[kinds[0]]["bitsandbytes / ours"]:
-        part, dtype = what.split(", ")
-        shown = [
-            f"{found[kind]['milliseconds'][f'{part}, {who}, {dtype}']:.1f}"
-            for kind in kinds
-            for who in ("ours", "bitsandbytes")
-        ]
-        table.append((what, *shown))
-    return table
-
-
-def errors() -> list[tuple[str, ...]]:
-    """Plain QLoRA's initial error over each start's, by rank."""
-    found = read("nf4")["initial error"]
-    starts, ranks = (list(dict.fromkeys(key.split(", ")[i] for key in found)) for i in (0, 1))
-    rows = [(start, *(f"{found[f'{start}, {rank}']:.3f}" for rank in ranks)) for start in starts]
-    return [("start", *ranks), *rows]
-
-
-def compiled() -> list[tuple[str, ...]]:
-    """A compiled step over a plain one, and what the compiling took."""
-    found = [("16 x 128 tokens", "compiled / plain step", "seconds to compile")]
-    for name, setting in read("compiled")["settings"].items():
-        ratio = setting["compiled / plain"]
-        spread = f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-        shown = name.removeprefix("16x128 ")
-        found.append((shown, spread, f"{setting['seconds to compile']:.0f}"))
-    return found
-
-
-def memory() -> list[tuple[str, ...]]:
-    """MiB that forward keeps for backward."""
-    kept = {name: f"{count / 2**20:.0f}" for name, count in read("memory")["bytes"].items()}
-    found = [("kept for backward, MiB", "ours", "peft", "ours, dropout 0.1", "peft, dropout 0.1")]
-    for shown, key in (("LoRA", ""), ("DoRA", " dora"), ("VeRA", " vera"), ("(IA)³", " ia3")):
-        row = [kept.get(f"{who}{key}{end}", "") for end in ("", ", dropout") for who in WHO]
-        found.append((shown, *row))
-    found.insert(2, ("LoRA on NF4", kept["ours nf4"], "", kept["ours nf4, dropout"], ""))
-    found.append(("full fine-tuning", kept["full"], "", "", ""))
-    found.append(("frozen model", kept["limit"], "", "", ""))
-    return found
-
-
-def checkpointing() -> list[tuple[str, ...]]:
-    """What activation checkpointing makes of memory and of a step, over the same without."""
-    found = read("checkpointing")
-    times = [(name.split()[-1], setting["ratios"]) for name, setting in found["time"].items()]
-    table: list[tuple[str, ...]] = [
-        ("with / without", "kept by forward", "most held in a step",
-         *(f"a step, {dtype}" for dtype, _ in times))
-    ]  # fmt: skip
-    for shown, key in (("LoRA", "ours"), ("LoRA on NF4", "nf4"), ("full fine-tuning", "full")):
-        held = found["memory"]["ratios"][key]
-        steps = [
-            f"{ratios[key]['median']:.2f} [{ratios[key]['low']:.2f}, {ratios[key]['high']:.2f}]"
-            for _, ratios in times
-        ]
-        table.append((shown, f"{held['kept']:.2f}", f"{held['peak']:.2f}", *steps))
-    return table
-
-
-def shards() -> list[tuple[str, ...]]:
-    """What a rank holds of a base in pieces, beside a process that holds all of it."""
-    found = read("shard")
-    table: list[tuple[str, ...]] = [("peak, MB", "reading the base", "with a step", "held after")]
-    for name, ranks in found.items():
-        if name not in ("machine", "stored"):
-            most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
-            cells = (f"{most[key] / 10**6:,.0f}" for key in ("read", "step", "held"))
-            table.append((name.replace("nf4", "NF4"), *cells))
-    return table
-
-
-def plans() -> list[tuple[str, ...]]:
-    """The dry run's peak beside the run's."""
-    table: list[tuple[str, ...]] = [("run", "planned, MB", "measured, MB", "planned / measured")]
-    for name, run in read("plan")["runs"].items():
-        planned, peak = run["planned"]["peak"], run["peak_bytes"]
-        cells = (f"{planned / 10**6:,.0f}", f"{peak / 10**6:,.0f}", f"{run['ratio']:.2f}")
+            ratio = setting["ratios"][f"{contender} / limit"]
+            cells.append(spread(ratio) if "ours" in contender else f"{ratio['median']:.2f}")
         table.append((name, *cells))
     return table
 
 
+def epochs() -> list[tuple[str, ...]]:
+    """Median seconds of an epoch, relative to ours, and the mean accuracy after it."""
+    result = read("epoch")
+    best = "bfloat16, " if result["bfloat16 in hardware"] else ""
+    table: list[tuple[str, ...]] = [("one epoch", "seconds", "relative to ours", "test accuracy")]
+    for shown, name in (
+        ("`lora train`", "ours"),
+        ("transformers.Trainer with PEFT, defaults", "trainer"),
+        (f"the same with its best settings: {best}rows grouped by length", "trainer, best"),
+    ):
+        seconds = statistics.median(seed[name]["seconds"] for seed in result["seeds"])
+        ratio = f"{result[f'{name} / ours']:.2f}" if name != "ours" else ""
+        table.append((shown, f"{seconds:.0f}", ratio, f"{result[f'{name} accuracy']:.2%}"))
+    return table
+
+
+def four_bits() -> list[tuple[str, ...]]:
+    """Milliseconds of quantization and of a layer, ours and bitsandbytes'."""
+    result = read("nf4")
+    kinds = {"as started": "memory returned", "freed memory kept": "memory kept"}
+    head = [f"{who}, {shown}" for shown in kinds.values() for who in ("ours", "bitsandbytes")]
+    table: list[tuple[str, ...]] = [("ms", *head)]
+    for what in result["as started"]["bitsandbytes / ours"]:
+        part, dtype = what.split(", ")
+        cells = [
+            f"{result[kind]['milliseconds'][f'{part}, {who}, {dtype}']:.1f}"
+            for kind in kinds
+            for who in ("ours", "bitsandbytes")
+        ]
+        table.append((what.replace("quantise", "quantize"), *cells))
+    return table
+
+
+def errors() -> list[tuple[str, ...]]:
+    """Plain QLoRA's initial error divided by that of each start, by rank."""
+    ratios = read("nf4")["initial error"]
+    starts, ranks = (list(dict.fromkeys(key.split(", ")[i] for key in ratios)) for i in (0, 1))
+    rows = [(start, *(f"{ratios[f'{start}, {rank}']:.3f}" for rank in ranks)) for start in starts]
+    return [("start", *ranks), *rows]
+
+
+def compiled() -> list[tuple[str, ...]]:
+    """The time of a compiled step relative to a plain one, and the time to compile."""
+    table = [("16 x 128 tokens", "compiled / plain step", "seconds to compile")]
+    for name, setting in read("compiled")["settings"].items():
+        seconds = f"{setting['seconds to compile']:.0f}"
+        table.append((name.removeprefix("16x128 "), spread(setting["compiled / plain"]), seconds))
+    return table
+
+
+def memory() -> list[tuple[str, ...]]:
+    """MiB that the forward pass keeps for the backward pass."""
+    kept = {name: f"{count / 2**20:.0f}" for name, count in read("memory")["bytes"].items()}
+    head = ("kept for backward, MiB", "ours", "PEFT", "ours, dropout 0.1", "PEFT, dropout 0.1")
+    table = [head]
+    for shown, key in (("LoRA", ""), ("DoRA", " dora"), ("VeRA", " vera"), ("(IA)³", " ia3")):
+        row = [kept.get(f"{who}{key}{end}", "") for end in ("", ", dropout") for who in WHO]
+        table.append((shown, *row))
+    table.insert(2, ("LoRA on NF4", kept["ours nf4"], "", kept["ours nf4, dropout"], ""))
+    table.append(("full fine-tuning", kept["full"], "", "", ""))
+    table.append(("frozen model", kept["limit"], "", "", ""))
+    return table
+
+
+def checkpointing() -> list[tuple[str, ...]]:
+    """Memory and time with activation checkpointing, relative to those without."""
+    result = read("checkpointing")
+    times = [(name.split()[-1], setting["ratios"]) for name, setting in result["time"].items()]
+    table: list[tuple[str, ...]] = [
+        ("with / without", "memory kept by forward", "peak memory of a step",
+         *(f"time of a step, {dtype}" for dtype, _ in times))
+    ]  # fmt: skip
+    for shown, key in (("LoRA", "ours"), ("LoRA on NF4", "nf4"), ("full fine-tuning", "full")):
+        memory = result["memory"]["ratios"][key]
+        steps = [spread(ratios[key]) for _, ratios in times]
+        table.append((shown, f"{memory['kept']:.2f}", f"{memory['peak']:.2f}", *steps))
+    return table
+
+
+def shards() -> list[tuple[str, ...]]:
+    """Peak memory of a rank with a sharded base, beside a process with the whole base."""
+    head = ("peak, MB", "while reading the base", "during a step", "afterwards")
+    shown = {"whole": "whole", "in pieces": "sharded", "dense": "float32", "nf4": "NF4"}
+    table: list[tuple[str, ...]] = [head]
+    for name, ranks in read("shard").items():
+        if name not in ("machine", "stored"):
+            most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
+            cells = (f"{most[key] / 10**6:,.0f}" for key in ("read", "step", "held"))
+            table.append((", ".join(shown[word] for word in name.split(", ")), *cells))
+    return table
+
+
+def plans() -> list[tuple[str, ...]]:
+    """The peak memory that `lora plan` predicts, beside the run's."""
+    table: list[tuple[str, ...]] = [("run", "planned, MB", "measured, MB", "planned / measured")]
+    for name, run in read("plan")["runs"].items():
+        planned, peak = run["planned"]["peak"], run["peak_bytes"]
+        cells = (f"{planned / 10**6:,.0f}", f"{peak / 10**6:,.0f}", f"{run['ratio']:.2f}")
+        table.append((name.replace("nf4", "NF4"), *cells))
+    return table
+
+
 def kills() -> list[tuple[str, ...]]:
-    """What happened to the run that was killed."""
-    found = read("kills")
-    shown = ("kills", "within a save", "before the first checkpoint")
-    equal = ", ".join(name for name, same in found["equal"].items() if same)
-    head = (*shown, "equal to the undisturbed run's")
-    return [head, (*(str(found[name]) for name in shown), equal)]
+    """How often a run was killed, and which of its results equal an uninterrupted run's."""
+    result = read("kills")
+    equal = ", ".join(name for name, same in result["equal"].items() if same)
+    counts = (str(result[key]) for key in ("kills", "within a save", "before the first checkpoint"))
+    head = (
+        "kills",
+        "during a save",
+        "before the first checkpoint",
+        "equal to an uninterrupted run",
+    )
+    return [head, (*counts, equal)]
 
 
 def parts() -> dict[str, str]:
-    """Marker -> milliseconds of the forms of one question, by the layer's shape."""
+    """Milliseconds of the alternatives for each part of a layer, by the marker's name."""
     measured = {
         shape: layer
         for name, bfloat16 in (("parts", False), ("parts-bfloat16", True))
         for shape, layer in read(name)["milliseconds"].items()
         if shape.endswith("bfloat16") == bfloat16
     }
-    found = {}
-    for question, forms in next(iter(measured.values())).items():
-        layers = {shape: layer for shape, layer in measured.items() if question in layer}
+    texts = {}
+    for part, alternatives in next(iter(measured.values())).items():
+        layers = {shape: layer for shape, layer in measured.items() if part in layer}
         table = [("ms", *layers)]
-        table += [(form, *(f"{layer[question][form]:.2f}" for layer in layers.values()))
-                  for form in forms]  # fmt: skip
-        found[f"parts: {question}"] = markdown(table)
-    return found
+        for name in alternatives:
+            table.append((name, *(f"{layer[part][name]:.2f}" for layer in layers.values())))
+        texts[f"parts: {part}"] = markdown(table)
+    return texts
 
 
 def family() -> list[tuple[str, ...]]:
@@ -278,7 +289,7 @@ def family() -> list[tuple[str, ...]]:
 
 
 def filled() -> dict[Path, str]:
-    """Each page with every table as measured."""
+    """The text of each page with everything between its markers up to date."""
     pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for name, table in tables().items():
         pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)"
@@ -292,7 +303,7 @@ def filled() -> dict[Path, str]:
             )
             total += count
         if total != 1:
-            raise SystemExit(f"the pages have {total} places for the table {name!r}, not 1.")
+            raise SystemExit(f"the pages have {total} places for {name!r}, and need exactly one.")
     return pages
 
 

@@ -101,7 +101,7 @@ def test_qlora_is_within_a_point_of_lora() -> None:
     scores: dict[str, list[float]] = {}
     for summary in json.loads((RESULTS / "sst2" / "comparison.json").read_text()):
         scores.setdefault(summary["method"], []).append(summary["metrics"]["accuracy"])
-    means = {method: sum(found) / len(found) for method, found in scores.items()}
+    means = {method: sum(measured) / len(measured) for method, measured in scores.items()}
     assert abs(means["qlora"] - means["lora"]) < 0.01
     assert "QLoRA is within a point of LoRA" in results_page()
 
@@ -114,7 +114,7 @@ def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
         scores: dict[tuple[str, str], list[float]] = {}
         for run in json.loads((RESULTS / "sst2" / f"{name}.json").read_text()):
             scores.setdefault((run["method"], run["note"]), []).append(run["metrics"]["accuracy"])
-        means = {key: sum(found) / len(found) for key, found in scores.items()}
+        means = {key: sum(measured) / len(measured) for key, measured in scores.items()}
         (full,) = (mean for (method, _), mean in means.items() if method == "full")
         loras = [mean for (method, _), mean in means.items() if method == "lora"]
         assert len(loras) == recipes
@@ -163,16 +163,18 @@ def test_the_table_has_the_columns_that_were_asked_for() -> None:
 
 
 def result(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return found
+    measured: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return measured
 
 
 def test_right_merges_are_within_the_slack_and_wrong_ones_are_not() -> None:
     """As measured, ours and PEFT's; of docs/training.md's figures each."""
-    found = result("merging")
-    assert max(found["most"]["float32"].values()) < 2 < found["slack"]["float32"] == SLACK[4]
-    assert max(found["most"]["bfloat16"].values()) < 1.4 < found["slack"]["bfloat16"] == SLACK[2]
-    for row in found["rows"]:
+    measured = result("merging")
+    assert max(measured["most"]["float32"].values()) < 2 < measured["slack"]["float32"] == SLACK[4]
+    assert (
+        max(measured["most"]["bfloat16"].values()) < 1.4 < measured["slack"]["bfloat16"] == SLACK[2]
+    )
+    for row in measured["rows"]:
         if row["dtype"] == "float32":
             assert row["times"]["scaled twice"] > 1e5
             assert row["times"]["one layer missing"] > 100 > SLACK[4]
@@ -193,11 +195,11 @@ def test_a_step_is_within_what_is_claimed() -> None:
 
 def test_an_epoch_is_shorter_and_as_accurate_as_trainers() -> None:
     """As measured, over three seeds."""
-    found = result("epoch")
-    assert len(found["seeds"]) == 3
+    measured = result("epoch")
+    assert len(measured["seeds"]) == 3
     for name in ("trainer", "trainer, best"):
-        assert found[f"{name} / ours"] > 1
-        assert abs(found[f"{name} accuracy"] - found["ours accuracy"]) < 0.01
+        assert measured[f"{name} / ours"] > 1
+        assert abs(measured[f"{name} accuracy"] - measured["ours accuracy"]) < 0.01
 
 
 def test_memory_is_within_its_bounds() -> None:
@@ -213,28 +215,28 @@ def test_memory_is_within_its_bounds() -> None:
 
 def test_checkpointing_saves_what_is_claimed() -> None:
     """As measured: less than a tenth is kept, and about a third held at most."""
-    found = result("checkpointing")
-    for ratios in found["memory"]["ratios"].values():
+    measured = result("checkpointing")
+    for ratios in measured["memory"]["ratios"].values():
         assert ratios["kept"] < 0.1
         assert ratios["peak"] < 0.35
 
 
 def test_a_base_is_never_there_unpacked() -> None:
     """As measured: 2 GB of files are read within 1.15 of what stays and their largest tensor."""
-    found = result("load")
-    assert found["stored"] > 2e9
-    assert found["peak"] <= 1.15 * found["final"] + found["largest"]
+    measured = result("load")
+    assert measured["stored"] > 2e9
+    assert measured["peak"] <= 1.15 * measured["final"] + measured["largest"]
 
 
 def test_four_bits_are_as_claimed() -> None:
     """As measured: 4.5 and 4.127 bits, no slower than bitsandbytes, and what the starts take up."""
-    found = result("nf4")
+    measured = result("nf4")
     for how, wanted in (("absmax in float32", 4.5), ("double quantisation", 4.127)):
         for where in ("memory", "file"):
-            assert abs(found["bits"][f"{how}, {where}"] / wanted - 1) < 0.005
-    ratios = found["as started"]["bitsandbytes / ours"]
+            assert abs(measured["bits"][f"{how}, {where}"] / wanted - 1) < 0.005
+    ratios = measured["as started"]["bitsandbytes / ours"]
     assert all(ratio["median"] >= 1 for ratio in ratios.values())
-    errors = found["initial error"]
+    errors = measured["initial error"]
     for start, least in (("pissa", 1.4), ("olora", 1.25), ("loftq", 1.35)):
         assert errors[f"{start}, r = 64"] >= least
 
@@ -247,8 +249,8 @@ def test_doras_step_is_within_its_bound_of_loras() -> None:
 
 
 def test_the_default_rates_are_the_better_ones_of_those_tried() -> None:
-    found = json.loads((RESULTS / "rates.json").read_text())["dev accuracy"]
-    for method, scores in found.items():
+    measured = json.loads((RESULTS / "rates.json").read_text())["dev accuracy"]
+    for method, scores in measured.items():
         best = max(scores, key=lambda rate: scores[rate])
         assert METHODS[method].learning_rate == float(best), method
 
@@ -263,9 +265,9 @@ def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
 
 
 def test_logits_are_not_held_as_a_whole() -> None:
-    found = json.loads((RESULTS / "vocabulary.json").read_text())
-    assert found["bytes"]["ours"] < found["logits"] < found["bytes"]["plain"] / 2
-    assert found["ratios"]["ours, answers"]["median"] < 1
+    measured = json.loads((RESULTS / "vocabulary.json").read_text())
+    assert measured["bytes"]["ours"] < measured["logits"] < measured["bytes"]["plain"] / 2
+    assert measured["ratios"]["ours, answers"]["median"] < 1
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
@@ -288,6 +290,8 @@ def test_the_e2e_recipe_takes_a_small_model_as_it_says() -> None:
 
 
 def test_e2e_is_as_the_page_says() -> None:
-    found = json.loads((RESULTS / "e2e" / "summary.json").read_text())["summary"]["metrics"]
+    measured = json.loads((RESULTS / "e2e" / "summary.json").read_text())["summary"]["metrics"]
     page = " ".join((ROOT / "docs" / "language.md").read_text(encoding="utf-8").split())
-    assert f"at BLEU {found['bleu']:.1f} and ROUGE-L {100 * found['rougeL']:.1f} against" in page
+    assert (
+        f"at BLEU {measured['bleu']:.1f} and ROUGE-L {100 * measured['rougeL']:.1f} against" in page
+    )
