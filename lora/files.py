@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -143,15 +144,21 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: str | os.PathLike[str]) -> Iterator[int | None]:
-    """Locks a file inside the block; makes it if it does not exist.
+def locked(path: Path) -> Iterator[int | None]:
+    """Locks a folder, or a file that is made if need be, inside the block.
 
-    Yields the file's descriptor, or None if another process holds the lock. A child process that
+    Yields a file descriptor, or None if another process holds the lock. A child process that
     inherits the descriptor holds the lock until it ends. File systems without locks lock nothing.
     """
     import filelock  # not above: torch brings it, but nothing else in the core needs it
 
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    flags = os.O_RDWR | os.O_CREAT
+    if path.is_dir():
+        if sys.platform == "win32":  # opens no folders, so a file in it stands for it
+            path = path / ".lock"
+        else:
+            flags = os.O_RDONLY
+    descriptor = os.open(path, flags, 0o666)
     try:
         free = True
         with suppress(OSError):

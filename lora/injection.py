@@ -161,17 +161,19 @@ def _check_room(plan: Plan, targets: Mapping[str, nn.Module]) -> None:
     check_memory(need, f"no adapter can be made: {plan.method.name} needs")
 
 
-def machine_memory() -> int:
-    """Bytes that the machine has."""
+def machine_memory() -> int | None:
+    """Bytes of memory that the machine has, None if the system does not say (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_memory(need: int, what: str) -> None:
-    """Raise ConfigError where `what` needs more bytes than the machine has."""
-    there = machine_memory()
-    if need > there:
+    """Raise ConfigError if `what` needs more bytes than the machine has, as far as it says."""
+    memory = machine_memory()
+    if memory is not None and need > memory:
         raise ConfigError(
-            f"{what} {need / 2**30:,.0f} GiB as set, the machine has {there / 2**30:,.0f}."
+            f"{what} {need / 2**30:,.0f} GiB as set, the machine has {memory / 2**30:,.0f}."
             " Train less: lower --r, fewer --target-modules, or another --method."
         )
 

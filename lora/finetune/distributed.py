@@ -311,7 +311,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             f"--nproc {count}: each rank takes an accelerator of its own, found {there}. Set"
             f" --nproc {there}, or CUDA_VISIBLE_DEVICES= to train on the processor."
         )
-    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    heard = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in heard}
 
     def stop(number: int, frame: FrameType | None) -> None:

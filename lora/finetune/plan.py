@@ -40,7 +40,7 @@ from lora.finetune.config import RunConfig, method_named
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
 from lora.finetune.distributed import device as device_here
-from lora.finetune.environment import PeakMemory
+from lora.finetune.environment import PeakMemory, total_memory
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
 from lora.finetune.losses import token_scores
@@ -53,7 +53,6 @@ from lora.injection import (
     Report,
     build,
     check_steps,
-    machine_memory,
     place,
     planned_of,
     with_views,
@@ -378,19 +377,13 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         evaluated=evaluated,
         dtype="nf4" if config.quantize == "nf4" else config.dtype,
         device=device.type,
-        there=_there(device),
+        there=total_memory(device),
         memory=tuple(memory),
         notes=(
             *(f"data: {line}" for line in corpus.said),
             *(f"note: {line}" for line in (corpus.note, *inputs.said, said, seen) if line),
         ),
     )
-
-
-def _there(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return machine_memory()
 
 
 class _Step:

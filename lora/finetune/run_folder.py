@@ -24,7 +24,6 @@ from lora.finetune.environment import environment
 from lora.finetune.record import environment_of
 
 CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
 SAME = ("python", "torch", "transformers", "processor", "threads", "device", "ranks")
 """Keys of environment.json on which the last bits of a result may depend."""
 
@@ -74,7 +73,7 @@ def alone(directory: Path) -> Iterator[None]:
     """Inside, no other process can work on this run. Raises RunError if one already does."""
     with ExitStack() as stack:
         with writable(directory, RunError, "Pass the folder of a run."):
-            descriptor = stack.enter_context(locked(directory / LOCK))
+            descriptor = stack.enter_context(locked(directory))
         if descriptor is None:
             raise RunError(f"{directory}: another process is at work on this run. Wait.")
         yield

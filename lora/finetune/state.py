@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import re
 import secrets
@@ -196,7 +197,7 @@ def damage(path: Path) -> str:
         stated = documents.read(path / MANIFEST, CONTENTS, CheckpointError, "")
         found = _contents(path)
     except CheckpointError as error:
-        return str(error).removeprefix(f"{path}/").rstrip(". ")
+        return str(error).removeprefix(f"{path}{os.sep}").rstrip(". ")
     for name in sorted(stated.keys() | found.keys()):
         if stated.get(name) != found.get(name):
             missing = "is missing" if name not in found else "is not as it was written"
@@ -382,5 +383,5 @@ def _contents(folder: Path) -> dict[str, tuple[int, str]]:
             if path.is_file() and path.name != MANIFEST:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found[str(path.relative_to(folder))] = path.stat().st_size, digest
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest
     return found

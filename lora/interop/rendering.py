@@ -113,7 +113,7 @@ class _Renderer:
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: there will be no answer
+        with contextlib.suppress(OSError):  # it has ended: there will be no answer
             process.stdin.write(request)
             process.stdin.flush()
         return process.stdout
@@ -123,7 +123,7 @@ class _Renderer:
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            with contextlib.suppress(BrokenPipeError):  # of a request that was not sent whole
+            with contextlib.suppress(OSError):  # of a request that was not sent whole
                 process.communicate()
 
 
@@ -183,9 +183,10 @@ def _watched() -> Iterator[Callable[[], None]]:
 
 
 def _limit_memory() -> None:
+    """Limits this process to MEMORY bytes. Windows has no such limit; there SECONDS alone holds."""
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
         return
     with contextlib.suppress(OSError, ValueError):  # macOS refuses a limit below what is mapped
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -110,7 +110,7 @@ def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, ca
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
         path = Path(folder) / CONFIG
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         whole = Toy(case)
         load(whole, folder)
         edits: dict[str, Any] = {"target_modules": ["first"]}
@@ -122,7 +122,7 @@ def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, ca
                 else:
                     edits[field.name] = 2 * value if isinstance(value, int) else value / 2
         for name, value in edits.items():
-            path.write_text(json.dumps(settings | {name: value}))
+            path.write_text(json.dumps(settings | {name: value}), encoding="utf-8")
             other = Toy(case)
             if name in config.training_only:
                 load(other, folder)
