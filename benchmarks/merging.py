@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import lora
 from benchmarks.machine import RESULTS, write
-from lora.injection import SLACK, _rounding, output_on, trained_parameters, wrappers_of
+from lora.inventory import trained_parameters, wrappers_of
+from lora.merging import SLACK, _rounding, output_on
 from lora.testing import perturb
 
 IDS = torch.randint(3, 900, (8, 24), generator=torch.Generator().manual_seed(1))

@@ -21,8 +21,8 @@ import torch
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.readme import family
-from lora.adapter import METHODS, Method
 from lora.finetune.compare import markdown
+from lora.method import METHODS, Method
 from lora.testing import CLAUSES, WRAPPING, cases, run_clause
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"

@@ -34,7 +34,7 @@ from lora import nf4
 from lora.finetune.memory import bfloat16_here
 from lora.finetune.models import load_base
 from lora.finetune.quantized import packable
-from lora.injection import wrapper_at
+from lora.inventory import wrapper_at
 from lora.kernels.scratch import keep_freed_memory
 from lora.nf4 import NF4Linear
 

@@ -25,7 +25,7 @@ from benchmarks.machine import write
 from benchmarks.turns import median, take_turns
 from lora.finetune.memory import bfloat16_here
 from lora.kernels.dropout import draw, drop_, dropped
-from lora.kernels.fused import _summed
+from lora.kernels.products import summed
 from lora.kernels.scratch import keep_freed_memory
 
 TOKENS, R = 2048, 8
@@ -96,7 +96,7 @@ def questions(
         "hᵀ g": {
             "one product, rounded to the dtype": lambda: h.T @ g,
             "in float32, in parts of 256 tokens": parts,
-            "as the fused path has it": lambda: _summed(h, g),
+            "as the fused path has it": lambda: summed(h, g),
         },
         "h for three layers of one input": {
             "three products": lambda: [x @ one.T for one in three],

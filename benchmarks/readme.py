@@ -18,8 +18,8 @@ from typing import Any
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
-from lora.adapter import METHODS
 from lora.finetune.compare import markdown, rows
+from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]
 WHO = ("ours", "peft")

@@ -30,8 +30,8 @@ import lora
 from benchmarks.machine import write
 from benchmarks.turns import Rounds, median, ratio, shown, take_turns
 from lora.finetune.memory import bfloat16_here, hold
-from lora.injection import after_step, penalty
 from lora.kernels.scratch import keep_freed_memory
+from lora.training import after_step, penalty
 
 LINEARS = ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"]
 RATIOS = (

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from lora import errors as errors
     from lora import nf4 as nf4
     from lora import testing as testing
-    from lora.adapter import METHODS as METHODS
     from lora.adapter import Adapter as Adapter
-    from lora.adapter import AdapterConfig as AdapterConfig
-    from lora.adapter import Selection as Selection
     from lora.checkpoint import load as load
     from lora.checkpoint import save as save
     from lora.errors import CheckpointError as CheckpointError
@@ -34,16 +31,17 @@ if TYPE_CHECKING:
     from lora.errors import LoraError as LoraError
     from lora.errors import MergeError as MergeError
     from lora.errors import TargetError as TargetError
-    from lora.injection import Certificate as Certificate
-    from lora.injection import Report as Report
     from lora.injection import activate as activate
     from lora.injection import disabled as disabled
     from lora.injection import eject as eject
     from lora.injection import init as init
     from lora.injection import inject as inject
-    from lora.injection import merge as merge
-    from lora.injection import restore as restore
     from lora.interop.trainer import AdapterCallback as AdapterCallback
+    from lora.merging import Certificate as Certificate
+    from lora.merging import merge as merge
+    from lora.merging import restore as restore
+    from lora.method import METHODS as METHODS
+    from lora.method import Selection as Selection
     from lora.methods.adalora import AdaLoRAConfig as AdaLoRAConfig
     from lora.methods.bitfit import BitFitConfig as BitFitConfig
     from lora.methods.dora import DoRAConfig as DoRAConfig
@@ -56,14 +54,20 @@ if TYPE_CHECKING:
     from lora.methods.tokens import TokensConfig as TokensConfig
     from lora.methods.topk import TopKConfig as TopKConfig
     from lora.methods.vera import VeRAConfig as VeRAConfig
+    from lora.report import Report as Report
+    from lora.settings import AdapterConfig as AdapterConfig
 else:
     # Hidden from the type checker, which would take any name for one that __getattr__ knows.
     _NAMES = {
         "lora": "errors nf4 testing",
-        "lora.adapter": "METHODS Adapter AdapterConfig Selection",
+        "lora.adapter": "Adapter",
         "lora.checkpoint": "load save",
         "lora.errors": "CheckpointError ConfigError LoraError MergeError TargetError",
-        "lora.injection": "Certificate Report activate disabled eject init inject merge restore",
+        "lora.injection": "activate disabled eject init inject",
+        "lora.merging": "Certificate merge restore",
+        "lora.method": "METHODS Selection",
+        "lora.report": "Report",
+        "lora.settings": "AdapterConfig",
         "lora.interop.trainer": "AdapterCallback",
         "lora.methods.adalora": "AdaLoRAConfig",
         "lora.methods.bitfit": "BitFitConfig",

@@ -17,14 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from lora.adapter import (
-    METHODS,
-    SHORTHANDS,
-    AdapterConfig,
-    Method,
-    MethodConfig,
-    config_fields,
-)
 from lora.adapter_file import (
     CONFIG,
     WEIGHTS,
@@ -35,10 +27,10 @@ from lora.adapter_file import (
 from lora.card import stated
 from lora.errors import CheckpointError, ConfigError
 from lora.foreign import exactly, in_blocks
-from lora.injection import (
-    owned,
-)
+from lora.inventory import owned
 from lora.layers import fits, inside, views
+from lora.method import METHODS, Method
+from lora.settings import SHORTHANDS, AdapterConfig, MethodConfig, config_fields
 from lora.targets import (
     Plan,
     walk,

@@ -23,10 +23,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from lora.adapter import Method
 from lora.card import card
 from lora.errors import CheckpointError
 from lora.files import json_object, read_json, readable
+from lora.method import Method
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

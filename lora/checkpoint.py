@@ -20,12 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import (
-    AdaptedLayer,
-    Adapter,
-    PartialConfig,
-    initialise,
-)
+from lora.adapter import Adapter, initialise
 from lora.adapter_config import check_unedited, config_digest, file_config, method_for, read_config
 from lora.adapter_file import (
     CONFIG,
@@ -42,25 +37,22 @@ from lora.errors import CheckpointError
 from lora.files import writable, write_together
 from lora.foreign import as_peft_means, check_tying, renamed
 from lora.identity import fingerprint, packed_layers, verify
-from lora.injection import (
+from lora.injection import build, check_mix, check_name, check_statistics, wrap
+from lora.inventory import (
     Parts,
-    Report,
-    build,
-    check_mix,
-    check_name,
     check_restored,
-    check_statistics,
     filed_key,
     injected,
     owned,
-    report_of,
     stored_tensors,
     tensors,
     with_views,
-    wrap,
 )
 from lora.layers import fits, gathered, inside, views
+from lora.method import Follower
 from lora.methods._tokens import Tokens
+from lora.report import Report, report_of
+from lora.settings import PartialConfig
 from lora.targets import (
     Plan,
     base_paths,
@@ -78,6 +70,7 @@ from lora.vocabulary import (
     rows_beyond,
     rows_of,
 )
+from lora.wrappers import AdaptedLayer
 
 LARGEST_UNFILED = 2**24  # numbers that a config may state beyond 64 times what its file holds
 
@@ -351,8 +344,9 @@ def _equal(filed: Tensor, weight: Tensor) -> bool:
 def _drop_repeats(adapters: Mapping[str, Adapter], stored: dict[str, Tensor]) -> None:
     """Take out of the file the rows that PEFT repeats for a tied layer."""
     for path, adapter in adapters.items():
-        for key in Adapter.placed(adapter) if adapter.leader and not adapter.placed() else ():
-            repeated, first = stored.get(f"{path}.{key}"), stored.get(f"{adapter.leader}.{key}")
+        leader = adapter.leader if isinstance(adapter, Follower) else None
+        for key in Adapter.placed(adapter) if leader and not adapter.placed() else ():
+            repeated, first = stored.get(f"{path}.{key}"), stored.get(f"{leader}.{key}")
             if repeated is not None and first is not None and _equal(repeated, first):
                 del stored[f"{path}.{key}"]
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora.adapter import AdapterConfig, PartialConfig
 from lora.errors import CheckpointError
 from lora.layers import fits, inside, kind
 from lora.methods._tokens import followers_of, input_embedding
 from lora.patterns import compiled
+from lora.settings import AdapterConfig, PartialConfig
 from lora.targets import walk
 
 ANY_BLOCKS = r".*?\.[^.]*\.(?P<idx>\d+)\.{}"

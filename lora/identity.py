@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from lora import nf4
 from lora.errors import CheckpointError, LoraError
 from lora.files import json_object
-from lora.injection import (
-    selections,
-)
+from lora.inventory import selections
 from lora.layers import gathered, inside, views
 from lora.nf4 import NF4Linear
 from lora.targets import (

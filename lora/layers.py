@@ -28,40 +28,43 @@ from lora.patterns import compiled
 
 @dataclass(frozen=True)
 class View:
-    """Where `module` keeps one linear map x -> y (..., out)."""
+    """Where `module` keeps one linear map x -> y (..., out), and its W (out, in) and b (out,)."""
 
     module: nn.Module
     out_features: int
     in_features: int
-    transposed: bool  # True where the module stores (in, out)
-    of_ids: bool = False  # True where x is ids (...) and not (..., in)
-    packed: ClassVar[bool] = False  # True where W is made of what is stored, at every use
-
-    def read(self) -> tuple[Tensor, Tensor | None]:
-        """W (out, in), sharing the module's storage, and b (out,) or None."""
-        weight, bias = map(gathered, self.parameters())
-        return (weight.T if self.transposed else weight), bias
+    transposed: bool  # True if the module stores W as (in, out)
+    of_ids: bool = False  # True if x is ids (...) and not (..., in)
+    packed: ClassVar[bool] = False  # True if W is unpacked from what is stored at every use
 
     def parameters(self) -> tuple[Any, Any]:
-        """The weight and the bias (or None) as the module stores them: nn.Parameters, or tensors
-        that torch.func or nn.DataParallel put in their place."""
-        found = own_parameters(self.module)
-        return found["weight"], found.get("bias")
+        """The weight and the bias (or None) as the module stores them."""
+        # torch.func and nn.DataParallel put tensors in the parameters' place.
+        module: Any = self.module
+        return module.weight, getattr(module, "bias", None)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """W (out, in), which shares the module's memory, and b (out,) or None."""
+        module: Any = self.module
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if hasattr(weight, "full_tensor"):  # sharded over several processes
+            weight, bias = gathered(weight), gathered(bias)
+        return (weight.T if self.transposed else weight), bias
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of W."""
-        found: torch.dtype = self.parameters()[0].dtype
-        return found
+        dtype: torch.dtype = self.parameters()[0].dtype
+        return dtype
 
     def stored(self) -> tuple[Tensor, ...]:
-        """What W is made of, to be kept for backward by reference."""
+        """The tensors that W is made of, for backward to keep without a copy."""
         return (self.parameters()[0],)
 
     def unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """W (out, in) of what stored() gave; it may lie in memory that the next call reuses.
+        """W (out, in) from what stored() gave, maybe in memory that the next call overwrites.
 
-        In `dtype` where it is unpacked at all, else as it is.
+        A packed weight is unpacked in `dtype`; another one keeps its own.
         """
         (weight,) = stored
         return weight.t() if self.transposed else weight
@@ -86,15 +89,20 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 
 
 def kind(module: nn.Module) -> str | None:
-    """The name of the module's kind, None where no view exists.
+    """The name of the module's kind, or None if no view of it exists."""
+    if type(module) is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
+        return "Linear"
+    return type(module).__name__ if type(module) in VIEWS else _rare_kind(module)
 
-    A subclass of nn.Linear counts if its forward computes x Wᵀ + b and nothing else; one of
-    nn.Embedding may scale what it looks up, which apply() leaves to its forward. torch's
-    NonDynamicallyQuantizableLinear is never called at all: nn.MultiheadAttention reads its
-    weight, so that an adapter around it would be dead.
+
+def _rare_kind(module: nn.Module) -> str | None:
+    """The kind of a module that is not plainly nn.Linear.
+
+    A subclass of nn.Linear counts if its forward computes x Wᵀ + b and nothing else. A subclass of
+    nn.Embedding may scale what it looks up: apply() calls its forward. torch's
+    NonDynamicallyQuantizableLinear is never called: nn.MultiheadAttention reads its weight, and an
+    adapter around it would do nothing.
     """
-    if type(module) in VIEWS:
-        return type(module).__name__
     parameters = own_parameters(module)
     weight = parameters.get("weight")
     if weight is None or isinstance(weight, nn.UninitializedParameter):
@@ -104,7 +112,7 @@ def kind(module: nn.Module) -> str | None:
         good = module.max_norm is None and _takes_ids_alone(type(module).forward)
         return "Embedding" if good else None
     if "bias" not in parameters:
-        return None  # and so is b
+        return None  # so is b
     if isinstance(module, nn.Linear):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return None
@@ -159,20 +167,27 @@ def _takes_ids_alone(forward: Callable[..., Any]) -> bool:
 
 
 def views(module: nn.Module) -> list[View]:
-    """The module's views. Raises TargetError where it has none."""
-    found = kind(module)
-    if found is None:
+    """The module's views. Raises TargetError if it has none."""
+    if type(module) is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
+        rows, columns = module.weight.shape
+        return [View(module, rows, columns, transposed=False)]
+    return [_rare_view(module)]
+
+
+def _rare_view(layer: Any) -> View:
+    """The view of a module that is not plainly nn.Linear."""
+    name = kind(layer)
+    if name is None:
         raise TargetError(
-            f"no view for {type(module).__name__}: adapters sit on nn.Linear, nn.Embedding and HF"
+            f"no view for {type(layer).__name__}: adapters sit on nn.Linear, nn.Embedding and HF"
             " Conv1D."
         )
-    if type(module) in VIEWS:
-        layer: Any = module
-        return [VIEWS[type(module)](module, layer.out_features, layer.in_features, False)]
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    if found == "Linear":
-        return [View(module, int(rows), int(columns), transposed=False)]
-    return [View(module, int(columns), int(rows), transposed=True, of_ids=found == "Embedding")]
+    if type(layer) in VIEWS:
+        return VIEWS[type(layer)](layer, layer.out_features, layer.in_features, False)
+    rows, columns = layer.weight.shape
+    if name == "Linear":
+        return View(layer, rows, columns, transposed=False)
+    return View(layer, columns, rows, transposed=True, of_ids=name == "Embedding")
 
 
 def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from lora import layers
 from lora.errors import ConfigError, ModelError
-from lora.kernels import fused
+from lora.kernels.linear import linear
 from lora.kernels.scratch import scratch
 from lora.layers import View
 
@@ -426,7 +426,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (view,) = layers.views(self)
-        return fused.linear(view, x)
+        return linear(view, x)
 
     def extra_repr(self) -> str:
         return (

@@ -14,22 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 import lora.methods  # noqa: F401  (fills METHODS)
-from lora.adapter import (
-    SHORTHANDS,
-    AdaptedLayer,
-    Adapter,
-    AdapterConfig,
-    Method,
-    MethodConfig,
-    PartialConfig,
-    SavedModule,
-    Selection,
-    method_of,
-)
+from lora.adapter import Adapter
 from lora.errors import ConfigError, TargetError
 from lora.layers import View, backbone, fits, inside, kind
+from lora.method import ChecksTargets, Follows, Method, Selection, TrainsBase, method_of
 from lora.methods._tokens import input_embedding
 from lora.patterns import BLOCKS, compiled
+from lora.settings import SHORTHANDS, AdapterConfig, MethodConfig, PartialConfig
+from lora.wrappers import AdaptedLayer, SavedModule
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
 _BERT = ("query", "key", "value", "attention.output.dense", "crossattention.output.dense")
@@ -108,64 +100,107 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     """Names of the layers that config.target_modules means.
 
     Layers inside a saved module, and excluded ones, are left alone. A layer reached by two paths
-    is meant, and left alone, by both. Raises TargetError where an entry matches nothing, or
-    matches what no view exists for.
+    is meant, and left alone, by both. Raises TargetError if an entry matches nothing, or matches
+    what no view exists for.
     """
     modules = {name: module for name, module in walk(model) if name}
-    wanted, excluded = config.target_modules, config.exclude_modules
-    out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
-    for one in _entries(excluded):
-        left = {id(m) for name, m in modules.items() if fits(name, one) and kind(m)}
-        if not left:
-            named = one if isinstance(one, str) else one[0]
-            raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
-        out |= left
-    free = {name: module for name, module in modules.items() if id(module) not in out}
+    free, wanted = modules, config.target_modules
+    if saved or config.exclude_modules is not None:
+        free = _free(model, modules, config, saved)
     # A layer that bears the word for its name is meant by it.
     if wanted == "attention" and any(kind(m) and fits(n, (wanted,)) for n, m in free.items()):
         wanted = (wanted,)
     if wanted == "input-embedding":
-        table = input_embedding(model)
-        wanted = tuple(name for name, module in free.items() if module is table)[:1]
-        if not wanted:
-            raise TargetError(
-                f"target_modules='input-embedding': {type(model).__name__} names none, or it is"
-                f" excluded.\n{_offer(model)}"
-            )
+        wanted = _input_embedding(model, free)
     if wanted in SHORTHANDS:
-        names = _attention(model) if wanted == "attention" else None
-        trunk = backbone(model)
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        head = None if head is None else unwrapped(head)
-        read = uncalled(model)
-        found = tuple(
-            name
-            for name, module in free.items()
-            if kind(module) not in (None, "Embedding")
-            and (names is None or fits(name, names))
-            and module is not head
-            and inside(name, trunk)
-            and not _routes(name, modules)
-            and name not in read
-            and _in_blocks(name, config)
+        names = _by_word(model, modules, free, config)
+    else:
+        names = _by_name(model, modules, free, config, wanted)
+    if config.layers_to_transform:
+        _check_blocks(names, config)
+    return names
+
+
+def _free(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    saved: tuple[str, ...],
+) -> dict[str, nn.Module]:
+    """The modules that are neither excluded nor inside a saved module."""
+    out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
+    for entry in _entries(config.exclude_modules):
+        excluded = {id(m) for name, m in modules.items() if fits(name, entry) and kind(m)}
+        if not excluded:
+            named = entry if isinstance(entry, str) else entry[0]
+            raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
+        out |= excluded
+    return {name: module for name, module in modules.items() if id(module) not in out}
+
+
+def _input_embedding(model: nn.Module, free: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The name of the input embedding, in a tuple."""
+    table = input_embedding(model)
+    names = tuple(name for name, module in free.items() if module is table)[:1]
+    if not names:
+        raise TargetError(
+            f"target_modules='input-embedding': {type(model).__name__} names none, or it is"
+            f" excluded.\n{_offer(model)}"
         )
-        if not found:
-            blocks = config.layers_to_transform
-            where = f" in layers_to_transform={blocks}" if blocks else ""
-            raise TargetError(
-                f"no layer matches target_modules={wanted!r}{where}.\n{_offer(model)}"
-            )
-        _check_blocks(found, config)
-        return found
+    return names
+
+
+def _by_word(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    free: Mapping[str, nn.Module],
+    config: AdapterConfig,
+) -> tuple[str, ...]:
+    """The layers that all-linear or attention means: linear ones of the backbone, without the
+    output head, without what routes to experts, without those that the model never calls."""
+    ends = _attention(model) if config.target_modules == "attention" else None
+    trunk = backbone(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = None if head is None else unwrapped(head)
+    read = uncalled(model)
+    names = tuple(
+        name
+        for name, module in free.items()
+        if kind(module) not in (None, "Embedding")
+        and (ends is None or fits(name, ends))
+        and module is not head
+        and inside(name, trunk)
+        and not _routes(name, modules)
+        and name not in read
+        and _in_blocks(name, config)
+    )
+    if not names:
+        blocks = config.layers_to_transform
+        of_blocks = f" in layers_to_transform={blocks}" if blocks else ""
+        raise TargetError(
+            f"no layer matches target_modules={config.target_modules!r}{of_blocks}."
+            f"\n{_offer(model)}"
+        )
+    return names
+
+
+def _by_name(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    free: Mapping[str, nn.Module],
+    config: AdapterConfig,
+    wanted: str | tuple[str, ...],
+) -> tuple[str, ...]:
+    """The layers that names, dotted endings or a regular expression mean."""
     meant: set[int] = set()
     for entry in _entries(wanted):
         hits = [name for name in free if fits(name, entry)]
         if not hits:
-            one = "" if entry is wanted else f" (entry {entry[0]!r})"
+            which = "" if entry is wanted else f" (entry {entry[0]!r})"
             gone = any(fits(name, entry) for name in modules)
-            but = " but such as are excluded, or in modules_to_save" if gone else ""
+            but = " that is not excluded or in modules_to_save" if gone else ""
             raise TargetError(
-                f"no layer matches target_modules={wanted!r}{one}{but}.\n{_offer(model)}"
+                f"no layer{but} matches target_modules={wanted!r}{which}.\n{_offer(model)}"
             )
         for name in hits:
             if not kind(modules[name]):
@@ -181,9 +216,7 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
                 f"{config.layers_to_transform}. Set --layers-to-transform."
             )
         meant |= {id(free[name]) for name in hits}
-    found = tuple(name for name, module in free.items() if id(module) in meant)
-    _check_blocks(found, config)
-    return found
+    return tuple(name for name, module in free.items() if id(module) in meant)
 
 
 def _block(name: str, config: AdapterConfig) -> int | None:
@@ -345,7 +378,7 @@ def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan:
     """What injecting config would do. Touches nothing; raises TargetError or ConfigError.
 
-    Not `strict`, a setting may name layers that are not adapted, as in PEFT's files.
+    If not `strict`, a setting may name layers that are not adapted, as in PEFT's files.
     """
     method = method_of(config)
     for inner in ("_orig_mod", "module"):
@@ -356,62 +389,96 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
             )
     saved: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
-    if isinstance(config, PartialConfig):
+    further: Mapping[str, Callable[[View, Any, str], Adapter]] = {}
+    if isinstance(config, PartialConfig) and config.modules_to_save:
         saved = _check_saved(model, saved_of(model, config))
     if isinstance(config, AdapterConfig):
         targets = targets_of(model, config, saved)
-    further: Mapping[str, Callable[[View, Any, str], Adapter]] = {}
-    if issubclass(method, Adapter):
-        read = [name for name in uncalled(model) if name in targets]
-        if strict and read:
-            raise TargetError(
-                f"target_modules means {read[0]}, whose weight {type(model).__name__} reads itself:"
-                " an adapter there would do nothing, or not on every machine. Leave it out of"
-                " --target-modules."
-            )
         if strict:
-            method.check_targets(config, targets)
-        further = method.further(model, dict(walk(model)), config, targets)
-        taken = [n for n in further if n in targets or any(inside(n, whole) for whole in saved)]
-        if taken:
+            _check_targets(model, method, config, targets)
+        if issubclass(method, Follows):
+            further = method.further(model, dict(walk(model)), config, targets)
+        if further:
+            targets = (*targets, *_apart(further, targets, saved))
+    elif issubclass(method, Selection) and strict:
+        layers = tuple(name for name, module in walk(model) if name and module._parameters)
+        method.check_model(model, layers, config)
+    selected: tuple[str, ...] = ()
+    if issubclass(method, Selection | TrainsBase):
+        selected = _selected(model, method, config, targets, saved)
+    return Plan(method, config, targets, saved, selected, further=further)
+
+
+def _check_targets(
+    model: nn.Module, method: type[Method], config: AdapterConfig, targets: tuple[str, ...]
+) -> None:
+    """Raise TargetError if a target's weight is read by the model itself, or a setting names
+    layers that are none of the targets."""
+    read = [name for name in uncalled(model) if name in targets]
+    if read:
+        raise TargetError(
+            f"target_modules means {read[0]}, whose weight {type(model).__name__} reads itself:"
+            " an adapter there would do nothing, or not on every machine. Leave it out of"
+            " --target-modules."
+        )
+    if issubclass(method, ChecksTargets):
+        method.check_targets(config, targets)
+
+
+def _apart(
+    further: Mapping[str, Any], targets: tuple[str, ...], saved: tuple[str, ...]
+) -> Mapping[str, Any]:
+    """`further`. Raises ConfigError if one of its layers is adapted or trained already."""
+    for name in further:
+        if name in targets or any(inside(name, whole) for whole in saved):
             raise ConfigError(
-                f"{taken[0]} is adapted twice: in target_modules or modules_to_save, and as an"
+                f"{name} is adapted twice: in target_modules or modules_to_save, and as an"
                 " embedding of trained tokens. Leave it out of one."
             )
-    if issubclass(method, Selection):
-        layers = tuple(name for name, module in walk(model) if name and module._parameters)
-        if strict:
-            method.check_model(model, layers, config)
-    targets = (*targets, *further)
-    # A selection meets what is tied under its first name: a head that is the embedding is none.
+    return further
+
+
+def _selected(
+    model: nn.Module,
+    method: type[Selection] | type[TrainsBase],
+    config: MethodConfig,
+    targets: tuple[str, ...],
+    saved: tuple[str, ...],
+) -> tuple[str, ...]:
+    """Names of the base's parameters to train; a tied one by the first of its names that is meant.
+
+    Raises TargetError if they cannot be trained.
+    """
+    # A Selection sees a tied parameter under its first name: a head that is the embedding is none.
     every = base_parameters(model) if issubclass(method, Selection) else base_paths(model)
     base = {n: p for n, p in every if not any(inside(n, whole) for whole in saved)}
-    selected: list[str] = []
-    seen: set[int] = set()
-    for name, parameter in base.items():  # of what is tied the first name that is meant
+    selected: dict[int, str] = {}
+    for name, parameter in base.items():
         if issubclass(method, Selection):
-            train = method.selects(name, model, config)
+            trained = method.selects(name, model, config)
         else:
-            assert issubclass(method, Adapter)
-            train = method.selects(name, name.rpartition(".")[0] in targets, config)
-        if train and id(parameter) not in seen:
-            seen.add(id(parameter))
-            selected.append(name)
+            trained = method.selects(name, name.rpartition(".")[0] in targets, config)
+        if trained:
+            selected.setdefault(id(parameter), name)
     if issubclass(method, Selection) and not selected and not saved:
         raise TargetError(
             f"{method.name} selects no parameter of {type(model).__name__}: it has none of that"
             " kind, or only such as are tied to others. Name modules in modules_to_save."
         )
-    _check_trainable({name: base[name] for name in selected})
-    for name in selected:
-        # A load could stop halfway through tensors that cannot be written to.
-        shares = any(s == 0 and n > 1 for s, n in zip(base[name].stride(), base[name].shape))
-        if base[name].is_inference() or shares:
-            raise TargetError(
-                f"{name} cannot be trained in place: it was made in inference mode, or its"
-                " elements share memory. Clone it first."
-            )
-    return Plan(method, config, targets, saved, tuple(selected), further=further)
+    _check_trainable({name: base[name] for name in selected.values()})
+    for name in selected.values():
+        _check_writable(name, base[name])
+    return tuple(selected.values())
+
+
+def _check_writable(name: str, parameter: nn.Parameter) -> None:
+    """Raise TargetError if the parameter cannot be written in place: a load could stop halfway."""
+    shares = any(s == 0 and n > 1 for s, n in zip(parameter.stride(), parameter.shape))
+    if parameter.is_inference() or shares:
+        raise TargetError(
+            f"{name} cannot be trained in place: it was made in inference mode, or its elements"
+            " share memory. Clone it first."
+        )
 
 
 def _check_saved(model: nn.Module, saved: tuple[str, ...]) -> tuple[str, ...]:

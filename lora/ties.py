@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from lora.adapter import AdaptedLayer, SavedModule
 from lora.errors import MergeError
 from lora.targets import base_paths, walk
+from lora.wrappers import AdaptedLayer, SavedModule
 
 FLAG = "tie_word_embeddings"
 RECORD = "lora_untied"  # of a model: what untie() changed

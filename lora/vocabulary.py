@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.errors import CheckpointError, ConfigError
-from lora.injection import Parts, filed_key, injected
+from lora.inventory import Parts, filed_key, injected
 from lora.layers import fits, inside
 from lora.methods._tokens import Tokens
 from lora.targets import Plan, base_parameters, base_paths, unwrapped, walk

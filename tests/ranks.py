@@ -22,7 +22,7 @@ from lora.finetune.distributed import rank, shard, size, together, total
 from lora.finetune.memory import hold
 from lora.finetune.models import Base, load_base
 from lora.identity import fingerprint
-from lora.kernels import fused
+from lora.kernels import products
 
 
 def make_base(folder: Path) -> None:
@@ -218,10 +218,10 @@ def casts(folder: Path) -> int:
     lora.inject(base.model, lora.LoRAConfig(r=4, target_modules="all-linear"))
     hold(base.model, "bfloat16")
     shard(base.model, base.pieces)
-    before = len(fused._casts)
+    before = len(products._casts)
     with torch.autocast("cpu", torch.bfloat16):
         own_loss(base.model, *rows(0)).backward()
-    return len(fused._casts) - before
+    return len(products._casts) - before
 
 
 def messages(folder: Path) -> dict[str, Any]:

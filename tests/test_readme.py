@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.readme import PAGES, filled
-from lora.adapter import METHODS
 from lora.finetune.compare import rows
 from lora.finetune.config import parse_run
-from lora.injection import SLACK
+from lora.merging import SLACK
+from lora.method import METHODS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = {"README.md": 1, "docs/own-method.md": 1, "docs/python.md": 1}  # blocks of Python, by page

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from lora.adapter import Adapter, PartialConfig
 from lora.adapter_file import filed_labels, find_folder, read_tensors
 from lora.card import heads_of
 from lora.checkpoint import load, rows_filed
@@ -27,9 +26,12 @@ from lora.finetune.flags import as_flag
 from lora.finetune.memory import pick_dtype
 from lora.finetune.models import Base, load_base, load_tokenizer
 from lora.finetune.quantized import packable
-from lora.injection import Report, inject
+from lora.injection import inject
 from lora.interop.pretrained import read_tokenizer
 from lora.layers import inside
+from lora.method import Packs
+from lora.report import Report
+from lora.settings import PartialConfig
 from lora.vocabulary import add_tokens, resize, rows_of
 
 
@@ -62,7 +64,7 @@ def build_base(
 def quantizes_later(config: RunConfig[Any]) -> bool:
     """True if the base is quantized under the new adapter, whose start needs the full weights."""
     method = method_named(config.method)
-    needs_full_base = issubclass(method, Adapter) and method.takes_up(config.settings)
+    needs_full_base = issubclass(method, Packs) and method.takes_up(config.settings)
     return needs_full_base and config.quantize == "nf4"
 
 

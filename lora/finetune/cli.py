@@ -336,7 +336,7 @@ def _eval(arguments: list[str]) -> None:
 def _harness(config: EvalConfig) -> None:
     """A run's model on tasks of the LM Evaluation Harness."""
     assert config.run is not None
-    from lora.adapter import whole_number
+    from lora.settings import whole_number
 
     if config.limit is not None:
         whole_number("limit", config.limit)
@@ -489,8 +489,8 @@ def _data(arguments: list[str]) -> None:
         if what not in ("--help", "-h"):
             raise ConfigError(f"lora data takes preview or tasks, found {what or 'nothing'}.")
         return
-    from lora.adapter import whole_number
     from lora.finetune.config import parse, parse_run
+    from lora.settings import whole_number
 
     own, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
     whole_number("count", own.count)
@@ -623,8 +623,8 @@ def _methods(arguments: list[str]) -> None:
     import inspect
 
     import lora.methods  # noqa: F401
-    from lora.adapter import METHODS
     from lora.finetune.config import NAMES
+    from lora.method import METHODS
 
     for name, method in sorted(METHODS.items()):
         first = (inspect.getdoc(method) or "").partition("\n\n")[0]

@@ -20,7 +20,6 @@ from typing import Any, Literal
 
 import tomli_w
 
-from lora.adapter import check
 from lora.errors import ConfigError, RunError, StoppedError
 from lora.files import locked, writable, write_together
 from lora.finetune.config import (
@@ -37,6 +36,7 @@ from lora.finetune.config import (
 from lora.finetune.record import Summary, summary_of
 from lora.finetune.run_folder import config_of
 from lora.layers import inside
+from lora.settings import check
 
 
 @dataclass(frozen=True, kw_only=True)

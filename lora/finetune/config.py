@@ -26,7 +26,6 @@ import tyro
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
 import lora.methods  # noqa: F401  (fills METHODS)
-from lora.adapter import LARGEST, METHODS, Method, MethodConfig
 from lora.adapter_config import method_and_config
 from lora.adapter_file import find_folder, settings_in
 from lora.card import BUILT_IN, base_in
@@ -38,6 +37,8 @@ from lora.finetune.data.templates import LossOn
 from lora.finetune.flags import as_flag, hint
 from lora.interop import documents
 from lora.interop.documents import wanted
+from lora.method import METHODS, Method
+from lora.settings import LARGEST, MethodConfig
 
 Schedule = Literal["linear", "cosine", "constant"]
 Final = Literal["last", "best"]

@@ -34,10 +34,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lora.adapter import AdaptedLayer, SavedModule
 from lora.errors import ConfigError, LoraError, RunError, TrainingError
-from lora.injection import Parts, init, injected, owned, wrappers_of
+from lora.injection import init
+from lora.inventory import Parts, injected, owned, wrappers_of
 from lora.targets import base_paths, unwrapped
+from lora.wrappers import AdaptedLayer, SavedModule
 
 WAIT = datetime.timedelta(minutes=10)  # for a rank that is slower, not gone: that shows at once
 

@@ -25,7 +25,7 @@ import transformers
 from rich.progress import Progress
 from torch import Tensor
 
-from lora.adapter import check, is_number, whole_number
+from lora.declared import is_number
 from lora.finetune import distributed
 from lora.finetune.config import RunConfig
 from lora.finetune.data.conversations import Conversation
@@ -41,6 +41,7 @@ from lora.finetune.inputs import (
     thought_end,
 )
 from lora.finetune.metrics import score
+from lora.settings import check, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter
 from lora.errors import ConfigError, DataError
 from lora.finetune.config import RunConfig, method_named, named
 from lora.finetune.data import conversations, tokens
@@ -27,6 +26,7 @@ from lora.finetune.data.tokens import IGNORED, Encoded, batches, collate, drawn,
 from lora.finetune.demo import tasks
 from lora.finetune.models import Base, check_ids, writing_parts
 from lora.interop.export import Ends
+from lora.method import Calibrated
 
 MADE = "tasks/"  # before the name of a task of lora.finetune.demo.tasks
 
@@ -255,7 +255,7 @@ def calibration(
     """The first 8 batches of the training, with the labels that the model's own forward takes,
     where the method starts from data."""
     method = method_named(config.method)
-    if not issubclass(method, Adapter) or not method.needs_batches(config.settings):
+    if not issubclass(method, Calibrated) or not method.needs_batches(config.settings):
         return None
     rows = drawn(encoded, config.seed, 0)
     order = batches(encoded.lengths, config.batch_size, config.seed, 0, rows)[:8]

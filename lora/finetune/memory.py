@@ -67,9 +67,8 @@ def _in_bfloat16(forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
 def checkpoint_activations(model: Any) -> None:
     """Let each block keep only its input, and compute the rest again in the backward pass.
 
-    The same dropout masks are drawn again, so that only time is lost. A run without it draws other
-    masks if layers with one input share theirs (siblings). Raises ModelError if transformers does
-    not support it for the architecture.
+    The same dropout masks are drawn again, so that only time is lost. Raises ModelError if
+    transformers does not support it for the architecture.
     """
     # transformers 5.17 has the older name alone, and 5.23 warns of it.
     enable = getattr(model, "activation_checkpointing_enable", None)

@@ -32,7 +32,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora import nf4
-from lora.adapter import Adapter, whole_number
 from lora.checkpoint import read_adapter
 from lora.errors import ModelError
 from lora.finetune.assemble import resized_for, resolve, with_tokens
@@ -49,14 +48,12 @@ from lora.finetune.metrics import score
 from lora.finetune.models import Base, load_skeleton
 from lora.finetune.quantized import packable, unfilled
 from lora.finetune.train import Part, adamw, add_gradients, batch_plan, check_room, steps_per_epoch
-from lora.injection import (
-    Report,
-    build,
-    check_steps,
-    place,
-    planned_of,
-    with_views,
-)
+from lora.injection import build, place, planned_of
+from lora.inventory import with_views
+from lora.method import Calibrated, Packs
+from lora.report import Report
+from lora.settings import whole_number
+from lora.training import check_steps
 
 HOLES = 0.7
 """Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
@@ -455,9 +452,10 @@ class _Step:
         """The base with the adapters on it, placed as inject() does, and filled with nothing."""
         config = self.config
         method, shown, packs = method_named(config.method), False, False
-        if issubclass(method, Adapter):
+        if issubclass(method, Calibrated):
             shown = method.needs_batches(config.settings)
-            packs = method.takes_up(config.settings) and config.quantize == "nf4"
+        if issubclass(method, Packs) and config.quantize == "nf4":
+            packs = method.takes_up(config.settings)
         asked = len(self.corpus.labels) or 1, self.corpus.task
         quantize = "none" if packs else config.quantize
         base = load_skeleton(config.base, *asked, quantize, config.dense)
@@ -472,7 +470,7 @@ class _Step:
             parts = build(model, planned)
         fresh: Any = unfilled(model, names, "meta")
         for adapter, view in with_views(model, parts.adapters).values():
-            if id(view.module) in fresh:
+            if id(view.module) in fresh and isinstance(adapter, Packs):
                 packed = fresh[id(view.module)].quantized()
                 with torch.no_grad():
                     adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]

@@ -53,7 +53,9 @@ from lora.finetune.selection import best_step, divergence, evaluations_since_bes
 from lora.finetune.signals import stopping
 from lora.finetune.state import Training
 from lora.finetune.train import Hyperparameters, begin, check_room, fit, steps_per_epoch
-from lora.injection import Report, check_steps, disabled
+from lora.injection import disabled
+from lora.report import Report
+from lora.training import check_steps
 
 
 def run(config: RunConfig[Any]) -> dict[str, Any]:

@@ -47,10 +47,10 @@ from lora.files import read_safetensors, readable, sync, writable, write_togethe
 from lora.finetune import distributed
 from lora.finetune.record import Mark
 from lora.identity import fingerprint
-from lora.injection import injected
 from lora.interop import documents
 from lora.interop.documents import Count, Finite
-from lora.kernels import siblings
+from lora.inventory import injected
+from lora.method import Scheduled
 
 TENSORS, STATE, CONFIG, MANIFEST = (
     "training.safetensors", "training.json", "config.toml", "manifest.json"
@@ -110,7 +110,6 @@ class State(TypedDict):
         list[Annotated[RandomState, AfterValidator(_tried)]], Field(min_length=1)
     ]  # of each rank
     methods: dict[str, dict[str, Any]]  # what an adapter remembers, by its path
-    read_together: dict[str, list[list[str]]]
     base: dict[str, str]  # its fingerprint
     recorded: Mark
 
@@ -131,7 +130,6 @@ def save(training: Training, folder: Path, config: bytes, recorded: Mark) -> Pat
         "step": training.step,
         "random": distributed.gather(random_state()),
         "methods": remembered(training.model),
-        "read_together": siblings.groups(training.model),
         "base": bases(training.model),
         "recorded": recorded,
     }
@@ -256,7 +254,6 @@ def restore(training: Training, path: Path) -> State:
     for layer, remembering in adapters(training.model).items():
         for name in remembering.remembers:
             setattr(remembering, name, state["methods"][layer][name])
-    siblings.set_groups(training.model, state["read_together"])
     rank = distributed.rank()
     if rank < len(state["random"]):
         set_random_state(state["random"][rank])
@@ -268,12 +265,8 @@ def restore(training: Training, path: Path) -> State:
 
 def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
     """Raise CheckpointError unless what the file remembers is of the model's layers."""
-    groups, beside = siblings.groups(model), state["read_together"]
-    odd = sorted(groups.keys() ^ beside.keys())
-    odd += [name for name in groups if name in beside and any(
-        names not in groups[name] for names in beside[name])]  # fmt: skip
     there = adapters(model)
-    odd += sorted(there.keys() ^ state["methods"].keys())
+    odd = sorted(there.keys() ^ state["methods"].keys())
     if odd:
         raise CheckpointError(
             f"{path / STATE} does not fit the model: {odd[0]} is another there. {ANEW}"
@@ -311,12 +304,12 @@ def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
+def adapters(model: nn.Module) -> dict[str, Any]:
     """The adapters that remember more than tensors, by their paths."""
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, Adapter) and module.remembers
+        if isinstance(module, Scheduled) and module.remembers
     }
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lora.adapter import is_number
+from lora.declared import is_number
 from lora.errors import ConfigError, RunError
 from lora.files import writable, write_whole
 from lora.interop import documents

@@ -32,14 +32,8 @@ from lora.finetune.evaluate import autocast, device_of
 from lora.finetune.losses import Batch, batch_loss
 from lora.finetune.signals import SIGNALS
 from lora.finetune.state import Training, rank_seed
-from lora.injection import (
-    after_step,
-    check_alive,
-    check_memory,
-    check_steps,
-    param_groups,
-    penalty,
-)
+from lora.injection import check_memory
+from lora.training import after_step, check_alive, check_steps, param_groups, penalty
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ from lora.finetune.run_folder import check_free
 from lora.finetune.screen import progress_bar, reading
 from lora.finetune.source import Source, open_source
 from lora.finetune.weights import FLOATS
-from lora.injection import disabled, eject, merge, output_on
+from lora.injection import disabled, eject
+from lora.merging import merge, output_on
 
 Acts = Literal["on", "off", "both"]
 Written = Literal["base", "float32", "bfloat16", "float16"]

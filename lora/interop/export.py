@@ -36,7 +36,7 @@ from lora.card import BUILT_IN, base_in
 from lora.checkpoint import read_adapter, rows_filed
 from lora.errors import CheckpointError, ConfigError, command
 from lora.files import writable, write_whole
-from lora.methods._lowrank import by_layer
+from lora.methods._lowrank_options import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 from lora.vocabulary import rows_of
 

@@ -16,10 +16,10 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lora.adapter import is_number
+from lora.declared import is_number
 from lora.errors import DataError
-from lora.injection import evaluating
 from lora.interop.rendering import LimitError, render
+from lora.inventory import evaluating
 
 
 def evaluate(

@@ -36,7 +36,7 @@ from lora.adapter_file import CARD, CONFIG, PREFIX, WEIGHTS, adapter_files
 from lora.errors import CheckpointError, ConfigError, command
 from lora.files import readable, writable, write_together
 from lora.layers import fits
-from lora.methods._lowrank import by_layer
+from lora.methods._lowrank_options import by_layer
 from lora.methods.lora import LoRA, LoRAConfig
 
 SAVE = "Where it was trained, run torch.save(loralib.lora_state_dict(model), FILE)."

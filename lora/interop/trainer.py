@@ -24,16 +24,10 @@ from torch import nn
 
 from lora.checkpoint import save
 from lora.errors import ConfigError
-from lora.injection import (
-    after_step,
-    check_alive,
-    check_steps,
-    guard,
-    injected,
-    param_groups,
-    penalty,
-)
+from lora.injection import refuse_whole_saves
+from lora.inventory import injected
 from lora.targets import base_parameters
+from lora.training import after_step, check_alive, check_steps, param_groups, penalty
 
 ADAPTER = "adapter"
 
@@ -56,7 +50,9 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._slim(model)  # a checkpoint to resume from is loaded before on_train_begin
 
     def _slim(self, model: nn.Module) -> None:
-        guard(model, False)  # what save_pretrained is given to write is not the whole model
+        refuse_whole_saves(
+            model, False
+        )  # what save_pretrained is given to write is not the whole model
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
@@ -113,7 +109,7 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
             save(model, Path(args.output_dir) / ADAPTER, self.name)
         for hook in self.hooks:
             hook.remove()
-        guard(model, bool(injected(model)))
+        refuse_whole_saves(model, bool(injected(model)))
 
 
 def _spared(model: nn.Module) -> set[str]:

@@ -1,1 +1,57 @@
-"""Every fast path. A method states an equation; what computes it faster is here."""
+"""The kernel door: every fast path stands behind `attempt`.
+
+A reader of LoRA can stop here. A method states an equation, `merged(W, b)`, and that is what it
+means. A method that inherits `Fast` also names a kernel of this folder, which gives the same values
+and gradients in less time and memory; lora.testing proves that they are the same.
+
+    lowrank   LoRA, AdaLoRA    dora   DoRA    vera   VeRA    scale   (IA)³
+    linear    the frozen layer whose weight is packed
+    dropout   masks of one bit an element    scratch   memory that calls share
+    products  what the kernels share
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.kernels.dropout import Mask
+from lora.kernels.products import OFF, possible
+from lora.kernels.products import off as off
+from lora.layers import View, in_pieces
+
+
+class Fast:
+    """A method with a kernel."""
+
+    def kernel(self, view: View) -> Any:
+        """An object of this folder with `fused(x, mask)` and `composed(x, mask)`, which give the
+        output of the adapted layer; if the method is additive also `delta(x, mask)`. None if
+        no kernel computes this layer."""
+        raise NotImplementedError
+
+
+def attempt(
+    adapters: Sequence[Any], view: View, x: Tensor, masks: Sequence[Mask | None]
+) -> Tensor | None:
+    """The output of a layer under its adapters, dtype of the layer's output; None if no kernel
+    computes it, and the specification has to."""
+    # torch.compile cannot read a ContextVar; under it off() does not apply.
+    off_here = not torch.compiler.is_compiling() and OFF.get()
+    if off_here or not all(isinstance(adapter, Fast) for adapter in adapters):
+        return None
+    kernels = [adapter.kernel(view) for adapter in adapters]
+    if None in kernels or in_pieces(view.parameters()[0]):
+        return None
+    if len(kernels) == 1:
+        (kernel,), (mask,) = kernels, masks
+        y: Tensor = kernel.fused(x, mask) if possible(view, x) else kernel.composed(x, mask)
+        return y
+    base: Tensor = view.module(x)
+    y = base
+    for kernel, mask in zip(kernels, masks, strict=True):
+        y = y + kernel.delta(x, mask)
+    return y.to(base.dtype)

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, check
+from lora.adapter import Adapter, trained
 from lora.errors import TargetError
 from lora.layers import View, kind
+from lora.method import Follower, Rates
+from lora.settings import check
 
 Make = Callable[[View, Any, str], Adapter]
 
@@ -26,7 +28,7 @@ def token_ids(field: str, asked: Any) -> Any:
     return asked
 
 
-class Tokens(Adapter):
+class Tokens(Follower, Rates, Adapter):
     """W' = W, but for the rows of some ids, which train.  PEFT's trainable_token_indices.
 
     trainable_tokens_delta (n, dim)   the rows in the base's place, not what is added to them; W's
@@ -83,7 +85,7 @@ class Tokens(Adapter):
         return stored.T if self.by_column else stored, b
 
     def param_groups(self) -> dict[float, list[nn.Parameter]]:
-        return {} if self.leader else super().param_groups()
+        return {} if self.leader else {1.0: trained(self)}
 
     def placed(self) -> dict[str, Tensor]:
         return {} if self.leader else super().placed()

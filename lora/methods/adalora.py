@@ -7,22 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lora.adapter import (
-    Adapter,
-    AdapterConfig,
-    check,
-    is_number,
-    probability,
-    strength,
-    whole_number,
-)
+from lora.adapter import Adapter
+from lora.declared import is_number
 from lora.errors import ConfigError, TargetError
-from lora.kernels.dropout import Mask, drop
-from lora.kernels.fused import Update
-from lora.layers import View, apply
+from lora.kernels import Fast
+from lora.kernels.lowrank import LowRankKernel
+from lora.layers import View
+from lora.method import ChecksTargets, Scheduled
+from lora.settings import AdapterConfig, check, probability, strength, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +87,7 @@ class AdaLoRAConfig(AdapterConfig):
         return first, last
 
 
-class AdaLoRA(Adapter):
+class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
     """W' = W + (lora_alpha / init_r) B (E ∘ A).  AdaLoRA, Zhang et al. 2023, arXiv:2303.10512,
     eq. 3.
 
@@ -178,13 +172,8 @@ class AdaLoRA(Adapter):
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.scaling * (self.lora_B @ (self.lora_E * self.lora_A)), b
 
-    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        h = apply(view, drop(x, mask), self.lora_E * self.lora_A)
-        return self.scaling * F.linear(h, self.lora_B)
-
-    def low_rank(self, view: View) -> Update:
-        A, (_, b) = self.lora_E * self.lora_A, view.parameters()
-        return Update(view, b, A, self.lora_B, self.scaling)
+    def kernel(self, view: View) -> LowRankKernel:
+        return LowRankKernel(view, self.lora_E * self.lora_A, self.lora_B, self.scaling)
 
     @classmethod
     def penalty(cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig) -> Tensor | None:

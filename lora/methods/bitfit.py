@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora.adapter import PartialConfig, Selection
 from lora.layers import fits
+from lora.method import Selection
+from lora.settings import PartialConfig
 
 
 @dataclass(frozen=True, kw_only=True)

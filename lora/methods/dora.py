@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora.kernels import fused
-from lora.kernels.dropout import Mask, drop
-from lora.layers import View, apply
+from lora.kernels.dora import DoRAKernel
+from lora.layers import View
 from lora.methods._lowrank import LowRank, LowRankConfig
 
 
@@ -28,8 +27,8 @@ class DoRA(LowRank):
     is no part of W, and is not scaled.
     lora_A, lora_B as LoRA's
     lora_magnitude_vector (out,)  m; ‖W‖ of W at the injection, so W' = W at step 0
-    Cost: r·(in+out) + out parameters. The lengths are had without V: 2·r·in·out FLOP a step;
-    dropout costs a second product with W.
+    Cost: r·(in+out) + out parameters. The kernel computes the lengths without V: 2·r·in·out FLOP a
+    step. With dropout, DoRA needs a second matmul with W, here and in PEFT.
     """
 
     name = "dora"
@@ -61,56 +60,10 @@ class DoRA(LowRank):
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         V = W + self.update()
-        return self.factor(torch.linalg.vector_norm(V.detach(), dim=1))[:, None] * V, b
+        length = torch.linalg.vector_norm(V.detach(), dim=1)
+        # A row of zeros stays zero.
+        return (self.lora_magnitude_vector / torch.where(length > 0, length, 1.0))[:, None] * V, b
 
-    def factor(self, length: Tensor) -> Tensor:
-        """m / ‖V‖ (out,); of a row of zeros, which stays one, 1 / ‖V‖ is taken as 1."""
-        factor: Tensor = self.lora_magnitude_vector / torch.where(length > 0, length, 1.0)
-        return factor
-
-    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        W, b = view.read()
-        with fused.without_autocast(W):  # in which a row's length would be off by a percent
-            factor = self.factor(self.lengths(W))
-        fast = fused.possible(view, x)
-        own = self.lora_A, self.lora_B, self.scaling
-        if mask is not None and fast:
-            return fused.dora(view, x, b, *own, factor, mask, self.start)
-        y: Tensor
-        if mask is not None:
-            y = view.module(x)
-            found = y + (factor - 1) * apply(view, drop(x, mask), W)
-            return (found + factor * self.updated(view, x, mask)).to(y.dtype)
-        if fast:
-            (y,) = fused.low_rank(x, [fused.Update(view, None, *own, self.start)], None)
-            found = factor * y
-        else:
-            y = apply(view, x, W)
-            found = factor * (y + self.updated(view, x, None))
-        return (found if b is None else found + b).to(y.dtype)
-
-    @torch.no_grad()
-    def lengths(self, W: Tensor) -> Tensor:
-        """‖W + s(BA − B₀A₀)‖ of each row, (out,), from thin products.
-
-        ‖W‖² + 2s rowsum(B ∘ W Aᵀ) + s² rowsum(B A Aᵀ ∘ B). Where the terms cancel to less than a
-        tenth, the rounding of that sum would show: those rows are had from V itself.
-        """
-        dtype = self.lora_A.dtype
-        if torch.compiler.is_compiling() or W.is_meta:  # which follow no data
-            whole: Tensor = torch.linalg.vector_norm(W + self.update(), dim=1)
-            return whole
-        A: Tensor = self.lora_A
-        B: Tensor = self.scaling * self.lora_B
-        if self.starts_away:
-            A = torch.cat([A, self.start_A])
-            B = torch.cat([B, -self.scaling * self.start_B], dim=1)
-        W = W.to(dtype)
-        own = torch.linalg.vector_norm(W, dim=1).square()
-        update = ((B @ (A @ A.T)) * B).sum(dim=1)
-        square = own + 2 * (B * (W @ A.T)).sum(dim=1) + update
-        cancelled = (square < 0.1 * (own + update)).nonzero().flatten()
-        if len(cancelled):
-            square[cancelled] = (W[cancelled] + B[cancelled] @ A).square().sum(dim=1)
-        lengths: Tensor = square.sqrt()
-        return lengths
+    def kernel(self, view: View) -> DoRAKernel:
+        m = self.lora_magnitude_vector
+        return DoRAKernel(view, self.lora_A, self.lora_B, self.scaling, m, self.start)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora.adapter import MethodConfig, Selection
+from lora.method import Selection
+from lora.settings import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)

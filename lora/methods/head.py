@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora.adapter import PartialConfig, Selection
 from lora.layers import backbone, inside
+from lora.method import Selection
+from lora.settings import PartialConfig
 
 
 @dataclass(frozen=True, kw_only=True)

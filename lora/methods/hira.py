@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter, AdapterConfig, probability, whole_number
+from lora.adapter import Adapter
 from lora.layers import View
-from lora.methods._lowrank import start_at_zero
+from lora.methods._starts import start_at_zero
+from lora.settings import AdapterConfig, probability, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora.adapter import Adapter, AdapterConfig, names_tuple
+from lora.adapter import Adapter
 from lora.errors import TargetError
-from lora.kernels.dropout import Mask
+from lora.kernels import Fast
+from lora.kernels.scale import ScaleKernel
 from lora.layers import View, fits
+from lora.method import ChecksTargets
 from lora.patterns import check_pattern
+from lora.settings import AdapterConfig, names_tuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class IA3Config(AdapterConfig):
             object.__setattr__(self, "feedforward_modules", names)
 
 
-class IA3(Adapter):
+class IA3(ChecksTargets, Fast, Adapter):
     """W' = l W, b' = l b, or for feed-forward layers W' = W l.  (IA)³, Liu et al. 2022,
     arXiv:2205.05638, eq. 1 and 2.
 
@@ -81,14 +84,11 @@ class IA3(Adapter):
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.ia3_l * W, b if b is None or self.feedforward else self.ia3_l[:, 0] * b
 
-    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        if mask is not None or (view.of_ids and self.feedforward):
-            return self.reference(view, x, mask)
-        if self.feedforward:
-            y: Tensor = view.module((x * self.ia3_l[0]).to(x.dtype))
-            return y
-        y = view.module(x)
-        return (y * self.ia3_l[:, 0]).to(y.dtype)
+    def kernel(self, view: View) -> ScaleKernel | None:
+        if view.of_ids and self.feedforward:  # ids cannot be scaled
+            return None
+        factor = self.ia3_l[0] if self.feedforward else self.ia3_l[:, 0]
+        return ScaleKernel(view, factor, of_inputs=self.feedforward)
 
     @classmethod
     def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:

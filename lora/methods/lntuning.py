@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora.adapter import PartialConfig, Selection, names_tuple
 from lora.errors import TargetError
 from lora.layers import fits
-from lora.patterns import check_pattern
+from lora.method import Selection
+from lora.settings import PartialConfig, layer_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +24,11 @@ class LNTuningConfig(PartialConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("target_modules", "exclude_modules"):
-            value = getattr(self, field)
-            if isinstance(value, str) and value != "all-norms":
-                check_pattern(field, value)
-            elif isinstance(value, tuple):
-                names = names_tuple(field, value)
-                short = names == ("all-norms",)  # one name after a flag arrives as a tuple
-                object.__setattr__(self, field, names[0] if short else names)
+        targets = layer_names("target_modules", self.target_modules, ("all-norms",))
+        object.__setattr__(self, "target_modules", targets)
+        if self.exclude_modules is not None:
+            excluded = layer_names("exclude_modules", self.exclude_modules, ())
+            object.__setattr__(self, "exclude_modules", excluded)
 
 
 class LNTuning(Selection):

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from lora.errors import ConfigError
-from lora.kernels.dropout import Mask
-from lora.kernels.fused import Update
+from lora.kernels.lowrank import LowRankKernel
 from lora.layers import View
-from lora.methods._lowrank import LowRank, LowRankConfig
+from lora.methods._lowrank import VARIANTS, LowRank, LowRankConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class LoRAConfig(LowRankConfig):
     """Settings of LoRA. The update is scaled by lora_alpha / r."""
 
     lora_bias: bool = False
-    """B has a bias, which the update adds scaled to the layer's own."""
+    """Give B a bias, which the update adds, scaled, to the layer's own."""
 
 
 class LoRA(LowRank):
@@ -31,7 +30,6 @@ class LoRA(LowRank):
     lora_A (r, in)   kaiming_uniform(a=√5); the paper says Gaussian, loralib and PEFT do this
     lora_B (out, r)  zeros, so W' = W at step 0
     lora_B_bias (out,) with lora_bias: b' = b + (lora_alpha / r) lora_B_bias, zeros at step 0
-    Both are made in float32 at least, whatever the base's dtype. Other starts: _lowrank.
     Cost: r·(in+out) parameters; 2·r·(in+out) FLOP per token.   Raises: ConfigError if r < 1.
     """
 
@@ -39,21 +37,9 @@ class LoRA(LowRank):
     paper = "arXiv:2106.09685"
     when = "The first to try: small, fast, merges away, and every tool reads it."
     Config = LoRAConfig
-    states: ClassVar = {"use_dora": False}
     additive = True
-    variants: ClassVar = {
-        "rslora": {"r": 3, "lora_alpha": 7.0, "use_rslora": True},
-        "patterns": {"r": 3, "rank_pattern": {"first": 2}, "alpha_pattern": {"second": 5.0}},
-        "lora_bias": {"r": 3, "lora_alpha": 7.0, "lora_bias": True},
-        "bias=all": {"r": 3, "lora_alpha": 7.0, "bias": "all"},
-        "bias=lora_only": {"r": 3, "lora_alpha": 7.0, "bias": "lora_only"},
-        "gaussian": {"r": 3, "lora_alpha": 7.0, "init_lora_weights": "gaussian"},
-        "pissa": {"r": 3, "lora_alpha": 7.0, "init_lora_weights": "pissa"},
-        "pissa_niter_4": {"r": 3, "lora_alpha": 7.0, "init_lora_weights": "pissa_niter_4"},
-        "olora": {"r": 3, "lora_alpha": 7.0, "init_lora_weights": "olora"},
-        "lora-fa": {"r": 3, "lora_alpha": 7.0, "use_lorafa": True},
-        "lora+": {"r": 3, "lora_alpha": 7.0, "loraplus_lr_ratio": 16.0},
-    }
+    states: ClassVar = {"use_dora": False}
+    variants = VARIANTS
 
     config: LoRAConfig
 
@@ -66,36 +52,29 @@ class LoRA(LowRank):
             self.lora_B_bias = self.new(view, view.out_features)
             self.keys = {**self.keys, "lora_B_bias": "lora_B.bias"}
 
+    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.lora_B_bias is not None:
+            b = self.scaling * self.lora_B_bias + (0.0 if b is None else b)
+        return W + self.update(), b
+
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         super().fill(view, generator)
         if self.lora_B_bias is not None:
             self.lora_B_bias.zero_()
 
     @classmethod
-    def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
-        if config.lora_bias and not bias:
-            return "lora_bias: there is no bias to merge it into"
-        return super().exemption(clause, config, bias)
-
-    @classmethod
     def size(cls, view: View, config: Any, module: str) -> int:
         bias = view.out_features if config.lora_bias else 0
         return super().size(view, config, module) + bias
 
-    def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return W + self.update(), self.shifted(b)
+    def kernel(self, view: View) -> LowRankKernel:
+        shift = None if self.lora_B_bias is None else self.scaling * self.lora_B_bias
+        return LowRankKernel(
+            view, self.lora_A, self.lora_B, self.scaling, start=self.start, shift=shift
+        )
 
-    def shifted(self, b: Tensor | None) -> Tensor | None:
-        """b' (out,)"""
-        if self.lora_B_bias is None:
-            return b
-        shift: Tensor = self.scaling * self.lora_B_bias
-        return shift if b is None else b + shift
-
-    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        y, shift = self.updated(view, x, mask), self.shifted(None)
-        return y if shift is None else y + shift
-
-    def low_rank(self, view: View) -> Update:
-        b = self.shifted(view.parameters()[1])
-        return Update(view, b, self.lora_A, self.lora_B, self.scaling, self.start)
+    @classmethod
+    def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
+        if config.lora_bias and not bias:
+            return "lora_bias: there is no bias to merge it into"
+        return super().exemption(clause, config, bias)

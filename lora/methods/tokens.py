@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, AdapterConfig
+from lora.adapter import Adapter
 from lora.errors import ConfigError, TargetError
 from lora.layers import View
+from lora.method import ChecksTargets, Follows
 from lora.methods._tokens import Make, Tokens, followers_of, input_embedding, token_ids
+from lora.settings import AdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class TokensConfig(AdapterConfig):
             )
 
 
-class TrainableTokens(Tokens):
+class TrainableTokens(Follows, ChecksTargets, Tokens):
     """W' = W, but for the rows of some ids, which train.  PEFT's TRAINABLE_TOKENS.
 
     trainable_tokens_delta (n, dim)   the rows in the base's place, not what is added to them; W's

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora.adapter import PartialConfig, Selection, whole_number
 from lora.layers import backbone, inside
+from lora.method import Selection
+from lora.settings import PartialConfig, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lora.adapter import Adapter, AdapterConfig, check, is_number, probability, whole_number
-from lora.kernels import fused
-from lora.kernels.dropout import Mask, drop
-from lora.layers import View, apply
+from lora.adapter import Adapter
+from lora.declared import is_number
+from lora.kernels import Fast
+from lora.kernels.vera import VeRAKernel
+from lora.layers import View
+from lora.method import Shares
+from lora.settings import AdapterConfig, check, probability, whole_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +46,7 @@ class VeRAConfig(AdapterConfig):
         probability("vera_dropout", self.vera_dropout)
 
 
-class VeRA(Adapter):
+class VeRA(Shares, Fast, Adapter):
     """W' = W + Λ_b B Λ_d A.  VeRA, Kopiczko et al. 2024, arXiv:2310.11454, eq. 2.
 
     vera_A (r, largest in), vera_B (largest out, r): random, frozen, shared; a layer takes the first
@@ -114,15 +116,5 @@ class VeRA(Adapter):
         A, B = self.matrices()
         return W + self.vera_lambda_b[:, None] * (B @ (self.vera_lambda_d[:, None] * A)), b
 
-    def delta(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        # The vectors scale what flows: scaling A and B would cost the gradients of both.
-        A, B = self.matrices()
-        h = self.vera_lambda_d * apply(view, drop(x, mask), A)  # (..., r)
-        return self.vera_lambda_b * F.linear(h, B)
-
-    def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
-        if not fused.possible(view, x):
-            return super().compute(view, x, mask)
-        _, b = view.parameters()
-        inner, outer = self.vera_lambda_d, self.vera_lambda_b
-        return fused.vera(view, x, b, *self.matrices(), inner, outer, mask)
+    def kernel(self, view: View) -> VeRAKernel:
+        return VeRAKernel(view, *self.matrices(), self.vera_lambda_d, self.vera_lambda_b)

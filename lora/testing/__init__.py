@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lora.adapter import Adapter, AdapterConfig, Method, MethodConfig, method_of
+from lora.adapter import Adapter
 from lora.errors import ContractError
+from lora.method import Method, method_of
+from lora.settings import AdapterConfig, MethodConfig
 from lora.testing import _equation, _reversal, _saving, _training
 from lora.testing._requirements import require
 from lora.testing._requirements import snapshot as snapshot

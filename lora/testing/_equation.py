@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import Adapter, Method, MethodConfig
+from lora.adapter import Adapter, specification
 from lora.errors import ConfigError, MergeError
-from lora.injection import (
-    activate,
-    inject,
-    merge,
-    trained_parameters,
-    wrappers_of,
-)
-from lora.kernels import fused
+from lora.injection import activate, inject
+from lora.inventory import trained_parameters, wrappers_of
+from lora.kernels import Fast, attempt
 from lora.kernels.dropout import Mask, draw
 from lora.layers import View
+from lora.merging import merge
+from lora.method import Method
+from lora.settings import MethodConfig
 from lora.testing._requirements import require, require_near, require_raise, require_same
 from lora.testing._toys import (
     Case,
@@ -31,6 +31,9 @@ from lora.testing._toys import (
     to_float32,
     trains_base,
 )
+
+Road = Callable[[Tensor, Mask | None], Tensor]
+"""From an input and a dropout mask to the layer's output."""
 
 
 def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case) -> None:
@@ -100,6 +103,26 @@ def active_together(method: type[Method], config: MethodConfig, case: Case) -> N
     require_near(model(x), before, "two merged adapters", k=32)
 
 
+def _specified(adapter: Adapter, view: View) -> Road:
+    """The layer's output by the specification."""
+    return lambda x, mask: specification([adapter], view, x, [mask])
+
+
+def _output(adapter: Adapter, view: View) -> Road:
+    """The layer's output as AdaptedLayer computes it."""
+
+    def output(x: Tensor, mask: Mask | None) -> Tensor:
+        y = attempt([adapter], view, x, [mask])
+        return specification([adapter], view, x, [mask]) if y is None else y
+
+    return output
+
+
+def _by_kernel(adapter: Any, view: View, method: str) -> Road:
+    """What a method of the adapter's kernel gives."""
+    return lambda x, mask: getattr(adapter.kernel(view), method)(x, mask)
+
+
 def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
     """In float64, values and gradients, with the same mask and without one."""
     assert issubclass(method, Adapter)
@@ -108,13 +131,12 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
     for name, layer in layers.items():
         adapter, view = layer.adapter("default"), layer.view
 
-        def plain(view: View, x: Tensor, mask: Mask | None, adapter: Adapter = adapter) -> Tensor:
-            with fused.off():
-                return adapter.compute(view, x, mask)
-
-        roads = [("y", adapter.compute, adapter.reference), ("plain y", plain, adapter.reference)]
-        if method.additive:  # the road of several adapters together
-            roads.append(("delta", adapter.delta, partial(Adapter.delta, adapter)))
+        roads = [("y", _output(adapter, view), _specified(adapter, view))]
+        if isinstance(adapter, Fast) and adapter.kernel(view) is not None:
+            roads.append(("plain y", _by_kernel(adapter, view, "composed"), roads[0][2]))
+            if method.additive:  # several adapters together
+                delta = partial(adapter.delta, view)
+                roads.append(("delta", _by_kernel(adapter, view, "delta"), delta))
         for shape in ((7,), (1,), (0,), (2, 9), (1, 1, 3)):
             pull = torch.randn(*shape, view.out_features, dtype=torch.float64)
             own = adapter.named_parameters()
@@ -128,7 +150,7 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
                 masks.append(draw(0.5, x))
             for mask in masks:
                 for road, fast, slow in roads:
-                    found, wanted = fast(view, x, mask), slow(view, x, mask)
+                    found, wanted = fast(x, mask), slow(x, mask)
                     where = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}: {road}"
                     require_near(found, wanted, where, k=1024)
                     for label, got, should in zip(
@@ -171,10 +193,12 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
     layer = layers["first"]
     x = input_of(case)
     adapter = layer.adapter("default")
-    require_near(layer(x), adapter.reference(layer.view, x, None), "eval", k=32)
+    require_near(layer(x), _specified(adapter, layer.view)(x, None), "eval", k=32)
     adapter.dropout = 0.0
     layer.train()
-    require_near(layer(x), adapter.reference(layer.view, x, None), "training without dropout", k=32)
+    require_near(
+        layer(x), _specified(adapter, layer.view)(x, None), "training without dropout", k=32
+    )
     adapter.dropout = 0.5
     layer.train()
     torch.manual_seed(5)
@@ -186,7 +210,7 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
         return
     assert mask is not None
     values = set(mask.scaled(x).flatten().tolist())
-    require_near(found, adapter.reference(layer.view, x, mask), "training", k=32)
+    require_near(found, _specified(adapter, layer.view)(x, mask), "training", k=32)
     require(values == {0.0, 2.0}, "a mask of p = 0.5 has values 0 and 2")
     again = adapter.draw_mask(x)
     same = again is None or torch.equal(again.keep(x), mask.keep(x))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import AdaptedLayer, SavedModule
 from lora.errors import ContractError
+from lora.wrappers import AdaptedLayer, SavedModule
 
 
 def require_same(found: Tensor, wanted: Tensor, what: str) -> None:

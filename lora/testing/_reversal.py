@@ -8,15 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora.adapter import AdaptedLayer, AdapterConfig, Method, MethodConfig
 from lora.errors import ConfigError, MergeError, TargetError
-from lora.injection import (
-    disabled,
-    eject,
-    inject,
-    merge,
-    restore,
-)
+from lora.injection import disabled, eject, inject
+from lora.merging import merge, restore
+from lora.method import Method
+from lora.settings import AdapterConfig, MethodConfig
 from lora.testing._requirements import (
     require,
     require_near,
@@ -26,6 +22,7 @@ from lora.testing._requirements import (
     unchanged,
 )
 from lora.testing._toys import Case, Toy, injected_toy, input_of, make_mergeable, perturb
+from lora.wrappers import AdaptedLayer
 
 
 def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> None:

@@ -12,12 +12,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from lora.adapter import Method, MethodConfig
 from lora.adapter_config import read_config
 from lora.adapter_file import CONFIG, WEIGHTS, find_folder, settings_in, whole_key
 from lora.checkpoint import load, save
 from lora.errors import CheckpointError
-from lora.injection import inject, stored_tensors, trained_parameters
+from lora.injection import inject
+from lora.inventory import stored_tensors, trained_parameters
+from lora.method import Method
+from lora.settings import MethodConfig
 from lora.testing._requirements import (
     require,
     require_near,

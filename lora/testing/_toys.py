@@ -7,16 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import MethodConfig
 from lora.errors import MergeError, TargetError
-from lora.injection import (
-    inject,
-    injected,
-    merge,
-    trained_parameters,
-    wrappers_of,
-)
+from lora.injection import inject
+from lora.inventory import injected, trained_parameters, wrappers_of
+from lora.merging import merge
 from lora.nf4 import NF4Linear, dequantize_layers
+from lora.settings import MethodConfig
 from lora.testing._requirements import require, require_raise, snapshot, unchanged
 
 

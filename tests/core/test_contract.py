@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 import lora
 import lora.methods
 from benchmarks import methods
-from lora.adapter import METHODS, Adapter
+from lora.adapter import Adapter
 from lora.kernels.dropout import Mask, draw, drop
+from lora.kernels.products import possible
 from lora.layers import View
+from lora.method import METHODS
 from lora.methods.lora import LoRA, LoRAConfig
 from lora.testing import CLAUSES, cases, check_method, run_clause
 
@@ -52,7 +56,15 @@ def broken(change: Callable[[type[LoRA]], None]) -> type[LoRA]:
     """LoRA with one thing wrong; it declares no name in its body, so that nothing registers it."""
 
     class Broken(LoRA):
-        pass
+        def compute(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+            kernel = super().kernel(view)
+            return kernel.fused(x, mask) if possible(view, x) else kernel.composed(x, mask)
+
+        def added(self, view: View, x: Tensor, mask: Mask | None) -> Tensor:
+            return super().kernel(view).delta(x, mask)
+
+        def kernel(self, view: View) -> Road:
+            return Road(self, view)
 
     Broken.name = "broken"
     Broken.Config = BrokenConfig
@@ -62,6 +74,22 @@ def broken(change: Callable[[type[LoRA]], None]) -> type[LoRA]:
 
 class BrokenConfig(LoRAConfig):
     pass
+
+
+@dataclass(frozen=True)
+class Road:
+    """A kernel whose every road is what a mutation made of the method's compute() and added()."""
+
+    adapter: Any
+    view: View
+
+    def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
+        return self.adapter.compute(self.view, x, mask)
+
+    composed = fused
+
+    def delta(self, x: Tensor, mask: Mask | None) -> Tensor:
+        return self.adapter.added(self.view, x, mask)
 
 
 def wrong_scaling(cls: type[LoRA]) -> None:
@@ -122,8 +150,8 @@ def float32_output(cls: type[LoRA]) -> None:
 
 
 def unscaled(cls: type[LoRA]) -> None:
-    good = cls.delta
-    cls.delta = lambda self, view, x, mask: good(self, view, x, mask) / self.scaling
+    good = cls.added
+    cls.added = lambda self, view, x, mask: good(self, view, x, mask) / self.scaling
 
 
 def skewed_in_sixteen_bits(cls: type[LoRA]) -> None:
@@ -215,14 +243,14 @@ def input_detached_in_training(cls: type[LoRA]) -> None:
 
 
 def mask_lost_on_the_road_of_several(cls: type[LoRA]) -> None:
-    good = cls.delta
+    good = cls.added
 
     def compute(self: LoRA, view: View, x: Tensor, mask: Mask | None) -> Tensor:
         y: Tensor = view.module(x)
         return (y + good(self, view, x, mask)).to(y.dtype)
 
     cls.compute = compute
-    cls.delta = lambda self, view, x, mask: good(self, view, x, None)
+    cls.added = lambda self, view, x, mask: good(self, view, x, None)
 
 
 def one_mask_for_ever(cls: type[LoRA]) -> None:

@@ -16,15 +16,16 @@ from conftest import distilbert, tokens
 from torch import nn
 
 import lora
-from lora.adapter import METHODS
 from lora.declared import fitted, is_list, words
 from lora.finetune.config import parse_run
+from lora.method import METHODS
 from lora.testing import perturb
 
 MINE = '''
 from dataclasses import dataclass, field
 from typing import Optional, Union
-from lora.adapter import Adapter, AdapterConfig
+from lora.adapter import Adapter
+from lora.settings import AdapterConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MineConfig(AdapterConfig):

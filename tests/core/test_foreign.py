@@ -21,9 +21,9 @@ from test_peft import fill, peft_model, read_by_peft
 from torch import Tensor, nn
 
 import lora
-from lora.injection import check_alive
 from lora.layers import kind
 from lora.testing import perturb
+from lora.training import check_alive
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -110,7 +110,7 @@ def test_a_layer_whose_weight_is_read_and_not_called_is_named(mode: bool) -> Non
     assert not model._forward_pre_hooks
     lora.inject(model, lora.LoRAConfig(r=2, exclude_modules=("two",)))
     model(x).sum().backward()
-    lora.injection.check_alive(model)
+    lora.training.check_alive(model)
 
 
 def test_what_acts_no_more_is_not_missed() -> None:
@@ -154,11 +154,11 @@ def test_an_expert_without_a_token_and_a_block_left_out_are_no_error(blocks: int
     model.eval()(x, 0)  # as an evaluation before the training
     for chosen in (1, 2):  # and in a later step
         model.train()(x, chosen, blocks).sum().backward()
-        lora.injection.check_alive(model)
+        lora.training.check_alive(model)
         model.zero_grad()
     model(x, 1, blocks, end=False).sum().backward()  # called, and its output not used
     with pytest.raises(lora.TargetError, match="1 of 9 .*no gradient, last among them"):
-        lora.injection.check_alive(model)
+        lora.training.check_alive(model)
 
 
 SMALL: dict[str, Any] = {
@@ -206,7 +206,7 @@ def test_layers_whose_weights_a_model_reads_itself_are_left_alone(name: str) -> 
     assert not left or f"{', '.join(sorted(left))} left alone" in str(report)
     output = model.train()(input_ids=tokens(), labels=tokens())
     output.loss.backward()
-    lora.injection.check_alive(model)
+    lora.training.check_alive(model)
     for end in left:
         before = lora.testing.snapshot(plain := state_space(name))
         config = lora.LoRAConfig(r=2, target_modules=("in_proj", end))

@@ -11,9 +11,9 @@ from conftest import distilbert, gpt2, tokens
 from torch import nn
 
 import lora
-from lora.injection import check_alive
 from lora.targets import base_parameters
 from lora.testing import perturb, snapshot, unchanged
+from lora.training import check_alive
 
 
 def plain() -> nn.Module:
@@ -294,14 +294,14 @@ def test_a_start_on_the_meta_device_ends_in_the_same_bits() -> None:
     lora.init(model, seed=3)
     other = distilbert()
     lora.inject(other, lora.LoRAConfig(r=2), seed=3)
-    from lora.injection import trained_parameters
+    from lora.inventory import trained_parameters
 
     for name, parameter in trained_parameters(model, "default").items():
         assert torch.equal(parameter, trained_parameters(other, "default")[name]), name
 
 
 def test_the_start_of_a_layer_does_not_depend_on_the_others() -> None:
-    from lora.injection import trained_parameters
+    from lora.inventory import trained_parameters
 
     whole, part = distilbert(), distilbert()
     lora.inject(whole, lora.LoRAConfig(r=2))
@@ -322,11 +322,11 @@ def test_a_model_copied_after_injection_is_its_own() -> None:
 def test_full_stands_alone() -> None:
     model = plain()
     lora.inject(model, lora.FullConfig())
-    with pytest.raises(lora.ConfigError, match="stands alone"):
+    with pytest.raises(lora.ConfigError, match="must be alone"):
         lora.inject(model, lora.LoRAConfig(), name="two")
     other = plain()
     lora.inject(other, lora.LoRAConfig())
-    with pytest.raises(lora.ConfigError, match="stands alone"):
+    with pytest.raises(lora.ConfigError, match="must be alone"):
         lora.inject(other, lora.FullConfig(), name="two")
 
 

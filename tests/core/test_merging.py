@@ -13,9 +13,9 @@ from conftest import distilbert, gpt2, llama, tokens
 from torch import nn
 
 import lora
-from lora.adapter import AdaptedLayer
-from lora.injection import trained_parameters
+from lora.inventory import trained_parameters
 from lora.testing import perturb, snapshot, unchanged
+from lora.wrappers import AdaptedLayer
 
 METHODS = ["lora", "dora", "ia3", "hira", "vera", "adalora"]
 
@@ -133,7 +133,7 @@ def test_a_merge_of_one_wrong_layer_is_refused(
 ) -> None:
     model = steep(layers)
     place = model.model.layers[layers // 2].self_attn.q_proj
-    merged = AdaptedLayer.merged
+    merged = lora.merging.merged_parameters
 
     def wrong(layer: AdaptedLayer) -> tuple[nn.Parameter, nn.Parameter | None]:
         weight, bias = merged(layer)
@@ -142,7 +142,7 @@ def test_a_merge_of_one_wrong_layer_is_refused(
         W = layer.base_layer.weight.detach()
         return nn.Parameter(WRONG[mistake](W, weight.detach() - W), False), bias
 
-    monkeypatch.setattr(AdaptedLayer, "merged", wrong)
+    monkeypatch.setattr(lora.merging, "merged_parameters", wrong)
     before = snapshot(model)
     with pytest.raises(lora.MergeError, match="moved by"):
         lora.merge(model, probe=tokens())
@@ -409,7 +409,7 @@ def test_dora_is_exact_where_rows_cancel(name: str) -> None:
     model = build()
     lora.inject(model, lora.DoRAConfig(r=8, target_modules=(name,)))
     model.eval()
-    layer = next(m for m in model.modules() if isinstance(m, lora.adapter.AdaptedLayer))
+    layer = next(m for m in model.modules() if isinstance(m, lora.wrappers.AdaptedLayer))
     adapter, (W, _) = layer.adapter("default"), layer.view.read()
     with torch.no_grad():
         # B A = −W on the first eight rows, but for one part in a million
@@ -418,7 +418,7 @@ def test_dora_is_exact_where_rows_cancel(name: str) -> None:
         adapter.lora_B[:8].copy_(-(1 - 1e-6) * torch.eye(8) / adapter.scaling)
         exact = torch.linalg.vector_norm(W.double() + adapter.double().update(), dim=1)
         adapter.float()
-        found = adapter.lengths(W).double()
+        found = adapter.kernel(layer.view).lengths(W).double()
     own = W.norm(dim=1).double()
     assert float((exact[:8] / own[:8]).max()) < 1e-5
     assert float(((found - exact).abs() / own).max()) < 3e-7

@@ -254,7 +254,7 @@ def test_a_start_away_from_zero_is_filed_as_peft_converts_it(
     theirs.peft_config["default"].init_lora_weights = True  # as PEFT's own guide does
     theirs.save_pretrained(start)
     named = dict(theirs.named_parameters())
-    ours = lora.injection.trained_parameters(model, "default")
+    ours = lora.inventory.trained_parameters(model, "default")
     for key, parameter in ours.items():
         same = named[f"base_model.model.{key}".replace(".weight", ".default.weight")]
         torch.testing.assert_close(parameter, same, atol=1e-5, rtol=1e-4)
@@ -356,7 +356,7 @@ def test_adalora_allocates_the_ranks_that_peft_does(tmp_path: Path) -> None:
     lora.inject(ours, config_of("AdaLoRAConfig", settings))
     named = dict(theirs.named_parameters())
     with torch.no_grad():
-        for key, parameter in lora.injection.trained_parameters(ours, "default").items():
+        for key, parameter in lora.inventory.trained_parameters(ours, "default").items():
             named[f"base_model.model.{key}.default"].copy_(parameter)
     losses: list[list[float]] = []
     for model in (ours, theirs):
@@ -367,11 +367,11 @@ def test_adalora_allocates_the_ranks_that_peft_does(tmp_path: Path) -> None:
             whole = model if model is ours else theirs.base_model  # whose forward adds a penalty
             loss = whole(tokens(), labels=torch.tensor([0, 1, 1])).loss
             if model is ours:
-                loss = loss + lora.injection.penalty(ours)
+                loss = loss + lora.training.penalty(ours)
             loss.backward()
             optimizer.step()
             if model is ours:
-                lora.injection.after_step(ours, step, 30)
+                lora.training.after_step(ours, step, 30)
             else:
                 theirs.base_model.update_and_allocate(step)
             optimizer.zero_grad()
@@ -405,9 +405,9 @@ def allocated(steps: int, **settings: Any) -> nn.Module:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(1, steps + 1):
         loss = model.train()(tokens(), labels=torch.tensor([0, 1, 1])).loss
-        (loss + lora.injection.penalty(model)).backward()
+        (loss + lora.training.penalty(model)).backward()
         optimizer.step()
-        lora.injection.after_step(model, step, 12)
+        lora.training.after_step(model, step, 12)
         optimizer.zero_grad()
     return model.eval()
 
@@ -420,12 +420,12 @@ def test_adalora_is_filed_and_read_at_any_step(steps: int, tmp_path: Path) -> No
     lora.load(other, tmp_path)
     assert off(other.eval(), model) < 1e-6
     assert off(read_by_peft(distilbert(initializer_range=0.2), tmp_path), model) < 1e-5
-    for _, own in lora.injection.acting(model):
+    for _, own in lora.training.acting(model):
         assert all(a.scaling == 8 / (4 + 1e-5) for a in own)
-    kept = [sum(a.pattern) for _, own in lora.injection.acting(model) for a in own if a.pattern]
+    kept = [sum(a.pattern) for _, own in lora.training.acting(model) for a in own if a.pattern]
     assert sum(kept) == ({0: 0, 1: 0, 3: 19, 7: 12, 12: 12}[steps])
     lora.init(model, seed=0)
-    assert all(a.pattern is None for _, own in lora.injection.acting(model) for a in own)
+    assert all(a.pattern is None for _, own in lora.training.acting(model) for a in own)
 
 
 @pytest.mark.parametrize("settings", [{"tinit": 5}, {"tfinal": 100}, {"tinit": 3, "tfinal": 2}, {}])
@@ -435,7 +435,7 @@ def test_an_untrained_adalora_can_be_filed_and_trained_later(settings, tmp_path:
     read_by_peft(distilbert(), tmp_path)
     other = distilbert()
     lora.load(other, tmp_path, trainable=True)
-    config = lora.injection.injected(other)["default"].config
+    config = lora.inventory.injected(other)["default"].config
     first, final = settings.get("tinit", 0), settings.get("tfinal", 0)
     assert config.schedule(1000) == (first, 1000 - final)
 
@@ -454,7 +454,7 @@ def test_ia3_is_filed_so_that_peft_finds_its_feedforward_layers(tmp_path: Path) 
 
 def test_ranks_by_layer_are_filed_under_the_whole_name() -> None:
     """Where a layer's name is the ending of another's, and has signs that a pattern reads."""
-    from lora.methods._lowrank import pick
+    from lora.methods._lowrank_options import pick
 
     class Nested(nn.Module):
         def __init__(self) -> None:
@@ -467,7 +467,7 @@ def test_ranks_by_layer_are_filed_under_the_whole_name() -> None:
     patterns = {"^z.q": 3, "^a1.q": 4, "q": 5}
     lora.inject(model, lora.LoRAConfig(r=2, rank_pattern=patterns, init_lora_weights="pissa"))
     settings = lora.adapter_config.file_config(
-        model, lora.injection.injected(model)["default"], "default"
+        model, lora.inventory.injected(model)["default"], "default"
     )
     ranks = {n: pick(settings["rank_pattern"], n, settings["r"]) for n in ("q", "z.q", "a1.q")}
     assert ranks == {"q": 10, "z.q": 6, "a1.q": 8}
@@ -479,7 +479,7 @@ def test_ranks_by_layer_are_filed_under_the_whole_name() -> None:
 def test_a_schedule_without_steps_is_refused_before_the_first(settings, total: int) -> None:
     lora.inject(model := distilbert(), lora.AdaLoRAConfig(target_modules=BERT, **settings))
     with pytest.raises(lora.ConfigError, match="no steps to allocate ranks in"):
-        lora.injection.check_steps(model, total)
+        lora.training.check_steps(model, total)
 
 
 @pytest.mark.parametrize("init", [True, False, None, "gaussian", "orthogonal", "eva"])

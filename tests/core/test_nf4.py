@@ -23,7 +23,7 @@ from lora import nf4
 from lora.errors import CheckpointError, ConfigError, MergeError, ModelError, TargetError
 from lora.finetune.models import load_base
 from lora.finetune.quantized import Reading, _NF4Config, _NF4Quantizer, packable
-from lora.kernels import fused
+from lora.kernels import off
 from lora.kernels.scratch import scratch
 from lora.nf4 import NF4Linear, dequantize, quantize, reference
 
@@ -193,7 +193,7 @@ def test_the_layer_is_the_dense_one_on_dequantised_weights(bias: bool, dtype: to
     y, wanted = packed(x), dense(x)
     assert torch.equal(y, wanted)
     assert torch.equal(*(torch.autograd.grad(out, x, pull)[0] for out in (y, wanted)))
-    with fused.off():
+    with off():
         assert torch.equal(packed(x), wanted)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(packed(x), dense(x))

@@ -191,7 +191,7 @@ def test_training_from_one_start_stays_with_peft() -> None:
     theirs = peft_model(copy.deepcopy(ours), r=4, lora_alpha=8, target_modules=["q_lin", "lin2"])
     lora.inject(ours, lora.LoRAConfig(r=4, lora_alpha=8, target_modules=("q_lin", "lin2")))
     named = dict(theirs.named_parameters())
-    from lora.injection import trained_parameters
+    from lora.inventory import trained_parameters
 
     with torch.no_grad():
         for key, parameter in trained_parameters(ours, "default").items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lora
 from lora import nf4
 from lora.finetune.quantized import packable
-from lora.injection import trained_parameters, wrapper_at
+from lora.inventory import trained_parameters, wrapper_at
 from lora.testing import perturb, snapshot, unchanged
 
 TARGETS = ("q_lin", "lin2")
@@ -31,7 +31,7 @@ def batches(count: int = 3) -> list[dict[str, Tensor]]:
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Module]:
-    plan = lora.injection.injected(model)["default"]
+    plan = lora.inventory.injected(model)["default"]
     return {path: wrapper_at(model, path).adapter("default") for path in plan.targets}
 
 
@@ -62,7 +62,7 @@ def test_the_start_is_the_best_of_its_rank(build, init: str) -> None:
 
 
 def test_the_fast_svd_is_near_the_exact_one_on_a_weight_with_a_flat_spectrum() -> None:
-    from lora.methods._lowrank import svd_lowrank
+    from lora.methods._starts import svd_lowrank
 
     generator = torch.Generator().manual_seed(0)
     M = torch.randn(200, 120, generator=generator) * torch.linspace(3, 0.1, 120)
@@ -190,7 +190,7 @@ def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
         ("eva", [tokens(1, 2)], "saw 2 directions"),
         ("lora_ga", [tokens()], "no loss. Pass labels"),
         ("lora_ga", [], "got no gradient"),
-        ("loftq", None, "starts from a base that is packed with it.*--quantize nf4"),
+        ("loftq", None, "starts from a base that is quantized with it.*--quantize nf4"),
         ("bogus", None, "must be default, gaussian"),
     ],
 )
@@ -415,4 +415,4 @@ def test_what_cannot_be_packed_is_named_and_the_model_left_alone(names, match: s
     with pytest.raises(lora.LoraError, match="lin2 holds NaN"):
         lora.inject(model, lora.LoRAConfig(target_modules=TARGETS), pack=packable(model))
     assert not any(isinstance(m, nf4.NF4Linear) for m in model.modules())
-    assert not lora.injection.injected(model)
+    assert not lora.inventory.injected(model)

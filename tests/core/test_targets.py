@@ -121,7 +121,7 @@ def test_blocks_narrow_all_linear_and_not_what_is_named_in_full() -> None:
         ({"use_rslora": "false"}, lora.ConfigError, "use_rslora must be true or false"),
         ({"use_lorafa": 1}, lora.ConfigError, "use_lorafa must be true or false"),
         ({"target_modules": ("q_lin", "lin2"), "exclude_modules": ("lin2",)}, lora.TargetError,
-         "entry 'lin2'. but such as are excluded"),
+         "no layer that is not excluded or in modules_to_save matches .*entry 'lin2'"),
         ({"lora_bias": True, "target_modules": ("word_embeddings",)}, lora.ConfigError, "no bias"),
     ],
 )  # fmt: skip

@@ -186,7 +186,7 @@ def test_trained_rows_of_ours_are_read_by_peft_and_again_here(
         rows = lora.LoRAConfig(r=1, target_modules=(targets,), trainable_token_indices=asked)
         lora.inject(other, rows)
         with torch.no_grad():
-            for key, parameter in lora.injection.trained_parameters(other, "default").items():
+            for key, parameter in lora.inventory.trained_parameters(other, "default").items():
                 if "tokens_delta" in key:
                     parameter.add_(torch.randn(parameter.shape))
         assert off(other, make()) > 1e-2  # the rows act by themselves

@@ -16,8 +16,9 @@ from lora import nf4
 from lora.errors import ModelError, TargetError
 from lora.finetune.memory import checkpoint_activations
 from lora.finetune.quantized import packable
-from lora.injection import check_alive, wrappers_of
+from lora.inventory import wrappers_of
 from lora.testing import perturb
+from lora.training import check_alive
 
 SHARED: dict[str, Any] = {"vocab_size": 99, "num_labels": 2, "pad_token_id": 0}
 BERT: dict[str, Any] = {
@@ -83,7 +84,7 @@ def test_the_same_bits_by_the_same_masks(architecture: str, method: str) -> None
         lora.inject(model, config(r=4, lora_dropout=0.2))
         perturb(model)
     calls: list[nn.Module] = []
-    for layer in wrappers_of(model)[0].values():  # each by itself, its siblings not with it
+    for layer in wrappers_of(model)[0].values():
         layer.register_forward_hook(lambda layer, *_: calls.append(layer))
     loss, wanted = learn(model)
     once = len(calls)

@@ -17,10 +17,10 @@ from conftest import ROOT
 from test_documents import SUMMARY
 
 import lora.methods
-from lora.adapter import METHODS
 from lora.files import locked
 from lora.finetune.cli import VERBS, main
 from lora.finetune.record import answers_of
+from lora.method import METHODS
 
 REVIEWS = ("good", "fine", "splendid", "bad", "poor", "dreadful")
 

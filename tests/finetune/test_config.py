@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora
-from lora.adapter import METHODS
 from lora.declared import declared
 from lora.errors import FileError, LoraError, RunError
 from lora.finetune.config import RunConfig, from_table, parse_run, to_table
 from lora.finetune.run_folder import config_of
+from lora.method import METHODS
 
 RESOLVED: dict[str, Any] = {
     "base": "demo", "data": ["demo"], "method": "lora", "task": "classification",

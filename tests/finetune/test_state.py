@@ -22,7 +22,7 @@ from lora.finetune.train import Hyperparameters, begin, fit
 
 SETTINGS: dict[str, Any] = {"epochs": 3, "batch_size": 8, "micro_batch_size": 3}
 
-METHODS: dict[str, lora.adapter.MethodConfig] = {
+METHODS: dict[str, lora.settings.MethodConfig] = {
     "lora": lora.LoRAConfig(r=2, lora_dropout=0.2, loraplus_lr_ratio=4.0),
     "pissa": lora.LoRAConfig(r=2, init_lora_weights="pissa"),
     "dora": lora.DoRAConfig(r=2, lora_dropout=0.2),
@@ -96,16 +96,6 @@ def test_running_statistics_and_random_states_come_back(tmp_path: Path) -> None:
     state.restore(one, path)
     assert bits(model) == before
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn
-
-
-def test_groups_that_were_dissolved_stay_so(tmp_path: Path) -> None:
-    one, two = training(), training()
-    groups = lora.kernels.siblings.groups(one.model)
-    assert groups
-    path = next(iter(groups))
-    one.model.get_submodule(path).__dict__[lora.kernels.siblings.GROUPS] = ()
-    state.restore(two, state.save(one, tmp_path, b"", NOTHING))
-    assert lora.kernels.siblings.groups(two.model) == {**groups, path: []}
 
 
 def saved(folder: Path, *steps: int) -> Training:

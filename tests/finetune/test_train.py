@@ -111,7 +111,7 @@ def test_every_setting_acts(other: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("method", [lora.LoRAConfig(r=2), lora.AdaLoRAConfig(init_r=3, target_r=2)])
-def test_parts_of_a_batch_add_up_to_it(method: lora.adapter.AdapterConfig) -> None:
+def test_parts_of_a_batch_add_up_to_it(method: lora.settings.AdapterConfig) -> None:
     """The mean over 8 rows is not the mean of the means over 3, 3 and 2; a penalty counts once."""
     losses, norms = [], []
     for micro in (None, 3):

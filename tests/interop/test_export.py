@@ -65,7 +65,7 @@ def delta(model: Any, path: str) -> Tensor:
     """What the adapter adds to a layer's weight (out, in), by our own merge."""
     layer = model.get_submodule(path)
     W, _ = layer.view.read()
-    weight, _ = layer.merged()
+    weight, _ = lora.merging.merged_parameters(layer)
     return ((weight.T if layer.view.transposed else weight) - W).detach()
 
 

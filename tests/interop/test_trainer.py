@@ -22,8 +22,8 @@ from lora import nf4
 from lora.errors import ConfigError, TargetError
 from lora.finetune.quantized import packable
 from lora.finetune.train import optimizer_groups
-from lora.injection import trained_parameters
 from lora.interop.trainer import AdapterCallback
+from lora.inventory import trained_parameters
 
 IDS = tokens(24)
 ROWS = [

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lora
 from lora.errors import TrainingError
-from lora.kernels import fused
+from lora.kernels import lowrank, off, products
+from lora.kernels.products import possible
 from lora.kernels.scratch import scratch
 
 METHODS = {
@@ -46,7 +47,7 @@ def outcome(model: nn.Module, x: Tensor, plain: bool) -> dict[str, Tensor]:
     torch.manual_seed(1)
     x = x.detach().requires_grad_()
     model.zero_grad()
-    with fused.off() if plain else torch.enable_grad():
+    with off() if plain else torch.enable_grad():
         y = model(x)
         y.float().square().mean().backward()
     own = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -97,7 +98,7 @@ def saved_by(forward: Callable[[], Tensor]) -> list[Tensor]:
 def test_it_keeps_the_input_by_reference_and_what_is_thin(
     dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "SMALL", math.inf)
+    monkeypatch.setattr(lowrank, "SMALL", math.inf)
     layer = adapted(dropout=dropout).to(dtype)[0]
     layer.adapter("default").float()
     x = torch.randn(64, 12, dtype=dtype, requires_grad=True)
@@ -115,7 +116,7 @@ def test_it_keeps_the_input_by_reference_and_what_is_thin(
 
 
 def test_a_small_weight_is_kept_merged_beside_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "SMALL", 0)
+    monkeypatch.setattr(lowrank, "SMALL", 0)
     layer = adapted()[0]
     x = torch.randn(64, 12, requires_grad=True)
     kept = saved_by(lambda: layer(x))
@@ -138,10 +139,9 @@ def nodes(y: Tensor) -> set[str]:
 def test_both_ways_of_a_low_rank_are_one_equation(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of layers that read one input, as of one alone; one of several outputs may be of no use."""
     found = []
     for small in (0, math.inf):
-        monkeypatch.setattr(fused, "SMALL", small)
+        monkeypatch.setattr(lowrank, "SMALL", small)
         torch.manual_seed(0)
         model = llama().double()
         lora.inject(model, lora.LoRAConfig(r=3, **settings))
@@ -150,8 +150,8 @@ def test_both_ways_of_a_low_rank_are_one_equation(
                 parameter.data += 0.05 * torch.randn_like(parameter)
         embedded = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
         y = model(inputs_embeds=embedded).logits
-        assert nodes(y) & {"_WholeBackward", "_LowRankBackward"} == {
-            "_WholeBackward" if small == 0 else "_LowRankBackward"
+        assert nodes(y) & {"_MergedBackward", "_LowRankBackward"} == {
+            "_MergedBackward" if small == 0 else "_LowRankBackward"
         }
         y.square().sum().backward()
         grads = [p.grad for p in model.parameters() if p.requires_grad]
@@ -171,12 +171,12 @@ def test_a_weight_is_merged_where_it_is_small_and_loses_nothing(
 ) -> None:
     layer = adapted().to(dtype)[0]
     y = layer(torch.randn(tokens, 12, dtype=dtype))
-    assert ("_WholeBackward" in nodes(y)) == whole
+    assert ("_MergedBackward" in nodes(y)) == whole
 
 
 @pytest.mark.parametrize("small", [0, math.inf])
 def test_lora_fa_keeps_no_input(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "SMALL", small)
+    monkeypatch.setattr(lowrank, "SMALL", small)
     layer = adapted(use_lorafa=True)[0]
     x = torch.randn(64, 12, requires_grad=True)
     assert not [t for t in saved_by(lambda: layer(x)) if t.shape == (64, 12)]
@@ -184,9 +184,9 @@ def test_lora_fa_keeps_no_input(small: float, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_second_derivative_is_refused_and_the_way_out_works() -> None:
     model, x = adapted(), torch.randn(4, 12, requires_grad=True)
-    with pytest.raises(TrainingError, match=r"create_graph=True.*lora\.fused\.off\(\)"):
+    with pytest.raises(TrainingError, match=r"create_graph=True.*lora\.kernels\.off\(\)"):
         torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with fused.off():
+    with off():
         (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)
     assert second.abs().sum() > 0
@@ -286,9 +286,9 @@ def test_every_kind_of_hook_on_the_layer_below_is_heard(register: str) -> None:
 @pytest.mark.filterwarnings("ignore::UserWarning")  # nested tensors are a prototype
 def test_nested_inputs_go_around_the_functions() -> None:
     view = adapted()[0].view
-    assert fused.possible(view, torch.randn(2, 12))
+    assert possible(view, torch.randn(2, 12))
     nested = torch.nested.nested_tensor([torch.randn(2, 12), torch.randn(3, 12)])
-    assert not fused.possible(view, nested)
+    assert not possible(view, nested)
 
 
 @pytest.mark.filterwarnings("ignore")  # the tracer's own
@@ -296,7 +296,7 @@ def test_a_trace_goes_around_the_functions() -> None:
     view, found = adapted()[0].view, []
 
     def look(x: Tensor) -> Tensor:
-        found.append(fused.possible(view, x))
+        found.append(possible(view, x))
         return x * 1
 
     torch.jit.trace(look, torch.randn(2, 12), check_trace=False)
@@ -325,7 +325,7 @@ def test_no_tokens_give_gradients_of_zero(which: str) -> None:
 
 def test_off_is_off_for_its_own_thread_alone() -> None:
     model, x = adapted(), torch.randn(4, 12, requires_grad=True)
-    with fused.off():
+    with off():
         elsewhere: list[str] = []
         thread = threading.Thread(
             target=lambda: elsewhere.append(model(x).grad_fn.next_functions[0][0].name())
@@ -399,7 +399,7 @@ def test_gradients_are_summed_in_float32() -> None:
 
 
 def casts_of(model: nn.Module) -> list[int]:
-    return [fused._casts[layer.base_layer.weight][1].data_ptr() for layer in model]
+    return [products._casts[layer.base_layer.weight][1].data_ptr() for layer in model]
 
 
 def test_autocast_casts_a_frozen_weight_once() -> None:
@@ -430,7 +430,7 @@ def test_a_weight_in_memory_that_another_had_is_cast_anew() -> None:
             assert not torch.equal(model(x), before)
 
 
-def test_doras_lengths_are_exact_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doras_lengths_are_exact_under_autocast() -> None:
     """Where the update takes most of W away, and its rounding would be most of what is left."""
     model = adapted("dora")
     adapter, base = model[0].adapter("default"), model[0].base_layer
@@ -440,11 +440,10 @@ def test_doras_lengths_are_exact_under_autocast(monkeypatch: pytest.MonkeyPatch)
         adapter.lora_A.copy_(A)
         adapter.lora_B.copy_(-0.9 * base.weight @ A.T / adapter.scaling)
     wanted = (base.weight.double() + adapter.update().double()).norm(dim=1)
-    found, factor = [], adapter.factor
-    monkeypatch.setattr(adapter, "factor", lambda length: (found.append(length), factor(length))[1])
     with torch.autocast("cpu", torch.bfloat16):
-        model[0](torch.randn(4, 12))
-    torch.testing.assert_close(found[0].double(), wanted, rtol=1e-5, atol=0)
+        factor = adapter.kernel(model[0].view).factor()
+    found = adapter.lora_magnitude_vector / factor
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_merging_under_autocast_is_merging() -> None:

@@ -1,0 +1,226 @@
+"""What is injected in a model: adapters by name, their parts, and the tensors of their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, trained
+from lora.errors import ConfigError, MergeError
+from lora.layers import View, views
+from lora.method import Selection, Shares, TrainsBase
+from lora.methods._tokens import Tokens
+from lora.targets import (
+    Plan,
+    base_buffers,
+    base_paths,
+    unwrapped,
+    walk,
+)
+from lora.wrappers import AdaptedLayer, SavedModule, Selected
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What one adapter consists of in the model, by the first path of each."""
+
+    adapters: dict[str, Adapter]
+    copies: dict[str, nn.Module]
+    selected: dict[str, nn.Parameter]  # parameters of the base, by its names
+
+    def trained(self, plan: Plan) -> Iterator[nn.Parameter]:
+        """The parameters that the adapter trains."""
+        for adapter in self.adapters.values():
+            yield from trained(adapter)
+        for module in self.copies.values():
+            yield from module.parameters()
+        for name in plan.selected:
+            yield self.selected[name]
+
+
+def with_views(
+    model: nn.Module, adapters: Mapping[str, Adapter]
+) -> dict[str, tuple[Adapter, View]]:
+    """Each adapter with the view of the layer that it is for, by the layers' names."""
+    modules = dict(walk(model))
+    return {path: (adapter, views(modules[path])[0]) for path, adapter in adapters.items()}
+
+
+def injected(model: nn.Module) -> dict[str, Plan]:
+    """The model's adapters by name, each with the plan that injected it."""
+    adapters: dict[str, Plan] = model.__dict__.get("lora_adapters", {})
+    return adapters
+
+
+def owned(model: nn.Module, name: str) -> Parts:
+    """The parts of adapter `name` in the model."""
+    plan = injected(model)[name]
+    layers, saved = wrappers_of(model)
+    adapters = {path: layers[path].adapter(name) for path in plan.targets if path in layers}
+    copies = {path: saved[path].copies[name] for path in plan.saved if path in saved}
+    selected = _selected(model) if plan.selected or plan.carried else {}
+    return Parts(adapters, copies, selected)
+
+
+def _selected(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters that train, or that a file replaced, by name."""
+    holder, base = model.__dict__["lora_selected"], dict(base_paths(model))
+    return {name: holder.aside.get(name, base[name]) for name in holder.names}
+
+
+def selections(model: nn.Module) -> list[tuple[nn.Module, Selected]]:
+    """Each part of the model whose own parameters train, and those."""
+    key = "lora_selected"
+    return [(part, part.__dict__[key]) for part in model.modules() if key in part.__dict__]
+
+
+def act(part: nn.Module, selected: Selected, acting: bool) -> None:
+    """Let the trained values of a selection act in the part, or the originals."""
+    modules, held = dict(walk(part)), dict(base_paths(part))
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, parameter in held.items():
+        path, _, leaf = name.rpartition(".")
+        places.setdefault(id(parameter), []).append((modules[path], leaf))
+    selected.place({name: places[id(held[name])] for name in selected.originals}, acting)
+
+
+def filed_key(plan: Plan, name: str) -> str:
+    """The key in an adapter's file, less the prefix, of a parameter of the base."""
+    path, _, leaf = name.rpartition(".")
+    if issubclass(plan.method, Selection):
+        return plan.method.key(name) if name in plan.selected else name
+    if path in plan.further and not issubclass(plan.method, Tokens):
+        return f"{path}.token_adapter.base_layer.{leaf}"
+    return f"{path}.base_layer.{leaf}" if path in plan.targets else name
+
+
+def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) -> dict[str, Tensor]:
+    """Maps each key of an adapter's file, without the prefix, to the model tensor that it fills;
+    with `stored` to the tensor that a save writes there."""
+    result: dict[str, Tensor] = {}
+    for name, parameter in parts.selected.items():
+        for alias in _filed_names(model, plan, name):
+            result[filed_key(plan, alias)] = parameter
+    if not plan.method.keeps_base:
+        result |= dict(base_buffers(model))  # running statistics move with the weights
+    for path, adapter in parts.adapters.items():
+        for key, tensor in (adapter.stored() if stored else adapter.placed()).items():
+            if not key.startswith("base_model."):
+                result[f"{path}.{key}"] = tensor
+            elif isinstance(adapter, Shares) and adapter.saves_shared(plan.config):
+                result[key] = tensor
+    for path, module in parts.copies.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            result[f"{path}.{name}"] = tensor
+    return result
+
+
+def _filed_names(model: nn.Module, plan: Plan, name: str) -> list[str]:
+    """The names under which a file holds a parameter of the base: PEFT files a tied one under each
+    of its names that the method trains."""
+    if not issubclass(plan.method, TrainsBase) or name not in plan.selected:
+        return [name]
+    base = dict(base_paths(model))
+    return [
+        alias
+        for alias, parameter in base.items()
+        if parameter is base[name]
+        and plan.method.selects(alias, alias.rpartition(".")[0] in plan.targets, plan.config)
+    ]
+
+
+def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of adapter `name`'s file, by their keys without the prefix."""
+    return tensors(model, injected(model)[name], owned(model, name), stored=True)
+
+
+def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters that adapter `name` trains, by their keys in its file."""
+    plan, parts = injected(model)[name], owned(model, name)
+    trainable = {id(parameter) for parameter in parts.trained(plan)}
+    return {
+        key: tensor
+        for key, tensor in tensors(model, plan, parts).items()
+        if isinstance(tensor, nn.Parameter) and id(tensor) in trainable
+    }
+
+
+def held_at(model: nn.Module, path: str) -> nn.Module:
+    """The module that stands at a path of the original model, wrappers seen."""
+    module = model
+    for leaf in path.split("."):
+        held = unwrapped(module)._modules[leaf]
+        assert held is not None
+        module = held
+    return module
+
+
+def wrapper_at(model: nn.Module, path: str) -> AdaptedLayer:
+    wrapper = held_at(model, path)
+    assert isinstance(wrapper, AdaptedLayer)
+    return wrapper
+
+
+def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, SavedModule]]:
+    """Every adapted layer and every saved module, by one path of each."""
+    named = dict(model.named_modules())
+    return (
+        {name: m for name, m in named.items() if isinstance(m, AdaptedLayer)},
+        {name: m for name, m in named.items() if isinstance(m, SavedModule)},
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_known(model: nn.Module, name: str) -> None:
+    if name not in injected(model):
+        found = ", ".join(injected(model)) or "none"
+        raise ConfigError(f"no adapter is named {name!r}. Found: {found}. Call lora.inject first.")
+
+
+def check_keeps_base(model: nn.Module, verb: str) -> None:
+    # A part of the model may have been injected into by itself.
+    for part in model.modules():
+        for name, planned in injected(part).items():
+            if not planned.method.keeps_base:
+                raise MergeError(
+                    f"{verb}: {planned.method.name} ({name!r}) trains the base itself and keeps no"
+                    " originals. Load the base anew."
+                )
+
+
+def check_restored(model: nn.Module, verb: str) -> None:
+    """Raise MergeError where the model is merged."""
+    if is_merged(model):
+        raise MergeError(f"{verb}: the model is merged. Call lora.restore(model) first.")
+
+
+def is_merged(model: nn.Module) -> bool:
+    layers, _ = wrappers_of(model)
+    merged = [layer.kept is not None for layer in layers.values()]
+    return any(merged) or any(whole.merged for whole in trained_in_place(model))
+
+
+def trained_in_place(model: nn.Module) -> list[SavedModule | Selected]:
+    """What trains without an equation: in place already, a merge has only to mark it."""
+    return [*wrappers_of(model)[1].values(), *(selected for _, selected in selections(model))]
+
+
+def check_enabled(model: nn.Module, verb: str) -> None:
+    """Raise MergeError inside `with disabled(model)`, whose promise the verb would break."""
+    layers, _ = wrappers_of(model)
+    if not all(holder.enabled for holder in (*layers.values(), *trained_in_place(model))):
+        raise MergeError(f"{verb}: the adapters are disabled. Leave lora.disabled(model) first.")

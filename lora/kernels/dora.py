@@ -1,0 +1,157 @@
+"""DoRA: W' = f V, V = W + s (B A − B₀ A₀), f = m / ‖V‖ per row, without the (out, in) matrix V.
+
+Without dropout y = f ∘ (x Wᵀ + s x (B A − B₀ A₀)ᵀ) + b: a low-rank update, then one factor per row.
+With dropout (W' − W)(m ∘ x) needs a second matmul with W, here and in PEFT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.kernels.dropout import Mask, drop, drop_
+from lora.kernels.lowrank import LowRankKernel
+from lora.kernels.products import (
+    Start,
+    add_update,
+    factor_pairs,
+    rows_of,
+    save,
+    saved,
+    shaped,
+    stored_weight,
+    summed,
+    thin_gradients,
+    without_autocast,
+)
+from lora.layers import View, apply
+
+
+@dataclass(frozen=True)
+class DoRAKernel:
+    """A layer with the weight W and bias b under DoRA; magnitude is m (out,)."""
+
+    view: View
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    s: float
+    magnitude: Tensor
+    start: Start = None  # A₀ and B₀
+
+    def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """y (..., out), by one autograd Function."""
+        if mask is None:
+            return self._scaled(self.direction.fused(x, None))
+        tensors = self.view.parameters()[1], self.A, self.B, self.factor()
+        y: Tensor = _DoRA.apply(x, self, mask, *tensors)  # type: ignore[no-untyped-call]
+        return shaped(y, x)
+
+    def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """y (..., out), by plain operations."""
+        W, _ = self.view.read()
+        if mask is None:
+            return self._scaled(apply(self.view, x, W), self.direction.delta(x, None))
+        y: Tensor = self.view.module(x)
+        factor = self.factor()
+        kept = apply(self.view, drop(x, mask), W)
+        return (y + (factor - 1) * kept + factor * self.direction.delta(x, mask)).to(y.dtype)
+
+    def _scaled(self, y: Tensor, more: Tensor | None = None) -> Tensor:
+        """f ∘ (y + more) + b in y's dtype."""
+        _, b = self.view.parameters()
+        z = self.factor() * (y if more is None else y + more)
+        return (z if b is None else z + b).to(y.dtype)
+
+    @property
+    def direction(self) -> LowRankKernel:
+        """V in W's place, without the bias."""
+        return LowRankKernel(self.view, self.A, self.B, self.s, self.start, biased=False)
+
+    def factor(self) -> Tensor:
+        """f (out,): m / ‖V‖, and m for a row of zeros, which stays zero."""
+        W, _ = self.view.read()
+        # Under autocast a length would be off by a percent. It gets no gradient (section 4.3).
+        with without_autocast(W):
+            with torch.no_grad():
+                length = self.lengths(W)
+            return self.magnitude / torch.where(length > 0, length, 1.0)
+
+    def lengths(self, W: Tensor) -> Tensor:
+        """‖V‖ of each row, (out,), from thin products.
+
+        ‖W‖² + 2s rowsum(B ∘ W Aᵀ) + s² rowsum(B A Aᵀ ∘ B). If the terms cancel to less than a
+        tenth, the rounding of that sum would show: those rows are computed from V itself.
+        """
+        A, B = self.A, self.s * self.B
+        if self.start is not None:
+            A, B = torch.cat([A, self.start[0]]), torch.cat([B, -self.s * self.start[1]], dim=1)
+        if torch.compiler.is_compiling() or W.is_meta:  # which cannot branch on values
+            whole: Tensor = torch.linalg.vector_norm(W + B @ A, dim=1)
+            return whole
+        W = W.to(A.dtype)
+        base = torch.linalg.vector_norm(W, dim=1).square()
+        update = ((B @ (A @ A.T)) * B).sum(dim=1)
+        square = base + 2 * (B * (W @ A.T)).sum(dim=1) + update
+        cancelled = (square < 0.1 * (base + update)).nonzero().flatten()
+        if len(cancelled):
+            square[cancelled] = (W[cancelled] + B[cancelled] @ A).square().sum(dim=1)
+        lengths: Tensor = square.sqrt()
+        return lengths
+
+
+class _DoRA(torch.autograd.Function):
+    """y = x Wᵀ + b + c (f ∘ z − q), q = (m ∘ x) Wᵀ, z = q + s (m ∘ x)(B A − B₀ A₀)ᵀ: with dropout.
+
+    h  = (m ∘ x) Aᵀ   gz = c f ∘ g   gf = c Σ g ∘ z
+    gA = s (gz B)ᵀ (m ∘ x)   gB = s gzᵀ h   gb = Σ g
+    gx = g W + m ∘ ((gz − c g) W + s gz (B A − B₀ A₀))
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, k: DoRAKernel, mask: Mask, b: Tensor | None, A: Tensor, B: Tensor,
+        f: Tensor,
+    ) -> Tensor:  # fmt: skip
+        stored, dtype = stored_weight(k.view, x)
+        with without_autocast(x):
+            rows, W = rows_of(x).to(dtype), k.view.unpacked(stored, dtype)
+            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            kept, factors = mask.keep(rows).mul_(rows), factor_pairs(A, B, k.s, k.start, dtype)
+            q = F.linear(kept, W)
+            hs = [kept @ A.t() for A, _ in factors]
+            z = add_update(q.clone(), hs, factors)
+            y = (y + mask.scale * (f * z - q)).to(dtype)
+        needs_A = ctx.needs_input_grad[4]
+        save(ctx, x, dtype, mask, (x if needs_A else None, hs[0], f, z), stored, *factors)
+        ctx.view, ctx.s = k.view, k.s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), (mask, ((x, h, f, z), stored, *factors)) = grads, saved(ctx)
+        needs_x, _, _, needs_b, _, needs_B, needs_f = ctx.needs_input_grad
+        gx = gB = gb = gf = None
+        assert mask is not None
+        with without_autocast(g):
+            W, gz = ctx.view.unpacked(stored, ctx.dtype), (mask.scale * f * g).to(ctx.dtype)
+            rows = None if x is None else rows_of(x).to(ctx.dtype)
+            thin = [(gz @ up.t(), A) for A, up in factors]
+            gA, _ = thin_gradients(thin, rows, mask, False)
+            if needs_x:
+                _, gx = thin_gradients(thin, None, None, True)
+                assert gx is not None
+                gx.addmm_(torch.sub(gz, g, alpha=mask.scale), W)
+                for part, keep in mask.blocks(len(gx), gx.dtype):
+                    drop_(gx[part], keep)
+                gx = gx.addmm_(g, W).view(ctx.shape).to(ctx.x_dtype)
+            if needs_B:
+                gB = ctx.s * summed(h, gz).t().contiguous()
+            if needs_b:
+                gb = g.sum(0, dtype=f.dtype)
+            if needs_f:
+                gf = mask.scale * (g * z).sum(0, dtype=f.dtype)
+        return gx, None, None, gb, gA, gB, gf

@@ -1,0 +1,60 @@
+"""The frozen linear layer, whose weight may be packed: y = x Wᵀ + b."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.kernels.products import (
+    autocast_on,
+    possible,
+    rows_of,
+    save,
+    saved,
+    shaped,
+    stored_weight,
+    without_autocast,
+)
+from lora.layers import View
+
+
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ + b and gx = g W. W is frozen; backward unpacks it again and keeps no copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, view: View, b: Tensor | None, stored: tuple[Tensor, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        with without_autocast(x):
+            W = view.unpacked(stored, dtype)
+            y = F.linear(rows_of(x).to(dtype), W, None if b is None else b.to(dtype))
+        save(ctx, x, dtype, None, stored)
+        ctx.view = view
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), (_, (stored,)) = grads, saved(ctx)
+        needs_x, _, needs_b, *_ = ctx.needs_input_grad
+        gx = gb = None
+        with without_autocast(g):
+            if needs_x:
+                gx = g @ ctx.view.unpacked(stored, ctx.dtype)
+                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+            if needs_b:
+                gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        return gx, None, gb, None, None
+
+
+def linear(view: View, x: Tensor) -> Tensor:
+    """x Wᵀ + b, dtype of x or autocast's. Backward keeps the packed weight alone."""
+    b = view.parameters()[1]
+    if not possible(view, x):
+        W = view.read()[0]
+        return F.linear(x, W if autocast_on(x) else W.to(x.dtype), b)
+    y: Tensor = _Linear.apply(x, view, b, *stored_weight(view, x))  # type: ignore[no-untyped-call]
+    return shaped(y, x)

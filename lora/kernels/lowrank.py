@@ -1,0 +1,171 @@
+"""Low-rank updates: y = x Wᵀ + b + s (m ∘ x)(B A − B₀ A₀)ᵀ without the (out, in) matrix B A.
+
+Autograd would keep a copy of the input for every cast and every dropout, and would add whole
+activations. Here forward keeps x itself, h = (m ∘ x) Aᵀ (tokens, r), the two thin factors, and for
+dropout one bit an element. Backward computes the rest again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.kernels.dropout import Mask, drop
+from lora.kernels.products import (
+    Start,
+    add_update,
+    compute_dtype,
+    dropped_product,
+    factor_pairs,
+    rows_of,
+    save,
+    saved,
+    shaped,
+    stored_weight,
+    summed,
+    thin_gradients,
+    without_autocast,
+)
+from lora.layers import View, apply
+
+SMALL = 6
+"""W' is computed if it has this many times fewer elements than the update adds to activations."""
+
+
+@dataclass(frozen=True)
+class LowRankKernel:
+    """A layer with the weight W and bias b under s (B A − B₀ A₀)."""
+
+    view: View
+    A: Tensor  # (r, in)
+    B: Tensor  # (out, r)
+    s: float
+    start: Start = None  # A₀ and B₀
+    shift: Tensor | None = None  # what the adapter adds to b, (out,)
+    biased: bool = True  # False leaves b out
+
+    def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """y (..., out), by one autograd Function."""
+        b = self.view.parameters()[1] if self.biased else None
+        if self.shift is not None:
+            b = self.shift if b is None else b + self.shift
+        if mask is None and self.is_small(x):
+            y = _Merged.apply(x, self, b, self.A, self.B)  # type: ignore[no-untyped-call]
+        else:
+            y = _LowRank.apply(x, self, mask, b, self.A, self.B)  # type: ignore[no-untyped-call]
+        return shaped(y, x)
+
+    def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """y (..., out), by plain operations."""
+        y: Tensor = self.view.module(x)
+        return (y + self.delta(x, mask)).to(y.dtype)
+
+    def delta(self, x: Tensor, mask: Mask | None) -> Tensor:
+        """What the adapter adds to the layer's output: s (B (A x) − B₀ (A₀ x)) + shift."""
+        dropped = drop(x, mask)
+        y: Tensor = self.s * F.linear(apply(self.view, dropped, self.A), self.B)
+        if self.start is not None:
+            A0, B0 = self.start
+            y = y - self.s * F.linear(apply(self.view, dropped, A0), B0)
+        return y if self.shift is None else y + self.shift
+
+    def is_small(self, x: Tensor) -> bool:
+        """True if W' is small beside the activations, and nothing is lost by its dtype."""
+        dtype, view = x.dtype, self.view
+        tokens = x.numel() // max(1, x.shape[-1])
+        size, added = view.in_features * view.out_features, view.in_features + view.out_features
+        return (
+            SMALL * size <= tokens * added
+            and compute_dtype(x) == dtype
+            and self.A.dtype == self.B.dtype == dtype != torch.bfloat16 != torch.float16
+            and (view.packed or view.dtype == dtype)
+        )
+
+
+class _LowRank(torch.autograd.Function):
+    """y = x Wᵀ + b + s (m ∘ x)(B A − B₀ A₀)ᵀ. Below, s has dropout's 1 / (1 − p) in it.
+
+    h  = (m ∘ x) Aᵀ                        (tokens, r)
+    gA = s (g B)ᵀ (m ∘ x)   gB = s gᵀ h    gb = Σ g
+    gx = g W + m ∘ s g (B A − B₀ A₀)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, k: LowRankKernel, mask: Mask | None, b: Tensor | None, A: Tensor,
+        B: Tensor,
+    ) -> Tensor:  # fmt: skip
+        stored, dtype = stored_weight(k.view, x)
+        ctx.view, ctx.s = k.view, k.s if mask is None else k.s * mask.scale
+        with without_autocast(x):
+            rows, W = rows_of(x).to(dtype), k.view.unpacked(stored, dtype)
+            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            factors = factor_pairs(A, B, ctx.s, k.start, dtype)
+            hs = [dropped_product(rows, A, mask) for A, _ in factors]
+            y = add_update(y, hs, factors)
+        needs_A = ctx.needs_input_grad[4]  # False under LoRA-FA, which then keeps no x
+        save(ctx, x, dtype, mask, (x if needs_A else None, hs[0]), stored, *factors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), (mask, ((x, h), stored, *factors)) = grads, saved(ctx)
+        needs_x, _, _, needs_b, _, needs_B = ctx.needs_input_grad
+        gb = gB = None
+        with without_autocast(g):
+            thin = [(g @ up.t(), A) for A, up in factors]
+            gA, gx = thin_gradients(thin, None if x is None else rows_of(x), mask, needs_x)
+            if gx is not None:
+                gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
+                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+            if needs_B:
+                gB = ctx.s * summed(h, g).t().contiguous()
+            if needs_b:
+                gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+        return gx, None, None, gb, gA, gB
+
+
+class _Merged(torch.autograd.Function):
+    """y = x W'ᵀ + b, W' = W + s (B A − B₀ A₀), without dropout.
+
+    For many tokens and a small layer: to make W' costs less than to add h Bᵀ to the outputs and
+    g B A to the gradients.   gx = g W'   gA = s (g B)ᵀ x   gB = s gᵀ (x Aᵀ)   gb = Σ g
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, k: LowRankKernel, b: Tensor | None, A: Tensor, B: Tensor
+    ) -> Tensor:
+        with without_autocast(x):
+            W = k.view.unpacked(k.view.stored(), x.dtype)
+            if k.start is None:
+                W = torch.addmm(W, B, A, alpha=k.s)
+            else:  # computed apart from W, so that at the start the two cancel to the last bit
+                A0, B0 = k.start
+                W = torch.add(W, B @ A - B0 @ A0, alpha=k.s)
+            rows = rows_of(x)
+            y = F.linear(rows, W, None if b is None else b.to(x.dtype))
+            needs_A, needs_B = ctx.needs_input_grad[3:]
+            h = rows @ A.t() if needs_B and not needs_A else None  # LoRA-FA keeps it in x's place
+        save(ctx, x, x.dtype, None, (x if needs_A else None, h, W, A, B))
+        ctx.s = k.s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), (_, ((x, h, W, A, B),)) = grads, saved(ctx)
+        needs_x, _, needs_b, _, needs_B = ctx.needs_input_grad
+        gx = gA = gB = None
+        with without_autocast(g):
+            if x is not None:
+                rows = rows_of(x)
+                h, gA = rows @ A.t(), ctx.s * summed(g @ B, rows)
+            if needs_B:
+                gB = ctx.s * summed(g, h)
+            if needs_x:
+                gx = (g @ W).view(ctx.shape)
+        return gx, None, g.sum(0) if needs_b else None, gA, gB

@@ -1,0 +1,233 @@
+"""What the kernels share: when they apply, in what dtype they multiply, and thin products.
+
+    Shapes    x (..., in)   W (out, in) frozen   b (out,)   A (r, in)   B (out, r)   y (..., out)
+    m         the dropout mask, 1 for an element that stays; c = 1 / (1 − p)
+    g         the gradient of y; tokens = the product of x's leading dimensions
+
+Under autocast a kernel computes everything in autocast's dtype. Frozen weights are cast once, not
+at every step. Gradients of A and B are summed in float32, whatever the base's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora.errors import TrainingError
+from lora.kernels.dropout import Mask, drop_, dropped
+from lora.layers import View, in_pieces
+
+Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
+Factors = tuple[tuple[Tensor, Tensor], ...]  # A (r, in) and s Bᵀ (r, out) of each product
+Thin = tuple[Tensor, Tensor]  # g B (tokens, r) and A (r, in)
+
+PART = 256  # tokens
+FEW = 2**17  # elements that a processor's cache holds
+
+OFF: ContextVar[bool] = ContextVar("OFF", default=False)
+_casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Inside, every layer computes its specification: for second derivatives, and to compare."""
+    before = OFF.set(True)
+    try:
+        yield
+    finally:
+        OFF.reset(before)
+
+
+def possible(view: View, x: Tensor) -> bool:
+    """True if an autograd Function can compute the layer and give what calling the layer would.
+
+    A subclass of nn.Linear with a forward of its own must be called: FalconLinear rounds its
+    product before it adds the bias.
+    """
+    module, (weight, _) = view.module, view.parameters()
+    overridden = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return plain_call(module) and not (
+        overridden
+        or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
+        or OFF.get()
+        or view.of_ids  # ids have no gradient, and a table no product
+        or x.is_nested
+        or weight.requires_grad
+        or in_pieces(weight)  # the layer is called on its own, outside the block that gathers it
+        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def plain_call(module: nn.Module) -> bool:
+    """True if the module has no hooks and no patched `forward`."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)  # accelerate patches it to fetch an offloaded weight
+    )
+
+
+def autocast_on(x: Tensor) -> bool:
+    """True if autocast chooses the dtypes for x; the meta device has no autocast."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with x: autocast's if it is on, which leaves float64 alone."""
+    if autocast_on(x) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def stored_weight(view: View, x: Tensor) -> tuple[tuple[Tensor, ...], torch.dtype]:
+    """The tensors that W is made of, and the dtype of products with x.
+
+    Under autocast a weight that is not packed is cast once, and again only after it was written to.
+    """
+    stored, dtype = view.stored(), compute_dtype(x)
+    if autocast_on(x) and not view.packed:
+        stored = tuple(part if part.dtype == dtype else _cast(part, dtype) for part in stored)
+    return stored, dtype
+
+
+def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype`, from the cache unless its version or its memory changed.
+
+    A write through weight.data changes no version: write to the weight itself.
+    """
+    if weight.is_inference():  # inference tensors count no versions
+        return weight.to(dtype)
+    # Holding the storage keeps its address from being given to another one.
+    memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    state = (weight._version, memory, weight.storage_offset(), dtype)
+    known = _casts.get(weight)
+    if known is None or known[0] != state:
+        with torch.inference_mode(False):  # a cast made in evaluation must serve training too
+            known = (state, weight.detach().to(dtype))
+        _casts[weight] = known
+    cast: Tensor = known[1]
+    return cast
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Turns autocast off inside: the kernel has chosen the dtypes already."""
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (tokens, features)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (tokens, out) as (..., out). Outside of the Functions, so that y may be overwritten."""
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def summed(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right, summed over all tokens in float32 at least."""
+    if right.dtype == left.dtype == torch.bfloat16 and right.device.type == "cpu":
+        # The product is summed in float32 and rounded when it is written; the second product gives
+        # what the rounding lost. Copies in float32 would cost more than both.
+        product = left.t() @ right
+        lost = torch.addmm(product, left.t(), right, beta=-1)
+        return product.float().add_(lost)
+    wide = torch.promote_types(right.dtype, torch.float32)
+    left, right = left.to(wide), right.to(wide)
+    parts = len(left) // PART
+    if parts < 2 or right.numel() < FEW or left.is_cuda:
+        return left.t() @ right
+    # In parts that stay in the cache this takes two thirds of the time of one product.
+    whole = parts * PART
+    product = torch.bmm(
+        left[:whole].view(parts, PART, -1).mT, right[:whole].view(parts, PART, -1)
+    ).sum(0)
+    return product if whole == len(left) else product.addmm_(left[whole:].t(), right[whole:])
+
+
+def dropped_product(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
+    """(m ∘ rows) Aᵀ"""
+    if mask is None:
+        return rows @ A.t()
+    h = rows.new_empty(len(rows), len(A))
+    for part, keep in mask.blocks(len(rows), rows.dtype):
+        torch.mm(dropped(rows[part], keep, rows.dtype), A.t(), out=h[part])
+    return h
+
+
+def factor_pairs(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtype) -> Factors:
+    """A and s Bᵀ, then A₀ and −s B₀ᵀ if there is a start: what forward and backward multiply with.
+
+    Bᵀ is made contiguous: products with it then take half the time.
+    """
+    pairs = [(A, B, s), *([] if start is None else [(*start, -s)])]
+    return tuple((A.to(dtype), (s * B).to(dtype).t().contiguous()) for A, B, s in pairs)
+
+
+def add_update(y: Tensor, hs: Sequence[Tensor], factors: Factors) -> Tensor:
+    """y (tokens, out) overwritten with y + h s Bᵀ − h₀ s B₀ᵀ; h = (m ∘ x) Aᵀ (tokens, r)."""
+    if len(hs) == 1:
+        return y.addmm_(hs[0], factors[0][1])
+    # Computed apart from y, so that at the start the two cancel to the last bit.
+    return y.add_(hs[0] @ factors[0][1] + hs[1] @ factors[1][1])
+
+
+def thin_gradients(
+    thin: Sequence[Thin], rows: Tensor | None, mask: Mask | None, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of A, (g B)ᵀ (m ∘ rows), and the update's part of gx, m ∘ Σ (g B) A.
+
+    The first is None without rows, the second without needs_x. The caller adds g W onto gx: that
+    costs less than adding this onto g W.
+    """
+    (gh, A), *more = thin
+    gA = None
+    gx = gh @ A if needs_x else None
+    if gx is not None:
+        for gh0, A0 in more:
+            gx.addmm_(gh0, A0)
+    if mask is None:
+        return None if rows is None else summed(gh, rows), gx
+    for part, keep in mask.blocks(len(gh), gh.dtype):
+        if gx is not None:
+            drop_(gx[part], keep)
+        if rows is not None:
+            product = summed(gh[part], dropped(rows[part], keep, gh.dtype))
+            gA = product if gA is None else gA.add_(product)
+    return gA, gx
+
+
+def save(
+    ctx: Any, x: Tensor, dtype: torch.dtype, mask: Mask | None, *groups: Sequence[Tensor | None]
+) -> None:
+    """Save for backward: tensors in groups, the mask's bits, and what casts gx back."""
+    ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+    ctx.p, bits = (0.0, None) if mask is None else (mask.p, mask.bits)
+    ctx.sizes = [len(group) for group in groups]
+    ctx.save_for_backward(bits, *chain.from_iterable(groups))
+
+
+def saved(ctx: Any) -> tuple[Mask | None, list[tuple[Any, ...]]]:
+    """The mask and the groups that save() was given. Raises TrainingError in a second backward."""
+    if torch.is_grad_enabled():  # True only if backward was asked for its own graph
+        raise TrainingError(
+            "a kernel has first derivatives only, found a backward with create_graph=True."
+            " Compute forward and backward inside lora.kernels.off()."
+        )
+    bits, *rest = ctx.saved_tensors
+    tensors = iter(rest)
+    groups = [tuple(islice(tensors, size)) for size in ctx.sizes]
+    return None if bits is None else Mask(ctx.p, bits), groups

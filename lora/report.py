@@ -1,0 +1,138 @@
+"""The table of an injection: what trains, what is left alone, and what to know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora.inventory import (
+    injected,
+    owned,
+    wrapper_at,
+)
+from lora.layers import VIEWS, inside, kind, views
+from lora.settings import SHORTHANDS
+from lora.targets import (
+    Plan,
+    base_paths,
+    beside_saved,
+    peft_saves_too,
+    uncalled,
+    walk,
+)
+from lora.training import groups_of
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an injection did. `str(report)` is its table."""
+
+    plan: Plan
+    rows: tuple[tuple[str, int, str, int], ...]  # (what, how many, shape, parameters)
+    adapter_parameters: int  # of the method itself, without modules_to_save
+    trainable: int  # all parameters that require a gradient
+    total: int  # all parameters of the model as it now stands
+    left: tuple[tuple[str, int], ...] = ()  # layers that are not adapted, or cannot be
+    note: str = ""
+
+    def __str__(self) -> str:
+        width = max((len(row[0]) for row in self.rows), default=0)
+        lines = [
+            f"  {what:<{width}}  ×{many:<4} {shape:<14} {count:>13,}"
+            for what, many, shape, count in self.rows
+        ]
+        share = self.trainable / max(self.total, 1)
+        head = f"{self.plan.method.name}: {self.trainable:,} of {self.total:,} parameters"
+        left = ", ".join(f"{what} ×{many}" for what, many in self.left)
+        tail = [f"  left alone: {left}" if left else "", self.note]
+        return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, tail)])
+
+
+def report_of(model: nn.Module, name: str, note: str = "") -> Report:
+    """The table of what adapter `name` is on this model."""
+    plan, parts = injected(model)[name], owned(model, name)
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for path, adapter in parts.adapters.items():
+        view = wrapper_at(model, path).view
+        shape = f"{view.in_features} -> {view.out_features}"
+        count = sum(p.numel() for group in groups_of(adapter).values() for p in group)
+        sizes.setdefault((path.rpartition(".")[2], shape), []).append(count)
+    if plan.selected:
+        counts = [parts.selected[name].numel() for name in plan.selected]
+        sizes["parameters of the base", ""] = counts
+    adapter_parameters = sum(map(sum, sizes.values()))
+    for path, module in parts.copies.items():
+        sizes[f"(saved) {path}", "whole"] = [parameter_count(module)]
+    return Report(
+        plan=plan,
+        rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in sizes.items()),
+        adapter_parameters=adapter_parameters,
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=parameter_count(model),
+        left=left_alone(model, plan) if plan.targets else (),
+        note=note,
+    )
+
+
+def left_alone(model: nn.Module, plan: Plan) -> tuple[tuple[str, int], ...]:
+    """The layers that the plan does not adapt, counted by name."""
+    left: Counter[str] = Counter()
+    for path, module in walk(model):
+        if path in plan.targets or any(inside(path, whole) for whole in plan.saved):
+            continue
+        if kind(module):
+            left[path.rpartition(".")[2]] += 1
+        elif any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            left[f"{path.rpartition('.')[2]} (no view)"] += 1  # such as Mixtral's experts
+    return tuple(left.items())
+
+
+def parameter_count(module: nn.Module) -> int:
+    """The number of parameters; a packed weight counts as the values that it stands for."""
+    count = sum(parameter.numel() for parameter in module.parameters())
+    for view in (v for m in module.modules() if type(m) in VIEWS for v in views(m)):
+        count += view.out_features * view.in_features - sum(t.numel() for t in view.stored())
+    return count
+
+
+def notes_on(model: nn.Module, plan: Plan) -> str:
+    """What a user should know of this injection and cannot see from its table."""
+    notes = []
+    read = uncalled(model)
+    if read and getattr(plan.config, "target_modules", None) in SHORTHANDS:
+        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in read))
+        notes.append(f"{ends} left alone: {type(model).__name__} reads their weights itself.")
+    if plan.saved:
+        notes += [*_peft_notes(model, plan), *_tie_notes(model, plan)]
+    return "\n".join(notes)
+
+
+def _peft_notes(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """What PEFT makes of modules_to_save, if it is more than we do."""
+    also = peft_saves_too(model, plan.saved) if plan.method.in_peft else []
+    filed = beside_saved(model, plan) if also else {}
+    for path in also:
+        entry = next(saved for saved in plan.saved if path.endswith(saved))
+        if any(inside(name, path) for name in filed):
+            then = "the saved file holds it as the base has it, so that PEFT can read the file."
+        else:
+            then = (
+                f"it cannot read the saved file. Set modules_to_save={(path, entry)!r} if PEFT"
+                " must read it."
+            )
+        yield f"PEFT takes modules_to_save={entry!r} to mean {path} too: {then}"
+
+
+def _tie_notes(model: nn.Module, plan: Plan) -> Iterator[str]:
+    """Which saved modules train apart from what they were tied to."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base_paths(model):
+        names.setdefault(id(parameter), []).append(name)
+    for tied in names.values():
+        copied = [name for name in tied if any(inside(name, path) for path in plan.saved)]
+        if copied and len(copied) < len(tied):
+            left = [name for name in tied if name not in copied]
+            yield f"{copied[0]} trains apart from {left[0]}, which it was tied to."

@@ -1,0 +1,178 @@
+"""What a training loop calls: param_groups, penalty, after_step, check_alive."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import Adapter, trained
+from lora.errors import TargetError
+from lora.inventory import (
+    injected,
+    wrapper_at,
+    wrappers_of,
+)
+from lora.method import Rates, Scheduled
+from lora.targets import (
+    Plan,
+)
+from lora.wrappers import AdaptedLayer
+
+
+def acting(model: nn.Module) -> Iterator[tuple[Plan, list[Adapter]]]:
+    """The plan of each active adapter of the model, and its parts on layers."""
+    for name, plan in injected(model).items():
+        layers = {id(layer): layer for layer in (wrapper_at(model, path) for path in plan.targets)}
+        parts = [layer.adapter(name) for layer in layers.values() if name in layer.active]
+        if parts:
+            yield plan, parts
+
+
+def param_groups(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
+    """All trainable parameters, by the multiple of the learning rate that they train at."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for _, adapters in acting(model):
+        for adapter in adapters:
+            for multiple, parameters in groups_of(adapter).items():
+                groups.setdefault(multiple, []).extend(parameters)
+    grouped = {id(p) for parameters in groups.values() for p in parameters}
+    groups[1.0] += [p for p in model.parameters() if p.requires_grad and id(p) not in grouped]
+    trainable = {
+        multiple: [p for p in parameters if p.requires_grad]
+        for multiple, parameters in groups.items()
+    }
+    return [(parameters, multiple) for multiple, parameters in trainable.items() if parameters]
+
+
+def groups_of(adapter: Adapter) -> dict[float, list[nn.Parameter]]:
+    """An adapter's trainable parameters by the multiple of the learning rate."""
+    return adapter.param_groups() if isinstance(adapter, Rates) else {1.0: trained(adapter)}
+
+
+def _scheduled(model: nn.Module) -> Iterator[tuple[type[Scheduled], Plan, list[Adapter]]]:
+    """The active adapters in training whose method acts on the loss or after steps."""
+    for plan, parts in acting(model):
+        if issubclass(plan.method, Scheduled) and plan.trainable:
+            yield plan.method, plan, parts
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """The sum of what the active adapters' methods add to the loss, or None."""
+    penalties = [method.penalty(parts, plan.config) for method, plan, parts in _scheduled(model)]
+    terms = [term for term in penalties if term is not None]
+    return torch.stack(terms).sum() if terms else None
+
+
+def check_steps(model: nn.Module, total: int) -> None:
+    """Raise ConfigError if an active adapter cannot be trained in so many steps."""
+    for method, plan, _ in _scheduled(model):
+        method.check_steps(plan.config, total)
+
+
+def after_step(model: nn.Module, step: int, total: int) -> None:
+    """Let the active adapters' methods act on optimizer step `step` of `total`, from 1. Call it
+    after optimizer.step() and before zero_grad()."""
+    for method, plan, parts in _scheduled(model):
+        method.after_step(parts, plan.config, step, total)
+
+
+class Watch:
+    """Hooks on a model that find, in the first forward of each mode, an adapted layer whose weight
+    the model reads while it does not call the layer: the adapter does nothing."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.passed: set[bool] = set()  # the modes (training or not) that were found good
+        self.layers, _ = wrappers_of(model)  # once: nothing passes while no adapter acts
+        model.register_forward_pre_hook(self.before)
+        model.register_forward_hook(self.after)
+
+    @classmethod
+    def over(cls, model: nn.Module) -> None:
+        """Watch the model, in the place of an earlier watch."""
+        unwatch(model)
+        cls(model)
+
+    def before(self, model: nn.Module, args: Any) -> None:
+        """Let the layers note whether they are called in this forward."""
+        if not torch.compiler.is_compiling() and model.training not in self.passed:
+            for layer in self.layers.values():
+                layer.__dict__.update(was_called=False, was_read=False)
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Raise TargetError if a layer that acts was read past."""
+        if torch.compiler.is_compiling() or model.training in self.passed:
+            return
+        acting = {n: m for n, m in self.layers.items() if m.active and m.enabled and m.kept is None}
+        missed = [
+            name
+            for name, layer in acting.items()
+            if layer.was_read and not layer.was_called and _matters(layer)
+        ]
+        if missed:
+            raise TargetError(
+                f"{len(missed)} of {len(acting)} adapted layers did nothing in this forward,"
+                f" {missed[0]} among them: the model reads their weights itself and does not call"
+                " them. Leave them out: set --exclude-modules."
+            )
+        if acting:
+            self.passed.add(model.training)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Remove the model's watch."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for place in [p for p, h in hooks.items() if isinstance(getattr(h, "__self__", 0), Watch)]:
+            del hooks[place]
+
+
+@torch.no_grad()
+def _matters(layer: AdaptedLayer) -> bool:
+    """Whether a layer's adapter trains, or changes its weight: of a file of PEFT's it may not."""
+    if any(p.requires_grad for name in layer.active for p in layer.adapter(name).parameters()):
+        return True
+    W, _ = layer.view.read()
+    W1 = W
+    for name in layer.active:
+        W1, _ = layer.adapter(name).merged(W1, None)
+    return not torch.equal(W1, W)
+
+
+def check_alive(model: nn.Module) -> None:
+    """Raise TargetError where, after a backward, a part that trains has no gradient at all.
+
+    Its forward was not called: some modules read their layers' weights themselves (WavLM's
+    attention), past any adapter, and T5 calls its embedding by another path than `shared`. Or a
+    reentrant checkpoint called it, which takes no gradient inside where its input takes none.
+    A layer that was not called in this step, when its like in another block or expert was, is no
+    error: no token was routed to it, or its block was left out.
+    """
+    layers, saved = wrappers_of(model)
+    acting: list[tuple[str, nn.Module]] = [
+        (path, layer.adapter(name)) for path, layer in layers.items() for name in layer.active
+    ]
+    acting += [(path, keeper.current) for path, keeper in saved.items() if keeper.active]
+    trained = {path: [p for p in m.parameters() if p.requires_grad] for path, m in acting}
+    dead = [path for path, own in trained.items() if own and all(p.grad is None for p in own)]
+    alive = {re.sub(r"\d+", "*", path) for path in trained if path not in dead}
+    idle = [
+        path
+        for path in dead
+        if path in layers
+        and not (layers[path].was_called or layers[path].was_read)
+        and re.sub(r"\d+", "*", path) in alive
+    ]
+    dead = [path for path in dead if path not in idle]
+    for layer in layers.values():
+        layer.__dict__.update(was_called=False, was_read=False)
+    if dead:
+        flag = "--exclude-modules" if dead[0] in layers else "--modules-to-save without it"
+        raise TargetError(
+            f"{len(dead)} of {len(trained)} trained modules have no gradient, {dead[0]} among them:"
+            " the model does not call them, it reads their weights itself or by another path."
+            f" Leave them out: set {flag}. Or a checkpoint that is reentrant calls them: pass it"
+            " use_reentrant=False, or use --activation-checkpointing."
+        )
