@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 from conftest import ROOT
 
 from benchmarks.readme import PAGES, filled
+from lora.finetune.cli import main
 from lora.finetune.compare import rows
 from lora.finetune.config import parse_run
+from lora.finetune.demo.tasks import TASKS
 from lora.merging import SLACK
 from lora.method import METHODS
 
@@ -74,6 +77,34 @@ def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         METHODS.pop("gain", None)
     if name == "README.md":
         assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+VERBS = (
+    "train", "plan", "eval", "predict", "generate", "data", "compare", "plot", "merge", "export",
+    "convert",
+)  # fmt: skip
+OTHER_TOOLS = {
+    "--lr", "--num_train_epochs", "--output_dir", "--load_in_4bit", "--bf16",  # refused by name
+    "--batch_size",  # the first version's
+    "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",  # torchrun's
+}  # fmt: skip
+
+
+def test_every_flag_that_a_page_names_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in VERBS:
+        with suppress(SystemExit):
+            main([verb, "--help"])
+    flag = r"(?<![\w-])--[a-z][\w-]+"
+    known = set(re.findall(flag, capsys.readouterr().out)) | OTHER_TOOLS
+    for page in PAGES:
+        text = re.sub(r"`python -m benchmarks.*?`", "", page.read_text(encoding="utf-8"))
+        assert set(re.findall(flag, text)) <= known, page
+
+
+def test_every_made_task_that_a_page_names_is_one() -> None:
+    for page in PAGES:
+        names = set(re.findall(r"tasks/([a-z]+)\b", page.read_text(encoding="utf-8")))
+        assert names <= set(TASKS), page
 
 
 def test_the_public_interface_is_ten_lines() -> None:
