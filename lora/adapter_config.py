@@ -131,7 +131,8 @@ def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
         raise CheckpointError(
             f"{folder / CONFIG}: peft_type {settings['peft_type']!r} is"
             f" {'no method of ours' if not methods else 'claimed twice'}. Known: {known}."
-            " Load it with PEFT."
+            " Load it with PEFT. If it is of a method of your own, import the file that defines it,"
+            " or pass --method path/to/mine.py:MyMethod."
         )
     return methods[0]
 

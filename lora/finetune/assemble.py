@@ -19,11 +19,12 @@ from lora.card import heads_of
 from lora.checkpoint import load, rows_filed
 from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
-from lora.finetune.config import RunConfig, method_named, placed
+from lora.finetune.config import RunConfig, placed
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.flags import as_flag
 from lora.finetune.memory import pick_dtype
+from lora.finetune.methods import method_named
 from lora.finetune.models import Base, load_base, load_tokenizer
 from lora.finetune.quantized import packable
 from lora.injection import inject

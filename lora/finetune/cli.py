@@ -7,9 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lora import __version__
 from lora.errors import (
@@ -22,6 +21,19 @@ from lora.errors import (
     command,
 )
 from lora.finetune.flags import as_flag
+from lora.finetune.verbs import (
+    CheckConfig,
+    EvalConfig,
+    GenerateConfig,
+    MergeConfig,
+    PlanConfig,
+    PlotConfig,
+    PredictConfig,
+    PreviewConfig,
+)
+
+if TYPE_CHECKING:
+    from lora.finetune.source import Source
 
 VERBS = {
     "train": "train one method on one data set",
@@ -35,7 +47,7 @@ VERBS = {
     "merge": "write a run's model as a plain one, which needs no adapter",
     "export": "hand an adapter on: GGUF for llama.cpp, or the command that serves it with vLLM",
     "convert": "turn a checkpoint of loralib into an adapter in PEFT's format",
-    "methods": "list the methods",
+    "methods": "list the methods; check one of your own",
 }
 
 
@@ -138,23 +150,24 @@ def _train(arguments: list[str]) -> None:
 
     count, arguments = take(arguments, "--nproc", "N")
     directory, others = take(arguments, "--resume", "RUN")
-    base = None
+    base = method = None
     if directory is not None:
         base, others = take(others, "--base", "FOLDER")
+        method, others = take(others, "--method", "FILE.py:CLASS")
         if others:
             raise ConfigError(
-                "--resume takes its settings from the run, but for --base, where its base is now."
-                " Leave the other flags out."
+                "--resume takes its settings from the run. Only --base and --method go with it, to"
+                f" say where those files are now. Remove {others[0]}."
             )
     config = parse_run(arguments) if directory is None else None
     if count is not None:
-        _train_on(count, arguments, config, directory, base)
+        _train_on(count, arguments, config, directory, base, method)
         return
     from lora.finetune.run import resume, run
     from lora.kernels.scratch import keep_freed_memory
 
     keep_freed_memory()
-    summary = run(config) if config is not None else resume(Path(directory or ""), base)
+    summary = run(config) if config is not None else resume(Path(directory or ""), base, method)
     if os.environ.get("RANK", "0") != "0":  # rank 0 says it
         return
     metrics, baseline = summary["metrics"], summary.get("baseline")
@@ -174,9 +187,14 @@ def _train(arguments: list[str]) -> None:
 
 
 def _train_on(
-    count: str, arguments: list[str], config: Any, directory: str | None, base: str | None
+    count: str,
+    arguments: list[str],
+    config: Any,
+    directory: str | None,
+    base: str | None,
+    method: str | None,
 ) -> None:
-    """`lora train` as so many ranks; what it was told to check, this process has checked."""
+    """Run `lora train` in `count` processes. This process has checked the flags before."""
     if not count.isdecimal() or not 1 <= int(count[:9]) <= 1024:
         raise ConfigError(
             f"--nproc must be a whole number from 1 to 1,024, found {count[:80]}. Set --nproc."
@@ -189,7 +207,7 @@ def _train_on(
     from lora.finetune.run_folder import default_directory, resumable
 
     if directory is not None:
-        resumable(Path(directory), base)
+        resumable(Path(directory), base, method)
     elif config.run_dir is None:
         directory = str(default_directory(config))
         arguments = [*arguments, "--run-dir", directory]
@@ -201,18 +219,6 @@ def _train_on(
         raise TrainingError(f"{error} Go on with {again}") from None
     if code:
         raise SystemExit(code)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """What a run would match, train, take and need. Every other flag is one of `lora train`."""
-
-    nproc: int = 1
-    """Devices to plan for, besides one: each with the whole base, and with its share of it."""
-    json: bool = False
-    """JSON, in bytes, on standard output."""
-    config: Path | None = None
-    """A TOML file of flags, as in lora train."""
 
 
 def _plan(arguments: list[str]) -> None:
@@ -246,42 +252,6 @@ def _compare(arguments: list[str]) -> None:
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Score a run on a split of its data, or of other data; or score a file of predictions."""
-
-    run: Path | None = None
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
-    base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say: a folder, or a name
-    on the hub."""
-    resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
-    data: str | None = None
-    """Other data than the run's own."""
-    split: Literal["test", "dev", "train"] | None = None
-    """Default: test, or dev where there is none."""
-    predictions: Path | None = None
-    """JSON lines with `prediction` and `label` or `references`; needs no model."""
-    harness: tuple[str, ...] = ()
-    """Tasks of the LM Evaluation Harness instead, by their names or YAML files."""
-    limit: int | None = None
-    """Of --harness: documents of each task at most."""
-    task: Literal["classification", "regression", "text"] | None = None
-    """What --predictions are; text is scored by exact match, BLEU and ROUGE. Default: the task of
-    the run beside the file, or classification."""
-    text_column: str | None = None
-    """Column of the text in --data. Default, here and below: the run's own."""
-    pair_column: str | None = None
-    """Column of the second text."""
-    label_column: str | None = None
-    """Column of the label."""
-    header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV in --data names its columns."""
-    skip_bad_lines: int = 0
-    """Rows of --data that may be unusable: they are left out and listed."""
-
-
 _ABOUT_DATA = ("text_column", "pair_column", "label_column", "header", "skip_bad_lines")
 """Flags that say how to read --data."""
 
@@ -303,7 +273,7 @@ def _eval(arguments: list[str]) -> None:
         idle += ["limit", "task"]
         beside = "--run" if config.data is not None else "--run without --data"
     else:
-        idle += ["limit", "base", "data", "split", "resize_embeddings"]
+        idle += ["limit", "base", "method", "data", "split", "resize_embeddings"]
         beside = "--predictions"
     for name in idle:
         if getattr(config, name) not in (None, "auto", 0):
@@ -322,29 +292,24 @@ def _eval(arguments: list[str]) -> None:
         metrics = score(task, *read_predictions(config.predictions))
     else:
         from lora.finetune.inputs import asked
-        from lora.finetune.source import open_source
         from lora.finetune.trained import rescore
 
-        assert config.run is not None
-        source = open_source(config.run, config.base, config.resize_embeddings)
         parts = config.data, config.split, asked(config), config.skip_bad_lines
-        metrics = rescore(source, *parts)
+        metrics = rescore(_source(config), *parts)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
 
 
 def _harness(config: EvalConfig) -> None:
-    """A run's model on tasks of the LM Evaluation Harness."""
-    assert config.run is not None
+    """Score a run's model on tasks of the LM Evaluation Harness."""
     from lora.settings import whole_number
 
     if config.limit is not None:
         whole_number("limit", config.limit)
-    from lora.finetune.source import open_source
     from lora.finetune.trained import reopen
     from lora.interop.harness import evaluate
 
-    trained = reopen(open_source(config.run, config.base, config.resize_embeddings))
+    trained = reopen(_source(config))
     chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
     parts = trained.model, trained.tokenizer, config.harness
     for task, scores in evaluate(*parts, limit=config.limit, chat=chat).items():
@@ -352,82 +317,15 @@ def _harness(config: EvalConfig) -> None:
             print(f"{task} {name} {value:.4f}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Label texts with a run's model; JSON lines on standard output, or in --output."""
-
-    run: Path
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
-    base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say."""
-    resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
-    text: tuple[str, ...] = ()
-    """Texts to label."""
-    pair: tuple[str, ...] = ()
-    """Their second texts, for tasks on sentence pairs."""
-    data: str | None = None
-    """A file of texts, labelled or not: TSV, CSV, JSONL, JSON, Parquet or TXT."""
-    output: Path | None = None
-    """Where the predictions go."""
-    text_column: str | None = None
-    """Column of the text in --data. Default, here and below: the run's own."""
-    pair_column: str | None = None
-    """Column of the second text."""
-    label_column: str | None = None
-    """Column of the label, which is passed on beside the prediction."""
-    header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV in --data names its columns."""
-    skip_bad_lines: int = 0
-    """Rows of --data that may be unusable: they are left out and listed."""
-
-
 def _predict(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
     config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
     from lora.finetune.inputs import asked
-    from lora.finetune.source import open_source
     from lora.finetune.trained import predict_texts
 
-    source = open_source(config.run, config.base, config.resize_embeddings)
     parts = config.data, config.output, asked(config), config.skip_bad_lines
-    predict_texts(source, config.text, config.pair, *parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """Let a run's model write. One --prompt is answered as text, as it is written; several, or
-    those of --data, as JSON lines; without either it is a talk in the terminal."""
-
-    run: Path
-    """A run directory, of --task text, or the folder of such an adapter, ours or PEFT's."""
-    base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say."""
-    resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
-    prompt: tuple[str, ...] = ()
-    """What to answer."""
-    data: str | None = None
-    """A file of prompts, in any of the formats that training takes, answered there or not."""
-    system: str | None = None
-    """What the system says first, where the template has room for it."""
-    output: Path | None = None
-    """Where the JSON lines go."""
-    skip_bad_lines: int = 0
-    """Rows of --data that may be unusable: they are left out and listed."""
-    adapter: Literal["on", "off", "both"] = "on"
-    """off: the base alone; both: one beside the other."""
-    max_new_tokens: int | None = None
-    """Tokens at most. Default: the run's own."""
-    temperature: float = 0.0
-    """0: the most probable token at each step; above: drawn, the more evenly the higher."""
-    top_k: int | None = None
-    """Draw among so many of the most probable tokens alone."""
-    top_p: float | None = None
-    """Draw among the fewest most probable tokens whose probabilities add up to this."""
-    seed: int = 0
-    """Of what is drawn."""
+    predict_texts(_source(config), config.text, config.pair, *parts)
 
 
 def _generate(arguments: list[str]) -> None:
@@ -435,10 +333,9 @@ def _generate(arguments: list[str]) -> None:
 
     own: GenerateConfig = parse(GenerateConfig, _leading(arguments, "--run"), "lora generate")
     from lora.finetune.generate import Writing
-    from lora.finetune.source import open_source
     from lora.finetune.trained import answer
 
-    source = open_source(own.run, own.base, own.resize_embeddings)
+    source = _source(own)
     run = source.config
     if run.task != "text":
         instead = command("lora", "predict", own.run)
@@ -460,20 +357,6 @@ def _generate(arguments: list[str]) -> None:
         once(source, own.prompt[0], writing, own.adapter, own.system)
     else:
         chat(source, writing, own.adapter, own.system)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
-    """Print examples token by token as a run would learn them: what is masked is dimmed. Of data
-    with labels print which columns are taken, the rows of each class, and examples. Every other
-    flag is one of `lora train`."""
-
-    count: int = 3
-    """Examples of each data set."""
-    split: Literal["train", "dev", "test"] = "train"
-    """Where they are from."""
-    config: Path | None = None
-    """A TOML file of flags, as in lora train."""
 
 
 def _data(arguments: list[str]) -> None:
@@ -510,41 +393,14 @@ def _data(arguments: list[str]) -> None:
     show(config, corpus, base, own.split, own.count)
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    """Write a run's model as a plain one: W' in W's place, a folder that from_pretrained reads."""
-
-    run: Path
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
-    base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say."""
-    resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
-    output: Path
-    """The folder to make."""
-    dequantize: bool = False
-    """Merge into the dequantised base, of a run on a base in four bits: not the one that was
-    quantised."""
-    untie: bool = False
-    """Give a layer whose weight is tied to another's one of its own, where it is merged into."""
-    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """What the weights are written in: what the base's files hold, or another. They are merged in
-    float32 and rounded once."""
-    tolerance: float | None = None
-    """How far the merge may move an output on the run's first texts. Default: a multiple of what
-    rounding moves it by, measured on the model."""
-
-
 def _merge(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
     config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
-    from lora.finetune.source import open_source
     from lora.finetune.trained import merge_run
 
-    source = open_source(config.run, config.base, config.resize_embeddings)
     how = config.dequantize, config.untie, config.dtype, config.tolerance
-    print(merge_run(source, config.output, *how))
+    print(merge_run(_source(config), config.output, *how))
     print(f"written: {config.output}. Load it with transformers' from_pretrained, or --base.")
 
 
@@ -578,14 +434,12 @@ def _plot(arguments: list[str]) -> None:
         print(path)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlotConfig:
-    """Draw loss and score over the epochs from the metrics that runs recorded."""
+def _source(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:
+    """The trained model that a verb is given, on disk."""
+    from lora.finetune.source import open_source
 
-    runs: tuple[Path, ...]
-    """Run directories."""
-    output: Path | None = None
-    """Folder of the pictures. Default: the first run's."""
+    assert config.run is not None
+    return open_source(config.run, config.base, config.resize_embeddings, config.method)
 
 
 def _with_config(path: Path | None, arguments: list[str]) -> list[str]:
@@ -613,24 +467,40 @@ def _convert(arguments: list[str]) -> None:
 
 
 def _methods(arguments: list[str]) -> None:
+    if arguments[:1] == ["check"]:
+        _check_method(arguments[1:])
+        return
     if arguments in (["--help"], ["-h"]):
         print(
-            "usage: lora methods\n\nList the methods: when to choose each, its rate, its equation."
+            "usage: lora methods\n       lora methods check path/to/mine.py:MyMethod\n\nList the"
+            " methods: when to choose each, its learning rate, its equation.\nOr check a method of"
+            " your own against its equation: lora methods check --help."
         )
         return
     if arguments:
-        raise ConfigError(f"lora methods takes no {arguments[0]}. Run lora methods.")
+        raise ConfigError(
+            f"lora methods takes no {arguments[0]}. Run lora methods, or lora methods check"
+            " path/to/mine.py:MyMethod."
+        )
     import inspect
 
     import lora.methods  # noqa: F401
-    from lora.finetune.config import NAMES
+    from lora.finetune.methods import PRESETS
     from lora.method import METHODS
 
     for name, method in sorted(METHODS.items()):
         first = (inspect.getdoc(method) or "").partition("\n\n")[0]
         print(f"{name:<9} {method.when}")
         print(f"{'':<9} rate {method.learning_rate:g}   {' '.join(first.split())}")
-    for name, (method_name, settings) in NAMES.items():
-        if settings:
-            given = " ".join(f"--{key} {value}" for key, value in settings.items())
-            print(f"{name:<9} is --method {method_name} {given}")
+    for name, (method_name, settings) in PRESETS.items():
+        given = " ".join(f"--{key} {value}" for key, value in settings.items())
+        print(f"{name:<9} is --method {method_name} {given}")
+
+
+def _check_method(arguments: list[str]) -> None:
+    from lora.finetune.config import parse
+
+    config: CheckConfig = parse(CheckConfig, _leading(arguments, "--method"), "lora methods check")
+    from lora.finetune.contract import check
+
+    print(check(config.method), end="")

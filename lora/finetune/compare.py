@@ -23,9 +23,8 @@ import tomli_w
 from lora.errors import ConfigError, RunError, StoppedError
 from lora.files import locked, writable, write_together
 from lora.finetune.config import (
-    NAMES,
     RunConfig,
-    method_named,
+    config_of_method,
     parse,
     parse_run,
     placed,
@@ -33,7 +32,8 @@ from lora.finetune.config import (
     stated_in,
     to_table,
 )
-from lora.finetune.record import Summary, summary_of
+from lora.finetune.methods import digest_of, is_outside, label, method_named, recordable
+from lora.finetune.record import Summary, environment_of, summary_of
 from lora.finetune.run_folder import config_of
 from lora.layers import inside
 from lora.settings import check
@@ -76,13 +76,10 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
     folder = config.run_dir or Path(folder)
     config = replace(
         config,
-        methods=tuple(dict.fromkeys(methods)),
+        methods=tuple(dict.fromkeys(map(_known, methods))),
         seeds=tuple(dict.fromkeys(seeds)),
         run_dir=folder,
     )
-    unknown = [method for method in config.methods if method not in NAMES]
-    if unknown:
-        raise ConfigError(f"--methods {unknown[0]} is unknown. Found: {', '.join(NAMES)}.")
     runs = []
     for method in config.methods:
         for seed in config.seeds:
@@ -90,14 +87,23 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
             flags += _for_method(rest, method, config.methods)
             flags += ["--method", method, "--seed", str(seed)]
             run = parse_run(flags, "lora compare")
-            runs.append(replace(run, run_dir=folder / f"{method}-{seed}"))
+            runs.append(replace(run, run_dir=folder / f"{label(method)}-{seed}"))
     return config, runs
+
+
+def _known(method: str) -> str:
+    """One of --methods as its run records it. Raises ConfigError."""
+    try:
+        method_named(method)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--method ", "--methods ", 1)) from None
+    return recordable(method)
 
 
 def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
     """The flags less those that only other compared methods have."""
     names = {
-        m: {field.name for field in fields(method_named(m).Config)} - method_named(m).Config.written
+        m: {field.name for field in fields(config_of_method(m))} - config_of_method(m).written
         for m in methods
     }
     others = set().union(*names.values()) - names[method]
@@ -120,7 +126,7 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summa
         for number, run in enumerate(runs, 1):
             assert run.run_dir is not None
             stands = standing(run)
-            head = f"[{number}/{len(runs)}] {run.method}, seed {run.seed}{SAID[stands]}"
+            head = f"[{number}/{len(runs)}] {label(run.method)}, seed {run.seed}{SAID[stands]}"
             print(head, file=sys.stderr, flush=True)
             if stands != "complete":
                 _spawn(run, lock, stands == "cut off")
@@ -183,7 +189,13 @@ def standing(run: RunConfig[Any]) -> Standing:
     path = run.run_dir / "config.toml"
     if not path.is_file():
         raise RunError(f"{run.run_dir} is no run: no config.toml. Remove it, or pass another.")
-    found = to_table(config_of(run.run_dir))
+    outside = run.method if is_outside(run.method) else None
+    if outside and environment_of(run.run_dir).get("method") != digest_of(outside):
+        raise RunError(
+            f"{run.run_dir} holds a run of another method, or of {outside} before it changed."
+            " Remove it, or pass another --run-dir."
+        )
+    found = to_table(config_of(run.run_dir, outside))
     if not _same(to_table(replace(run, run_dir=None)), found):
         raise RunError(
             f"{run.run_dir} holds a run of other settings. Remove it, or pass another --run-dir."
@@ -252,7 +264,8 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
     if code in (130, 143):
         raise StoppedError("the same command goes on with the comparison.", code - 128)
     if code:
-        raise RunError(f"{run.method}, seed {run.seed} failed with exit code {code}: see above.")
+        title = f"{label(run.method)}, seed {run.seed}"
+        raise RunError(f"{title} failed with exit code {code}: see above.")
 
 
 def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:

@@ -25,7 +25,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_orig
 import tyro
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
 
-import lora.methods  # noqa: F401  (fills METHODS)
 from lora.adapter_config import method_and_config
 from lora.adapter_file import find_folder, settings_in
 from lora.card import BUILT_IN, base_in
@@ -35,9 +34,16 @@ from lora.files import readable
 from lora.finetune.data.corpus import Task
 from lora.finetune.data.templates import LossOn
 from lora.finetune.flags import as_flag, hint
+from lora.finetune.methods import (
+    label,
+    method_named,
+    method_names,
+    recordable,
+    settings_brought,
+)
 from lora.interop import documents
 from lora.interop.documents import wanted
-from lora.method import METHODS, Method
+from lora.method import METHODS
 from lora.settings import LARGEST, MethodConfig
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -64,11 +70,6 @@ BEFORE = {
 }
 """Flags that a verb takes besides those of a run."""
 C = TypeVar("C", bound=MethodConfig)
-NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in METHODS},
-    "qlora": ("lora", {"quantize": "nf4"}),
-}
-"""What --method takes: the method that a name means, and the settings of the run it brings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class RunConfig(Generic[C]):
     """Of several data sets: shares are raised to 1 / temperature. 1: by their sizes; more: nearer
     to equal parts."""
     method: Text = "lora"
-    """What trains; `lora methods` lists them."""
+    """What trains: a name that `lora methods` lists, or a class in a file of yours,
+    path/to/mine.py:MyMethod."""
     adapter: Path | None = None
     """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
     those of its file, and its base is the one that the file states, unless --base is given."""
@@ -202,6 +204,7 @@ class RunConfig(Generic[C]):
             within = "".join(f"[{key}]" for key in inner)
             found = f"found {documents.shown(error['input'])}."
             raise SettingError(field, f"{within} {wanted(error)}, {found}".lstrip()) from None
+        object.__setattr__(self, "method", recordable(self.method))
         if len(self.labels) == 1:
             raise SettingError("labels", f"must be two at least, found {self.labels!r}.")
         if self.dense and self.quantize == "none":
@@ -225,7 +228,8 @@ class TrainFlags(RunConfig[C]):
     config: Path | None = None
     """A TOML file of flags, by their names with _ for -. What the command line says wins."""
     resume: Path | None = None
-    """A run that was cut off, to go on with. It has its settings: no other flag goes with it."""
+    """Resume a run that was interrupted, with its own settings. Only --base and --method go with
+    it, to say where those files are now, and --nproc."""
     nproc: int | None = None
     """Train on so many processes of this machine; torchrun -m lora train on those of several."""
 
@@ -239,25 +243,23 @@ def _schema() -> type[BaseModel]:
     return create_model("RunFields", **kinds)
 
 
-def method_named(name: Any) -> type[Method]:
-    """The method that --method means. Raises ConfigError."""
-    if not isinstance(name, str) or name not in NAMES:
+def config_of_method(name: Any) -> type[MethodConfig]:
+    """The Config of the method that --method means. Raises ConfigError if one of its fields is
+    called as a flag that every run has."""
+    kind = method_named(name).Config
+    if both := {*declared(kind)} & ({*declared(TrainFlags)} - {"settings"}):
         raise ConfigError(
-            f"--method {name!r} is unknown. Found: {', '.join(sorted(NAMES))}. Run lora methods."
+            f"{kind.__name__} has a field {min(both)}, which is a flag of every run. Rename the"
+            " field."
         )
-    method = METHODS[NAMES[name][0]]
-    if both := {*declared(method.Config)} & ({*declared(TrainFlags)} - {"settings"}):
-        raise ConfigError(
-            f"{method.Config.__name__} has a field {min(both)}, which is a flag of every run."
-            " Rename the field."
-        )
-    return method
+    return kind
 
 
 def field_names() -> set[str]:
     """The names of all fields that are flags of a run, of any method."""
     kinds: list[Any] = [RunConfig, *(method.Config for method in METHODS.values())]
-    return {field.name for kind in kinds for field in fields(kind)} - {"settings"}
+    names = {field.name for kind in kinds if is_dataclass(kind) for field in fields(kind)}
+    return names - {"settings"}
 
 
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
@@ -274,6 +276,8 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
         if asked is not None:
             method_named(asked)
     method = value_of(own, "--method") or asked
+    if method is not None:
+        method_named(method)  # first: an adapter's file may be of a method in a file of the user's
     if isinstance(table.get("adapter"), str):
         found, filed = method_and_config(table["adapter"])
         filed = _plain_name_is_a_name(filed)
@@ -297,7 +301,7 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     }
     bare = replace(start.settings, **{name: {} for name in filled})
     weights, start = start.weights, replace(start, weights={})
-    kind: Any = TrainFlags[method_named(method).Config]  # type: ignore[misc]
+    kind: Any = TrainFlags[config_of_method(method)]  # type: ignore[misc]
     flags: TrainFlags[Any] = parse(
         kind,
         own,
@@ -404,19 +408,20 @@ def stated_in(path: Path | None) -> Iterator[None]:
 
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """The configuration that a TOML table states for a method. Raises ConfigError."""
-    kind = method_named(method).Config
+    kind = config_of_method(method)
     tables = table.get("methods", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise ConfigError(
             f"methods must be tables, found {tables!r}. Write [methods.lora], [methods.full], ..."
         )
-    if strange := set(tables) - set(NAMES):
+    tables = {label(name): its for name, its in tables.items()}
+    if strange := set(tables) - set(method_names()):
         raise ConfigError(
-            f"[methods.{min(strange)}] is of no method. Found: {', '.join(sorted(NAMES))}."
+            f"[methods.{min(strange)}] is of no method. Found: {', '.join(method_names())}."
         )
     values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
-    values = NAMES[method][1] | values
-    values |= tables.get(method, {}) | {"method": method}
+    values = settings_brought(method) | values
+    values |= tables.get(label(method), {}) | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     own = {field.name for field in fields(kind)}
     shared = {field.name for field in fields(RunConfig)} - {"settings"}

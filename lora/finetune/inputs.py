@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ConfigError, DataError
-from lora.finetune.config import RunConfig, method_named, named
+from lora.finetune.config import RunConfig, named
 from lora.finetune.data import conversations, tokens
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, grouped
@@ -24,6 +24,7 @@ from lora.finetune.data.rows import SPLITS, BadRows
 from lora.finetune.data.templates import Template, template_of
 from lora.finetune.data.tokens import IGNORED, Encoded, batches, collate, drawn, layout
 from lora.finetune.demo import tasks
+from lora.finetune.methods import method_named
 from lora.finetune.models import Base, check_ids, writing_parts
 from lora.interop.export import Ends
 from lora.method import Calibrated

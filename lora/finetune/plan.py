@@ -35,7 +35,7 @@ from lora import nf4
 from lora.checkpoint import read_adapter
 from lora.errors import ModelError
 from lora.finetune.assemble import resized_for, resolve, with_tokens
-from lora.finetune.config import RunConfig, method_named
+from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
 from lora.finetune.distributed import device as device_here
@@ -44,6 +44,7 @@ from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
 from lora.finetune.losses import token_scores
 from lora.finetune.memory import checkpoint_activations, hold
+from lora.finetune.methods import method_named
 from lora.finetune.metrics import score
 from lora.finetune.models import Base, load_skeleton
 from lora.finetune.quantized import packable, unfilled

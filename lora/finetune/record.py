@@ -82,6 +82,7 @@ class Environment(TypedDict):
     data: str
     tokens: str
     note: str
+    method: NotRequired[str]  # SHA-256 of the user's file that defines it
 
 
 class Answer(TypedDict):

@@ -37,6 +37,7 @@ from lora.finetune.generate import scored
 from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_corpus
 from lora.finetune.losses import check_language
 from lora.finetune.memory import checkpoint_activations, hold
+from lora.finetune.methods import label
 from lora.finetune.models import Base
 from lora.finetune.record import NOTHING, Record, recorder, write_file, write_lines
 from lora.finetune.run_folder import (
@@ -71,12 +72,13 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         return _run(config, directory, resumed=False)
 
 
-def resume(directory: Path, base: str | None = None) -> dict[str, Any]:
+def resume(directory: Path, base: str | None = None, method: str | None = None) -> dict[str, Any]:
     """Resume an interrupted run from its newest whole checkpoint. Returns the summary.
 
-    `base` is where its base is now, if it has moved.
+    `base` is where its base is now, if it has moved, and `method` names its method in the file that
+    defines it, if that has moved.
     """
-    config = resumable(directory, base)
+    config = resumable(directory, base, method)
     with distributed.group(alone=config.shard or config.offload):
         return _run(config, directory, resumed=True)
 
@@ -388,7 +390,7 @@ def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
     config, corpus, report = parts.config, parts.corpus, parts.report
     name, rows = corpus.held_out
     return {
-        "method": config.method,
+        "method": label(config.method),
         "task": corpus.task,
         "base": config.base,
         "data": " ".join(config.data),

@@ -21,6 +21,7 @@ from lora.finetune import state
 from lora.finetune.config import RunConfig, from_table, placed, read_toml, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.environment import environment
+from lora.finetune.methods import digest_of, label, reopened
 from lora.finetune.record import environment_of
 
 CHECKPOINTS = "checkpoints"
@@ -30,7 +31,7 @@ SAME = ("python", "torch", "transformers", "processor", "threads", "device", "ra
 
 def default_directory(config: RunConfig[Any]) -> Path:
     """runs/TIME-METHOD, a name that no earlier run has."""
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.method}"
+    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{label(config.method)}"
 
 
 def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> None:
@@ -53,6 +54,8 @@ def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> N
 def create(directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str) -> None:
     """Make the folder with config.toml and environment.json in it, or make nothing."""
     start = environment() | {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
+    if digest := digest_of(config.method):
+        start["method"] = digest
     files = {
         "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
         "environment.json": json.dumps(start, indent=2).encode(),
@@ -89,20 +92,32 @@ def run_around(folder: Path) -> Path | None:
     return next((run for run in runs if (run / "config.toml").is_file()), None)
 
 
-def config_of(directory: Path) -> RunConfig[Any]:
-    """The configuration of a run, as resolved. Raises RunError if the folder is not a run."""
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Inside, a ConfigError raises RunError: a run wrote the file, so it was right once."""
+    try:
+        yield
+    except ConfigError as error:
+        raise RunError(f"{path} is damaged: {error} Bring it back, or run anew.") from None
+
+
+def config_of(directory: Path, method: str | None = None, exact: bool = False) -> RunConfig[Any]:
+    """The configuration of a run, as resolved. Raises RunError if the folder is not a run.
+
+    `method` is where the file of the run's method is now; with `exact` it may not have changed.
+    """
     path = directory / "config.toml"
     with readable(directory, RunError, "Pass the folder of a run."):
         exists = path.is_file()
     if not exists:
         raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
-    try:
+    with _damaged(path):
         table = read_toml(path)
         if "method" not in table:
             raise ConfigError("method is missing.")
+    table["method"] = reopened(directory, table["method"], method, exact)
+    with _damaged(path):
         config = from_table(table, table["method"])
-    except ConfigError as error:
-        raise RunError(f"{path} is damaged: {error} Bring it back, or run anew.") from None
     missing = [key for key in ("learning_rate", "max_length") if getattr(config, key) is None]
     missing += ["dtype"] * (config.dtype == "auto")
     if missing:
@@ -127,9 +142,11 @@ def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunCon
     return replace(config, base=placed(config.base))
 
 
-def resumable(directory: Path, base: str | None = None) -> RunConfig[Any]:
+def resumable(
+    directory: Path, base: str | None = None, method: str | None = None
+) -> RunConfig[Any]:
     """The configuration of a run that is not complete. Raises RunError."""
-    config = config_of(directory)
+    config = config_of(directory, method, exact=True)
     _check_incomplete(directory)
     if base is not None and state.find(directory / CHECKPOINTS)[0] is None:
         anew = command("lora", "train", "--config", directory / "config.toml", "--base", base)

@@ -16,12 +16,13 @@ from typing import Any
 from lora.adapter_config import method_and_config
 from lora.adapter_file import CONFIG, filed_labels, find_folder, read_tensors, settings_in
 from lora.card import BUILT_IN, base_in, task_of
-from lora.errors import CheckpointError, RunError, command
+from lora.errors import CheckpointError, ConfigError, RunError, command
 from lora.files import readable
 from lora.finetune import distributed, state
 from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Task
 from lora.finetune.memory import pick_dtype
+from lora.finetune.methods import method_named
 from lora.finetune.models import load_skeleton
 from lora.finetune.run_folder import CHECKPOINTS, at_base, config_of, run_around
 from lora.interop.pretrained import base_config
@@ -56,9 +57,13 @@ class Source:
         )
 
 
-def open_source(directory: Path, base: str | None = None, resizes: bool = False) -> Source:
+def open_source(
+    directory: Path, base: str | None = None, resizes: bool = False, method: str | None = None
+) -> Source:
     """The run or the adapter in a folder; `base` is where its base is now, if not where it was.
-    With `resizes` the base of an adapter alone gets as many tokens as the adapter's had.
+    With `resizes` the base of an adapter alone gets as many tokens as the adapter's had. `method`
+    is what --method names: it defines the method of an adapter alone, if that is the user's own,
+    and says where the file of a run's method is now.
 
     Raises RunError, CheckpointError, ConfigError or ModelError if the folder is neither, or its
     base is not stated or not there.
@@ -67,9 +72,9 @@ def open_source(directory: Path, base: str | None = None, resizes: bool = False)
         run = run_around(directory)
         adapter = (directory / CONFIG).is_file() or next(directory.glob(f"*/{CONFIG}"), None)
     if run:
-        return _run(run, base)
+        return _run(run, base, method)
     if adapter:
-        return replace(_alone(directory, find_folder(directory), base), resizes=resizes)
+        return replace(_alone(directory, find_folder(directory), base, method), resizes=resizes)
     if (directory / "config.json").is_file():
         raise RunError(
             f"{directory} is a plain model (config.json), not a run or an adapter. Load it with"
@@ -82,8 +87,8 @@ def open_source(directory: Path, base: str | None = None, resizes: bool = False)
     )
 
 
-def _run(directory: Path, base: str | None) -> Source:
-    config = at_base(config_of(directory), base, directory)
+def _run(directory: Path, base: str | None, method: str | None) -> Source:
+    config = at_base(config_of(directory, method), base, directory)
     adapter = directory / "adapter"
     if not (adapter / CONFIG).is_file() and not (directory / "summary.json").is_file():
         # The run is not complete: the adapter is that of its newest checkpoint.
@@ -98,15 +103,19 @@ def _run(directory: Path, base: str | None) -> Source:
     return Source(directory, adapter, config, resizes=config.resize_embeddings)
 
 
-def _alone(directory: Path, folder: Path, base: str | None) -> Source:
+def _alone(directory: Path, folder: Path, base: str | None, given: str | None) -> Source:
     settings = settings_in(folder)
+    if given is not None:
+        method_named(given)  # defines it, so that the file can be of it
     method, filed = method_and_config(folder)
+    if given is not None and method_named(given) is not method:
+        raise ConfigError(f"--method {given}: {folder} is an adapter of {method.name}. Remove it.")
     stated = base_in(settings)
     if base is None and stated is None:
         raise RunError(f"{folder / CONFIG} does not name its base. Pass --base FOLDER or NAME.")
     config: RunConfig[Any] = RunConfig(
         base=stated or str(base),
-        method=method.name,
+        method=given or method.name,
         dtype=pick_dtype(distributed.device()),
         settings=filed,
     )

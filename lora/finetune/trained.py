@@ -23,7 +23,7 @@ from lora.errors import ConfigError, DataError, MergeError, RunError, command
 from lora.files import writable
 from lora.finetune import distributed
 from lora.finetune.assemble import add_adapter, build_base, check_head, quantizes_later
-from lora.finetune.config import RunConfig, method_named
+from lora.finetune.config import RunConfig
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, from_row, read_prompts
 from lora.finetune.data.corpus import Corpus, Example, read_split, take, unlabelled
@@ -45,6 +45,7 @@ from lora.finetune.inputs import (
     thought_end,
 )
 from lora.finetune.memory import hold
+from lora.finetune.methods import method_named
 from lora.finetune.models import load_tokenizer
 from lora.finetune.record import answers_of, environment_of, summary_of, write_lines
 from lora.finetune.run_folder import check_free

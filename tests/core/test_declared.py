@@ -145,12 +145,7 @@ def test_a_setting_of_another_type_is_named(
         lora.load(distilbert(), tmp_path / "a")
 
 
-def test_the_command_line_takes_it_however_it_is_written(
-    mine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lora.finetune import config
-
-    monkeypatch.setitem(config.NAMES, "mine_test", ("mine_test", {}))
+def test_the_command_line_takes_it_however_it_is_written(mine: Any) -> None:
     given = ["--method", "mine_test", "--lora-alpha", "9", "--only", "q_lin", "--gains", "1", "2"]
     found = parse_run(given)
     assert found.settings == mine.MineConfig(lora_alpha=9.0, only=("q_lin",), gains=(1.0, 2.0))
@@ -162,9 +157,6 @@ def test_a_field_that_is_a_flag_of_every_run_is_named(
 ) -> None:
     from dataclasses import make_dataclass
 
-    from lora.finetune import config
-
-    monkeypatch.setitem(config.NAMES, "mine_test", ("mine_test", {}))
     taken = make_dataclass(
         "Taken", [("note", str, "")], bases=(mine.MineConfig,), frozen=True, kw_only=True
     )

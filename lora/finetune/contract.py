@@ -1,0 +1,66 @@
+"""`lora methods check`: the contract on a method, with a progress bar, as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from lora.errors import ContractError, command
+from lora.finetune.compare import markdown
+from lora.finetune.methods import method_named
+from lora.finetune.screen import progress_bar
+from lora.testing import CLAUSES, Result, run_clause
+from lora.testing._toys import cases
+
+
+def check(name: str) -> str:
+    """Runs the contract on --method NAME and returns its table.
+
+    Every clause runs on every kind of layer and dtype, with the settings that the method names in
+    `example` and in each of its `variants`. Prints the table and raises ContractError if a clause
+    failed. Raises ConfigError if the method cannot be used at all.
+    """
+    method = method_named(name)
+    settings = {"": method.example, **method.variants}
+    configs = {variant: method.Config(**given) for variant, given in settings.items()}
+    jobs = [(v, clause, case) for v in configs for clause in CLAUSES for case in cases()]
+    results: list[Result] = []
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(jobs))
+        for variant, clause, case in jobs:
+            about = f"{clause} on {case}{f' ({variant})' if variant else ''}"
+            progress.update(task, description=about)
+            results.append(run_clause(clause, method, configs[variant], case))
+            progress.advance(task)
+    table = markdown(rows(results))
+    failed = {result.clause for result in results if result.outcome.startswith("failed")}
+    if failed:
+        print(table, end="")
+        raise ContractError(
+            f"{method.name} fails {len(failed)} of the {len(CLAUSES)} clauses: see the table above."
+            f" Fix the method, then check it again: {command('lora', 'methods', 'check', name)}."
+        )
+    return table
+
+
+def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The table: a head, then a row per clause."""
+    table: list[tuple[str, ...]] = [("clause", "outcome", "reason")]
+    for clause in dict.fromkeys(result.clause for result in results):
+        table.append((clause, *_outcome([r for r in results if r.clause == clause])))
+    return table
+
+
+def _outcome(results: Sequence[Result]) -> tuple[str, str]:
+    """What one clause came to on all cases, and why: the first case that failed, or the reasons of
+    exemptions."""
+    failed = [result for result in results if result.outcome.startswith("failed: ")]
+    if failed:
+        reason = " ".join(failed[0].outcome.removeprefix("failed: ").split())
+        share = f"{len(failed)} of {len(results)} cases"
+        return "failed", f"{share}, first on {failed[0].case}: {reason}"
+    reasons = Counter(r.outcome.removeprefix("exempt: ") for r in results if r.outcome != "held")
+    if sum(reasons.values()) == len(results):
+        return "exempt", "; ".join(reasons)
+    exempt = "; ".join(f"exempt on {count} cases: {reason}" for reason, count in reasons.items())
+    return "passed", exempt
