@@ -91,15 +91,15 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
     """W' = W + (lora_alpha / init_r) B (E ∘ A).  AdaLoRA, Zhang et al. 2023, arXiv:2303.10512,
     eq. 3.
 
-    lora_A (r, in), lora_B (out, r)  N(0, 0.02²), kept near orthogonal by penalty()
-    lora_E (r, 1)                    zeros, so W' = W at step 0; a zero that stays is a rank gone
+    lora_A (r, in), lora_B (out, r)  N(0, 0.02²), penalty() keeps them near orthogonal
+    lora_E (r, 1)                    zeros, so W' = W at step 0; a zero removes a rank
     The divisor is init_r + 1e-5, as in PEFT. after_step() ranks all the layers' (A, E, B) triplets
-    by smoothed sensitivity times uncertainty, eq. 7 to 11, and clears E of those over the budget.
+    by smoothed sensitivity times uncertainty, eq. 7 to 11, and sets E of those over budget to 0.
     """
 
     name = "adalora"
     paper = "arXiv:2303.10512"
-    when = "When a budget of parameters is fixed and it is unknown which layers deserve them."
+    when = "If you have a budget of parameters and do not know which layers need them most."
     Config = AdaLoRAConfig
     peft_type = "ADALORA"
     learning_rate = 5e-3

@@ -20,15 +20,15 @@ class BitFitConfig(PartialConfig):
 
 
 class BitFit(Selection):
-    """b' = b, trained; W' = W.  BitFit, Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
+    """b' is b, trained. W' = W.  BitFit, Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
 
-    All biases: 0.09 % of BERT-base. With `small` those of the query projections and of the second
-    layer that reads the hidden state (the wide one of the feed-forward block), 0.04 %.
+    Trains all biases: 0.09 % of BERT-base. With `small`, only those of the query projections and of
+    the first layer of each feed-forward block: 0.04 %.
     """
 
     name = "bitfit"
     paper = "arXiv:2106.10199"
-    when = "On small and middling data with an encoder, when nothing may be added to the model."
+    when = "With an encoder and little to medium data, if nothing may be added to the model."
     Config = BitFitConfig
     learning_rate = 4e-3
     peft_type = "BITFIT"

@@ -24,16 +24,16 @@ class DoRA(LowRank):
     eq. 5.
 
     ‖V‖ (out,) is the length of each row of V; it gets no gradient (section 4.3). b' = b: the bias
-    is no part of W, and is not scaled.
+    is not part of W and is not scaled.
     lora_A, lora_B as LoRA's
-    lora_magnitude_vector (out,)  m; ‖W‖ of W at the injection, so W' = W at step 0
+    lora_magnitude_vector (out,)  m; starts as ‖W‖, so W' = W at step 0
     Cost: r·(in+out) + out parameters. The kernel computes the lengths without V: 2·r·in·out FLOP a
     step. With dropout, DoRA needs a second matmul with W, here and in PEFT.
     """
 
     name = "dora"
     paper = "arXiv:2402.09353"
-    when = "At small ranks, where LoRA falls short of full fine-tuning; dropout doubles its step."
+    when = "At small ranks, if LoRA falls short of full fine-tuning. Dropout doubles its step."
     Config = DoRAConfig
     states: ClassVar = {"use_dora": True}
     variants: ClassVar = {

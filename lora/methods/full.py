@@ -19,9 +19,9 @@ class FullConfig(MethodConfig):
 class Full(Selection):
     """W' is W, trained: every parameter of the model.
 
-    The originals are not kept (keeps_base): they would double the memory of the largest
-    contender. The saved file therefore holds the whole model, and is loaded into its
-    architecture, whatever the base.
+    The originals are not kept (keeps_base = False), because they would double the memory of the
+    method that needs most. So the saved file holds the whole model, and loads on any base of the
+    same architecture.
     """
 
     name = "full"
@@ -29,7 +29,7 @@ class Full(Selection):
     Config = FullConfig
     peft_type = "FULL"
     in_peft = False  # PEFT refuses the file by that name
-    when = "The yardstick; where the data is plenty, and every task may have a model of its own."
+    when = "The reference for all others. With much data, if each task can have its own model."
     learning_rate = 5e-5
     keeps_base = False
     exempt: ClassVar = {

@@ -18,15 +18,15 @@ class HeadConfig(PartialConfig):
 
 
 class Head(Selection):
-    """The parameters outside the pretrained backbone, trained.  Linear probe, Alain and Bengio
+    """Trains the parameters outside the pretrained backbone.  Linear probe, Alain and Bengio
     2016, arXiv:1610.01644.
 
-    The backbone is what transformers names base_model_prefix.
+    The backbone is the part that transformers names in base_model_prefix.
     """
 
     name = "head"
     paper = "arXiv:1610.01644"
-    when = "To learn what the frozen features hold already: the floor of every comparison."
+    when = "To see what the frozen features already give: the baseline of every comparison."
     Config = HeadConfig
     learning_rate = 5e-3
     peft_type = "HEAD"

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from lora.adapter import Adapter
 from lora.layers import View
@@ -34,12 +33,12 @@ class HiRAConfig(AdapterConfig):
 class HiRA(Adapter):
     """W' = W + W ∘ (B A).  HiRA, Huang et al. 2025, openreview.net/forum?id=TwJrTz9cRS, eq. 4.
 
-    hira_A (r, in) kaiming_uniform(a=√5), hira_B (out, r) zeros; of an Embedding zeros and N(0, 1).
+    hira_A (r, in) kaiming_uniform(a=√5), hira_B (out, r) zeros; on an Embedding zeros and N(0, 1).
     """
 
     name, paper, Config, peft_type = "hira", "openreview:TwJrTz9cRS", HiRAConfig, "HIRA"
     learning_rate = 3e-3
-    when = "For tasks that LoRA's low rank is too narrow for, at LoRA's size; the step is slower."
+    when = "At LoRA's size, if LoRA's rank is too low for the task. A step is slower."
     neutral: ClassVar = {"fan_in_fan_out": ..., "init_weights": (True, "gaussian")}
 
     def __init__(self, view: View, config: HiRAConfig, module: str) -> None:
@@ -49,7 +48,7 @@ class HiRA(Adapter):
         self.dropout = config.hira_dropout
         self.keys = {f"hira_{m}": f"hira_embedding_{m}" for m in ("AB" if view.of_ids else "")}
 
-    def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
+    def fill(self, view: View, generator: Callable[[str], Generator]) -> None:
         start_at_zero(self.hira_A, self.hira_B, view, None, generator("hira_A"))
 
     @classmethod

@@ -43,7 +43,7 @@ class IA3(ChecksTargets, Fast, Adapter):
     arXiv:2205.05638, eq. 1 and 2.
 
     ia3_l (out, 1), or (1, in) for feed-forward layers; ones, so W' = W at step 0
-    Cost: out parameters a layer, or in; one product per feature and token.
+    Cost: out (or in) parameters per layer; one multiplication per feature and token.
     """
 
     name = "ia3"

@@ -32,17 +32,17 @@ class LNTuningConfig(PartialConfig):
 
 
 class LNTuning(Selection):
-    """g' = g and b' = b, trained, in layers that normalise.  LN tuning, Zhao et al. 2024,
+    """g' and b' are g and b, trained, in normalization layers.  LN tuning, Zhao et al. 2024,
     arXiv:2312.11420, section 2.
 
-    all-norms are the layers whose class is named ...Norm, as torch's and transformers' are, and
-    that keep no running statistics. PEFT trains a copy of each layer; here it is the layer itself,
-    and the file is the same.
+    all-norms selects the layers whose class name ends in Norm, as in torch and transformers, and
+    that have no running statistics. PEFT trains a copy of each layer; here the layer itself is
+    trained. The file is the same.
     """
 
     name = "ln_tuning"
     paper = "arXiv:2312.11420"
-    when = "For the smallest files of a decoder, which has few biases for bitfit or none."
+    when = "The smallest files for a decoder, which has few or no biases for bitfit."
     Config = LNTuningConfig
     peft_type = "LN_TUNING"
     learning_rate = 4e-3

@@ -35,7 +35,7 @@ class LoRA(LowRank):
 
     name = "lora"
     paper = "arXiv:2106.09685"
-    when = "The first to try: small, fast, merges away, and every tool reads it."
+    when = "Try this first: small, fast, merges into the base, and every tool reads it."
     Config = LoRAConfig
     additive = True
     states: ClassVar = {"use_dora": False}

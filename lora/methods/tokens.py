@@ -38,16 +38,16 @@ class TokensConfig(AdapterConfig):
 
 
 class TrainableTokens(Follows, ChecksTargets, Tokens):
-    """W' = W, but for the rows of some ids, which train.  PEFT's TRAINABLE_TOKENS.
+    """W' is W with trained rows for some token ids.  PEFT's TRAINABLE_TOKENS.
 
-    trainable_tokens_delta (n, dim)   the rows in the base's place, not what is added to them; W's
-    own, so W' = W at step 0. A layer tied to the input embedding acts with the same rows.
-    Cost: n·dim parameters; a copy of the table at every step.
+    trainable_tokens_delta (n, dim)   replaces the base's rows, is not added to them. Starts as W's
+    rows, so W' = W at step 0. A layer tied to the input embedding uses the same rows.
+    Cost: n·dim parameters; copies the table at every step.
     """
 
     name = "tokens"
     paper = "PEFT's own"
-    when = "To teach a few new tokens, and nothing else; beside LoRA: trainable_token_indices."
+    when = "To train only a few new tokens. With LoRA, use trainable_token_indices instead."
     Config = TokensConfig
     peft_type = "TRAINABLE_TOKENS"
     unfiled = frozenset(

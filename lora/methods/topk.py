@@ -24,16 +24,16 @@ class TopKConfig(PartialConfig):
 
 
 class TopK(Selection):
-    """W' is W, trained: in the last k blocks, in what follows them, and in the head.
+    """W' is W, trained: in the last k blocks, the layers after them, and the head.
 
     Howard and Ruder 2018, arXiv:1801.06146, section 3.3. The blocks are the longest list of
-    modules that lies in no other list, or the model's children where it has none; the embeddings
-    come before them.
+    modules that is in no other list, or the model's children if there is no list. Embeddings come
+    before them.
     """
 
     name = "topk"
     paper = "arXiv:1801.06146"
-    when = "When memory for full fine-tuning is short and the task is near the pretraining."
+    when = "If the task is close to the pretraining and memory is short for full fine-tuning."
     Config = TopKConfig
     peft_type = "TOPK"
     in_peft = False  # PEFT refuses the file by that name

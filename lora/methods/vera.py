@@ -49,16 +49,16 @@ class VeRAConfig(AdapterConfig):
 class VeRA(Shares, Fast, Adapter):
     """W' = W + Λ_b B Λ_d A.  VeRA, Kopiczko et al. 2024, arXiv:2310.11454, eq. 2.
 
-    vera_A (r, largest in), vera_B (largest out, r): random, frozen, shared; a layer takes the first
-    columns and rows. Kaiming uniform from projection_prng_key, in PEFT's order, on the CPU.
+    vera_A (r, largest in), vera_B (largest out, r): random, frozen, shared; a layer uses the first
+    columns and rows. Kaiming uniform, seeded by projection_prng_key, drawn as in PEFT on the CPU.
     vera_lambda_d (r,)    d_initial
     vera_lambda_b (out,)  zeros, so W' = W at step 0
-    Cost: r + out parameters a layer; 2·r·(in+out) FLOP per token.
+    Cost: r + out parameters per layer; 2·r·(in+out) FLOP per token.
     """
 
     name = "vera"
     paper = "arXiv:2310.11454"
-    when = "When the files must be tiny and LoRA's accuracy nearly kept."
+    when = "If the files must be tiny, with accuracy close to LoRA's."
     Config = VeRAConfig
     peft_type = "VERA"
     learning_rate = 3e-2

@@ -37,13 +37,13 @@ Road = Callable[[Tensor, Mask | None], Tensor]
 
 
 def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Right after injection the model computes what the base does."""
+    """Right after injection, the model computes what the base does."""
     x = input_of(case)
     require_near(injected_toy(config, case)(x), Toy(case).eval()(x), "output after injection")
 
 
 def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """With moved parameters, which change the output, merging changes it no more."""
+    """With parameters moved off their start, the merged model's output equals the adapted one's."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     make_mergeable(model)
     before = model(x)
@@ -53,7 +53,7 @@ def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) ->
 
 
 def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Of the same 16-bit weights computed in float32; forward and merged alike."""
+    """In 16 bits, forward and merged are close to the same weights computed in float32."""
     if case.dtype.itemsize != 2:
         return
     model, x = injected_toy(config, case, moved=True), input_of(case)
@@ -68,14 +68,14 @@ def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, c
 
 
 def adapters_are_held_in_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Whatever the base's dtype."""
+    """The adapter's parameters are float32, whatever the base's dtype."""
     for name, layer in wrappers_of(injected_toy(config, case))[0].items():
         for key, parameter in layer.adapter("default").named_parameters():
             require(parameter.dtype == torch.float32, f"{name}.{key} is {parameter.dtype}")
 
 
 def active_together(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Two additive adapters sum, forward and merged; two others are refused."""
+    """Two additive adapters add up, in forward and merged. Two others are refused."""
     assert issubclass(method, Adapter)
     model, x = injected_toy(config, case, moved=True), input_of(case)
     if trains_base(model):
@@ -124,7 +124,7 @@ def _by_kernel(adapter: Any, view: View, method: str) -> Road:
 
 
 def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """In float64, values and gradients, with the same mask and without one."""
+    """A kernel's values and gradients equal the equation's in float64, with and without a mask."""
     assert issubclass(method, Adapter)
     model = injected_toy(config, Case(case.kind, case.bias, torch.float64), moved=True).train()
     layers, _ = wrappers_of(model)
@@ -163,7 +163,7 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
 
 
 def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Near those of the same weights in float32, plain and under autocast."""
+    """Gradients are close to those of the same weights in float32, plain and under autocast."""
     model, x = injected_toy(config, case, moved=True).train(), input_of(case)
     truth = copy.deepcopy(model).float()
 
@@ -187,7 +187,7 @@ def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Cas
 
 
 def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """A layer in training drops as the specification does with the mask it draws, eval nothing."""
+    """In training, a layer is the equation with the mask it draws. In eval, nothing is dropped."""
     model = injected_toy(config, case, moved=True)
     layers, _ = wrappers_of(model)
     layer = layers["first"]
@@ -218,7 +218,7 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
 
 
 def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The base's, plain and under autocast."""
+    """The output has the base's dtype, plain and under autocast."""
     model, base, x = injected_toy(config, case, moved=True), Toy(case).eval(), input_of(case)
     require(model(x).dtype == base(x).dtype, "dtype differs from the base's")
     if case.dtype == torch.float16:
@@ -232,7 +232,7 @@ def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None
 
 
 def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Recomputation draws the same mask, so that the gradients are the same bits."""
+    """Recomputation draws the same mask, so the gradients have the same bits."""
     from torch.utils.checkpoint import checkpoint
 
     model = injected_toy(config, case, moved=True).train()
@@ -252,7 +252,7 @@ def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Cas
 
 
 def torch_compile(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The whole model in one graph (aot_eager), to the same output."""
+    """The whole model compiles to one graph (aot_eager), with the same output."""
     if case != Case("Linear", True, torch.float32):
         return  # one compilation is seconds, and no case has code of its own here
     model, x = injected_toy(config, case, moved=True), input_of(case)

@@ -26,7 +26,7 @@ from lora.wrappers import AdaptedLayer
 
 
 def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Bit for bit, and the adapter acts again after."""
+    """While disabled, the output is the base's, bit for bit. Afterwards the adapter acts again."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     with disabled(model):
         require_same(model(x), Toy(case).eval()(x), "disabled output")
@@ -34,7 +34,7 @@ def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> 
 
 
 def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """disabled, merge and restore work, or are a MergeError with the model untouched."""
+    """disabled, merge and restore work, or raise MergeError and leave the model unchanged."""
     if method.keeps_base:
         return
     model = injected_toy(config, case, moved=True)
@@ -48,7 +48,7 @@ def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case
 
 
 def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """A deepcopy computes the same and moves apart; all parameters move to another device."""
+    """A deepcopy computes the same and is independent. All parameters move to another device."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     wanted = model(x)
     twin = copy.deepcopy(model)
@@ -62,7 +62,7 @@ def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> 
 
 
 def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Five merges and restores leave the model as it was; a second merge is refused."""
+    """Five merges and restores leave the model as it was. Merging a merged model is refused."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     make_mergeable(model)
     wanted, before = model(x), snapshot(model)
@@ -77,7 +77,7 @@ def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case)
 
 
 def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """No wrapper is left, the output is the merged one's, everything trains again."""
+    """No wrapper is left, the output is the merged model's, and everything is trainable again."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     if method.keeps_base:
         make_mergeable(model)
@@ -93,7 +93,7 @@ def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> 
 
 
 def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """A module reached by two paths has one wrapper on both."""
+    """A module at two paths gets one wrapper, used at both."""
     assert isinstance(config, AdapterConfig)
     for targets in (config.target_modules, ("first", "second"), ("again", "second")):
         model = Toy(case)
@@ -112,7 +112,7 @@ def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, 
 
 
 def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Refused, or untied on request, the other side unmoved; restore ties again."""
+    """Refused, or untied on request without changing the other side. restore ties again."""
     model = Toy(case)
     model.tied = nn.Module()
     if case.kind == "NF4Linear":
@@ -134,7 +134,7 @@ def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case
 
 
 def what_does_not_fit_is_named(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Targets that match nothing, or no layer, are a TargetError, the model untouched."""
+    """Targets that match nothing, or nothing usable, raise TargetError. The model is unchanged."""
     assert isinstance(config, AdapterConfig)
     for targets in (("norm",), ("frist",), r"second.+", ("first", "frist")):
         model = Toy(case)

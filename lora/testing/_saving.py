@@ -32,7 +32,7 @@ from lora.testing._toys import Case, Toy, injected_toy, input_of, trains_base
 
 
 def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The file holds the adapter's tensors alone, and loads to the same bits and output."""
+    """The file holds only the adapter's tensors, and loads to the same bits and output."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     own = stored_tensors(model, "default")
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case
 
 
 def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Settings through adapter_config.json and back are the same settings."""
+    """Settings written to adapter_config.json and read back are the same."""
     model = injected_toy(config, case)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -70,7 +70,7 @@ def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> N
 
 
 def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Seven kinds of broken file, ours and PEFT's: a CheckpointError, the model untouched."""
+    """Seven kinds of damaged file, ours and PEFT's, raise CheckpointError. The model stays."""
     model = injected_toy(config, case, moved=True)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -107,7 +107,7 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
 
 
 def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The digest covers every setting but those of training, which leave the output alone."""
+    """The digest covers every setting except those that only affect training."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)

@@ -19,7 +19,7 @@ from lora.testing._toys import Case, Toy, injected_toy, input_of
 
 
 def base_bits_stay(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """After optimiser steps with weight decay; disabled, all of them."""
+    """The base's bits are unchanged after optimizer steps with weight decay."""
     model = injected_toy(config, case)
     base = {name: p.detach().clone() for name, p in base_parameters(model)}
     _steps(model, case)
@@ -45,7 +45,7 @@ def _steps(model: nn.Module, case: Case) -> None:
 
 
 def only_the_adapter_trains(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Each of its parameters gets a gradient, and nothing else requires one."""
+    """Each of the adapter's parameters gets a gradient, and nothing else requires one."""
     model = injected_toy(config, case, moved=True)
     own = {id(p) for p in trained_parameters(model, "default").values()}
     model(input_of(case)).float().square().sum().backward()
@@ -57,7 +57,7 @@ def only_the_adapter_trains(method: type[Method], config: MethodConfig, case: Ca
 
 
 def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Is the closed form that the method gives."""
+    """The number of parameters is the one that the method's size() gives."""
     assert issubclass(method, Adapter)
     assert isinstance(config, AdapterConfig)
     for name, layer in wrappers_of(injected_toy(config, case))[0].items():
@@ -71,7 +71,7 @@ def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> N
 
 
 def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Whatever was drawn before, and whichever other layers are adapted."""
+    """The same seed gives the same bits, whatever was drawn before or adapted besides."""
     one, two = _start(config, case, 0, 1), _start(config, case, 0, 99)
     for name in one:
         require_same(two[name], one[name], f"start of {name}")
@@ -101,7 +101,7 @@ def _start(config: MethodConfig, case: Case, seed: int, noise: int) -> dict[str,
 
 
 def another_seed_other_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Of at least one stored tensor, unless each starts at one value throughout."""
+    """Another seed changes at least one saved tensor, unless each starts as a constant."""
     one, other = (_stored(config, case, seed) for seed in (0, 1))
     constant = all(bool((t == t.flatten()[0]).all()) for t in one.values())
     differs = any(not torch.equal(one[n], other[n]) for n in one)
