@@ -51,11 +51,11 @@ def trainer(seed: int, limit: int | None, folder: str, best: bool) -> dict[str, 
     import torch
     import transformers
 
-    from lora.finetune.data.corpus import read
+    from lora.finetune.data.corpus import read_examples
     from lora.finetune.memory import bfloat16_here
     from lora.finetune.models import load_base
 
-    corpus = read(str(DATA), limit=limit)
+    corpus = read_examples(str(DATA), limit=limit)
     base = load_base("demo", 2, "classification", seed)
     transformers.set_seed(seed)
     model = peft.get_peft_model(

@@ -23,7 +23,7 @@ BUILT_IN = {"demo": "SEQ_CLS", "demo-lm": "CAUSAL_LM"}
 BUILT_IN_PREFIX = "lora-from-scratch:"
 """Comes before their names in adapter_config.json: no hub can have such a name."""
 
-TASKS = {
+TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -50,7 +50,7 @@ HEADS = {
 
 def task_of(name: str) -> str | None:
     """The task_type of a model by the name of its class, None if PEFT has none for it."""
-    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
+    return next((task for end, task in TASK_TYPES.items() if name.endswith(end)), None)
 
 
 def heads_of(model: nn.Module) -> tuple[str, ...]:

@@ -95,8 +95,8 @@ def save(
     check_restored(model, "save")
     planned = injected(model)[name]
     settings = file_config(model, planned, name)
-    stored = _stored(model, planned, name, settings)
-    mark = _mark(model, planned, settings)
+    stored = _tensors_to_save(model, planned, name, settings)
+    mark = _mark_of(model, planned, settings)
     metadata = {"format": "pt", MARK: json.dumps(mark, sort_keys=True)}
     arguments = arguments_of(model, planned.saved)
     files = adapter_files(stored, metadata, settings, planned.method, arguments)
@@ -110,7 +110,7 @@ def save(
     return folder
 
 
-def _stored(
+def _tensors_to_save(
     model: nn.Module, planned: Plan, name: str, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Returns the tensors of the file by key, on the CPU. Raises CheckpointError if one is not
@@ -137,7 +137,7 @@ def _stored(
     return stored
 
 
-def _mark(model: nn.Module, planned: Plan, settings: Mapping[str, Any]) -> dict[str, str]:
+def _mark_of(model: nn.Module, planned: Plan, settings: Mapping[str, Any]) -> dict[str, str]:
     """Returns what the file says of its config and of its base."""
     mark = {"config": config_digest(planned.method, settings)}
     if labels := labels_of(model):
@@ -277,7 +277,7 @@ def read_adapter(
     check_mix(model, name, planned)
     if trainable:
         check_statistics(model, planned)
-    check_size(folder, model, planned, stored)
+    check_stated_size(folder, model, planned, stored)
     parts = build(model, planned)
     _drop_repeats(parts.adapters, stored)
     wanted = tensors(model, planned, parts)
@@ -351,7 +351,9 @@ def _drop_repeats(adapters: Mapping[str, Adapter], stored: dict[str, Tensor]) ->
                 del stored[f"{path}.{key}"]
 
 
-def check_size(folder: Path, model: nn.Module, planned: Plan, stored: Mapping[str, Tensor]) -> None:
+def check_stated_size(
+    folder: Path, model: nn.Module, planned: Plan, stored: Mapping[str, Tensor]
+) -> None:
     """Raise CheckpointError if the config states adapters far larger than the file.
 
     Without this, a damaged r would fill the memory before the shapes are compared.

@@ -33,7 +33,7 @@ def readable(
     path: str | os.PathLike[str], error: type[LoraError], advice: str = "Pass another, or mend it."
 ) -> Iterator[None]:
     """Raises `error` if the block cannot read the path."""
-    with _named(path, error, "read", advice):
+    with _named_error(path, error, "read", advice):
         yield
 
 
@@ -44,12 +44,12 @@ def writable(
     advice: str = "Free space, or pass another folder.",
 ) -> Iterator[None]:
     """Raises `error` if the block cannot write the path."""
-    with _named(path, error, "written", advice):
+    with _named_error(path, error, "written", advice):
         yield
 
 
 @contextmanager
-def _named(
+def _named_error(
     path: str | os.PathLike[str], error: type[LoraError], done: str, advice: str
 ) -> Iterator[None]:
     source: Exception

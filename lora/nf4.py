@@ -107,20 +107,20 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False, name: 
         # The reciprocal, and a quotient for the tail: as bitsandbytes rounds.
         scaled = some * (1.0 / largest.clamp(min=1e-38))[:, None]
         absmax[start // block_size :][: len(largest)] = largest
-        codes[start // 2 :][: scaled.numel() // 2] = _packed(scaled.flatten())
+        codes[start // 2 :][: scaled.numel() // 2] = _packed_codes(scaled.flatten())
     if whole < count:
         tail = flat[whole:].float()
         largest = tail.abs().amax().clamp(min=1e-38)
         absmax[-1] = largest
         scaled = F.pad(tail / largest, (0, len(tail) % 2))
-        codes[whole // 2 :] = _packed(scaled)
+        codes[whole // 2 :] = _packed_codes(scaled)
     if not bool(absmax.isfinite().all()):
         raise ModelError(f"{called} holds NaN or infinity, which NF4 has no level for.")
     found = NF4(codes, absmax, tuple(w.shape), w.dtype, block_size)
     return _doubly(found) if double_quant and count else found
 
 
-def _packed(scaled: Tensor) -> Tensor:
+def _packed_codes(scaled: Tensor) -> Tensor:
     """Bytes (n / 2,) of values (n,) in [-1, 1].
 
     A code is how many midpoints lie below the value. All fifteen comparisons cost less than a

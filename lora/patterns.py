@@ -18,7 +18,7 @@ import regex
 
 from lora.errors import ConfigError, SettingError
 
-WHOLE = "{}"
+FULL_MATCH = "{}"
 """The frame of target_modules and exclude_modules: matched with fullmatch."""
 ENDING = r"(.*\.)?({})$"
 """The frame of a key of rank_pattern and alpha_pattern: a name, or a dotted ending of one."""
@@ -54,7 +54,7 @@ class Pattern:
             RecursionError,
             FutureWarning,
         ) as e:
-            alone = "" if frame == WHOLE else f" inside {frame.replace('{}', '...')}"
+            alone = "" if frame == FULL_MATCH else f" inside {frame.replace('{}', '...')}"
             hint = " Write (?i:...) for (?i)..." if "global flags" in str(e) else ""
             raise ConfigError(
                 f"{text[:80]!r} is no regular expression{alone}: {e}.{hint}"
@@ -83,12 +83,12 @@ class Pattern:
 
 
 @functools.lru_cache(maxsize=16384)
-def compiled(text: str, frame: str = WHOLE) -> Pattern:
+def compiled(text: str, frame: str = FULL_MATCH) -> Pattern:
     """The pattern of a text. Raises ConfigError if it is no regular expression."""
     return Pattern(text, frame)
 
 
-def check_pattern(field: str, text: object, frame: str = WHOLE) -> None:
+def check_pattern(field: str, text: object, frame: str = FULL_MATCH) -> None:
     """Raise ConfigError, which names the field, unless a text is a regular expression."""
     if not isinstance(text, str):
         raise SettingError(field, f"must be a text, found {text!r}.")

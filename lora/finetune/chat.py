@@ -24,7 +24,7 @@ exit, quit    leave, as do /exit, /quit and the end of the input (Ctrl-D)
 /system       talk with the system prompt of the training; /system TEXT with another
 /help         list these"""
 LEAVE = ("exit", "quit", "/exit", "/quit")
-HEADS: dict[Acts, str] = {"on": "adapter on", "off": "adapter off"}
+TITLES: dict[Acts, str] = {"on": "adapter on", "off": "adapter off"}
 
 
 def chat(source: Source, writing: Writing, adapter: Acts, system: str | None) -> None:
@@ -97,7 +97,7 @@ class _Talk:
             found[side] = answers(self.trained, [asked], self.writing, side, streamed=streamed)
         written = {side: texts[side][0] for side, texts in found.items()}
         if self.adapter == "both":
-            panels = [Panel(Text(written[side].strip()), title=HEADS[side]) for side in written]
+            panels = [Panel(Text(written[side].strip()), title=TITLES[side]) for side in written]
             rich.print(Columns(panels, equal=True, expand=True))
         else:
             print()

@@ -244,9 +244,9 @@ def _compare(arguments: list[str]) -> None:
         return
     summaries = compare(config, runs)
     assert config.run_dir is not None
-    from lora.finetune.plots import draw
+    from lora.finetune.plots import draw_curves
 
-    pictures = draw([run.run_dir for run in runs if run.run_dir], config.run_dir)
+    pictures = draw_curves([run.run_dir for run in runs if run.run_dir], config.run_dir)
     print(markdown(rows(summaries)), end="")
     drawn = ", ".join(path.name for path in pictures)
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
@@ -307,12 +307,12 @@ def _harness(config: EvalConfig) -> None:
     if config.limit is not None:
         whole_number("limit", config.limit)
     from lora.finetune.trained import reopen
-    from lora.interop.harness import evaluate
+    from lora.interop.harness import run_tasks
 
     trained = reopen(_source(config))
     chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
     parts = trained.model, trained.tokenizer, config.harness
-    for task, scores in evaluate(*parts, limit=config.limit, chat=chat).items():
+    for task, scores in run_tasks(*parts, limit=config.limit, chat=chat).items():
         for name, value in scores.items():
             print(f"{task} {name} {value:.4f}")
 
@@ -362,9 +362,9 @@ def _generate(arguments: list[str]) -> None:
 def _data(arguments: list[str]) -> None:
     what, rest = (arguments or [""])[0], arguments[1:]
     if what == "tasks" and not rest:
-        from lora.finetune.demo.tasks import TASKS
+        from lora.finetune.demo.tasks import MADE_TASKS
 
-        for name, task in TASKS.items():
+        for name, task in MADE_TASKS.items():
             print(f"tasks/{name:<12} {task.about}")
         return
     if what != "preview":
@@ -428,9 +428,9 @@ def _plot(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
     config: PlotConfig = parse(PlotConfig, _leading(arguments, "--runs"), "lora plot")
-    from lora.finetune.plots import draw
+    from lora.finetune.plots import draw_curves
 
-    for path in draw(config.runs, config.output or (*config.runs, Path())[0]):
+    for path in draw_curves(config.runs, config.output or (*config.runs, Path())[0]):
         print(path)
 
 

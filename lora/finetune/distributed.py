@@ -214,12 +214,12 @@ def shard(
             " would be fetched to: it lies there anyway. Leave the offloading out."
         )
     filled = bool(pieces)
-    for part in (part for name in injected(model) for part in _parts(owned(model, name))):
+    for part in (part for name in injected(model) for part in _modules_of(owned(model, name))):
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=here)
     originals = [saved.original_module for saved in wrappers_of(model)[1].values()]
     # The inner ones first.
-    units = list(dict.fromkeys([*originals, *_table(model), *_blocks(model), model]))
+    units = list(dict.fromkeys([*originals, *_untied_embedding(model), *_blocks(model), model]))
     names = {parameter: name for name, parameter in reversed(list(base_paths(model)))}
     homes: dict[nn.Parameter, list[tuple[int, nn.Module, str]]] = {}
     for number, unit in enumerate(units):
@@ -258,13 +258,13 @@ def shard(
             init(model, seed, name)
 
 
-def _parts(parts: Parts) -> Iterator[nn.Module]:
+def _modules_of(parts: Parts) -> Iterator[nn.Module]:
     """The modules that an adapter consists of."""
     yield from parts.adapters.values()
     yield from parts.copies.values()
 
 
-def _table(model: nn.Module) -> Iterator[nn.Module]:
+def _untied_embedding(model: nn.Module) -> Iterator[nn.Module]:
     """The input embedding, where nothing else reads its weight: no backward asks for it then."""
     table = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(table, nn.Embedding | AdaptedLayer):

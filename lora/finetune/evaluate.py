@@ -116,7 +116,7 @@ def evaluate(
         )
     if corpus.task != "text":
         wanted = [[str(example.label)] for example in examples]
-        metrics = score(corpus.task, answers(corpus, logits), wanted)
+        metrics = score(corpus.task, predicted(corpus, logits), wanted)
     return Evaluation(logits, loss, metrics)
 
 
@@ -136,19 +136,19 @@ def _of_tokens(corpus: Corpus, encoded: Encoded, found: Tensor) -> tuple[float, 
     return float(found[:, 0].sum() / counts.sum()), metrics
 
 
-def answers(corpus: Corpus, logits: Tensor) -> list[str]:
+def predicted(corpus: Corpus, logits: Tensor) -> list[str]:
     """What the logits say: class names, or numbers."""
     if corpus.task == "regression":
         return [repr(value) for value in logits[:, 0].tolist()]
     return [corpus.labels[index] for index in logits.argmax(-1).tolist()]
 
 
-def rows_of(
+def records_of(
     corpus: Corpus, examples: Sequence[Example], logits: Tensor
 ) -> Iterator[dict[str, Any]]:
     """One record per example: its text, its label where known, the prediction and its scores."""
     scores = logits.tolist() if corpus.task == "regression" else logits.softmax(-1).tolist()
-    for example, answer, row in zip(examples, answers(corpus, logits), scores, strict=True):
+    for example, answer, row in zip(examples, predicted(corpus, logits), scores, strict=True):
         known = {"pair": example.pair, "label": example.label}
         yield {
             "text": example.text,

@@ -31,12 +31,12 @@ from lora.finetune.config import RunConfig
 from lora.finetune.data.conversations import Conversation
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, sorted_batches
-from lora.finetune.evaluate import Evaluation, autocast, device_of, evaluate, rows_of
+from lora.finetune.evaluate import Evaluation, autocast, device_of, evaluate, records_of
 from lora.finetune.inputs import (
     asked_of,
     check_positions,
     decoder_start,
-    metrics_of,
+    made_metrics,
     prompts_of,
     thought_end,
 )
@@ -200,7 +200,7 @@ def scored(
     `config.answered` of each data set, as the model writes them."""
     found = evaluate(model, corpus, encoded, examples, progress=progress)
     if corpus.task != "text":
-        return found, list(rows_of(corpus, examples, found.logits))
+        return found, list(records_of(corpus, examples, found.logits))
     asked = asked_of(config, corpus, examples)
     if not asked:  # texts without a prompt
         return found, []
@@ -210,7 +210,9 @@ def scored(
     cut = config.shard or config.offload
     texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=cut)
     end = thought_end(config, tokenizer)
-    scores = _scores(corpus, metrics_of(config), asked, [_parts(text, end)[1] for text in texts])
+    scores = _score_answers(
+        corpus, made_metrics(config), asked, [_parts(text, end)[1] for text in texts]
+    )
     several = len(corpus.tasks) > 1
     rows = [row_of(one, text, several, end) for one, text in zip(asked, texts, strict=True)]
     return replace(found, metrics=scores | found.metrics), rows
@@ -254,7 +256,7 @@ def row_of(
     }
 
 
-def _scores(
+def _score_answers(
     corpus: Corpus,
     own: Mapping[str, Mapping[str, Callable[[str, str], float]]],
     asked: Sequence[Conversation],

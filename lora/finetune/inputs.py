@@ -17,7 +17,7 @@ from lora.finetune.config import RunConfig, named
 from lora.finetune.data import conversations, tokens
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, grouped
-from lora.finetune.data.corpus import Corpus, read, take
+from lora.finetune.data.corpus import Corpus, examples_of, read_examples
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids, refuse
 from lora.finetune.data.previews import preview
 from lora.finetune.data.rows import SPLITS, BadRows
@@ -43,7 +43,7 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
     if len(config.data) > 1:
         raise ConfigError(f"--data takes one data set, {len(config.data)} are of --task text.")
     parts = config.labels, config.limit, config.skip_bad_lines
-    return read(config.data[0], asked(config), task, *parts)
+    return read_examples(config.data[0], asked(config), task, *parts)
 
 
 def asked(config: Any) -> Columns:
@@ -93,7 +93,7 @@ def read_texts(source: str, split: str | None, skip_bad_lines: int = 0) -> tuple
         there = split or "test"
         found = splits[there]
     else:
-        found, there = conversations.read_split(place, name, split, bad)
+        found, there = conversations.read_one_split(place, name, split, bad)
     held = {one: tuple(found) if one == there else () for one in SPLITS}
     parts = held["train"], held["dev"], held["test"]
     return Corpus(source, "text", (), *parts, tasks=(name,), bad=bad), there
@@ -116,12 +116,12 @@ def _read(place: str, name: str, bad: BadRows) -> tuple[dict[str, list[Conversat
     return splits, []
 
 
-def metrics_of(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str], float]]]:
+def made_metrics(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str], float]]]:
     """By its name the metrics of each data set that is made, (prediction, answer) -> 0 to 1."""
     found = {}
     for name, place in map(named, config.data):
         if place.startswith(MADE):
-            metric = tasks.TASKS[place.removeprefix(MADE)].metric
+            metric = tasks.MADE_TASKS[place.removeprefix(MADE)].metric
             own = {} if metric is tasks.exact else {metric.__name__: metric}
             found[name] = {"exact_match": tasks.exact, **own}
     return found
@@ -192,7 +192,7 @@ def encoded_of(
     if corpus.task != "text":
         targets = corpus.targets(examples) if labelled else [0.0] * len(examples)
         length = config.max_length
-        encoded = tokens.encode(tokenizer, examples, targets, corpus.task, length)
+        encoded = tokens.tokenize(tokenizer, examples, targets, corpus.task, length)
         check_ids(model, tokenizer, encoded.fields["input_ids"], corpus.source)
         return encoded, []
     template = template_of(tokenizer, config.template)
@@ -385,7 +385,7 @@ def show_labelled(corpus: Corpus, split: str, count: int) -> None:
         print(f"data: {line}")
     for line in filter(None, [corpus.note]):
         print(f"note: {line}")
-    for one in take(corpus, split)[:count]:
+    for one in examples_of(corpus, split)[:count]:
         pair = "" if one.pair is None else f" | {one.pair}"
         print(f"{one.place}: {one.label}: {one.text}{pair}")
 
@@ -399,7 +399,7 @@ def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: 
     corpus, notes = screened(corpus)
     for line in filter(None, (corpus.note, *notes)):
         print(f"note: {line}", file=sys.stderr)
-    there = take(corpus, split)
+    there = examples_of(corpus, split)
     for name in corpus.tasks:
         if some := [one for one in there if one.task == name]:
             preview(template, some, config.max_length, config.loss_on, count)

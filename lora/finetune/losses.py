@@ -43,7 +43,7 @@ def batch_loss(model: Any, batch: Batch, targets: Tensor, task: str) -> Tensor:
     """
     if task != "text":
         return task_loss(model(**batch).logits, targets, task)
-    with _as_forward(model, _summed):
+    with _as_forward(model, _summed_loss):
         total: Tensor = model(targets=targets, **batch)
     return total
 
@@ -81,7 +81,7 @@ def _as_forward(model: Any, forward: Any) -> Iterator[None]:
             model.forward = own
 
 
-def _summed(model: Any, targets: Tensor, **batch: Any) -> Tensor:
+def _summed_loss(model: Any, targets: Tensor, **batch: Any) -> Tensor:
     h = _at(targets[0], features(model, batch))
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
     found: Tensor = _Summed.apply(model, h, targets[1], *trained)  # type: ignore[no-untyped-call]

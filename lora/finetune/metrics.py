@@ -15,7 +15,7 @@ from typing import Any
 from lora.errors import DataError
 from lora.finetune.data.columns import LARGEST_LABEL
 
-TASKS = ("classification", "regression", "text")
+SCORED_TASKS = ("classification", "regression", "text")
 LOWER = ("perplexity", "mse")  # the better
 
 
@@ -47,7 +47,7 @@ def score(
                 )
         return regression(*numbers)
     if task != "classification":
-        raise DataError(f"no task {task!r}. Known: {', '.join(TASKS)}.")
+        raise DataError(f"no task {task!r}. Known: {', '.join(SCORED_TASKS)}.")
     return classification(predictions, first)
 
 

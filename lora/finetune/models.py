@@ -16,8 +16,8 @@ from lora.card import BUILT_IN
 from lora.errors import DataError, LoraError, ModelError
 from lora.finetune.demo import bases
 from lora.finetune.quantized import (
+    BaseReading,
     Cut,
-    Reading,
     packable,
     quantization,
     saved_by_bitsandbytes,
@@ -25,8 +25,8 @@ from lora.finetune.quantized import (
 )
 from lora.finetune.weights import (
     another_shape,
-    check_finite,
-    check_size,
+    check_config_size,
+    check_weights_finite,
     dtype_of_files,
 )
 from lora.interop.pretrained import (
@@ -87,12 +87,12 @@ def load_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if base in BUILT_IN:
-            built = Base(*bases.build(base, labels, task, weights=True))
+            built = Base(*bases.build_demo(base, labels, task, weights=True))
             if quantize == "nf4":
                 nf4.quantize_layers(built.model, packable(built.model, dense))
             return built
         cut = None if part is None else Cut(*part)
-        reading = Reading(quantize == "nf4", dense, packed, cut)
+        reading = BaseReading(quantize == "nf4", dense, packed, cut)
         return _from_files(base, labels, task, reading)
 
 
@@ -111,12 +111,12 @@ def load_tokenizer(place: str, model: Any, task: str) -> Any:
     Raises ModelError if it does not fit the model or the task.
     """
     tokenizer = read_tokenizer(place)
-    _check_tokenizer(place, tokenizer, model, task)
+    _check_tokenizer_fits(place, tokenizer, model, task)
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
 
 
-def _check_tokenizer(base: str, tokenizer: Any, model: Any, task: str) -> None:
+def _check_tokenizer_fits(base: str, tokenizer: Any, model: Any, task: str) -> None:
     """Raise ModelError if the tokenizer lacks a token that the task needs, or has one past the
     model's embedding. Many language models have no pad token: their end token serves.
 
@@ -174,11 +174,11 @@ def check_ids(model: Any, tokenizer: Any, ids: Sequence[int] | Tensor, what: str
         )
 
 
-def _from_files(base: str, labels: int, task: str, reading: Reading) -> Base:
+def _from_files(base: str, labels: int, task: str, reading: BaseReading) -> Base:
     config = base_config(base, **head_settings(labels, task))
     dtype = config.dtype  # read before a skeleton is made of the config, which sets float32 there
     packed = saved_by_bitsandbytes(base, config, reading.dense)
-    check_size(base, config, task)
+    check_config_size(base, config, task)
     try:
         stored = dtype or dtype_of_files(base)
         options = quantization(config, reading, packed)
@@ -200,7 +200,7 @@ def _from_files(base: str, labels: int, task: str, reading: Reading) -> Base:
     missing = sorted({*loading["missing_keys"], *shapes})
     _check_missing(base, backbone(model), task, missing, shapes)
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
-    check_finite(base, model, reading.pieces)
+    check_weights_finite(base, model, reading.pieces)
     return Base(model.eval(), tokenizer, new, reading.pieces, stored)
 
 
@@ -259,7 +259,7 @@ def load_skeleton(
     packs = quantize == "nf4"
     if base in BUILT_IN:
         with torch.device(device):
-            skeleton = Base(*bases.build(base, labels, task, weights=False))
+            skeleton = Base(*bases.build_demo(base, labels, task, weights=False))
     else:
         filed, config = base_config(base), base_config(base, **head_settings(labels, task))
         packs = saved_by_bitsandbytes(base, config, dense) or packs

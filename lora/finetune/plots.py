@@ -37,7 +37,7 @@ def read_metrics(directory: Path) -> tuple[list[StepRow], list[Evaluated]]:
     return steps, epochs
 
 
-def draw(directories: Sequence[Path], folder: Path) -> list[Path]:
+def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
     """loss.png and the first metric's PNG over the epochs, runs of a method in one colour."""
     runs = [(directory, *read_metrics(directory)) for directory in directories]
     if not runs:

@@ -63,7 +63,7 @@ class Cut:
 
 
 @dataclass(eq=False)
-class Reading:
+class BaseReading:
     """One load of a base: what is to happen to each tensor, and what has happened so far."""
 
     packs: bool = True  # the linear layers of the backbone
@@ -75,7 +75,7 @@ class Reading:
     shapes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """Of tensors that do not fit: the shape in the files, and the model's."""
 
-    def __deepcopy__(self, memo: object) -> Reading:
+    def __deepcopy__(self, memo: object) -> BaseReading:
         return self  # transformers copies its configs, and a copy would learn what this is to know
 
     @property
@@ -114,7 +114,7 @@ class _NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     quant_method: Any = "lora-nf4"
 
-    def __init__(self, reading: Reading, **given: Any) -> None:
+    def __init__(self, reading: BaseReading, **given: Any) -> None:
         self.reading = reading
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         return False
 
     def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
-        self.reading: Reading = self.quantization_config.reading
+        self.reading: BaseReading = self.quantization_config.reading
         self.expected = model.state_dict()  # on the meta device: shapes and dtypes
         self.names: tuple[str, ...] = ()
         self.as_saved = self.pre_quantized or not self.reading.packs
@@ -180,7 +180,7 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
     def get_weight_conversions(self) -> list[WeightConverter]:
         if not self.pre_quantized:
             return []
-        reading: Reading = self.quantization_config.reading
+        reading: BaseReading = self.quantization_config.reading
         return [
             WeightConverter(list(_Take.KEYS), "weight", [_Take(reading)]),
             WeightConverter("bias$", "bias", [_Fit(reading)]),
@@ -188,7 +188,7 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 class _Operation(ConversionOps):  # type: ignore[misc]
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: BaseReading) -> None:
         self.reading = reading
 
 
@@ -196,7 +196,7 @@ class _Pack(_Operation):
     """Packs the weights of the named layers. Each layer is dense and without values until then:
     transformers 5.17 casts what it reads to the dtype of the parameter that it replaces."""
 
-    def __init__(self, reading: Reading, names: tuple[str, ...]) -> None:
+    def __init__(self, reading: BaseReading, names: tuple[str, ...]) -> None:
         super().__init__(reading)
         self.names = names
 
@@ -274,7 +274,7 @@ class _Take(_Operation):
         return reading.put(model, path, fresh, q)
 
 
-def quantization(config: Any, reading: Reading, saved_packed: bool) -> dict[str, Any]:
+def quantization(config: Any, reading: BaseReading, saved_packed: bool) -> dict[str, Any]:
     """Returns what to pass to from_pretrained so that the Reading sees each tensor.
 
     saved_packed: bitsandbytes packed the files, which the config then says in our words.

@@ -150,12 +150,14 @@ def summary_of(directory: Path) -> Summary:
         exists = path.is_file()
     if not exists:
         raise RunError(f"{directory} holds no complete run: no summary.json. Run lora train.")
-    return documents.read(path, SUMMARY, RunError, f"Remove {directory}, and run it again.")
+    return documents.read_document(
+        path, SUMMARY, RunError, f"Remove {directory}, and run it again."
+    )
 
 
 def environment_of(directory: Path) -> Environment:
     """What the run started with. Raises RunError."""
-    return documents.read(
+    return documents.read_document(
         directory / "environment.json", ENVIRONMENT, RunError, "Bring it back, or run anew."
     )
 

@@ -92,7 +92,11 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             say(progress, line)
         checkpoint, note = _take_folder(parts, directory, resumed, progress, stack)
         with distributed.alike():
-            mark = state.restore(parts.training, checkpoint)["recorded"] if checkpoint else NOTHING
+            mark = (
+                state.restore_training(parts.training, checkpoint)["recorded"]
+                if checkpoint
+                else NOTHING
+            )
             if resumed:
                 start = f"from step {parts.training.step}" if checkpoint else "anew"
                 say(progress, f"resuming {directory} {start}.")
@@ -299,7 +303,7 @@ class _Loop:
         return patience is not None and evaluations_since_best(self.record.evaluations) >= patience
 
     def _save_checkpoint(self) -> None:
-        state.save(self.training, self.folder, self.config_bytes, self.record.mark())
+        state.save_training(self.training, self.folder, self.config_bytes, self.record.mark())
         if self.first:
             last = max(1, self.config.keep_last)
             evaluations, step = self.record.evaluations, self.training.step
@@ -310,14 +314,14 @@ class _Loop:
         best = best_step(self.record.evaluations)
         if self.config.final != "best" or best == self.training.step:
             return
-        path = state.place(self.folder, best)
+        path = state.checkpoint_folder(self.folder, best)
         with distributed.alike():
             if wrong := state.damage(path):
                 raise CheckpointError(
                     f"{path}, the best, is damaged: {wrong}. Bring it back, or remove"
                     f" {self.folder} and start over: {self.resume_command}."
                 )
-            state.restore(self.training, path)
+            state.restore_training(self.training, path)
         say(self.progress, f"the best checkpoint is that of step {best}.")
 
     def _save_adapter(self) -> None:

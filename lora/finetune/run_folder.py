@@ -186,7 +186,10 @@ def checkpoint_to_resume(
     for note in notes:
         say(f"note: {note}")
     with readable(directory, RunError, "Bring its files back, or run anew."):
-        if path and (path / state.CONFIG).read_bytes() != (directory / "config.toml").read_bytes():
+        if (
+            path
+            and (path / state.CONFIG_FILE).read_bytes() != (directory / "config.toml").read_bytes()
+        ):
             raise RunError(
                 f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
             )

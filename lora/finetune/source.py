@@ -27,7 +27,11 @@ from lora.finetune.models import load_skeleton
 from lora.finetune.run_folder import CHECKPOINTS, at_base, config_of, run_around
 from lora.interop.pretrained import base_config
 
-TASKS: dict[str, Task] = {"SEQ_CLS": "classification", "CAUSAL_LM": "text", "SEQ_2_SEQ_LM": "text"}
+TASK_OF: dict[str, Task] = {
+    "SEQ_CLS": "classification",
+    "CAUSAL_LM": "text",
+    "SEQ_2_SEQ_LM": "text",
+}
 """PEFT's task_type -> --task; of one label it is regression."""
 PROBE = 7919
 """So many labels: a size that nothing else in a model has, by which its head is known."""
@@ -72,9 +76,9 @@ def open_source(
         run = run_around(directory)
         adapter = (directory / CONFIG).is_file() or next(directory.glob(f"*/{CONFIG}"), None)
     if run:
-        return _run(run, base, method)
+        return _of_run(run, base, method)
     if adapter:
-        return replace(_alone(directory, find_folder(directory), base, method), resizes=resizes)
+        return replace(_of_adapter(directory, find_folder(directory), base, method), resizes=resizes)
     if (directory / "config.json").is_file():
         raise RunError(
             f"{directory} is a plain model (config.json), not a run or an adapter. Load it with"
@@ -87,7 +91,7 @@ def open_source(
     )
 
 
-def _run(directory: Path, base: str | None, method: str | None) -> Source:
+def _of_run(directory: Path, base: str | None, method: str | None) -> Source:
     config = at_base(config_of(directory, method), base, directory)
     adapter = directory / "adapter"
     if not (adapter / CONFIG).is_file() and not (directory / "summary.json").is_file():
@@ -103,7 +107,7 @@ def _run(directory: Path, base: str | None, method: str | None) -> Source:
     return Source(directory, adapter, config, resizes=config.resize_embeddings)
 
 
-def _alone(directory: Path, folder: Path, base: str | None, given: str | None) -> Source:
+def _of_adapter(directory: Path, folder: Path, base: str | None, given: str | None) -> Source:
     settings = settings_in(folder)
     if given is not None:
         method_named(given)  # defines it, so that the file can be of it
@@ -122,11 +126,11 @@ def _alone(directory: Path, folder: Path, base: str | None, given: str | None) -
     config = at_base(config, base, directory)
     built_in = BUILT_IN.get(config.base)
     told = None if built_in else base_config(config.base)
-    task: Task = TASKS[built_in or _task(folder, settings, told)]
+    task: Task = TASK_OF[built_in or _task(folder, settings, told)]
     most = getattr(told, "max_position_embeddings", None) or 2 * config.max_new_tokens
     config = replace(config, max_new_tokens=min(config.max_new_tokens, max(1, most // 2)))
     if task == "classification":
-        count, labels = _classes(folder, config.base, told)
+        count, labels = _classes_of_head(folder, config.base, told)
         task = "regression" if count == 1 else task
         config = replace(config, labels=labels)
     return Source(directory, folder, replace(config, task=task), alone=True)
@@ -139,16 +143,16 @@ def _task(folder: Path, settings: Mapping[str, Any], told: Any) -> str:
     names += getattr(told, "architectures", None) or []
     if task is None:
         task = next(filter(None, (task_of(str(name)) for name in names)), None)
-    if not isinstance(task, str) or task not in TASKS:
+    if not isinstance(task, str) or task not in TASK_OF:
         found = f"task_type {task!r}" if task else "no task_type, and a base that tells none"
         raise CheckpointError(
-            f"{folder / CONFIG}: {found}. Known: {', '.join(TASKS)}. Set it there, or load the"
+            f"{folder / CONFIG}: {found}. Known: {', '.join(TASK_OF)}. Set it there, or load the"
             " adapter with PEFT."
         )
     return str(task)
 
 
-def _classes(folder: Path, base: str, told: Any) -> tuple[int, tuple[str, ...]]:
+def _classes_of_head(folder: Path, base: str, told: Any) -> tuple[int, tuple[str, ...]]:
     """How many outputs the classifier has, and the names of its classes: as an adapter of ours
     files them, or its base names them, else numbers; () for one output."""
     stored, mark = read_tensors(folder)

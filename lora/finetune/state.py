@@ -52,7 +52,7 @@ from lora.interop.documents import Count, Finite
 from lora.inventory import injected
 from lora.method import Scheduled
 
-TENSORS, STATE, CONFIG, MANIFEST = (
+TENSORS_FILE, STATE_FILE, CONFIG_FILE, MANIFEST_FILE = (
     "training.safetensors", "training.json", "config.toml", "manifest.json"
 )  # fmt: skip
 REMOVED = ".removed"
@@ -89,7 +89,7 @@ class RandomState(TypedDict):
     numpy: NotRequired[Legacy]
 
 
-def _tried(state: RandomState) -> RandomState:
+def _tried_state(state: RandomState) -> RandomState:
     """The state, set on generators that nobody uses. Raises ValueError."""
     try:
         torch.Generator().set_state(_bytes(state["torch"]))
@@ -107,7 +107,7 @@ class State(TypedDict):
 
     step: Count
     random: Annotated[
-        list[Annotated[RandomState, AfterValidator(_tried)]], Field(min_length=1)
+        list[Annotated[RandomState, AfterValidator(_tried_state)]], Field(min_length=1)
     ]  # of each rank
     methods: dict[str, dict[str, Any]]  # what an adapter remembers, by its path
     base: dict[str, str]  # its fingerprint
@@ -119,13 +119,13 @@ CONTENTS = TypeAdapter(dict[str, tuple[Count, str]])
 """The manifest: size and SHA-256 of each file."""
 
 
-def save(training: Training, folder: Path, config: bytes, recorded: Mark) -> Path:
+def save_training(training: Training, folder: Path, config: bytes, recorded: Mark) -> Path:
     """Write a checkpoint into `folder`; `recorded` is how far metrics.jsonl is. Every rank calls
     it, rank 0 writes.
 
     Raises CheckpointError, and what stood in the folder is untouched.
     """
-    path = place(folder, training.step)
+    path = checkpoint_folder(folder, training.step)
     state = {
         "step": training.step,
         "random": distributed.gather(random_state()),
@@ -134,11 +134,11 @@ def save(training: Training, folder: Path, config: bytes, recorded: Mark) -> Pat
         "recorded": recorded,
     }
     with distributed.alike():
-        _write(training, path, state, config)
+        _write_checkpoint(training, path, state, config)
     return path
 
 
-def _write(training: Training, path: Path, state: dict[str, Any], config: bytes) -> None:
+def _write_checkpoint(training: Training, path: Path, state: dict[str, Any], config: bytes) -> None:
     folder = path.parent
     making = folder / f".{path.name}.{secrets.token_hex(4)}"
     writes = distributed.rank() == 0
@@ -147,10 +147,12 @@ def _write(training: Training, path: Path, state: dict[str, Any], config: bytes)
         if not writes:
             return
         with writable(path, CheckpointError, "The checkpoints before it are whole."):
-            safetensors.torch.save_file(tensors(training), making / TENSORS)
-            sync(making / TENSORS)
-            write_together(making, {STATE: json.dumps(state).encode(), CONFIG: config})
-            write_together(making, {MANIFEST: json.dumps(_contents(making), indent=2).encode()})
+            safetensors.torch.save_file(training_tensors(training), making / TENSORS_FILE)
+            sync(making / TENSORS_FILE)
+            write_together(making, {STATE_FILE: json.dumps(state).encode(), CONFIG_FILE: config})
+            write_together(
+                making, {MANIFEST_FILE: json.dumps(_contents(making), indent=2).encode()}
+            )
             for written in (making / "adapter", making):
                 sync(written)
             if path.exists():  # a damaged one, which find() has passed over
@@ -162,7 +164,7 @@ def _write(training: Training, path: Path, state: dict[str, Any], config: bytes)
         shutil.rmtree(making, ignore_errors=True)
 
 
-def place(folder: Path, step: int) -> Path:
+def checkpoint_folder(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return folder / f"step-{step:08}"
 
@@ -181,7 +183,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
         if path.suffix != REMOVED
     ]
     for step in reversed(steps(folder)):
-        path = place(folder, step)
+        path = checkpoint_folder(folder, step)
         wrong = damage(path)
         if not wrong:
             return path, said
@@ -192,7 +194,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
 def damage(path: Path) -> str:
     """What is wrong with a checkpoint's files, "" where nothing is."""
     try:
-        stated = documents.read(path / MANIFEST, CONTENTS, CheckpointError, "")
+        stated = documents.read_document(path / MANIFEST_FILE, CONTENTS, CheckpointError, "")
         found = _contents(path)
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}{os.sep}").rstrip(". ")
@@ -206,7 +208,7 @@ def damage(path: Path) -> str:
 def prune(folder: Path, kept: Iterable[int]) -> None:
     """Remove the checkpoints of all other steps, and what was left of cut-off writing."""
     stay = set(kept)
-    gone = [place(folder, step) for step in steps(folder) if step not in stay]
+    gone = [checkpoint_folder(folder, step) for step in steps(folder) if step not in stay]
     for path in (*gone, *folder.glob(".step-*")):
         # Renamed first: what is half removed is not to be taken for a checkpoint.
         rest = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
@@ -215,13 +217,13 @@ def prune(folder: Path, kept: Iterable[int]) -> None:
         shutil.rmtree(rest, ignore_errors=True)
 
 
-def restore(training: Training, path: Path) -> State:
+def restore_training(training: Training, path: Path) -> State:
     """Put a whole checkpoint into a model that is injected as it was; its training.json.
 
     Raises CheckpointError, the model untouched, where the two do not belong together.
     """
-    state = documents.read(path / STATE, STATES, CheckpointError, ANEW)
-    stored = read_safetensors(path / TENSORS, CheckpointError, ANEW)
+    state = documents.read_document(path / STATE_FILE, STATES, CheckpointError, ANEW)
+    stored = read_safetensors(path / TENSORS_FILE, CheckpointError, ANEW)
     if state["base"] != bases(training.model):
         raise CheckpointError(
             f"{path} is of another base: its weights are not those that the training began on."
@@ -269,17 +271,17 @@ def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
     odd = sorted(there.keys() ^ state["methods"].keys())
     if odd:
         raise CheckpointError(
-            f"{path / STATE} does not fit the model: {odd[0]} is another there. {ANEW}"
+            f"{path / STATE_FILE} does not fit the model: {odd[0]} is another there. {ANEW}"
         )
     for layer, adapter in there.items():
         kinds = get_type_hints(type(adapter))
         own: dict[str, Any] = {name: (kinds.get(name, Any), ...) for name in adapter.remembers}
         schema = TypeAdapter(create_model("Remembered", **own))
-        name = f"{path / STATE}, methods of {layer},"
-        documents.check(state["methods"][layer], schema, name, CheckpointError, ANEW)
+        name = f"{path / STATE_FILE}, methods of {layer},"
+        documents.validate(state["methods"][layer], schema, name, CheckpointError, ANEW)
 
 
-def tensors(training: Training) -> dict[str, Tensor]:
+def training_tensors(training: Training) -> dict[str, Tensor]:
     """What training.safetensors holds: values(), and the optimiser's state under `optimizer.`."""
     found = dict(values(training.model))
     for name, parameter in training.model.named_parameters():
@@ -373,7 +375,7 @@ def _contents(folder: Path) -> dict[str, tuple[int, str]]:
     found: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.rglob("*")):
         with readable(path, CheckpointError, ""):
-            if path.is_file() and path.name != MANIFEST:
+            if path.is_file() and path.name != MANIFEST_FILE:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest

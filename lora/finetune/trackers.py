@@ -74,7 +74,7 @@ def tracking(names: Sequence[str], directory: Path, settings: Mapping[str, Any])
     begun: dict[str, Any] = {}
     try:
         if names:
-            _begin(begun, names, directory, settings)
+            _begin_each(begun, names, directory, settings)
 
         def log(row: Mapping[str, Any]) -> None:
             for name in tuple(begun):
@@ -102,7 +102,7 @@ def _failed(name: str, error: Exception) -> str:
     return f"--trackers {name} failed: {reason}."
 
 
-def _begin(
+def _begin_each(
     begun: dict[str, Any], names: Sequence[str], directory: Path, settings: Mapping[str, Any]
 ) -> None:
     """Begin the trackers, each into `begun` by its name; what they call the run is written down."""
@@ -111,7 +111,7 @@ def _begin(
     PartialState()  # their logger raises without it
     path = directory / "trackers.json"
     then = "Remove it to track the run anew."
-    runs = documents.read(path, RUNS, RunError, then) if path.exists() else {}
+    runs = documents.read_document(path, RUNS, RunError, then) if path.exists() else {}
     shown = {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in settings.items()

@@ -26,12 +26,12 @@ from lora.finetune.assemble import add_adapter, build_base, check_head, quantize
 from lora.finetune.config import RunConfig
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, Message, from_row, read_prompts
-from lora.finetune.data.corpus import Corpus, Example, read_split, take, unlabelled
+from lora.finetune.data.corpus import Corpus, Example, examples_of, read_split, unlabelled
 from lora.finetune.data.encoding import refuse_prompts
 from lora.finetune.data.rows import BadRows
 from lora.finetune.data.templates import template_of
 from lora.finetune.data.tokens import Encoded, collate, layout
-from lora.finetune.evaluate import EVALUATED, predict, rows_of
+from lora.finetune.evaluate import EVALUATED, predict, records_of
 from lora.finetune.generate import Writing, padded, row_of, scored, written
 from lora.finetune.inputs import (
     asked,
@@ -56,7 +56,7 @@ from lora.injection import disabled, eject
 from lora.merging import merge, output_on
 
 Acts = Literal["on", "off", "both"]
-Written = Literal["base", "float32", "bfloat16", "float16"]
+WrittenDtype = Literal["base", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ def rescore(
                     split,
                     skip_bad_lines,
                 )
-            examples = take(corpus, name)
+            examples = examples_of(corpus, name)
             if config.task != "text":
                 _check_pairs(source, examples)
             encoded = _encoded(trained, corpus, examples)
             notes = [corpus.note] if data is not None else []
             if config.task == "text":
                 corpus, skipped = screened(corpus)
-                examples, notes = take(corpus, name), [*notes, *skipped]
+                examples, notes = examples_of(corpus, name), [*notes, *skipped]
             _say(progress, *corpus.said, *filter(None, notes))
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
         found, _ = scored(config, *parts, progress)
@@ -208,7 +208,7 @@ def predict_texts(
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
             encoded = _encoded(trained, corpus, examples, labelled=False)
         logits = predict(trained.model, encoded, EVALUATED, progress)
-    _put_out(rows_of(corpus, examples, logits), output)
+    _put_out(records_of(corpus, examples, logits), output)
     return None
 
 
@@ -334,7 +334,7 @@ def merge_run(
     output: Path,
     dequantize: bool = False,
     untie: bool = False,
-    dtype: Written = "base",
+    dtype: WrittenDtype = "base",
     tolerance: float | None = None,
 ) -> str:
     """Write a model as a plain one into a new folder; what was merged, and how far that, and the
@@ -343,7 +343,7 @@ def merge_run(
     directory = source.directory
     with progress_bar() as progress, reading(progress):
         trained = _reopened(source)
-        model, probe = trained.model, _probe(trained, directory)
+        model, probe = trained.model, _probe_batch(trained, directory)
         packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
         if packed and not dequantize:
             raise RunError(
@@ -376,7 +376,7 @@ def merge_run(
     return said
 
 
-def _round(model: Any, stored: torch.dtype, asked: Written, probe: dict[str, Tensor]) -> str:
+def _round(model: Any, stored: torch.dtype, asked: WrittenDtype, probe: dict[str, Tensor]) -> str:
     """Round a model in float32 to the dtype that it is to be written in; what that did to its
     outputs."""
     dtype = stored if asked == "base" else getattr(torch, asked)
@@ -397,7 +397,7 @@ def _round(model: Any, stored: torch.dtype, asked: Written, probe: dict[str, Ten
     return said
 
 
-def _probe(trained: Trained, directory: Path) -> dict[str, Tensor]:
+def _probe_batch(trained: Trained, directory: Path) -> dict[str, Tensor]:
     """The first texts that the run answered, as one batch; before its end, a text."""
     path = directory / "predictions.jsonl"
     config, task = trained.config, trained.config.task

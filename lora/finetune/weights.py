@@ -26,7 +26,7 @@ def another_shape(name: str, found: Any, stated: Any) -> ModelError:
     )
 
 
-def check_size(base: str, config: Any, task: str) -> None:
+def check_config_size(base: str, config: Any, task: str) -> None:
     """Raise ModelError if the config states a model that is far larger than the files beside it.
 
     transformers would make in memory what the files lack, and only then say that it is missing.
@@ -42,7 +42,7 @@ def check_size(base: str, config: Any, task: str) -> None:
         )
 
 
-def check_finite(base: str, model: Any, pieces: dict[str, Tensor]) -> None:
+def check_weights_finite(base: str, model: Any, pieces: dict[str, Tensor]) -> None:
     """Raise ModelError if a weight that was read is not finite, or a buffer is NaN. Of a sharded
     base it checks this rank's `pieces`."""
     weights = {**dict(model.named_parameters()), **pieces}

@@ -29,11 +29,11 @@ def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
     return held
 
 
-def _counted(stated: Any) -> Any:
+def _refuse_counts(stated: Any) -> Any:
     """Refuses more layers, heads, labels, ... than any model has, whatever a config calls them."""
     for key, value in stated.items():
         if isinstance(value, Mapping):
-            _counted(value)
+            _refuse_counts(value)
         most = next((most for part, most in MOST.items() if re.search(part, key)), None)
         if most is not None and isinstance(value, int | float) and value > most:
             raise ValueError(f"states {key}={value:.6g}, at most {most:,} are taken")
@@ -91,4 +91,4 @@ class BaseFile(TypedDict, total=False):
     text_config: BaseFile | None
 
 
-BASE_FILE: TypeAdapter[BaseFile] = TypeAdapter(Annotated[BaseFile, AfterValidator(_counted)])
+BASE_FILE: TypeAdapter[BaseFile] = TypeAdapter(Annotated[BaseFile, AfterValidator(_refuse_counts)])

@@ -42,7 +42,7 @@ WORDS = {
 Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
 
-def read(path: Path, schema: TypeAdapter[T], error: type[LoraError], then: str) -> T:
+def read_document(path: Path, schema: TypeAdapter[T], error: type[LoraError], then: str) -> T:
     """The JSON file as its schema states it. Raises `error` with file, key, found and wanted, and
     `then`, the next command."""
     return decode(content(path, error, then), schema, str(path), error, then)
@@ -75,7 +75,9 @@ def decode_lines(
     ]
 
 
-def check(value: object, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str) -> T:
+def validate(
+    value: object, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str
+) -> T:
     """What another reader made of a document, as its schema states it."""
     try:
         return schema.validate_python(value, strict=True, extra="allow")

@@ -41,7 +41,7 @@ from lora.methods.lora import LoRA, LoRAConfig
 from lora.vocabulary import rows_of
 
 Dtype = Literal["f16", "bf16", "f32"]
-DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+GGUF_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 ARCHITECTURES = {
     **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
     **{name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2", "t5")},
@@ -183,13 +183,13 @@ def export(config: ExportConfig, ends: Ends | None = None) -> str:
     if ends and ends.turn is not None:
         flags += ["--override-kv", f"{EOT}=int:{ends.turn}"]
     if ends and ends.template:
-        template = _beside(output.with_suffix(".jinja"), ends.template)
+        template = _write_beside(output.with_suffix(".jinja"), ends.template)
         flags += ["--jinja", "--chat-template-file", template]
     run = command("llama-cli", "-m", "BASE.gguf", *flags)
     said = f"written: {output}, {count} layers. Run {run}"
     if ends is None:
         return said
-    file = _beside(output.with_suffix(".Modelfile"), modelfile(output, ends))
+    file = _write_beside(output.with_suffix(".Modelfile"), modelfile(output, ends))
     create = command("ollama", "create", "NAME", "-f", file)
     return f"{said}\nFor Ollama, name the base in {file}, and run {create}"
 
@@ -205,7 +205,7 @@ def modelfile(adapter: Path, ends: Ends) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _beside(path: Path, text: str) -> Path:
+def _write_beside(path: Path, text: str) -> Path:
     """Write a text file that belongs to an adapter."""
     with writable(path, CheckpointError, "Free space, or pass another --output."):
         write_whole(path, text.encode())
@@ -232,7 +232,7 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
     alpha, _ = by_layer(filed.alphas)
     tensors = gguf_tensors(filed, base, alpha)
     for name, tensor in tensors.items():
-        if not bool(tensor.to(DTYPES[dtype]).isfinite().all()):
+        if not bool(tensor.to(GGUF_DTYPES[dtype]).isfinite().all()):
             raise CheckpointError(
                 f"{filed.folder}: {name} is not finite in {dtype}. Set --dtype bf16 or f32, or take"
                 " an earlier save."
@@ -241,7 +241,7 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
     with writable(output, CheckpointError, "Free space, or pass another --output."):
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            _write(temporary, ARCHITECTURES[base.model_type], alpha, tensors, dtype)
+            _write_gguf(temporary, ARCHITECTURES[base.model_type], alpha, tensors, dtype)
             os.replace(temporary, output)
         finally:
             with suppress(OSError):
@@ -249,7 +249,7 @@ def export_gguf(adapter: Path, base: Any, output: Path, dtype: Dtype = "f16") ->
     return len(filed.layers)
 
 
-def _write(
+def _write_gguf(
     path: Path, architecture: str, alpha: float, tensors: Mapping[str, Tensor], dtype: Dtype
 ) -> None:
     """Write the GGUF file."""
@@ -368,9 +368,11 @@ def vllm_command(adapter: Path, base: str, ends: Ends | None = None) -> str:
     named = f"{adapter.resolve().name}={filed.folder}"
     flags: list[object] = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", named]
     if ends and ends.turn is not None:
-        _beside(filed.folder / "generation_config.json", json.dumps(ends.generation, indent=2))
+        _write_beside(
+            filed.folder / "generation_config.json", json.dumps(ends.generation, indent=2)
+        )
         flags += ["--generation-config", filed.folder]
     if ends and ends.template:
-        template = _beside(filed.folder / "chat_template.jinja", ends.template)
+        template = _write_beside(filed.folder / "chat_template.jinja", ends.template)
         flags += ["--chat-template", template]
     return command("vllm", "serve", base, *flags)

@@ -22,7 +22,7 @@ from lora.interop.rendering import LimitError, render
 from lora.inventory import evaluating
 
 
-def evaluate(
+def run_tasks(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[str],

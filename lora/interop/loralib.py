@@ -86,7 +86,7 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
         there = [file for file in (CONFIG, WEIGHTS, CARD) if os.path.lexists(folder / file)]
     if there:
         raise CheckpointError(f"{folder} has a {there[0]}: it is not written over. Pass --output.")
-    state = _unprefixed(_read(config.checkpoint), config)
+    state = _unprefixed(_read_tensors(config.checkpoint), config)
     layers = _layers(state, config)
     stored: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -100,7 +100,7 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
         if not _usable(tensor, 1) or (adapted and len(tensor) != len(adapted.B)):
             wanted = f"({len(adapted.B)},)" if adapted else "one number per output"
             raise CheckpointError(
-                f"{key} is {_shown(tensor)}: a bias is finite, {wanted}. Save"
+                f"{key} is {_shapes(tensor)}: a bias is finite, {wanted}. Save"
                 " loralib.lora_state_dict(model, bias='lora_only'), or take an earlier save."
             )
         stored[f"{key.removesuffix('bias')}base_layer.bias" if key in own else key] = tensor
@@ -122,7 +122,7 @@ def convert(config: ConvertConfig) -> tuple[Path, list[tuple[str, ...]]]:
     return folder, [head, *rows]
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of the file by key. Only tensors are read: torch.load with weights_only."""
     with readable(path, CheckpointError, "Pass a file."):
         size = path.stat().st_size
@@ -226,7 +226,7 @@ def _usable(tensor: Tensor, dims: int) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _shown(tensor: Tensor) -> str:
+def _shapes(tensor: Tensor) -> str:
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{kind} {'nested' if tensor.is_nested else tuple(tensor.shape)}"
 
@@ -279,7 +279,7 @@ def _layer(
         raise CheckpointError(f"{name} has lora_{'B' if A is None else 'A'} alone. Save it again.")
     if not _usable(A, 2) or not _usable(B, 2):
         raise CheckpointError(
-            f"{name}: lora_A {_shown(A)}, lora_B {_shown(B)} are no finite, dense matrices"
+            f"{name}: lora_A {_shapes(A)}, lora_B {_shapes(B)} are no finite, dense matrices"
             " of a floating dtype. Take an earlier save."
         )
     blocks = next((on for end, on in enabled.items() if fits(name, (end,))), None)

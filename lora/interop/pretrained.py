@@ -30,7 +30,7 @@ def base_config(base: str, **head: Any) -> Any:
     try:
         stated, _ = transformers.PretrainedConfig.get_config_dict(base)
         name, then = f"--base {base}: its config.json", "Pass the one that belongs to the weights."
-        documents.check(stated, BASE_FILE, name, ModelError, then)
+        documents.validate(stated, BASE_FILE, name, ModelError, then)
         # Never ask, in the middle of a run, whether code of the hub's shall be run.
         return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **head)
     except LoraError:

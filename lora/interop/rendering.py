@@ -29,7 +29,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-SECONDS = 10
+TIME_LIMIT = 10
 """A text may take so long. The longest conversations of real templates take milliseconds."""
 MEMORY = 1 << 30
 """Bytes of address space that the process may use, if the system has such a limit (Linux does)."""
@@ -90,7 +90,7 @@ class _Renderer:
                 line = answers.readline()
                 if not line:
                     self.close()
-                    return [*texts, LimitError(_beyond(f"{SECONDS} seconds"))]
+                    return [*texts, LimitError(_beyond(f"{TIME_LIMIT} seconds"))]
                 answer: dict[str, str] = json.loads(line)
                 if "missing" in answer:
                     raise ImportError(answer["missing"])
@@ -107,7 +107,7 @@ class _Renderer:
         if self.process is None:
             # -P: this file's folder, lora, is no place to import from.
             self.process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(__file__).resolve()), str(SECONDS), str(MEMORY)],
+                [sys.executable, "-P", str(Path(__file__).resolve()), str(TIME_LIMIT), str(MEMORY)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         process = self.process
@@ -175,7 +175,7 @@ def _watched() -> Iterator[Callable[[], None]]:
         nonlocal begun
         if time.monotonic() - begun > 0.5:  # the watch costs more than most texts
             begun = time.monotonic()
-            faulthandler.dump_traceback_later(SECONDS, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=nowhere)
 
     with open(os.devnull, "w") as nowhere:
         yield at_work
@@ -282,5 +282,5 @@ def _environment() -> Any:
 
 
 if __name__ == "__main__":
-    SECONDS, MEMORY = map(int, sys.argv[1:])
+    TIME_LIMIT, MEMORY = map(int, sys.argv[1:])
     _serve()

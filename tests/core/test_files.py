@@ -29,7 +29,7 @@ from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import read_prompts
 from lora.finetune.data.rows import read_source
 from lora.finetune.data.templates import template_of
-from lora.finetune.plots import draw
+from lora.finetune.plots import draw_curves
 from lora.finetune.record import write_lines
 from lora.finetune.run import resume, run
 from lora.finetune.run_folder import check_free, config_of
@@ -174,7 +174,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "resume": resume,
     "check_free": check_free,
     "write_lines": lambda path: write_lines(path / "x", [{}]),
-    "draw": lambda path: draw([path], path),
+    "draw": lambda path: draw_curves([path], path),
     "rescore": lambda path: rescore(open_source(path), None, None, Columns()),
     "merge_run": lambda path: merge_run(open_source(path), path / "out", False, False),
     "export": lambda path: export(ExportConfig(adapter=path)),

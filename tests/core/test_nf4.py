@@ -22,7 +22,7 @@ import lora
 from lora import nf4
 from lora.errors import CheckpointError, ConfigError, MergeError, ModelError, TargetError
 from lora.finetune.models import load_base
-from lora.finetune.quantized import Reading, _NF4Config, _NF4Quantizer, packable
+from lora.finetune.quantized import BaseReading, _NF4Config, _NF4Quantizer, packable
 from lora.kernels import off
 from lora.kernels.scratch import scratch
 from lora.nf4 import NF4Linear, dequantize, quantize, reference
@@ -316,7 +316,7 @@ def test_a_config_of_another_shape_is_refused(field: str, tmp_path: Path) -> Non
 
 def test_whatever_was_read_in_another_shape_is_refused_by_name() -> None:
     model = distilbert()
-    quantizer = _NF4Quantizer(_NF4Config(Reading()), pre_quantized=False)
+    quantizer = _NF4Quantizer(_NF4Config(BaseReading()), pre_quantized=False)
     quantizer._process_model_before_weight_loading(model)
     model.distilbert.embeddings.LayerNorm.bias = nn.Parameter(torch.zeros(3))
     said = r"embeddings\.LayerNorm\.bias is \(3,\) in its files and \(32,\) in the model"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora
-from lora.patterns import BLOCKS, ENDING, SECONDS, WHOLE, compiled
+from lora.patterns import BLOCKS, ENDING, FULL_MATCH, SECONDS, compiled
 
 
 def model() -> nn.Sequential:
@@ -42,7 +42,7 @@ EXPRESSIONS = st.recursive(ATOMS, deeper, max_leaves=8)
 @settings(max_examples=200, deadline=None)
 @given(EXPRESSIONS, st.text("abA.0", max_size=8))
 def test_an_expression_means_what_pythons_re_makes_of_it(text: str, name: str) -> None:
-    for frame in (WHOLE, ENDING, BLOCKS):
+    for frame in (FULL_MATCH, ENDING, BLOCKS):
         try:
             theirs = re.compile(frame.replace("{}", text))
         except re.error:
@@ -114,15 +114,15 @@ def _without_mark(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "frame", "match"),
     [
-        ("(?:a{65000}){65000}", WHOLE, "counts multiply to 4,225,000,000"),
-        ("(?:(?:a{1000}b){1000}c){10}", WHOLE, "counts multiply"),
-        ("a{99999999999}", WHOLE, "begins no count"),
-        ("(?:a){e<2}", WHOLE, "begins no count"),
-        ("x" * 300_000, WHOLE, "300,000 characters"),
-        ("[[:alpha:]]", WHOLE, "set"),
-        (r"\p{L}", WHOLE, "begins no count|bad escape"),
-        ("(?R)", WHOLE, "unknown extension"),
-        ("(?<=a+)b", WHOLE, "fixed-width"),
+        ("(?:a{65000}){65000}", FULL_MATCH, "counts multiply to 4,225,000,000"),
+        ("(?:(?:a{1000}b){1000}c){10}", FULL_MATCH, "counts multiply"),
+        ("a{99999999999}", FULL_MATCH, "begins no count"),
+        ("(?:a){e<2}", FULL_MATCH, "begins no count"),
+        ("x" * 300_000, FULL_MATCH, "300,000 characters"),
+        ("[[:alpha:]]", FULL_MATCH, "set"),
+        (r"\p{L}", FULL_MATCH, "begins no count|bad escape"),
+        ("(?R)", FULL_MATCH, "unknown extension"),
+        ("(?<=a+)b", FULL_MATCH, "fixed-width"),
         ("(?i)q_lin", ENDING, r"global flags .*Write \(\?i:\.\.\.\)"),
         ("(?i)layers", BLOCKS, r"global flags .*Write \(\?i:\.\.\.\)"),
         (r"(?P<a>q)\2(?P<a>", ENDING, "no regular expression"),

@@ -110,7 +110,7 @@ def test_the_best_checkpoint_is_handed_on_whole_or_not_at_all(
     run = tmp_path / "run"
     monkeypatch.setattr(selection, "ranked", list)  # the first is the best
     train_until(8, *flags, "--final", "best", "--run-dir", run)
-    path = state.place(run / "checkpoints", 3) / state.TENSORS
+    path = state.checkpoint_folder(run / "checkpoints", 3) / state.TENSORS_FILE
     payload = bytearray(path.read_bytes())
     payload[-1] ^= 1
     path.write_bytes(payload)

@@ -414,7 +414,7 @@ def curves(folder: Path) -> Read:
                 at = draw.randrange(len(rows))
                 rows[at] = damage.of_json(rows[at], draw)
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        plots.draw(runs, folder / "out")
+        plots.draw_curves(runs, folder / "out")
 
     return read
 
@@ -428,7 +428,7 @@ def training_states(folder: Path) -> Read:
     sum(p.sum() for p in trained).backward()  # type: ignore[union-attr]
     optimizer.step()
     training = state.Training(model, optimizer, 1e-3, step=1)  # type: ignore[call-arg]
-    path = state.save(training, folder / "checkpoints", b"", record.NOTHING)
+    path = state.save_training(training, folder / "checkpoints", b"", record.NOTHING)
     names = ("training.json", "training.safetensors", "manifest.json")
     whole = {name: (path / name).read_bytes() for name in names}
 
@@ -443,7 +443,7 @@ def training_states(folder: Path) -> Read:
         for file, payload in damaged.items():
             (path / file).write_bytes(payload)
         state.find(folder / "checkpoints")
-        state.restore(training, path)
+        state.restore_training(training, path)
 
     return read
 
@@ -667,7 +667,7 @@ def cached_tokens(folder: Path) -> Read:
     patch = pytest.MonkeyPatch()
     patch.setenv("LORA_CACHE", str(folder))
     given: Any = (base.tokenizer, examples, [0.0, 1.0], "classification", 16)
-    whole = tokens.encode(*given)
+    whole = tokens.tokenize(*given)
     (path,) = folder.glob("*.safetensors")
     payload = path.read_bytes()
     patch.undo()
@@ -676,7 +676,7 @@ def cached_tokens(folder: Path) -> Read:
         path.write_bytes(damage.of_safetensors(payload, draw))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LORA_CACHE", str(folder))
-            found = tokens.encode(*given)
+            found = tokens.tokenize(*given)
         assert found.lengths == whole.lengths
         assert all(torch.equal(t, found.fields[name]) for name, t in whole.fields.items())
 

@@ -1076,4 +1076,4 @@ def test_the_demos_tokenizer_is_of_bytes() -> None:
     assert start == tokenizer.bos_token_id
     assert [i - len(language.SPECIAL) for i in ids] == list(text.encode())
     assert tokenizer.decode(ids) == text
-    assert len(tokenizer) == language.ARCHITECTURE["vocab_size"]
+    assert len(tokenizer) == language.LLAMA["vocab_size"]

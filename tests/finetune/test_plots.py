@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lora.errors import RunError
-from lora.finetune.plots import draw
+from lora.finetune.plots import draw_curves
 
 
 def a_run(directory: Path, epoch: float = 2.0, metric: str = "accuracy") -> Path:
@@ -50,7 +50,7 @@ def test_a_runs_name_is_drawn_as_it_is(name: str, tmp_path: Path, figures: list[
     run = a_run(tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pictures = draw([run], tmp_path / "out")
+        pictures = draw_curves([run], tmp_path / "out")
     assert [picture.name for picture in pictures] == ["loss.png", "accuracy.png"]
     legends = [axes.get_legend() for figure in figures for axes in figure.axes]
     texts = [[text.get_text() for text in legend.get_texts()] for legend in legends if legend]
@@ -62,14 +62,14 @@ def test_a_late_epoch_is_a_few_ticks_and_no_list_of_all(
 ) -> None:
     """3e8 ticks were 13 GiB: more epochs than a run can have are damage, and many are few ticks."""
     with pytest.raises(RunError, match=r"line 4, is damaged: evaluation.epoch must be"):
-        draw([a_run(tmp_path / "damaged", epoch=3e8)], tmp_path / "out")
-    draw([a_run(tmp_path / "run", epoch=1e6)], tmp_path / "out")
+        draw_curves([a_run(tmp_path / "damaged", epoch=3e8)], tmp_path / "out")
+    draw_curves([a_run(tmp_path / "run", epoch=1e6)], tmp_path / "out")
     assert len(figures) == 2
     assert all(len(axes.get_xticks()) < 20 for figure in figures for axes in figure.axes)
 
 
 def test_a_metrics_name_is_no_path(tmp_path: Path) -> None:
-    pictures = draw([a_run(tmp_path / "run", metric="../../$f_1$")], tmp_path / "out")
+    pictures = draw_curves([a_run(tmp_path / "run", metric="../../$f_1$")], tmp_path / "out")
     assert [picture.name for picture in pictures] == ["loss.png", "..-..-f_1-.png"]
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
@@ -78,4 +78,4 @@ def test_a_metrics_name_is_no_path(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_named(output: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
-        draw([a_run(tmp_path / "run")], tmp_path / output)
+        draw_curves([a_run(tmp_path / "run")], tmp_path / output)

@@ -195,7 +195,7 @@ def test_the_best_is_handed_on_and_patience_ends_a_training(
     assert kept == rows[first]["step"] == summary["step"]
     adapters = [
         (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-        for folder in (run, state.place(run / "checkpoints", kept))
+        for folder in (run, state.checkpoint_folder(run / "checkpoints", kept))
     ]
     assert adapters[0] == adapters[1]
     assert "no better for 2 evaluations" in " ".join(capsys.readouterr().err.split())

@@ -381,7 +381,7 @@ class TestARunIsResumedOnIt:
         whole = train(tmp_path / "base", tmp_path, "--save-steps", 1, "--keep-last", 9)
         wanted = (whole / "adapter/adapter_model.safetensors").read_bytes()
         for step in state.steps(whole / "checkpoints")[2:]:
-            shutil.rmtree(state.place(whole / "checkpoints", step))
+            shutil.rmtree(state.checkpoint_folder(whole / "checkpoints", step))
         shutil.rmtree(whole / "adapter")
         for name in ("summary.json", "predictions.jsonl"):
             (whole / name).unlink()

@@ -60,10 +60,10 @@ def test_a_training_goes_on_bit_for_bit(method: str, at: int, tmp_path: Path) ->
     losses = go(whole)
     cut = training(method)
     assert go(cut, at) == losses[:at]
-    path = state.save(cut, tmp_path, b"", (7, "f"))
+    path = state.save_training(cut, tmp_path, b"", (7, "f"))
     on = training(method)
     torch.rand(5)
-    assert state.restore(on, path)["recorded"] == (7, "f")
+    assert state.restore_training(on, path)["recorded"] == (7, "f")
     assert go(on) == losses[at:]
     assert bits(on.model) == bits(whole.model)
     if method == "adalora":
@@ -88,12 +88,12 @@ def test_running_statistics_and_random_states_come_back(tmp_path: Path) -> None:
     lora.inject(model, config)
     one = begin(model, 1e-3)
     model(torch.randn(8, 4))
-    path = state.save(one, tmp_path, b"", NOTHING)
+    path = state.save_training(one, tmp_path, b"", NOTHING)
     drawn = torch.rand(3).tolist(), random.random(), np.random.rand()
     before = bits(model)
     model(torch.randn(8, 4))
     assert bits(model) != before
-    state.restore(one, path)
+    state.restore_training(one, path)
     assert bits(model) == before
     assert (torch.rand(3).tolist(), random.random(), np.random.rand()) == drawn
 
@@ -102,7 +102,7 @@ def saved(folder: Path, *steps: int) -> Training:
     one = training()
     for step in steps:
         one.step = step
-        state.save(one, folder, b"", NOTHING)
+        state.save_training(one, folder, b"", NOTHING)
     return one
 
 
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(harm: Any, tmp_path: Path
 
 
 def test_the_checkpoint_of_another_model_leaves_this_one_alone(tmp_path: Path) -> None:
-    path = state.save(training(), tmp_path, b"", NOTHING)
+    path = state.save_training(training(), tmp_path, b"", NOTHING)
     for other, words in (
         (training("dora"), "does not fit the model"),
         (training(initializer_range=0.1), "is of another base"),
@@ -149,7 +149,7 @@ def test_the_checkpoint_of_another_model_leaves_this_one_alone(tmp_path: Path) -
     ):
         before = bits(other.model)
         with pytest.raises(CheckpointError, match=words):
-            state.restore(other, path)
+            state.restore_training(other, path)
         assert bits(other.model) == before
         assert other.step == 0
 
@@ -173,7 +173,7 @@ def test_a_save_that_fails_leaves_what_was_there(
 
         monkeypatch.setattr(owner, call, fail)
         try:
-            state.save(one, tmp_path, b"", NOTHING)
+            state.save_training(one, tmp_path, b"", NOTHING)
             break
         except CheckpointError as error:
             assert "cannot be written: No space left" in str(error)  # noqa: PT017

@@ -24,7 +24,7 @@ import lora
 from lora import nf4
 from lora.errors import ModelError, TargetError
 from lora.finetune.models import load_base
-from lora.finetune.quantized import Reading, _Take
+from lora.finetune.quantized import BaseReading, _Take
 from lora.identity import fingerprint
 from lora.nf4 import NF4Linear, dequantize, from_bitsandbytes
 
@@ -207,7 +207,7 @@ def test_a_head_of_conv1d_is_dense_as_that_stores_it() -> None:
     model.base_model_prefix = "body"
     tensors = serialised(w := torch.randn(16, 8))
     given = {f"{key}$": [tensor] for key, tensor in tensors.items()}
-    found = _Take(Reading()).convert(given, "score.weight", model)["score.weight"]
+    found = _Take(BaseReading()).convert(given, "score.weight", model)["score.weight"]
     assert found.shape == model["score"].weight.shape
     assert torch.equal(found, dequantize(nf4.quantize(w, double_quant=True)).T)
 

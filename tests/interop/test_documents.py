@@ -16,7 +16,7 @@ import pytest
 from lora.errors import CheckpointError, RunError
 from lora.finetune import state
 from lora.finetune.compare import markdown, rows
-from lora.finetune.plots import draw
+from lora.finetune.plots import draw_curves
 from lora.finetune.record import answers_of, environment_of, metrics_at, metrics_of, summary_of
 from lora.interop import documents
 
@@ -128,7 +128,7 @@ def test_metrics_that_pass_are_drawn(run: Path, tmp_path: Path) -> None:
         assert not wrong or "metrics.jsonl, line " in wrong
         if drawn < 10 and not wrong and found != METRICS:
             drawn += 1
-            pictures, wrong = outcome(lambda: draw([run], tmp_path / "pictures"))
+            pictures, wrong = outcome(lambda: draw_curves([run], tmp_path / "pictures"))
             assert pictures or "lines are missing" in wrong or "no finished epoch" in wrong
     assert drawn == 10
 
@@ -218,7 +218,9 @@ def test_a_state_that_passes_can_be_set(tmp_path: Path) -> None:
             numpy_state[2] = random.Random(seed).choice((-5, 700, "x", 2**40))
             broken["random"][0] = good["random"][0] | {"numpy": numpy_state}
         path.write_text(json.dumps(broken))
-        read = functools.partial(documents.read, path, state.STATES, CheckpointError, "Again.")
+        read = functools.partial(
+            documents.read_document, path, state.STATES, CheckpointError, "Again."
+        )
         found, wrong = outcome(read)
         refused += bool(wrong)
         if wrong:
@@ -234,4 +236,4 @@ def test_a_key_of_training_json_is_named(key: str, tmp_path: Path) -> None:
     path = tmp_path / "training.json"
     path.write_text(json.dumps(training_state() | {key: 0.5}))
     with pytest.raises(CheckpointError, match=rf"training.json is damaged: {key} must be .* 0.5"):
-        documents.read(path, state.STATES, CheckpointError, "Again.")
+        documents.read_document(path, state.STATES, CheckpointError, "Again.")

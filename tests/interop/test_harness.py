@@ -19,7 +19,7 @@ from lora.testing import perturb
 
 pytest.importorskip("lm_eval")
 
-from lora.interop.harness import evaluate
+from lora.interop.harness import run_tasks
 
 ROWS = [
     {"q": "1 + 1 =", "a": "two", "options": ["two", "three"], "gold": 0},
@@ -96,7 +96,7 @@ def test_scores_are_those_of_the_model_as_it_stands(tokenizer: Any, task: Any) -
 
     model.train()
     before = torch.get_rng_state()
-    on = evaluate(model, tokenizer, tasks, batch_size=3)
+    on = run_tasks(model, tokenizer, tasks, batch_size=3)
     assert model.training
     assert torch.get_rng_state().equal(before)
     model.eval()
@@ -104,7 +104,7 @@ def test_scores_are_those_of_the_model_as_it_stands(tokenizer: Any, task: Any) -
     assert on == {"guess": {"perplexity": pytest.approx(perplexity, rel=1e-4)},
                   "choice": {"acc": right}}  # fmt: skip
     with lora.disabled(model):
-        off = evaluate(model, tokenizer, tasks[:1])
+        off = run_tasks(model, tokenizer, tasks[:1])
         assert off["guess"]["perplexity"] == pytest.approx(wanted()[0], rel=1e-4)
     assert off["guess"]["perplexity"] != pytest.approx(perplexity, rel=1e-2)
 
@@ -119,7 +119,7 @@ def test_the_first_examples_generated_behind_a_filter(tokenizer: Any, task: Any)
     rows[1]["a"] += "!"
     path = task(WRITE, rows)
     for limit, score in ((None, 0.75), (2, 0.5), (1, 1.0)):
-        found = evaluate(model, tokenizer, [path], limit=limit)
+        found = run_tasks(model, tokenizer, [path], limit=limit)
         assert found == {"write": {"exact_match (first)": score}}
 
 
@@ -134,21 +134,21 @@ def test_a_chat_template_is_the_librarys_unless_it_goes_past_a_limit(
     monkeypatch.setattr(
         tokenizer, "chat_template", "{% for m in messages %}<q>{{ m.content }}</q>{% endfor %}"
     )
-    found = evaluate(model, tokenizer, [path], chat=True)
+    found = run_tasks(model, tokenizer, [path], chat=True)
     assert found == {"write": {"exact_match (first)": 1.0}}
     monkeypatch.setattr(tokenizer, "chat_template", "{{ 'x' * 10 ** 8 }}")
     with pytest.raises(lora.errors.DataError, match="the base's chat template cannot be used: it"):
-        evaluate(model, tokenizer, [path], chat=True)
+        run_tasks(model, tokenizer, [path], chat=True)
 
 
 def test_a_task_that_is_not_to_be_had(tokenizer: Any, task: Any, tmp_path: Path) -> None:
     path = Path(task(GUESS))
     (tmp_path / "data.json").unlink()
     with pytest.raises(lora.errors.DataError, match=f"tasks {path}: .*lm_eval ls tasks"):
-        evaluate(build("llama"), tokenizer, [str(path)])
+        run_tasks(build("llama"), tokenizer, [str(path)])
 
 
 @pytest.mark.slow
 def test_a_name_that_is_none(tokenizer: Any) -> None:
     with pytest.raises(lora.errors.DataError, match=r"tasks no_such_task: .*'no_such_task' is not"):
-        evaluate(build("llama"), tokenizer, ["no_such_task"])
+        run_tasks(build("llama"), tokenizer, ["no_such_task"])

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import lora.finetune.data.rows
 from lora.errors import DataError
-from lora.finetune.data.corpus import read
+from lora.finetune.data.corpus import read_examples
 
 ASK = """
 import json, os
@@ -91,15 +91,15 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lora.finetune.data.rows, "hub_answers", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    corpus = read("glue/sst2")
+    corpus = read_examples("glue/sst2")
     assert corpus.labels == ("0", "1")
     assert corpus.train[0].text == "one"
     assert corpus.held_out[0] == "dev"
-    read("owner/name")
-    read("owner/name/config")
+    read_examples("owner/name")
+    read_examples("owner/name/config")
     assert asked == [("nyu-mll/glue", "sst2"), ("owner/name", None), ("owner/name", "config")]
     with pytest.raises(DataError, match="owner/missing cannot be loaded from the hub: no such"):
-        read("owner/missing")
+        read_examples("owner/missing")
 
 
 def test_five_seconds_are_five_in_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ BEYOND = {
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process with less time."""
     rendering._renderer.close()
-    monkeypatch.setattr(rendering, "SECONDS", 2)
+    monkeypatch.setattr(rendering, "TIME_LIMIT", 2)
     yield
     rendering._renderer.close()
 

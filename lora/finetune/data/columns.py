@@ -54,7 +54,8 @@ class Header:
             seen = False
         if seen is None:
             raise DataError(
-                f"{path}: does its first row name the columns, or is it an example? {_shown(cells)}"
+                f"{path}: does its first row name the columns, or is it an example?"
+                f" {_listed_columns(cells)}"
                 " Pass --header yes or --header no."
             )
         if self.seen is None:
@@ -74,7 +75,7 @@ class Header:
         return False if {*first} & {*self.classes} else has_header(cells)
 
 
-def _shown(cells: Cells) -> str:
+def _listed_columns(cells: Cells) -> str:
     """The columns of a first row with their numbers."""
     shown = ", ".join(f"{number} {cell[:40]!r}" for number, cell in enumerate(cells[0][:12]))
     return f"{len(cells[0])} columns, the first row: {shown}."
@@ -92,11 +93,11 @@ def adopted(
     asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
     before = {"text": trained.text, "pair": trained.pair, "label": trained.label}
     by_name = {role: name if name in names else None for role, name in before.items()}
-    by_place = {role: find(name, names) for role, name in before.items()}
+    by_place = {role: find_column(name, names) for role, name in before.items()}
     tries = {None: [by_name], True: [by_name, by_place], False: [by_place]}[headed]
     for there in tries:
         found = {role: there[role] if name is None else name for role, name in asked.items()}
-        given = [find(name, names) for name in found.values() if name is not None]
+        given = [find_column(name, names) for name in found.values() if name is not None]
         chosen = Columns(found["text"], found["pair"], found["label"])
         if len({*given}) < len(given):
             continue
@@ -113,7 +114,7 @@ def names_of(rows: Iterable[Placed]) -> list[str]:
     return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
-def find(asked: str | None, names: Sequence[str]) -> str | None:
+def find_column(asked: str | None, names: Sequence[str]) -> str | None:
     """The column of that name, or else of that number."""
     if asked is None or asked in names:
         return asked
@@ -136,7 +137,7 @@ def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
     asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
     given: dict[str, str | None] = {}
     for role, name in asked.items():
-        given[role] = find(name, names)
+        given[role] = find_column(name, names)
         if name is not None and given[role] is None:
             raise DataError(f"--{role}-column {name}: no such column. Found: {', '.join(names)}.")
     taken = [name for name in given.values() if name is not None]
@@ -167,13 +168,13 @@ def _by_content(
 
     Without a header, and if neither holds classes or both do, the text comes first.
     """
-    if len(free) == 1 and not _classes(rows, free[0]):
+    if len(free) == 1 and not _holds_labels(rows, free[0]):
         return free[0], label
     if len(free) == 2 and label is None:
         first, last = free
-        classes = [_classes(rows, name) for name in free]
+        classes = [_holds_labels(rows, name) for name in free]
         if classes == [True, True]:  # texts that recur, beside far fewer labels
-            counts = [_values(rows, name) for name in free]
+            counts = [_count_values(rows, name) for name in free]
             classes = [4 * one <= other for one, other in zip(counts, counts[::-1], strict=True)]
         numbered = all(name.isdecimal() for name in free)
         if classes == [True, False]:
@@ -189,17 +190,17 @@ def _by_content(
     )
 
 
-def _values(rows: Sequence[Placed], name: str) -> int:
+def _count_values(rows: Sequence[Placed], name: str) -> int:
     """The distinct values of a column."""
     return len({str(row[name]).strip() for _, row in rows if name in row})
 
 
 def _recurs(rows: Sequence[Placed], name: str) -> bool:
     """Whether a column's values recur, as labels do and the numbers of rows do not."""
-    return 2 * _values(rows, name) <= sum(name in row for _, row in rows)
+    return 2 * _count_values(rows, name) <= sum(name in row for _, row in rows)
 
 
-def _classes(rows: Sequence[Placed], name: str) -> bool:
+def _holds_labels(rows: Sequence[Placed], name: str) -> bool:
     """Whether a column holds labels: numbers, or a few values that recur."""
     values = [str(row[name]).strip() for _, row in rows if name in row]
     numbers = sum(not math.isnan(number_of(value)) for value in values)

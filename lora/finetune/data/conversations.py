@@ -127,7 +127,7 @@ def read_conversations(
     Raises DataError with the file, the line and the remedy.
     """
     rows = BadRows() if bad is None else bad
-    splits = _read_splits(source, task, rows)
+    splits = _conversation_splits(source, task, rows)
     try:
         whole, notes = _in_three(source, splits)
     except DataError:  # too few rows, of which the broken ones are the reason
@@ -185,7 +185,7 @@ def _in_three(
     return {name: splits.get(name, []) for name in SPLITS}, notes
 
 
-def read_split(
+def read_one_split(
     source: str, task: str = "", split: str | None = None, bad: BadRows | None = None
 ) -> tuple[list[Conversation], str]:
     """Conversations to score a trained model on, and their split's name; `bad` as above.
@@ -193,7 +193,7 @@ def read_split(
     A file without a column `split` is scored whole, as test. A folder needs no train file.
     """
     rows = BadRows() if bad is None else bad
-    splits = _read_splits(source, task, rows)
+    splits = _conversation_splits(source, task, rows)
     if "" in splits:
         splits = {split or "test": splits[""]}
     there = [name for name in ([split] if split else ["test", "dev", "train"]) if splits.get(name)]
@@ -256,7 +256,7 @@ def _by_prompt(conversations: Iterable[Conversation]) -> list[list[Conversation]
     return list(found.values())
 
 
-def _read_splits(source: str, task: str, bad: BadRows) -> dict[str, list[Conversation]]:
+def _conversation_splits(source: str, task: str, bad: BadRows) -> dict[str, list[Conversation]]:
     """Conversations by split; "" holds the rows of a file that names none."""
     splits: dict[str, list[Conversation]] = {}
     for split, place, row in read_source(source):
@@ -293,7 +293,7 @@ def _form(row: Row, answered: bool = True) -> str | None:
         return "conversations"
     if "instruction" in row and _listed(row.get("instances")) is not None:
         return "instances"
-    if _first(ASKED, row) and (row.keys() & set(ANSWERED) or not answered):
+    if _first_name(ASKED, row) and (row.keys() & set(ANSWERED) or not answered):
         return "pair"
     return "text" if "text" in row else None
 
@@ -325,7 +325,7 @@ def _read_row(row: Row, answered: bool) -> Iterator[Conversation]:
 
 def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
     """One question and its answer, or several turns of each in lists of messages."""
-    ask, answer = _first(ASKED, row), _first(ANSWERED, row)
+    ask, answer = _first_name(ASKED, row), _first_name(ANSWERED, row)
     if ask is None:
         raise DataError(f"none of {', '.join(ASKED)} has a text.")
     if answer is None and answered:
@@ -337,7 +337,7 @@ def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
         return
     said = () if answer is None else (Message("assistant", _text(row, answer)),)
     raw = ask == "prompt" and answer in ("completion", None)
-    more = None if raw or ask == "input" else _first(BESIDE, row)
+    more = None if raw or ask == "input" else _first_name(BESIDE, row)
     used.append(more or "")
     names = dict.fromkeys((*ASKED, *BESIDE, *ANSWERED, *(SYSTEM if raw else ())))
     others = [name for name in names if name not in used and row.get(name) not in (None, "")]
@@ -380,7 +380,7 @@ def _made(
     beside it: the system's message, and what the template is given."""
     names, given = {*used, "split", *ROW_MASKS}, ""
     if not raw:
-        messages, given = _beside(row, messages), _given(row)
+        messages, given = _after_system(row, messages), _given_json(row)
         names |= {*SYSTEM, *GIVEN}
     turns = [
         turn for name in used for turn in _listed(row.get(name)) or () if isinstance(turn, dict)
@@ -414,7 +414,7 @@ def _learned(fields: Row, name: str) -> bool:
     return bool(value) != (name == HIDDEN)
 
 
-def _beside(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+def _after_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages behind the system's, if that has a column of its own."""
     systems = {_text(row, name) for name in SYSTEM if row.get(name) is not None}
     systems = {text for text in systems if text.strip()}
@@ -425,7 +425,7 @@ def _beside(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return (*first, *messages)
 
 
-def _given(row: Row) -> str:
+def _given_json(row: Row) -> str:
     """What a template is given beside the messages, as JSON; "" if that is nothing."""
     found: dict[str, Any] = {}
     for name in GIVEN:
@@ -558,7 +558,7 @@ def _checked(one: Conversation, place: str, task: str, answered: bool) -> Conver
     return replace(one, place=place, task=task, references=references)
 
 
-def _first(names: Sequence[str], row: Row) -> str | None:
+def _first_name(names: Sequence[str], row: Row) -> str | None:
     return next((name for name in names if row.get(name) is not None), None)
 
 

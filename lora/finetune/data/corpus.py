@@ -23,7 +23,7 @@ from lora.finetune.data.columns import (
     Placed,
     adopted,
     choose_columns,
-    find,
+    find_column,
     first_row,
     names_of,
     number_of,
@@ -85,7 +85,7 @@ class Corpus:
         return [float(index[str(example.label)]) for example in examples]
 
 
-def read(
+def read_examples(
     data: str,
     columns: Columns = ANY,
     task: Task = "auto",
@@ -110,7 +110,7 @@ def read(
     if "" in examples:
         if len(examples[""]) < 3:
             bad.judge()
-        examples = _cut(data, examples[""])
+        examples = _split_once(data, examples[""])
     for name in _hidden(examples):
         why = (
             f"has no {label}" if {e.label for e in examples[name]} == {None} else "hides its labels"
@@ -144,7 +144,7 @@ def read(
     if not parts[0] or not parts[1]:
         raise DataError(f"--data {data}: no row is left to learn from, or none to choose by.")
     corpus = replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note="; ".join(notes))
-    return replace(corpus, said=(_taken(data, header.seen, taken), *_counted(corpus)))
+    return replace(corpus, said=(_taken(data, header.seen, taken), *_class_counts(corpus)))
 
 
 def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
@@ -245,7 +245,7 @@ def _taken(data: str, headed: bool | None, taken: Columns) -> str:
     return f"{data}: {', '.join(filter(None, [header, *what]))}"
 
 
-def _counted(corpus: Corpus) -> list[str]:
+def _class_counts(corpus: Corpus) -> list[str]:
     """The rows of each class, or the range of a regression, per split."""
     lines = []
     for name, rows in zip(SPLITS, (corpus.train, corpus.dev, corpus.test), strict=True):
@@ -311,7 +311,7 @@ def read_split(
     notes = bad.judge(left=bool(examples))
     train, dev, test = (tuple(examples) if name == there[0] else () for name in SPLITS)
     found = replace(found, train=train, dev=dev, test=test, note="; ".join(notes))
-    return replace(found, said=(_taken(data, header.seen, taken), *_counted(found))), there[0]
+    return replace(found, said=(_taken(data, header.seen, taken), *_class_counts(found))), there[0]
 
 
 def unlabelled(
@@ -333,14 +333,14 @@ def unlabelled(
     if not rows:
         bad.judge(left=False)
         raise DataError(f"{data} has no rows.")
-    if columns.label is not None and find(columns.label, names_of(rows)) is None:
+    if columns.label is not None and find_column(columns.label, names_of(rows)) is None:
         columns = replace(columns, label=None)
     taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
     examples = _examples(rows, taken, bad)
     return examples, [*bad.judge(left=bool(examples)), _taken(data, header.seen, taken)]
 
 
-def _cut(data: str, rows: list[Example]) -> dict[str, list[Example]]:
+def _split_once(data: str, rows: list[Example]) -> dict[str, list[Example]]:
     """80/10/10, by one shuffle that never changes."""
     if len(rows) < 3:
         raise DataError(f"--data {data}: {len(rows)} rows cannot be cut in three. Add rows.")
@@ -430,7 +430,7 @@ def _misfit(corpus: Corpus, example: Example) -> str:
     return f"label {example.label!r} is outside the set {shown}. {way}"
 
 
-def take(corpus: Corpus, split: str) -> tuple[Any, ...]:
+def examples_of(corpus: Corpus, split: str) -> tuple[Any, ...]:
     """The examples of a split by its name. Raises DataError where it has none."""
     found: tuple[Any, ...] = getattr(corpus, split)
     if not found:

@@ -29,7 +29,9 @@ from lora.finetune.data.templates import LossOn, Rendered, Span, Template
 from lora.finetune.data.tokens import IGNORED
 
 TOGETHER = 16  # conversations rendered at a time
-AT_ONCE = 1_000  # texts tokenized at a time: their offsets are Python integers, which take memory
+TEXTS_AT_ONCE = (
+    1_000  # texts tokenized at a time: their offsets are Python integers, which take memory
+)
 
 T = TypeVar("T")
 
@@ -104,9 +106,9 @@ def encode(
     counts: Counter[str] = Counter()
     parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
     lengths, rows = [], []
-    for start in range(0, len(conversations), AT_ONCE):
+    for start in range(0, len(conversations), TEXTS_AT_ONCE):
         flat: dict[str, list[int]] = {"input_ids": [], "labels": []}
-        batch = rendered(template, conversations[start : start + AT_ONCE], loss_on, bad)
+        batch = rendered(template, conversations[start : start + TEXTS_AT_ONCE], loss_on, bad)
         texts = [(conversations[start + row], text) for row, text in batch]
         for (row, _), tokens in zip(batch, tokenized(template, texts), strict=True):
             ids, labels = tokens.ids[:max_length], shifted_labels(tokens, max_length)
@@ -156,8 +158,8 @@ def encode_pairs(
     counts: Counter[str] = Counter(examples=len(conversations))
     counts["lost"] = len(conversations) - len(rows)
     sequences: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for start in range(0, len(rows), AT_ONCE):
-        batch = [conversations[row] for row in rows[start : start + AT_ONCE]]
+    for start in range(0, len(rows), TEXTS_AT_ONCE):
+        batch = [conversations[row] for row in rows[start : start + TEXTS_AT_ONCE]]
         sources = prompt_ids(template, batch, encoder=True)
         answers = _answer_ids(template, batch)
         for source, answer in zip(sources, answers, strict=True):
@@ -184,7 +186,7 @@ def prompt_ids(
     texts = [template.prompt(one) for one in conversations]
     if not encoder:
         heads = [template.head(one) for one in conversations]
-        return [ids for ids, _ in _ids(template, texts, heads)]
+        return [ids for ids, _ in _token_ids(template, texts, heads)]
     head, tail = _frame(template.tokenizer, text="a")
     return _framed(template, [text.removeprefix(template.start) for text in texts], head, tail)
 
@@ -305,8 +307,8 @@ def tokenized(
 ) -> Iterator[TokenizedText]:
     """Yields the tokens of each text."""
     heads = [template.head(conversation) for conversation, _ in texts]
-    wholes = _ids(template, [written.text for _, written in texts], heads)
-    prompts = _ids(template, [written.prompt for _, written in texts], heads)
+    wholes = _token_ids(template, [written.text for _, written in texts], heads)
+    prompts = _token_ids(template, [written.prompt for _, written in texts], heads)
     for (conversation, written), (ids, offsets), (prompt, _) in zip(
         texts, wholes, prompts, strict=True
     ):
@@ -323,7 +325,7 @@ def tokenized(
         )
 
 
-def _ids(
+def _token_ids(
     template: Template, texts: Sequence[str], heads: Sequence[str]
 ) -> Iterator[tuple[list[int], list[Span]]]:
     """Yields the ids of each text and their characters. A head is one token."""

@@ -22,7 +22,7 @@ from statistics import median
 
 SURE = 0.02  # the p-value below which a first row is no example
 SAMPLE = 5_000  # rows that are looked at
-NOTHING = {"", "na", "n/a", "nan", "null", "none", "?", "-", "--"}
+EMPTY_CELLS = {"", "na", "n/a", "nan", "null", "none", "?", "-", "--"}
 USUAL = frozenset(
     """
     abstract airline annotation answer aspect author body caption categories category class classes
@@ -60,7 +60,7 @@ def has_header(cells: Sequence[Sequence[str]]) -> bool | None:
     if typed:
         return None
     if len(first) == 1:
-        return _alone(first[0], columns[0])
+        return _decide_by_texts(first[0], columns[0])
     unseen = [_unseen(*pair) for pair in pairs]
     chance = _together([*unseen, *(_shorter(*pair) for pair in pairs)])
     if sentence:
@@ -80,7 +80,7 @@ def _together(chances: Sequence[float]) -> float:
     return product * sum((-math.log(product)) ** i / math.factorial(i) for i in range(len(some)))
 
 
-def _alone(cell: str, values: Sequence[str]) -> bool | None:
+def _decide_by_texts(cell: str, values: Sequence[str]) -> bool | None:
     """Of a file of texts alone, in which no class tells a header from a text."""
     words = sum(" " not in value for value in values)
     return False if " " in cell or 2 * words >= len(values) else None
@@ -88,7 +88,7 @@ def _alone(cell: str, values: Sequence[str]) -> bool | None:
 
 def _is_example(cell: str, values: Sequence[str]) -> bool:
     """Whether a cell is of the same kind as the numbers or dates below it, or recurs below."""
-    if cell.lower() in NOTHING:
+    if cell.lower() in EMPTY_CELLS:
         return False
     kind = _kind(values)
     return _kind([cell]) == kind if kind else cell in values
@@ -98,7 +98,7 @@ def _is_name(cell: str, values: Sequence[str]) -> bool:
     """Whether a cell is a word above numbers or dates, or nothing above an index."""
     if cell == "":
         return _counts_up(values) or _counts_up([str(0), *values])
-    return bool(_kind(values)) and not _kind([cell]) and cell.lower() not in NOTHING
+    return bool(_kind(values)) and not _kind([cell]) and cell.lower() not in EMPTY_CELLS
 
 
 def _counts_up(values: Sequence[str]) -> bool:
@@ -107,7 +107,7 @@ def _counts_up(values: Sequence[str]) -> bool:
 
 def _kind(values: Sequence[str]) -> str:
     """number or date, if 19 cells in 20 of those that hold something are; "" if they are words."""
-    kinds = Counter(_kind_of(value) for value in values if value.lower() not in NOTHING)
+    kinds = Counter(_kind_of(value) for value in values if value.lower() not in EMPTY_CELLS)
     for kind in ("number", "date"):
         if kinds.total() and 20 * kinds[kind] >= 19 * kinds.total():
             return kind
@@ -160,7 +160,7 @@ def _unseen(cell: str, values: Sequence[str]) -> float:
     Good and Turing: as often as there are classes of one row.
     """
     counts = Counter(values)
-    if not values or 2 * len(counts) > len(values) or cell in counts or cell.lower() in NOTHING:
+    if not values or 2 * len(counts) > len(values) or cell in counts or cell.lower() in EMPTY_CELLS:
         return 1.0
     return (sum(count == 1 for count in counts.values()) + 1) / (len(values) + 1)
 

@@ -36,7 +36,7 @@ def preview(
         learned = len(labels) - labels.count(IGNORED)
         title = f"{conversation.place}: {len(labels)} tokens{cut}, {learned} learned"
         console.print(Text(f"── {title}", "bold"), soft_wrap=True)
-        for line in _lines(template, tokens, labels):
+        for line in _preview_lines(template, tokens, labels):
             console.print(line, soft_wrap=True)
     counts = encode(template, conversations, max_length, loss_on)[1]
     share = f"{counts.learned} of {counts.tokens} tokens learned"
@@ -44,7 +44,7 @@ def preview(
     console.print(Text("\n".join(filter(None, [total, counts.note(max_length)]))), soft_wrap=True)
 
 
-def _lines(template: Template, tokens: TokenizedText, labels: list[int]) -> Iterator[Text]:
+def _preview_lines(template: Template, tokens: TokenizedText, labels: list[int]) -> Iterator[Text]:
     """Yields an example's tokens, a line for each stretch and for each line of the text."""
     special = template.tokenizer.added_tokens_decoder
     line, before = Text(), None

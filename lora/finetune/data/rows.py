@@ -36,7 +36,7 @@ SPLITS = {
     "test": ("test",),
 }
 MOST_ROWS = 64  # of a Parquet file, for each of its bytes
-PLAIN = (str, int, float, DataError)
+PLAIN_TYPES = (str, int, float, DataError)
 LISTED = 10  # errors that are shown; all are counted
 
 Row = dict[str, Any]
@@ -48,12 +48,12 @@ Headed = Callable[[Path, Cells], bool]
 csv.field_size_limit(2**31 - 1)  # as for TSV and JSONL: a text may be long
 
 
-class _Placed(Protocol):
+class _HasPlace(Protocol):
     @property
     def place(self) -> str: ...
 
 
-P = TypeVar("P", bound=_Placed)
+P = TypeVar("P", bound=_HasPlace)
 
 
 @dataclass
@@ -143,9 +143,9 @@ def read_rows(path: Path, headed: Headed = lambda path, cells: True) -> Iterator
     if path.suffix == ".parquet":
         rows: Iterator[tuple[str, Read | str]] = _parquet(path)
     elif path.suffix in (".csv", ".tsv"):
-        rows = _table(path, text_of(path), headed)
+        rows = _table_rows(path, text_of(path), headed)
     else:
-        read = {".jsonl": _json_lines, ".json": _json, ".txt": _lines}[path.suffix]
+        read = {".jsonl": _json_lines, ".json": _json, ".txt": _text_lines}[path.suffix]
         rows = read(path, text_of(path))
     for where, row in rows:
         place = f"{path}, {where}"
@@ -178,7 +178,7 @@ def text_of(path: Path) -> str:
 
 def is_plain(value: object) -> bool:
     """Whether a cell is a text, a number, or an error: no list, object or null."""
-    return isinstance(value, PLAIN)
+    return isinstance(value, PLAIN_TYPES)
 
 
 def text_in(row: Row, name: str) -> str:
@@ -225,8 +225,8 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
         yield f"item {number}", row if isinstance(row, dict) else f"found a {kind}, not an object."
 
 
-def _table(path: Path, text: str, headed: Headed) -> Iterator[tuple[str, Read | str]]:
-    lines = [*(_tabs(text) if path.suffix == ".tsv" else _cells(text, _mark(text)))]
+def _table_rows(path: Path, text: str, headed: Headed) -> Iterator[tuple[str, Read | str]]:
+    lines = [*(_tabs(text) if path.suffix == ".tsv" else _cells(text, _delimiter(text)))]
     whole = [cells for _, cells in lines if not isinstance(cells, str)]
     if not whole:
         number, error = lines[0]
@@ -259,7 +259,7 @@ def _tabs(text: str) -> Iterator[tuple[int, list[str] | str]]:
     return ((number, cells) for number, cells in enumerate(lines, 1) if alone or cells != [""])
 
 
-def _mark(text: str) -> str:
+def _delimiter(text: str) -> str:
     """What a CSV has between its cells: comma, semicolon (Excel's, where a comma is in decimals) or
     tab, whichever cuts the first 50 rows into the most cells, in each row as many. Else a comma."""
     found = {}
@@ -291,7 +291,7 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise DataError(f"{path}: two columns are named {twice!r}. Rename one.")
 
 
-def _lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+def _text_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
     """A text per line; or E2E's pairs, which nine lines in ten show to be meant."""
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     pairs = 10 * sum("||" in line for _, line in lines) >= 9 * len(lines)
@@ -321,7 +321,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
             names = [name or str(i) for i, name in enumerate(file.schema_arrow.names)]
             _check_names(path, names)
             for batch in file.iter_batches(1000):
-                columns = [_values(*pair) for pair in zip(names, batch.columns, strict=True)]
+                columns = [_column_cells(*pair) for pair in zip(names, batch.columns, strict=True)]
                 for cells in zip(*columns, strict=True):
                     number += 1
                     yield f"row {number}", dict(zip(names, cells, strict=True))
@@ -331,7 +331,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
         raise DataError(f"{path} cannot be read: {error}. Write it anew.") from None
 
 
-def _values(name: str, column: Any) -> list[Any]:
+def _column_cells(name: str, column: Any) -> list[Any]:
     """The cells of a column as Python's values, and a DataError for each that is none: bytes that
     are not UTF-8, a date past the year 9999, a time zone that nobody knows."""
     try:

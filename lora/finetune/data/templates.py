@@ -40,7 +40,7 @@ from lora.interop.rendering import LimitError, RenderError, render
 LossOn = Literal["answers", "all"]
 TEMPLATES = ("auto", "plain", "none")
 """What --template takes besides a file."""
-PLAIN = (
+PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
     "{% elif message.role == 'system' %}{{ message.content }}\n"
@@ -48,11 +48,11 @@ PLAIN = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
+CONTENT_MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
 
 MOST_KEPT = 1_000  # texts that were rendered
 
-THOUGHT = "\ue0da\ue0db\ue0dc"  # in the place of an answer's reasoning
+THOUGHT_MARK = "\ue0da\ue0db\ue0dc"  # in the place of an answer's reasoning
 LISTS = ("tools", "documents")  # what a template is given beside messages, and writes
 
 Span = tuple[int, int]
@@ -182,7 +182,7 @@ class Template:
         """
         if self.jinja is None:
             return _end_token(self.tokenizer)
-        behind = self._around(_probe(Message("assistant", MARK)), 1)[1]
+        behind = self._around(_one_turn(Message("assistant", CONTENT_MARK)), 1)[1]
         ends = [behind.find(one) + len(one) for one in self._special if one in behind]
         closing = behind[: min(ends)] if ends else behind.rstrip()
         if not closing:
@@ -201,7 +201,7 @@ class Template:
     @cached_property
     def _opens(self) -> bool:
         """True if the template heeds add_generation_prompt."""
-        return self._text(_probe()) != self._text(_probe(), True)
+        return self._text(_one_turn()) != self._text(_one_turn(), True)
 
     @cached_property
     def thought_end(self) -> str:
@@ -209,15 +209,17 @@ class Template:
         the template writes no reasoning."""
         if self.jinja is None:
             return ""
-        thought = _thinking(Message("assistant", MARK))
-        between = self._text(_probe(thought)).partition(THOUGHT)[2].partition(MARK)[0]
+        thought = _thinking(Message("assistant", CONTENT_MARK))
+        between = (
+            self._text(_one_turn(thought)).partition(THOUGHT_MARK)[2].partition(CONTENT_MARK)[0]
+        )
         ids = self.core.encode(between, add_special_tokens=False).ids
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     @cached_property
     def _thinks(self) -> bool:
         """True if the template writes the reasoning of an answer."""
-        return THOUGHT in self._text(_probe(_thinking(Message("assistant", "y"))))
+        return THOUGHT_MARK in self._text(_one_turn(_thinking(Message("assistant", "y"))))
 
     def head(self, conversation: Conversation) -> str:
         """Returns the token that the tokenizer would put before the text; "" if a template writes
@@ -328,14 +330,14 @@ class Template:
     def _around(self, conversation: Conversation, number: int) -> tuple[str, str]:
         """Returns the text before and after what the model writes of a message without calls."""
         marked = replace(conversation, messages=_marked(conversation.messages, number))
-        ahead, *behind = self._text(marked).split(MARK)
+        ahead, *behind = self._text(marked).split(CONTENT_MARK)
         if len(behind) != 1:
             raise DataError(
                 f"{conversation.place}: the chat template ({self.name}) writes an answer"
                 f" {len(behind)} times, not once: what is to be learned is unknown. Pass --template"
                 " plain."
             )
-        return ahead.partition(THOUGHT)[0], behind[0]
+        return ahead.partition(THOUGHT_MARK)[0], behind[0]
 
     def _behind_calls(self, conversation: Conversation, number: int) -> str:
         """Returns the text after a message that calls tools.
@@ -346,7 +348,7 @@ class Template:
         marked = (*messages[:number], _called(messages[number]))
         alone = replace(conversation, messages=marked)
         whole = replace(conversation, messages=(*marked, *messages[number + 1 :]))
-        tails = [self._text(one).split(MARK)[1:] for one in (alone, whole)]
+        tails = [self._text(one).split(CONTENT_MARK)[1:] for one in (alone, whole)]
         if [len(tail) for tail in tails] == [1, 1]:
             (tail,), (rest,) = tails
             last = self.closing.strip()
@@ -367,7 +369,7 @@ class Template:
         asked = self._text(conversation, True) if messages else ""
         if messages and self._opens:
             return asked
-        answered = replace(conversation, messages=(*messages, Message("assistant", MARK)))
+        answered = replace(conversation, messages=(*messages, Message("assistant", CONTENT_MARK)))
         ahead = self._around(answered, len(messages))[0].rstrip(" ")
         return ahead if ahead.startswith(asked) else asked
 
@@ -411,11 +413,11 @@ class Template:
                 self._behind_calls(conversation, number)
             if one.has("reasoning_content") and not self._thinks:
                 thought = (*messages[:number], _thinking(one), *messages[number + 1 :])
-                if THOUGHT not in self._text(replace(conversation, messages=thought)):
+                if THOUGHT_MARK not in self._text(replace(conversation, messages=thought)):
                     lost = f"the reasoning_content of message {number + 1}"
             if one.role == "tool" and one.content not in self._text(conversation):
                 marked = replace(conversation, messages=_marked(messages, number))
-                if MARK not in self._text(marked):
+                if CONTENT_MARK not in self._text(marked):
                     lost = f"the tool's message {number + 1}"
             if lost:
                 raise self._unwritten(conversation.place, lost)
@@ -458,13 +460,13 @@ def _to_find(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
     ]
 
 
-def _probe(*answer: Message) -> Conversation:
+def _one_turn(*answer: Message) -> Conversation:
     return Conversation((Message("user", "x"), *answer), place="a conversation of one turn")
 
 
 def _thinking(message: Message) -> Message:
     """Returns the message with a mark in place of its reasoning."""
-    fields = {**dict(message.more), "reasoning_content": json.dumps(THOUGHT)}
+    fields = {**dict(message.more), "reasoning_content": json.dumps(THOUGHT_MARK)}
     return replace(message, more=tuple(fields.items()))
 
 
@@ -474,7 +476,7 @@ def _marked(messages: Sequence[Message], number: int) -> tuple[Message, ...]:
     message = messages[number]
     message = _thinking(message) if message.has("reasoning_content") else message
     more = tuple((name, value) for name, value in message.more if name != "tool_calls")
-    marked = replace(message, content=MARK, more=more)
+    marked = replace(message, content=CONTENT_MARK, more=more)
     return (*messages[:number], marked, *messages[number + 1 :])
 
 
@@ -483,7 +485,7 @@ def _called(message: Message) -> Message:
     *calls, last = message.fields()["tool_calls"]
     inner = last.get("function", last)
     object_ = isinstance(_arguments(inner["arguments"], False), dict)
-    inner = {**inner, "arguments": {"x": MARK} if object_ else MARK}
+    inner = {**inner, "arguments": {"x": CONTENT_MARK} if object_ else CONTENT_MARK}
     last = {**last, "function": inner} if "function" in last else inner
     fields = {**dict(message.more), "tool_calls": json.dumps([*calls, last])}
     return replace(message, more=tuple(fields.items()))
@@ -526,7 +528,7 @@ def template_of(tokenizer: Any, asked: str = "auto") -> Template:
     if asked in TEMPLATES:
         _end_token(tokenizer)
         bare = Template(tokenizer, None, "none", raw=False)
-        plain = ("{{ bos_token }}" if bare.start else "") + PLAIN
+        plain = ("{{ bos_token }}" if bare.start else "") + PLAIN_TEMPLATE
         return bare if asked == "none" else Template(tokenizer, plain, "plain", asked == "plain")
     with readable(asked, ConfigError, "Pass auto, plain, none or a file to --template."):
         text = Path(asked).read_text("utf-8")

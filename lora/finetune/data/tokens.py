@@ -40,7 +40,9 @@ from lora.errors import DataError
 from lora.files import writable, write_whole
 from lora.finetune.data.corpus import Example
 
-AT_ONCE = 10_000  # examples tokenised at a time: the ids of more would be held as Python's numbers
+EXAMPLES_AT_ONCE = (
+    10_000  # examples tokenised at a time: the ids of more would be held as Python's numbers
+)
 IGNORED = -100  # the label of a position that is not learned from
 B = TypeVar("B")
 
@@ -75,17 +77,17 @@ class Encoded:
         return there[self.labels].diff().tolist()
 
 
-def encode(
+def tokenize(
     tokenizer: Any, examples: Sequence[Example], targets: Sequence[float], task: str, length: int
 ) -> Encoded:
     """Tokenise a split, or find it in the cache; a text longer than `length` tokens is cut."""
-    path = _place(tokenizer, examples, length)
-    with _alone(path) as writable:
-        found = _read(path, len(examples)) if path is not None else None
+    path = _cache_file(tokenizer, examples, length)
+    with _locked(path) as writable:
+        found = _read_cache(path, len(examples)) if path is not None else None
         if found is None:
             found = _tokenise(tokenizer, examples, length)
             if path is not None and writable:
-                _write(path, found)
+                _write_cache(path, found)
     return Encoded(
         fields={name: found[name] for name in found if name != "offsets"},
         offsets=found["offsets"],
@@ -98,8 +100,8 @@ def _tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> dict[
     paired = any(example.pair is not None for example in examples)
     parts: dict[str, list[Tensor]] = {}
     lengths: list[int] = []
-    for start in range(0, len(examples), AT_ONCE):
-        some = examples[start : start + AT_ONCE]
+    for start in range(0, len(examples), EXAMPLES_AT_ONCE):
+        some = examples[start : start + EXAMPLES_AT_ONCE]
         found = tokenizer(
             [example.text for example in some],
             [example.pair or "" for example in some] if paired else None,
@@ -115,7 +117,7 @@ def _tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> dict[
     return {name: torch.cat(some) for name, some in parts.items()} | {"offsets": offsets}
 
 
-def _place(tokenizer: Any, examples: Sequence[Example], length: int) -> Path | None:
+def _cache_file(tokenizer: Any, examples: Sequence[Example], length: int) -> Path | None:
     """The cache's file for these texts; None where the tokenizer does not say all that it is."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = type(tokenizer)
@@ -148,7 +150,7 @@ def folder() -> Path:
 
 
 @contextmanager
-def _alone(path: Path | None) -> Iterator[bool]:
+def _locked(path: Path | None) -> Iterator[bool]:
     """The cache's file to oneself; False where there can be no cache."""
     lock = None
     if path is not None:
@@ -184,7 +186,7 @@ def _laid_out(tensors: dict[str, Tensor], examples: int) -> bool:
     return begins == 0 and lengths == {ends} and bool((tensors["offsets"].diff() >= 0).all())
 
 
-def _read(path: Path, examples: int) -> dict[str, Tensor] | None:
+def _read_cache(path: Path, examples: int) -> dict[str, Tensor] | None:
     """What the file holds, None if it is not there or not whole."""
     if not os.path.isfile(path):  # False too where the folder may not be searched
         return None
@@ -200,7 +202,7 @@ def _read(path: Path, examples: int) -> dict[str, Tensor] | None:
     return found
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         with writable(path, DataError, "Set LORA_CACHE."):
             write_whole(path, safetensors.torch.save(tensors, {"digest": _digest(tensors)}))
@@ -321,18 +323,18 @@ def collate(
         labels = encoded.targets[at.found].long()
         kept = labels != IGNORED
         targets = torch.stack([(at.row * at.shape[1] + at.column)[kept], labels[kept]])
-    there = {name: _moved(tensor, device) for name, tensor in batch.items()}
-    return there, _moved(targets, device)
+    there = {name: _to_device(tensor, device) for name, tensor in batch.items()}
+    return there, _to_device(targets, device)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On CUDA from pinned memory: the copy goes on beside the computing."""
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
-class _Placed:
+class _Gather:
     """Where each token of a batch is found, and where it goes."""
 
     found: Tensor  # (tokens,) in the split's tokens
@@ -348,7 +350,7 @@ class _Placed:
         return whole
 
 
-def _placed(offsets: Tensor, laid: Sequence[Sequence[int]]) -> _Placed:
+def _placed(offsets: Tensor, laid: Sequence[Sequence[int]]) -> _Gather:
     examples = torch.tensor([example for row in laid for example in row])
     rows = torch.tensor([number for number, row in enumerate(laid) for _ in row])
     starts = offsets[examples]
@@ -358,7 +360,7 @@ def _placed(offsets: Tensor, laid: Sequence[Sequence[int]]) -> _Placed:
     begins = ends - lengths  # of each example among the batch's tokens
     inside = torch.arange(int(ends[-1])) - begins.repeat_interleave(lengths)
     before = (begins - (totals.cumsum(0) - totals)[rows]).repeat_interleave(lengths)
-    return _Placed(
+    return _Gather(
         found=starts.repeat_interleave(lengths) + inside,
         within=inside,
         row=rows.repeat_interleave(lengths),

@@ -28,7 +28,7 @@ SHA256 = {
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
 # What DistilBertConfig takes besides its defaults.
-ARCHITECTURE = {"dim": 384, "n_layers": 6, "n_heads": 12, "hidden_dim": 1536, "vocab_size": 30522}
+MINILM = {"dim": 384, "n_layers": 6, "n_heads": 12, "hidden_dim": 1536, "vocab_size": 30522}
 
 _LAYER = {
     "attention.self.query": "attention.q_lin",
@@ -73,7 +73,7 @@ def state_dict() -> dict[str, Tensor]:
     }
     for end in ("weight", "bias"):
         distil[f"embeddings.LayerNorm.{end}"] = bert[f"embeddings.LayerNorm.{end}"]
-        for layer in range(ARCHITECTURE["n_layers"]):
+        for layer in range(MINILM["n_layers"]):
             for old, new in _LAYER.items():
                 tensor = bert[f"encoder.layer.{layer}.{old}.{end}"]
                 distil[f"transformer.layer.{layer}.{new}.{end}"] = tensor

@@ -14,7 +14,9 @@ from lora.finetune.demo import language
 from lora.interop.pretrained import head_settings
 
 
-def build(base: str, labels: int, task: str, weights: bool) -> tuple[Any, Any, tuple[str, ...]]:
+def build_demo(
+    base: str, labels: int, task: str, weights: bool
+) -> tuple[Any, Any, tuple[str, ...]]:
     """Returns the model, its tokenizer, and the modules with fresh weights: the head.
 
     weights: read those of `demo`. Those of `demo-lm` are always random.
@@ -35,7 +37,7 @@ def build(base: str, labels: int, task: str, weights: bool) -> tuple[Any, Any, t
 
 
 def _classifier(labels: int, task: str) -> tuple[Any, Any]:
-    config = transformers.DistilBertConfig(**demo.ARCHITECTURE, **head_settings(labels, task))
+    config = transformers.DistilBertConfig(**demo.MINILM, **head_settings(labels, task))
     model = transformers.DistilBertForSequenceClassification(config)
     model.config._name_or_path = f"{BUILT_IN_PREFIX}demo"
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -52,13 +54,13 @@ def _classifier(labels: int, task: str) -> tuple[Any, Any]:
 
 
 def _language_model() -> tuple[Any, Any]:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.ARCHITECTURE))
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.LLAMA))
     model.config._name_or_path = f"{BUILT_IN_PREFIX}demo-lm"
     pad, start, end = language.SPECIAL
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(language.tokenizer_json()),
         pad_token=pad, bos_token=start, eos_token=end,
-        model_max_length=language.ARCHITECTURE["max_position_embeddings"],
+        model_max_length=language.LLAMA["max_position_embeddings"],
         clean_up_tokenization_spaces=False, chat_template=language.TEMPLATE,
     )  # fmt: skip
     return model, tokenizer

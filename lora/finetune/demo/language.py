@@ -16,7 +16,7 @@ TEMPLATE = (
 """A line for each message but the answer, which the end token closes."""
 
 # What LlamaConfig takes besides its defaults.
-ARCHITECTURE = {
+LLAMA = {
     "vocab_size": len(SPECIAL) + 256,
     "hidden_size": 128,
     "intermediate_size": 256,

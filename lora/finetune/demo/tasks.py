@@ -51,7 +51,7 @@ def letters(prediction: str, answer: str) -> float:
 
 
 @dataclass(frozen=True)
-class Task:
+class Made:
     """How an example is drawn: what is given, and the answer to it."""
 
     draw: Callable[[random.Random], tuple[str, str]]
@@ -120,29 +120,29 @@ def draw_date(rng: random.Random) -> tuple[str, str]:
     return f"{year}-{month:02}-{day:02}", f"{day} {MONTHS[month - 1]} {year}"
 
 
-TASKS = {
-    "copy": Task(of_word(str), "the word as it stands"),
-    "uppercase": Task(of_word(str.upper), "the word in capitals"),
-    "capital": Task(of_word(str.capitalize), "the word with a capital at its head"),
-    "first": Task(of_word(lambda w: w[0]), "the word's first letter"),
-    "last": Task(of_word(lambda w: w[-1]), "the word's last letter"),
-    "length": Task(of_word(lambda w: str(len(w))), "how many letters the word has", number),
-    "reverse": Task(of_word(lambda w: w[::-1]), "the word from its end to its start", letters),
-    "shout": Task(of_word(lambda w: w[::-1].upper()), "the word reversed and in capitals", letters),
-    "sort": Task(of_word(lambda w: "".join(sorted(w))), "its letters in order", letters),
-    "double": Task(of_word(lambda w: "".join(2 * c for c in w)), "each letter twice", letters),
-    "spell": Task(of_word("-".join), "a hyphen between the letters", letters),
-    "twice": Task(of_word(lambda w: f"{w} {w}"), "the word two times", letters),
-    "rotate": Task(of_word(lambda w: w[1:] + w[0]), "the first letter moved to the end", letters),
-    "vowels": Task(of_word(lambda w: "".join(c for c in w if c in VOWELS)), "its vowels only"),
-    "swap": Task(of_words(lambda ws: " ".join(ws[::-1]), 2, 2), "two words in the other order"),
-    "initials": Task(of_words(lambda ws: "".join(w[0] for w in ws), 2, 4), "their first letters"),
-    "count": Task(of_letter(lambda c, w: str(w.count(c))), "how often the letter occurs", number),
-    "delete": Task(of_letter(lambda c, w: w.replace(c, "")), "the word without a letter", letters),
-    "replace": Task(draw_replace, "the word with one letter put for another", letters),
-    "add": Task(of_numbers(int.__add__), "the sum of two numbers", number),
-    "subtract": Task(of_numbers(int.__sub__), "the larger number less the other", number),
-    "date": Task(draw_date, "a date in words", date),
+MADE_TASKS = {
+    "copy": Made(of_word(str), "the word as it stands"),
+    "uppercase": Made(of_word(str.upper), "the word in capitals"),
+    "capital": Made(of_word(str.capitalize), "the word with a capital at its head"),
+    "first": Made(of_word(lambda w: w[0]), "the word's first letter"),
+    "last": Made(of_word(lambda w: w[-1]), "the word's last letter"),
+    "length": Made(of_word(lambda w: str(len(w))), "how many letters the word has", number),
+    "reverse": Made(of_word(lambda w: w[::-1]), "the word from its end to its start", letters),
+    "shout": Made(of_word(lambda w: w[::-1].upper()), "the word reversed and in capitals", letters),
+    "sort": Made(of_word(lambda w: "".join(sorted(w))), "its letters in order", letters),
+    "double": Made(of_word(lambda w: "".join(2 * c for c in w)), "each letter twice", letters),
+    "spell": Made(of_word("-".join), "a hyphen between the letters", letters),
+    "twice": Made(of_word(lambda w: f"{w} {w}"), "the word two times", letters),
+    "rotate": Made(of_word(lambda w: w[1:] + w[0]), "the first letter moved to the end", letters),
+    "vowels": Made(of_word(lambda w: "".join(c for c in w if c in VOWELS)), "its vowels only"),
+    "swap": Made(of_words(lambda ws: " ".join(ws[::-1]), 2, 2), "two words in the other order"),
+    "initials": Made(of_words(lambda ws: "".join(w[0] for w in ws), 2, 4), "their first letters"),
+    "count": Made(of_letter(lambda c, w: str(w.count(c))), "how often the letter occurs", number),
+    "delete": Made(of_letter(lambda c, w: w.replace(c, "")), "the word without a letter", letters),
+    "replace": Made(draw_replace, "the word with one letter put for another", letters),
+    "add": Made(of_numbers(int.__add__), "the sum of two numbers", number),
+    "subtract": Made(of_numbers(int.__sub__), "the larger number less the other", number),
+    "date": Made(draw_date, "a date in words", date),
 }  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def generate(
 
     Raises DataError at an unknown task or split, and where there are not so many prompts.
     """
-    for what, asked, known in (("task", name, TASKS), ("split", split, COUNTS)):
+    for what, asked, known in (("task", name, MADE_TASKS), ("split", split, COUNTS)):
         if asked not in known:
             raise DataError(f"no built-in {what} {asked!r}. Known: {', '.join(known)}.")
     count = COUNTS[split] if count is None else count
@@ -162,7 +162,7 @@ def generate(
     for _ in range(100 * count):
         if len(found) == count:
             break
-        given, answer = TASKS[name].draw(rng)
+        given, answer = MADE_TASKS[name].draw(rng)
         if split_of(given) == split:
             found[f"{name}: {given}"] = answer
     if len(found) < count:

@@ -21,8 +21,8 @@ from lora.finetune.data.conversations import (
     grouped,
     holds_conversations,
     read_conversations,
+    read_one_split,
     read_prompts,
-    read_split,
 )
 from lora.finetune.data.rows import BadRows, read_rows
 
@@ -405,13 +405,13 @@ def test_texts_without_a_prompt_are_cut_one_by_one(tmp_path: Path) -> None:
 
 def test_a_file_to_score_on_is_read_whole(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", pairs(7))
-    found, name = read_split(path)
+    found, name = read_one_split(path)
     assert (len(found), name) == (7, "test")
-    assert read_split(path, split="dev")[1] == "dev"
+    assert read_one_split(path, split="dev")[1] == "dev"
     lines(tmp_path / "folder" / "dev.jsonl", pairs(2))
-    assert read_split(str(tmp_path / "folder"))[1] == "dev"
+    assert read_one_split(str(tmp_path / "folder"))[1] == "dev"
     with pytest.raises(DataError, match="has no test split, found dev"):
-        read_split(str(tmp_path / "folder"), split="test")
+        read_one_split(str(tmp_path / "folder"), split="test")
 
 
 def test_no_such_place() -> None:
@@ -445,7 +445,7 @@ def test_the_seed_tasks() -> None:
 
 def test_e2e() -> None:
     folder = needs_shared("e2e")
-    found, _ = read_split(str(folder / "test.txt"))
+    found, _ = read_one_split(str(folder / "test.txt"))
     scored = grouped(found)
     assert (len(found), len(scored)) == (4693, 630)
     assert sum(len(one.references) for one in scored) == 4693

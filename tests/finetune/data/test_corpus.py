@@ -11,7 +11,7 @@ from conftest import needs_shared
 from lora.errors import DataError
 from lora.finetune import demo
 from lora.finetune.data.columns import Columns
-from lora.finetune.data.corpus import Corpus, read, read_predictions
+from lora.finetune.data.corpus import Corpus, read_examples, read_predictions
 from lora.finetune.data.corpus import unlabelled as unlabelled_with_notes
 from lora.finetune.data.rows import read_rows
 
@@ -40,7 +40,7 @@ def texts(corpus: Corpus) -> list[tuple[str, str | None, str | None]]:
 
 
 def test_a_folder_of_tsv_files(tmp_path: Path) -> None:
-    corpus = read(folder(tmp_path, dev=TSV, test=TSV))
+    corpus = read_examples(folder(tmp_path, dev=TSV, test=TSV))
     assert texts(corpus)[0] == ("good film", None, "1")
     assert corpus.labels == ("0", "1")
     assert corpus.held_out[0] == "test"
@@ -50,7 +50,7 @@ def test_a_folder_of_tsv_files(tmp_path: Path) -> None:
 
 def test_without_dev_every_tenth_row_is_held_out_and_said(tmp_path: Path) -> None:
     rows = "sentence\tlabel\n" + "".join(f"text {i}\t{i % 2}\n" for i in range(40))
-    corpus = read(folder(tmp_path, train=rows))
+    corpus = read_examples(folder(tmp_path, train=rows))
     assert [e.text for e in corpus.dev] == ["text 9", "text 19", "text 29", "text 39"]
     assert len(corpus.train) == 36
     assert "no dev split" in corpus.note
@@ -60,30 +60,30 @@ def test_without_dev_every_tenth_row_is_held_out_and_said(tmp_path: Path) -> Non
 def test_one_file_is_cut_and_said(tmp_path: Path) -> None:
     rows = "text,label\n" + "".join(f'"text, {i}",{"ab"[i % 2]}\n' for i in range(50))
     path = write(tmp_path / "all.csv", rows)
-    corpus = read(str(path))
+    corpus = read_examples(str(path))
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (40, 5, 5)
     assert len({e.text for e in (*corpus.train, *corpus.dev, *corpus.test)}) == 50
     assert "cut 80/10/10" in corpus.note
-    assert read(str(path)) == corpus
+    assert read_examples(str(path)) == corpus
     assert corpus.labels == ("a", "b")
 
 
 def test_a_split_column_is_followed(tmp_path: Path) -> None:
     rows = "text\tlabel\tsplit\na\t1\ttrain\nb\t0\ttrain\nc\t1\tvalidation\nd\t0\ttest\n"
-    corpus = read(str(write(tmp_path / "x.tsv", rows)))
+    corpus = read_examples(str(write(tmp_path / "x.tsv", rows)))
     assert [e.text for e in corpus.dev] == ["c"]
     rows = rows.replace("validation", "hold")
     with pytest.raises(DataError, match="line 4: split 'hold' is none of"):
-        read(str(write(tmp_path / "x.tsv", rows)))
+        read_examples(str(write(tmp_path / "x.tsv", rows)))
 
 
 def test_no_header(tmp_path: Path) -> None:
-    corpus = read(folder(tmp_path, train="nice\t1\ndull\t0\n", dev="so so\t1\n"))
+    corpus = read_examples(folder(tmp_path, train="nice\t1\ndull\t0\n", dev="so so\t1\n"))
     assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
     three = "7\tnice\t1\n8\tdull\t0\n"
     with pytest.raises(DataError, match="3 columns, and none that is called text or label"):
-        read(folder(tmp_path, train=three))
-    corpus = read(folder(tmp_path, train=three, dev=three), Columns(text="1", label="2"))
+        read_examples(folder(tmp_path, train=three))
+    corpus = read_examples(folder(tmp_path, train=three, dev=three), Columns(text="1", label="2"))
     assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
 
 
@@ -92,36 +92,38 @@ def test_columns_by_name_pairs_and_jsonl(tmp_path: Path) -> None:
         '{"premise": "it rains", "hypothesis": "wet", "label": "yes", "id": 1}\n\n'
         '{"premise": "it snows", "hypothesis": "hot", "label": "no", "id": null}\n'
     )
-    corpus = read(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
+    corpus = read_examples(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
     assert texts(corpus) == [("it rains", "wet", "yes"), ("it snows", "hot", "no")]
     columns = Columns(text="hypothesis", label="id")
     with pytest.raises(DataError, match="train.jsonl, line 3: no label"):
-        read(folder(tmp_path, train=rows, dev=rows, end="jsonl"), columns)
+        read_examples(folder(tmp_path, train=rows, dev=rows, end="jsonl"), columns)
     rows = "body,other,stars\nhello,there,1\nbye,now,2\n"
     columns = Columns(text="body", pair="other", label="stars")
-    corpus = read(folder(tmp_path / "c", train=rows, dev=rows, end="csv"), columns)
+    corpus = read_examples(folder(tmp_path / "c", train=rows, dev=rows, end="csv"), columns)
     assert texts(corpus) == [("hello", "there", "1"), ("bye", "now", "2")]
 
 
 def test_labels_sort_as_numbers_where_they_are(tmp_path: Path) -> None:
     rows = "text\tlabel\n" + "".join(f"t{i}\t{i}\n" for i in range(12))
-    assert read(folder(tmp_path, train=rows, dev=rows)).labels == tuple(map(str, range(12)))
+    assert read_examples(folder(tmp_path, train=rows, dev=rows)).labels == tuple(
+        map(str, range(12))
+    )
 
 
 def test_fractional_labels_are_a_regression(tmp_path: Path) -> None:
     rows = "text\tlabel\na\t1.5\nb\t2\nc\t4e-1\n"
-    corpus = read(folder(tmp_path, train=rows, dev=rows))
+    corpus = read_examples(folder(tmp_path, train=rows, dev=rows))
     assert corpus.task == "regression"
     assert corpus.targets(corpus.train) == [1.5, 2.0, 0.4]
-    assert read(folder(tmp_path, train=TSV, dev=TSV), task="regression").labels == ()
+    assert read_examples(folder(tmp_path, train=TSV, dev=TSV), task="regression").labels == ()
     rows = rows.replace("4e-1", "much")
     with pytest.raises(DataError, match="train.tsv, line 4: label 'much' is no number"):
-        read(folder(tmp_path, train=rows, dev=rows), task="regression")
+        read_examples(folder(tmp_path, train=rows, dev=rows), task="regression")
 
 
 def test_a_hidden_test_split_is_not_reported_on(tmp_path: Path) -> None:
     hidden = "sentence\tlabel\nsome\t-1\nother\t-1\n"
-    assert read(folder(tmp_path, dev=TSV, test=hidden)).held_out[0] == "dev"
+    assert read_examples(folder(tmp_path, dev=TSV, test=hidden)).held_out[0] == "dev"
 
 
 @pytest.mark.parametrize(
@@ -143,40 +145,40 @@ def test_a_hidden_test_split_is_not_reported_on(tmp_path: Path) -> None:
 def test_training_files_that_cannot_be(tmp_path: Path, content: str | bytes, match: str) -> None:
     write(tmp_path / "data" / "train.tsv", content)
     with pytest.raises(DataError, match=match):
-        read(str(tmp_path / "data"))
+        read_examples(str(tmp_path / "data"))
 
 
 def test_a_label_outside_the_set_is_named_by_its_row(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dev.tsv, line 3: label '2' is outside the set 0, 1"):
-        read(folder(tmp_path, dev="sentence\tlabel\nok\t1\nmeh\t2\n"))
+        read_examples(folder(tmp_path, dev="sentence\tlabel\nok\t1\nmeh\t2\n"))
     with pytest.raises(DataError, match="train.tsv, line 2: label '1' is outside the set no, yes"):
-        read(folder(tmp_path, dev=TSV), labels=("no", "yes"))
+        read_examples(folder(tmp_path, dev=TSV), labels=("no", "yes"))
 
 
 def test_missing_columns_files_and_folders(tmp_path: Path) -> None:
     data = folder(tmp_path, dev=TSV)
     with pytest.raises(DataError, match="--label-column stars: no such column. Found: sentence"):
-        read(data, Columns(label="stars"))
+        read_examples(data, Columns(label="stars"))
     with pytest.raises(DataError, match="--pair-column p: no such column"):
-        read(data, Columns(pair="p"))
+        read_examples(data, Columns(pair="p"))
     for name in ("./nowhere", "/nowhere", "nowhere.csv"):
         with pytest.raises(DataError, match="no such file or folder"):
-            read(name)
+            read_examples(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         DataError, match="has no training rows, found nothing. Pass a folder with train.tsv"
     ):
-        read(str(tmp_path / "empty"))
+        read_examples(str(tmp_path / "empty"))
     write(tmp_path / "data" / "train.csv", "text,label\na,1\n")
     with pytest.raises(DataError, match="train.csv, train.tsv: keep one"):
-        read(data)
+        read_examples(data)
     with pytest.raises(DataError, match="found .xlsx. Known"):
-        read(str(write(tmp_path / "x.xlsx", "a")))
+        read_examples(str(write(tmp_path / "x.xlsx", "a")))
 
 
 def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
     with pytest.raises(DataError, match="the hub does not answer. Run lora train --data demo"):
-        read("glue/sst2")
+        read_examples("glue/sst2")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
 )
 def test_broken_json_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        read(str(write(tmp_path / "x.jsonl", line)))
+        read_examples(str(write(tmp_path / "x.jsonl", line)))
 
 
 def test_rows_to_label_need_no_label(tmp_path: Path) -> None:
@@ -211,17 +213,17 @@ def test_predictions_with_one_or_several_references(tmp_path: Path) -> None:
 
 
 def test_sst2_reads_as_it_lies() -> None:
-    corpus = read(str(needs_shared("sst2-sentences")))
+    corpus = read_examples(str(needs_shared("sst2-sentences")))
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (6920, 872, 1821)
     assert corpus.labels == ("0", "1")
-    glue = read(str(needs_shared("sst2")))
+    glue = read_examples(str(needs_shared("sst2")))
     assert len(glue.train) == 67_349
     assert len(glue.dev) == 872
     assert not any(e.text.endswith(" ") for e in glue.train)
 
 
 def test_the_reviews_are_what_the_readme_says() -> None:
-    corpus = read("demo")
+    corpus = read_examples("demo")
     splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
     assert {name: len(rows) for name, rows in splits.items()} == {
         "train": 700, "dev": 100, "test": 200
@@ -256,11 +258,11 @@ def test_no_frame_of_a_review_stands_in_two_splits() -> None:
 
 def test_a_header_is_known_in_any_case_and_beside_numbers(tmp_path: Path) -> None:
     rows = "Text\tLabel\tSplit\na\t1\ttrain\nb\t0\ttrain\nc\t1\tdev\n"
-    corpus = read(str(write(tmp_path / "x.tsv", rows)))
+    corpus = read_examples(str(write(tmp_path / "x.tsv", rows)))
     assert corpus.labels == ("0", "1")
     assert len(corpus.dev) == 1
     numbered = Columns(text="0", label="1")
-    corpus = read(folder(tmp_path, train=TSV, dev=TSV), numbered)
+    corpus = read_examples(folder(tmp_path, train=TSV, dev=TSV), numbered)
     assert corpus.labels == ("0", "1")
 
 
@@ -274,18 +276,18 @@ def test_a_header_is_known_in_any_case_and_beside_numbers(tmp_path: Path) -> Non
 )
 def test_one_column_has_one_part(tmp_path: Path, columns: Columns, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        read(folder(tmp_path, dev=TSV), columns)
+        read_examples(folder(tmp_path, dev=TSV), columns)
 
 
 def test_the_label_may_come_first(tmp_path: Path) -> None:
     rows = "0\ta bad film\n1\ta good film\n"
-    corpus = read(folder(tmp_path, train=rows, dev=rows), Columns(label="0"))
+    corpus = read_examples(folder(tmp_path, train=rows, dev=rows), Columns(label="0"))
     assert texts(corpus)[0] == ("a bad film", None, "0")
 
 
 def test_a_question_beside_a_sentence_is_a_pair(tmp_path: Path) -> None:
     rows = "question\tsentence\tlabel\nwho?\tme\tyes\nwhat?\tthat\tno\n"
-    assert texts(read(folder(tmp_path, train=rows, dev=rows)))[0] == ("who?", "me", "yes")
+    assert texts(read_examples(folder(tmp_path, train=rows, dev=rows)))[0] == ("who?", "me", "yes")
 
 
 def test_nulls_do_not_move_columns(tmp_path: Path) -> None:
@@ -295,21 +297,23 @@ def test_nulls_do_not_move_columns(tmp_path: Path) -> None:
     )
     first_null = whole.replace('"hypothesis": "b"', '"hypothesis": null')
     with pytest.raises(DataError, match="line 1: no column 'hypothesis'"):
-        read(folder(tmp_path, train=first_null, dev=whole, end="jsonl"))
+        read_examples(folder(tmp_path, train=first_null, dev=whole, end="jsonl"))
     no_label = whole.replace('"label": 1', '"label": null')
     with pytest.raises(DataError, match="test.jsonl, line 1: no label"):
-        read(folder(tmp_path, train=whole, dev=whole, test=no_label, end="jsonl"))
+        read_examples(folder(tmp_path, train=whole, dev=whole, test=no_label, end="jsonl"))
     with pytest.raises(DataError, match="train has its text in premise"):
-        read(folder(tmp_path, train=whole, dev=whole.replace("hypothesis", "other"), end="jsonl"))
+        read_examples(
+            folder(tmp_path, train=whole, dev=whole.replace("hypothesis", "other"), end="jsonl")
+        )
 
 
 def test_minus_one_is_a_label_where_train_has_it(tmp_path: Path) -> None:
     rows = "sentence\tlabel\ngood\t1\nbad\t-1\n"
     hidden = "sentence\tlabel\nworse\t-1\n"
-    corpus = read(folder(tmp_path, train=rows, dev=rows, test=hidden))
+    corpus = read_examples(folder(tmp_path, train=rows, dev=rows, test=hidden))
     assert corpus.held_out[0] == "test"
     hidden = hidden.replace("-1", "-1.0")
-    corpus = read(folder(tmp_path, train=TSV, dev=TSV, test=hidden))
+    corpus = read_examples(folder(tmp_path, train=TSV, dev=TSV, test=hidden))
     assert corpus.held_out[0] == "dev"
     assert "the split test hides its labels" in corpus.note
 
@@ -317,9 +321,9 @@ def test_minus_one_is_a_label_where_train_has_it(tmp_path: Path) -> None:
 def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
     quote = "text,label\na,1\nb,0\n" + '"c,1\n' + "d,0\n" * 5
     with pytest.raises(DataError, match="line 9: unexpected end of data"):
-        read(folder(tmp_path / "1", train=quote, end="csv"))
+        read_examples(folder(tmp_path / "1", train=quote, end="csv"))
     with pytest.raises(DataError, match="train.tsv, line 4: no label"):
-        read(
+        read_examples(
             folder(
                 tmp_path / "2",
                 train="text\tlabel\na\t1\nb\t0\nc\t\n",
@@ -327,23 +331,25 @@ def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
             )
         )
     with pytest.raises(DataError, match="two columns are named 'label'"):
-        read(folder(tmp_path / "3", train="text\tlabel\tlabel\na\t1\t0\n"))
+        read_examples(folder(tmp_path / "3", train="text\tlabel\tlabel\na\t1\t0\n"))
     with pytest.raises(DataError, match="line 1: surrogates not allowed"):
-        read(folder(tmp_path / "4", train='{"text": "\\ud800 x", "label": 1}\n', end="jsonl"))
+        read_examples(
+            folder(tmp_path / "4", train='{"text": "\\ud800 x", "label": 1}\n', end="jsonl")
+        )
 
 
 def test_few_rows(tmp_path: Path) -> None:
-    corpus = read(folder(tmp_path, train="text\tlabel\na\t1\nb\t0\nc\t1\n"))
+    corpus = read_examples(folder(tmp_path, train="text\tlabel\na\t1\nb\t0\nc\t1\n"))
     assert (len(corpus.train), len(corpus.dev)) == (2, 1)
     with pytest.raises(DataError, match="2 rows cannot be cut in three"):
-        read(str(write(tmp_path / "x.tsv", "text\tlabel\na\t1\nb\t0\n")))
+        read_examples(str(write(tmp_path / "x.tsv", "text\tlabel\na\t1\nb\t0\n")))
     with pytest.raises(DataError, match="too few rows to hold one out|two classes"):
-        read(folder(tmp_path / "one", train="text\tlabel\na\t1\n"))
+        read_examples(folder(tmp_path / "one", train="text\tlabel\na\t1\n"))
 
 
 def test_whole_numbers_are_classes_and_an_empty_line_is_an_empty_text(tmp_path: Path) -> None:
     rows = TSV.replace("\t1\n", "\t1.0\n").replace("\t0\n", "\t0.0\n")
-    assert read(folder(tmp_path, train=rows, dev=rows)).labels == ("0.0", "1.0")
+    assert read_examples(folder(tmp_path, train=rows, dev=rows)).labels == ("0.0", "1.0")
     path = write(tmp_path / "y.tsv", "text\none\n\nthree\n")
     assert [e.text for e in unlabelled(str(path), Columns(label="stars"))] == ["one", "", "three"]
     with pytest.raises(DataError, match="has no rows"):
@@ -358,7 +364,7 @@ def test_references_are_read_as_they_are_written(tmp_path: Path) -> None:
 
 
 def test_a_split_without_trains_label_is_left_out_and_said(tmp_path: Path) -> None:
-    corpus = read(folder(tmp_path, dev=TSV, test="id\tsentence\n0\tgood\n1\tbad\n"))
+    corpus = read_examples(folder(tmp_path, dev=TSV, test="id\tsentence\n0\tgood\n1\tbad\n"))
     assert corpus.test == ()
     assert "the split test has no label, and is left out" in corpus.note
 
@@ -376,7 +382,7 @@ def test_a_text_is_no_object_no_list_and_not_null(tmp_path: Path, value: str) ->
     with pytest.raises(
         DataError, match=r"line 2: no column 'text' with a text, found label\. A row"
     ):
-        read(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
+        read_examples(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
 
 
 @pytest.mark.parametrize("mark", [";", "\t"])
@@ -410,9 +416,11 @@ def test_a_semicolon_in_a_text_is_no_mark(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_texts_and_labels_in_their_splits(tmp_path: Path) -> None:
     rows = "text\tlabel\na\t1\nb\t0\n"
-    one = read(folder(tmp_path / "1", train=rows, dev=rows)).digest()
-    assert read(folder(tmp_path / "2", train=rows, dev=rows)).digest() == one
+    one = read_examples(folder(tmp_path / "1", train=rows, dev=rows)).digest()
+    assert read_examples(folder(tmp_path / "2", train=rows, dev=rows)).digest() == one
     others = [(rows.replace("\na", "\nc"), rows), (rows + "c\t1\n", rows)]
     others += [(rows, rows.replace("\t1", "\t0")), (rows + "a\t1\n", rows.replace("a\t1\n", ""))]
     for number, (train, dev) in enumerate(others):
-        assert read(folder(tmp_path / f"other{number}", train=train, dev=dev)).digest() != one
+        assert (
+            read_examples(folder(tmp_path / f"other{number}", train=train, dev=dev)).digest() != one
+        )

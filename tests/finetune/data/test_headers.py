@@ -16,7 +16,7 @@ from conftest import needs_shared
 from lora.errors import DataError
 from lora.finetune import demo
 from lora.finetune.data.columns import Columns
-from lora.finetune.data.corpus import read
+from lora.finetune.data.corpus import read_examples
 from lora.finetune.data.headers import has_header
 
 WORDS = re.findall(
@@ -279,7 +279,7 @@ def saved(path: Path, rows: Rows, header: str = "") -> str:
 def test_the_classes_are_those_of_the_rows(names: str, end: str, tmp_path: Path) -> None:
     rows = reviews(SENTIMENTS)
     data = saved(tmp_path / f"x.{end}", rows, names)
-    corpus = read(data)
+    corpus = read_examples(data)
     assert corpus.labels == SENTIMENTS
     examples = [*corpus.train, *corpus.dev, *corpus.test]
     assert sorted((e.text, str(e.label)) for e in examples) == sorted(map(tuple, rows))
@@ -293,7 +293,7 @@ def test_the_classes_are_those_of_the_rows(names: str, end: str, tmp_path: Path)
         f"train: 48 rows, by class: negative {counts[0]}, positive {counts[1]}"
     )
     bare = saved(tmp_path / f"y.{end}", rows)
-    corpus = read(bare)
+    corpus = read_examples(bare)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 60
     assert corpus.said[0] == f"{bare}: no header, the text in column 0, the label in column 1"
 
@@ -301,7 +301,7 @@ def test_the_classes_are_those_of_the_rows(names: str, end: str, tmp_path: Path)
 def test_the_label_may_come_first_under_any_name_or_none(tmp_path: Path) -> None:
     rows = flipped(classes("ham spam", 30))
     for header, columns in (("v1,v2", ("v2", "v1")), ("", ("1", "0"))):
-        corpus = read(saved(tmp_path / "x.csv", rows, header))
+        corpus = read_examples(saved(tmp_path / "x.csv", rows, header))
         assert (corpus.columns.text, corpus.columns.label) == columns
         assert corpus.labels == ("ham", "spam")
 
@@ -310,10 +310,10 @@ def test_columns_without_a_name_are_called_by_their_number(tmp_path: Path) -> No
     rows = [[row[1], row[0], "", "", ""] for row in classes("ham spam", 40)]  # SMS Spam Collection
     data = saved(tmp_path / "x.csv", rows, "v1,v2,,,")
     with pytest.raises(DataError, match=r"v1, v2, 2, 3, 4\. First row: v1 '(ham|spam)', v2 '"):
-        read(data)
-    assert read(data, Columns(text="v2", label="v1")).labels == ("ham", "spam")
+        read_examples(data)
+    assert read_examples(data, Columns(text="v2", label="v1")).labels == ("ham", "spam")
     indexed = saved(tmp_path / "y.csv", numbered(reviews(SENTIMENTS)), ",text,label")
-    assert read(indexed).labels == SENTIMENTS
+    assert read_examples(indexed).labels == SENTIMENTS
 
 
 def test_an_open_question_is_asked_with_the_row_and_the_flag(tmp_path: Path) -> None:
@@ -321,14 +321,16 @@ def test_an_open_question_is_asked_with_the_row_and_the_flag(tmp_path: Path) -> 
     rows.insert(0, ["nice film", "pos"])
     data = saved(tmp_path / "x.csv", rows)
     with pytest.raises(DataError) as error:
-        read(data)
+        read_examples(data)
     assert str(error.value) == (
         f"{data}: does its first row name the columns, or is it an example? 2 columns, the first"
         " row: 0 'nice film', 1 'pos'. Pass --header yes or --header no."
     )
-    corpus = read(data, Columns(header="no"))
+    corpus = read_examples(data, Columns(header="no"))
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 9
-    corpus = read(data, Columns(text="nice film", label="pos"))  # who names columns says so
+    corpus = read_examples(
+        data, Columns(text="nice film", label="pos")
+    )  # who names columns says so
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 8
 
 
@@ -338,9 +340,9 @@ def test_splits_follow_the_training_split(tmp_path: Path) -> None:
     saved(tmp_path / "dev.csv", rows[:2], "message,category")
     saved(tmp_path / "test.csv", rows[:3], "category,message")
     with pytest.raises(DataError, match="two classes|outside|Give every split|cannot be used"):
-        read(str(tmp_path))
+        read_examples(str(tmp_path))
     saved(tmp_path / "test.csv", flipped(rows[:3]), "category,message")
-    corpus = read(str(tmp_path))
+    corpus = read_examples(str(tmp_path))
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (60, 2, 3)
     assert corpus.test[0].text == rows[0][0]
 
@@ -349,8 +351,8 @@ def test_a_header_that_comes_again_is_a_bad_row(tmp_path: Path) -> None:
     rows = reviews(SENTIMENTS)
     data = saved(tmp_path / "x.csv", [*rows, ["message", "category"], *rows], "message,category")
     with pytest.raises(DataError, match="line 62: the header once more: message, category"):
-        read(data)
-    corpus = read(data, skip_bad_lines=1)
+        read_examples(data)
+    corpus = read_examples(data, skip_bad_lines=1)
     assert corpus.labels == SENTIMENTS
     assert "1 row skipped" in corpus.note
 

@@ -14,7 +14,7 @@ from conftest import ROOT
 from lora.errors import DataError
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import from_row, read_conversations
-from lora.finetune.data.corpus import read, read_predictions, unlabelled
+from lora.finetune.data.corpus import read_examples, read_predictions, unlabelled
 from lora.finetune.data.rows import BadRows, read_rows, read_source
 from lora.finetune.metrics import score
 
@@ -54,7 +54,7 @@ def test_classification_takes_every_ending(end: str, tmp_path: Path) -> None:
             "tsv": "text\tlabel\n" + "".join("\t".join(r.values()) + "\n" for r in ROWS),
         }[end]
         write(path, text)
-    corpus = read(str(path))
+    corpus = read_examples(str(path))
     some = [*corpus.train, *corpus.dev, *corpus.test]
     assert sorted((e.text, e.label) for e in some) == sorted((r["text"], r["label"]) for r in ROWS)
     assert corpus.labels == ("a", "b")
@@ -124,7 +124,7 @@ def test_a_cell_without_a_value_is_a_bad_row_where_it_is_used(name: str, tmp_pat
     make, why = UNREADABLE[name]
     path = parquet(tmp_path / "x.parquet", text=make(), label=["a", "b", "a"])
     with pytest.raises(DataError, match=f"3 rows cannot be used:\n  .*row 1: text is .*{why}"):
-        read(path)
+        read_examples(path)
     path = parquet(tmp_path / "y.parquet", text=["c", "d", "e"], label=["a", "b", "a"], on=make())
     assert [row.text for row in unlabelled(path, Columns())[0]] == ["c", "d", "e"]  # on is not used
     for row in ("messages", "prompt", "text"):
@@ -138,8 +138,8 @@ def test_one_bad_cell_leaves_the_others(tmp_path: Path) -> None:
     cells = arrow.array([b"one", b"\xff", *[b"more"] * 10], "binary").view("string")
     path = parquet(tmp_path / "x.parquet", text=cells, label=["a", "b"] * 6)
     with pytest.raises(DataError, match=r"1 row cannot be used:\n.*row 2: text is no value"):
-        read(path)
-    corpus = read(path, skip_bad_lines=1)
+        read_examples(path)
+    corpus = read_examples(path, skip_bad_lines=1)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 11
 
 
@@ -149,7 +149,7 @@ def test_decimals_dates_and_nested_lists_of_parquet(tmp_path: Path) -> None:
         tmp_path / "x.parquet", text=["a", "b", "c"], label=amounts, at=[[[["x"]]]] * 3,
         on=[datetime.date(2026, 1, 2)] * 3, raw=[b"d\xc3\xa9"] * 3,
     )  # fmt: skip
-    corpus = read(path)
+    corpus = read_examples(path)
     assert corpus.task == "regression"
     parts = corpus.train, corpus.dev, corpus.test
     found = sorted(value for part in parts for value in corpus.targets(part))
@@ -158,7 +158,7 @@ def test_decimals_dates_and_nested_lists_of_parquet(tmp_path: Path) -> None:
     assert [row.text for row in texts] == ["2026-01-02"] * 3
     assert [row.text for row in unlabelled(path, Columns(text="raw"))[0]] == ["dé"] * 3
     with pytest.raises(DataError, match="--text-column at: no such column. Found: text, label, on"):
-        read(path, Columns(text="at"))
+        read_examples(path, Columns(text="at"))
 
 
 def test_columns_of_parquet_without_a_name_or_with_the_same(tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_columns_of_parquet_without_a_name_or_with_the_same(tmp_path: Path) -> N
     cells = [arrow.array([f"t{i}" for i in range(20)]), arrow.array(["x", "y"] * 10)]
     path = tmp_path / "x.parquet"
     pyarrow.parquet.write_table(arrow.Table.from_arrays(cells, names=["", "label"]), path)
-    assert read(str(path)).columns == Columns("0", None, "label")
+    assert read_examples(str(path)).columns == Columns("0", None, "label")
     pyarrow.parquet.write_table(arrow.Table.from_arrays(cells, names=["text", "text"]), path)
     with pytest.raises(DataError, match="two columns are named 'text'"):
-        read(str(path))
+        read_examples(str(path))
 
 
 @pytest.mark.parametrize("split", ['["train"]', '{"a": 1}', "3", "true", '"hold"'])
@@ -180,8 +180,8 @@ def test_a_split_that_is_none_is_a_bad_row(split: str, tmp_path: Path) -> None:
     rows[4] = rows[4].replace('"train"', split)
     path = write(tmp_path / "x.jsonl", "\n".join(rows))
     with pytest.raises(DataError, match=r"1 row cannot be used:\n  .*line 5: split .* is none of"):
-        read(path)
-    assert len(read(path, skip_bad_lines=1).train) == 18  # and two held out
+        read_examples(path)
+    assert len(read_examples(path, skip_bad_lines=1).train) == 18  # and two held out
     with pytest.raises(DataError, match="line 5: split .* is none of"):
         read_conversations(path)
 
@@ -192,7 +192,7 @@ def test_integers_of_five_thousand_digits(end: str, tmp_path: Path) -> None:
     rows[2] = rows[2].replace('"a"', "9" * 5_000)
     text = "\n".join(rows) if end == "jsonl" else f"[{','.join(rows)}]"
     where = "line 3: no JSON object" if end == "jsonl" else "x.json: no JSON that can be read"
-    for reader in (read, read_conversations):
+    for reader in (read_examples, read_conversations):
         with pytest.raises(DataError, match=where):
             reader(write(tmp_path / f"x.{end}", text))
 
@@ -205,14 +205,14 @@ def test_a_number_that_is_none_is_no_class_no_target_and_no_answer(
     rows[3] = rows[3].replace('"b"', value)
     path = write(tmp_path / "x.jsonl", "\n".join(rows))
     with pytest.raises(DataError, match=r"1 row cannot be used:\n  .*line 4: .*(nan|inf|-inf)"):
-        read(path)
-    assert read(path, skip_bad_lines=1).labels == ("a", "b")
+        read_examples(path)
+    assert read_examples(path, skip_bad_lines=1).labels == ("a", "b")
     numbers = [json.dumps({"text": f"t{i}", "label": i / 2}) for i in range(20)]
     numbers[3] = numbers[3].replace("1.5", value)
     path = write(tmp_path / "y.jsonl", "\n".join(numbers))
     for task in ("auto", "regression"):
         with pytest.raises(DataError, match="1 row cannot be used:\n  .*line 4: "):
-            read(path, task=task)
+            read_examples(path, task=task)
     if not value.startswith('"'):
         texts = [json.dumps({"prompt": f"p{i}", "completion": "c"}) for i in range(20)]
         texts[3] = texts[3].replace('"c"', value)
@@ -224,23 +224,23 @@ def test_a_number_that_is_none_is_no_class_no_target_and_no_answer(
             read_predictions(Path(path))
     table = "".join(f"t{i}\t{'nan' if i == 3 else i % 2}\n" for i in range(20))
     with pytest.raises(DataError, match="line 5: label 'nan' is no finite number: is it missing"):
-        read(write(tmp_path / "x.tsv", "text\tlabel\n" + table))
+        read_examples(write(tmp_path / "x.tsv", "text\tlabel\n" + table))
 
 
 def test_a_class_that_is_called_nan_is_asked_for(tmp_path: Path) -> None:
     rows = "".join(f"dish {i}\t{('nan', 'pizza')[i % 2]}\n" for i in range(20))
     path = write(tmp_path / "x.tsv", "text\tlabel\n" + rows)
-    assert read(path, labels=("nan", "pizza")).labels == ("nan", "pizza")
+    assert read_examples(path, labels=("nan", "pizza")).labels == ("nan", "pizza")
 
 
 def test_the_demos_columns_by_number_too() -> None:
-    by_name, by_number = read("demo"), read("demo", Columns(text="0", label="1"))
+    by_name, by_number = read_examples("demo"), read_examples("demo", Columns(text="0", label="1"))
     assert by_number.train == by_name.train
-    assert read("demo", Columns(text="0")).dev == by_name.dev
+    assert read_examples("demo", Columns(text="0")).dev == by_name.dev
     with pytest.raises(DataError, match="--text-column 7: no such column. Found: text, label"):
-        read("demo", Columns(text="7"))
+        read_examples("demo", Columns(text="7"))
     with pytest.raises(DataError, match="--text-column ²: no such column"):
-        read("demo", Columns(text="²"))
+        read_examples("demo", Columns(text="²"))
 
 
 @pytest.mark.parametrize("value", ["1e200", "-1e39", "nan", "inf"])
@@ -257,7 +257,7 @@ def test_bad_rows_are_counted_whole_and_ten_are_listed(tmp_path: Path) -> None:
         rows[i] = ("{", '{"text": "a"}', '{"text": null, "label": "a"}')[i % 3]
     path = write(tmp_path / "x.jsonl", "\n".join([*rows, *map(json.dumps, ROWS)]))
     with pytest.raises(DataError) as error:
-        read(path)
+        read_examples(path)
     lines = str(error.value).split("\n")
     assert lines[0] == "15 rows cannot be used:"
     # Broken lines are met first, then rows without a text, then those without a label.
@@ -266,16 +266,16 @@ def test_bad_rows_are_counted_whole_and_ten_are_listed(tmp_path: Path) -> None:
     assert lines[11:] == [
         "  and 5 more", "Mend them, or pass --skip-bad-lines 15 to leave them out.",
     ]  # fmt: skip
-    corpus = read(path, skip_bad_lines=15)
+    corpus = read_examples(path, skip_bad_lines=15)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 25
     assert corpus.note.startswith("15 rows skipped, as --skip-bad-lines 15 allows:\n  ")
     with pytest.raises(DataError, match="--skip-bad-lines 15 to leave"):
-        read(path, skip_bad_lines=14)
+        read_examples(path, skip_bad_lines=14)
 
 
 def test_rows_that_are_all_bad_cannot_be_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", "{\n" * 20)
-    for reader in (read, read_conversations):
+    for reader in (read_examples, read_conversations):
         with pytest.raises(DataError, match="20 rows cannot be used.*\n.*(?s:.*)Too few others"):
             reader(path)
 

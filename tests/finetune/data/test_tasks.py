@@ -7,7 +7,16 @@ import random
 import pytest
 
 from lora.errors import DataError
-from lora.finetune.demo.tasks import COUNTS, TASKS, date, exact, generate, letters, number, split_of
+from lora.finetune.demo.tasks import (
+    COUNTS,
+    MADE_TASKS,
+    date,
+    exact,
+    generate,
+    letters,
+    number,
+    split_of,
+)
 
 BY_HAND = {
     "copy": "lanovir",
@@ -48,7 +57,7 @@ def spoken(word: str) -> list[object]:
 
 @pytest.mark.parametrize("name", sorted(BY_HAND))
 def test_of_a_word(name: str) -> None:
-    assert TASKS[name].draw(Scripted(*spoken("lanovir"))) == ("lanovir", BY_HAND[name])
+    assert MADE_TASKS[name].draw(Scripted(*spoken("lanovir"))) == ("lanovir", BY_HAND[name])
 
 
 def test_of_several_things() -> None:
@@ -64,12 +73,12 @@ def test_of_several_things() -> None:
         "subtract": ([17, 85], "85 17", "68"),
         "date": ([1987, 3, 9], "1987-03-09", "9 March 1987"),
     }
-    assert set(wanted) | set(BY_HAND) == set(TASKS)
+    assert set(wanted) | set(BY_HAND) == set(MADE_TASKS)
     for name, (drawn, given, answer) in wanted.items():
-        assert TASKS[name].draw(Scripted(*drawn)) == (given, answer)
+        assert MADE_TASKS[name].draw(Scripted(*drawn)) == (given, answer)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(MADE_TASKS))
 def test_splits_are_full_and_never_meet(name: str) -> None:
     splits = {split: generate(name, split) for split in COUNTS}
     others = generate(name, "train", seed=1)
@@ -85,8 +94,8 @@ def test_splits_are_full_and_never_meet(name: str) -> None:
         assert split_of(given) == "test"
         assert (prompt + answer).isascii()
         assert len(prompt) <= 32
-        assert TASKS[name].metric(f" {answer}\n", answer) == exact(answer, answer) == 1
-        assert TASKS[name].metric(answer + "9", answer) < 1
+        assert MADE_TASKS[name].metric(f" {answer}\n", answer) == exact(answer, answer) == 1
+        assert MADE_TASKS[name].metric(answer + "9", answer) < 1
 
 
 def test_a_function_of_its_arguments() -> None:

@@ -29,7 +29,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from lora.errors import ConfigError, DataError, ModelError
-from lora.finetune.data.conversations import Conversation, Message, read_split
+from lora.finetune.data.conversations import Conversation, Message, read_one_split
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids
 from lora.finetune.data.previews import preview
 from lora.finetune.data.templates import Template, template_of
@@ -347,7 +347,7 @@ def test_examples_lie_in_a_row_and_what_learns_nothing_is_left_out() -> None:
 def test_batches_of_texts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     template = of(made("gpt2"), "zephyr")
     whole, counts = encode(template, [*CONVERSATIONS.values()], 60)
-    monkeypatch.setattr("lora.finetune.data.encoding.AT_ONCE", 3)
+    monkeypatch.setattr("lora.finetune.data.encoding.TEXTS_AT_ONCE", 3)
     again, others = encode(template, [*CONVERSATIONS.values()], 60)
     assert counts == others
     assert all(torch.equal(whole[name], again[name]) for name in whole)
@@ -755,7 +755,7 @@ def test_a_preview_shows_what_learns_nothing_before_it_is_refused(
 
 def test_e2e_as_it_stands() -> None:
     folder = needs_shared("e2e")
-    some = read_split(str(folder / "test.txt"))[0][::10]
+    some = read_one_split(str(folder / "test.txt"))[0][::10]
     template = template_of(made("gpt2"))
     found, counts = encode(template, some, 1000)
     assert (counts.lost, counts.straddling, counts.unlike) == (0, 0, 0)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lora.finetune.data import tokens
 from lora.finetune.data.corpus import Example
-from lora.finetune.data.tokens import Encoded, ahead, batches, collate, encode, sorted_batches
+from lora.finetune.data.tokens import Encoded, ahead, batches, collate, sorted_batches, tokenize
 from lora.finetune.models import load_base
 
 TEXTS = ["a good film", "not a wasted frame", "dull", "", "a good film"]
@@ -67,7 +67,7 @@ def test_collate_pads_to_the_longest_of_the_batch() -> None:
 def test_a_mask_is_made_where_the_tokenizer_leaves_it_out() -> None:
     tokenizer = load_base("demo", 2, "classification", 0).tokenizer
     tokenizer.model_input_names = ["input_ids"]
-    found = encode(tokenizer, [Example("a good film", None, None)], [0.0], "classification", 16)
+    found = tokenize(tokenizer, [Example("a good film", None, None)], [0.0], "classification", 16)
     assert found.fields["attention_mask"].tolist() == [1] * 5
 
 
@@ -85,7 +85,7 @@ def tokenizer() -> Any:
 def encoded(tokenizer: Any, texts: list[str] = TEXTS, length: int = 16, pair: str | None = None,
             targets: list[float] | None = None) -> Encoded:  # fmt: skip
     examples = [Example(text, pair, None) for text in texts]
-    return encode(tokenizer, examples, targets or [0.0] * len(texts), "classification", length)
+    return tokenize(tokenizer, examples, targets or [0.0] * len(texts), "classification", length)
 
 
 def same(one: Encoded, two: Encoded) -> bool:
