@@ -33,6 +33,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -151,15 +152,15 @@ def _doubly(q: NF4) -> NF4:
 
 
 def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "") -> NF4:
-    """A layer's weight as bitsandbytes saves it in NF4, bit for bit; no tensor is copied.
+    """Returns a layer's weight as bitsandbytes saves it in NF4, bit for bit; copies no tensor.
 
-    By their keys in its files, less the layer's name: weight (⌈values / 2⌉, 1) uint8, or the same
-    bytes in the dtype of its quant_storage; weight.absmax (blocks,) float32; weight.quant_map (16,)
-    float32; STATE, JSON as uint8. Doubly quantised weight.absmax is uint8, and there are
-    weight.nested_absmax (⌈blocks / 256⌉,) and weight.nested_quant_map (256,), float32.
+    The keys are those of its files without the layer's name: weight (⌈values / 2⌉, 1) uint8, or the
+    same bytes in the dtype of its quant_storage; weight.absmax (blocks,) float32; weight.quant_map
+    (16,) float32; STATE, JSON as uint8. If weight.absmax is quantized too, it is uint8, and there
+    are weight.nested_absmax (⌈blocks / 256⌉,) and weight.nested_quant_map (256,), float32.
 
     Raises ModelError for anything else: FP4, 8 bits, other levels or blocks, tensors that are
-    missing, further or of another shape; `name` is what the message calls the weight.
+    missing, too many or of another shape; `name` is what the message calls the weight.
     """
 
     def refused(found: str) -> ModelError:
@@ -168,6 +169,27 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "") -> NF4:
             " weights as they were before, with --quantize nf4 (in Python, lora.nf4.quantize)."
         )
 
+    state = _bitsandbytes_state(tensors, refused)
+    dtype = _check_bitsandbytes_state(state, refused)
+    block_size, shape = state["blocksize"], tuple(state["shape"])
+    _check_bitsandbytes_tensors(tensors, block_size, math.prod(shape), refused)
+    weight, nested, mean = tensors["weight"], tensors.get("weight.nested_absmax"), None
+    if nested is not None:
+        offset = state["nested_offset"]
+        mean = torch.tensor(offset, dtype=torch.float32, device=weight.device)
+    codes = weight.view(torch.uint8).flatten()
+    q = NF4(codes, tensors["weight.absmax"], shape, dtype, block_size, nested, mean)
+    if not bool(q.scales().isfinite().all()):
+        raise refused("its absmax holds NaN or infinity")
+    return q
+
+
+Refused = Callable[[str], ModelError]
+"""The error that says why bitsandbytes' files of a weight cannot be read."""
+
+
+def _bitsandbytes_state(tensors: Mapping[str, Tensor], refused: Refused) -> dict[str, Any]:
+    """Returns the JSON among the tensors, which has the fields that we know, as the tensors do."""
     if STATE not in tensors:
         raise refused(f"no {STATE}, found {', '.join(sorted(tensors))}")
     try:
@@ -176,16 +198,19 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "") -> NF4:
         state = None
     if not isinstance(state, dict):
         raise refused(f"{STATE} is no JSON object")
-    double = "weight.nested_absmax" in tensors
     keys = {"weight", "weight.absmax", "weight.quant_map", STATE}
     fields = {"quant_type", "blocksize", "dtype", "shape"}
-    if double:
+    if "weight.nested_absmax" in tensors:
         keys |= {"weight.nested_absmax", "weight.nested_quant_map"}
         fields |= {"nested_blocksize", "nested_dtype", "nested_offset"}
     odd = [*sorted(keys ^ tensors.keys()), *sorted(fields ^ state.keys())]
     if odd:
         raise refused(f"{odd[0]} is {'missing' if odd[0] in keys | fields else 'one too many'}")
+    return state
 
+
+def _check_bitsandbytes_state(state: Mapping[str, Any], refused: Refused) -> torch.dtype:
+    """Raise `refused` unless the fields say NF4. Returns the dtype."""
     block_size, shape, offset = state["blocksize"], state["shape"], state.get("nested_offset", 0.0)
     dtype = next((one for one in DTYPES if str(one) == f"torch.{state['dtype']}"), None)
     whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
@@ -202,9 +227,15 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "") -> NF4:
         if not good:
             raise refused(f"{field} must be {wanted}, found {state[field]!r:.60}")
     assert dtype is not None
+    return dtype
 
-    weight, count = tensors["weight"], math.prod(shape)
-    blocks = -(-count // block_size)
+
+def _check_bitsandbytes_tensors(
+    tensors: Mapping[str, Tensor], block_size: int, count: int, refused: Refused
+) -> None:
+    """Raise `refused` unless `count` values are there, in the right shapes and by NF4's levels."""
+    weight, blocks = tensors["weight"], -(-count // block_size)
+    double = "weight.nested_absmax" in tensors
     sizes = {
         "weight": (weight.dtype, -(-count // (2 * weight.element_size())), 1),
         "weight.absmax": (torch.uint8 if double else torch.float32, blocks),
@@ -212,21 +243,15 @@ def from_bitsandbytes(tensors: Mapping[str, Tensor], name: str = "") -> NF4:
         "weight.nested_absmax": (torch.float32, -(-blocks // NESTED)),
         "weight.nested_quant_map": (torch.float32, 256),
     }
-    for key in sorted(keys - {STATE}):
+    for key in sorted(tensors.keys() - {STATE}):
         found = (tensors[key].dtype, *tensors[key].shape)
         if found != sizes[key]:
             raise refused(f"{key} must be {sizes[key]}, found {found}")
     cpu = torch.device("cpu")
     levels = {"weight.quant_map": _levels(), "weight.nested_quant_map": dynamic_map(cpu)}
-    for key in sorted(keys & levels.keys()):
+    for key in sorted(tensors.keys() & levels.keys()):
         if not torch.equal(tensors[key].to(cpu), levels[key]):
             raise refused(f"{key} holds other levels")
-    mean = torch.tensor(offset, dtype=torch.float32, device=weight.device) if double else None
-    codes, nested = weight.view(torch.uint8).flatten(), tensors.get("weight.nested_absmax")
-    q = NF4(codes, tensors["weight.absmax"], tuple(shape), dtype, block_size, nested, mean)
-    if not bool(q.scales().isfinite().all()):
-        raise refused("its absmax holds NaN or infinity")
-    return q
 
 
 def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:

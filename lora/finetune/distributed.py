@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -186,26 +186,26 @@ def shard(
     seed: int = 0,
     offload: bool = False,
 ) -> None:
-    """Leave of the frozen base on each rank a piece, in place: FSDP2, block by block.
+    """Shard the frozen base among the ranks, in place: FSDP2, block by block.
 
-    A block is an element of an nn.ModuleList that has layers within; the input embedding is one
-    where it is tied to nothing, and the rest one more, whole from forward to backward. To be called
-    last: with its adapters on, in its final dtypes, its gradient checkpointing enabled. All
-    else lies on device() then, on every rank the same: what trains, adapters, what two blocks
-    share, and scalars. Where a bfloat16 product meets a float32 weight the cast of that weight is
-    kept whole: memory.hold() first.
+    A block is an element of an nn.ModuleList that has layers within. The input embedding is a block
+    if it is not tied, and the rest of the model is one more, gathered from forward to backward.
+    Call it last: with the adapters on, in the final dtypes, with gradient checkpointing enabled.
+    All else is on device(), the same on every rank: trainable parameters, adapters, what two blocks
+    share, and scalars. If a bfloat16 product meets a float32 weight, FSDP2 keeps the cast of that
+    weight whole: call memory.hold() first.
 
-    `pieces` are a base's that was loaded so (models.load_base), by name: each is taken out as it
-    finds its place, and the adapters are filled then, by `seed`, as inject would have. With
-    `offload` the pieces lie in the memory of the CPU, and each block is fetched to the accelerator.
+    pieces: those of a base that models.load_base cut as it was read, by name. Each is taken out as
+            it is put in, and the adapters are then filled from `seed`, as inject would have.
+    offload: keep the pieces in the memory of the CPU, and fetch each block to the accelerator.
 
-    Every rank has to call it, inside of group(); and afterwards lora.save, with writes=False on all
-    but one, lora.load and lora.init. A merge is not to be had: reload the base. Raises ConfigError.
+    Every rank has to call it, within group(); and later lora.save, with writes=False on all but
+    one, lora.load and lora.init. A sharded base cannot be merged: load it again.
+    Raises ConfigError.
     """
     # A second of importing, which data parallel runs are spared.
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-    from torch.distributed.tensor import DTensor, Shard
 
     here, pieces = device(), {} if pieces is None else pieces
     if offload and here.type == "cpu":
@@ -213,7 +213,7 @@ def shard(
             "the base is to be offloaded to the CPU's memory, and there is no accelerator that it"
             " would be fetched to: it lies there anyway. Leave the offloading out."
         )
-    filled = bool(pieces)
+    from_pieces = bool(pieces)
     for part in (part for name in injected(model) for part in _modules_of(owned(model, name))):
         if any(parameter.is_meta for parameter in part.parameters()):
             part.to_empty(device=here)
@@ -221,16 +221,54 @@ def shard(
     # The inner ones first.
     units = list(dict.fromkeys([*originals, *_untied_embedding(model), *_blocks(model), model]))
     names = {parameter: name for name, parameter in reversed(list(base_paths(model)))}
-    homes: dict[nn.Parameter, list[tuple[int, nn.Module, str]]] = {}
+    homes = _homes(units)
+    mesh = init_device_mesh(here.type, (size(),))
+    whole = _keep_whole(homes, names, pieces, mesh)
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for unit in units:
+        fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=whole)
+    places = {names[parameter]: home for parameter, home in homes.items() if parameter in names}
+    for name in list(pieces):
+        _, module, leaf = places[name][0]
+        cut: Any = torch.empty_like(module.get_parameter(leaf), device="cpu" if offload else here)
+        cut.to_local().copy_(pieces.pop(name))
+        parameter = nn.Parameter(cut, requires_grad=False)
+        for _, module, leaf in places[name]:
+            module._parameters[leaf] = parameter
+    if from_pieces:
+        for name in injected(model):
+            init(model, seed, name)
+
+
+Home = tuple[int, nn.Module, str]  # the number of a unit, a module in it, and the parameter's name
+
+
+def _homes(units: Sequence[nn.Module]) -> dict[nn.Parameter, list[Home]]:
+    """Returns where each parameter is used: in which units, by which modules."""
+    homes: dict[nn.Parameter, list[Home]] = {}
     for number, unit in enumerate(units):
         for module in _own(unit, units):
             for leaf, parameter in module.named_parameters(recurse=False):
                 homes.setdefault(parameter, []).append((number, module, leaf))
-    mesh = init_device_mesh(here.type, (size(),))
-    whole: set[nn.Parameter] = set()
-    for parameter, places in homes.items():
+    return homes
+
+
+def _keep_whole(
+    homes: Mapping[nn.Parameter, list[Home]],
+    names: Mapping[nn.Parameter, str],
+    pieces: MutableMapping[str, Tensor],
+    mesh: Any,
+) -> set[nn.Parameter]:
+    """Put on device() what is not sharded, joined from the ranks' pieces if it is cut.
+
+    These are trainable parameters, parameters of adapters, of two units, and scalars.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    here, whole = device(), set[nn.Parameter]()
+    for parameter, home in homes.items():
         frozen = parameter in names and not parameter.requires_grad
-        if frozen and parameter.dim() and len({number for number, *_ in places}) == 1:
+        if frozen and parameter.dim() and len({number for number, *_ in home}) == 1:
             continue
         kept = parameter
         if parameter.is_meta:
@@ -238,24 +276,11 @@ def shard(
             shape, stride = parameter.shape, parameter.stride()
             joined = DTensor.from_local(piece, mesh, [Shard(0)], shape=shape, stride=stride)
             kept = nn.Parameter(joined.full_tensor(), parameter.requires_grad)
-            for _, module, leaf in places:
+            for _, module, leaf in home:
                 module._parameters[leaf] = kept
         kept.data = kept.data.to(here)
         whole.add(kept)
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for unit in units:
-        fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=whole)
-    found = {names[parameter]: places for parameter, places in homes.items() if parameter in names}
-    for name in list(pieces):
-        _, module, leaf = found[name][0]
-        cut: Any = torch.empty_like(module.get_parameter(leaf), device="cpu" if offload else here)
-        cut.to_local().copy_(pieces.pop(name))
-        held = nn.Parameter(cut, requires_grad=False)
-        for _, module, leaf in found[name]:
-            module._parameters[leaf] = held
-    if filled:
-        for name in injected(model):
-            init(model, seed, name)
+    return whole
 
 
 def _modules_of(parts: Parts) -> Iterator[nn.Module]:
@@ -294,35 +319,26 @@ def _own(module: nn.Module, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `lora ARGUMENTS` as `count` ranks on this machine; the exit code.
+    """Run `lora ARGUMENTS` as `count` ranks on this machine. Returns the exit code.
 
-    That of the rank that failed first, 0 where none did; 130 or 143 where this process was told to
-    stop (Ctrl-C, SIGTERM). It tells each rank once, gives them 30 seconds to end, and hears no
-    further signal meanwhile. The ranks share the cores, but where OMP_NUM_THREADS says otherwise.
-    Raises TrainingError where a rank was killed, which can say nothing itself, and ConfigError
-    where there are fewer accelerators than ranks.
+    It is that of the rank that failed first, 0 if none did; 130 or 143 if this process was told to
+    stop (Ctrl-C, SIGTERM). It tells each rank once, gives them 30 seconds to end, and ignores
+    further signals meanwhile. The ranks share the cores unless OMP_NUM_THREADS is set. Raises
+    TrainingError if a rank was killed, since it cannot say so itself, and ConfigError if there are
+    fewer accelerators than ranks.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
-        there = torch.cuda.device_count()
+        available = torch.cuda.device_count()
         raise ConfigError(
-            f"--nproc {count}: each rank takes an accelerator of its own, found {there}. Set"
-            f" --nproc {there}, or CUDA_VISIBLE_DEVICES= to train on the processor."
+            f"--nproc {count}: each rank takes an accelerator of its own, found {available}. Set"
+            f" --nproc {available}, or CUDA_VISIBLE_DEVICES= to train on the processor."
         )
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    heard = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in heard}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for one in heard:
-            signal.signal(one, signal.SIG_IGN)
-        raise SignalException("told to stop", signal.Signals(number))
-
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _stop_signals_raise():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -333,30 +349,55 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             local_addr="localhost",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle="SIGQUIT",  # not the three: torch would hear a second one of them too
+            signals_to_handle="SIGQUIT",  # not ours: torch would react to a second one of them too
         )
-        logging.disable()  # what went wrong a rank says itself
         try:
-            for one in heard:
-                if before[one] != signal.SIG_IGN:  # as under nohup
-                    signal.signal(one, stop)
             elastic_launch(config, sys.executable)("-m", "lora", *arguments)
         except SignalException as told:
             return 128 + int(told.sigval)
         except ChildFailedError as failed:
-            number, failure = failed.get_first_failure()
-            for other, also in failed.failures.items():  # that found it gone in the same moment
-                ended = also.exitcode < 0 and also.exitcode != -signal.SIGTERM
-                if ended and also.timestamp <= failure.timestamp + 1:
-                    number, failure = other, also
-            if failure.exitcode < 0:
-                raise TrainingError(
-                    f"rank {number} of {count} (process {failure.pid}) was ended by"
-                    f" {failure.signal_name()}; the others were stopped."
-                ) from None
-            return int(failure.exitcode)
-        finally:
-            logging.disable(logging.NOTSET)
-            for one in heard:
-                signal.signal(one, before[one])
+            return _exit_code(failed, count)
     return 0
+
+
+@contextmanager
+def _stop_signals_raise() -> Iterator[None]:
+    """Within, the first signal to stop raises torch's SignalException, and further ones are
+    ignored. Logging is off: a rank says itself what went wrong."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        raise SignalException("told to stop", signal.Signals(number))
+
+    logging.disable()
+    try:
+        for number in signals:
+            if before[number] != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, stop)
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        for number in signals:
+            signal.signal(number, before[number])
+
+
+def _exit_code(failed: Any, count: int) -> int:
+    """Returns the exit code of the rank that failed first. Raises TrainingError if killed."""
+    number, failure = failed.get_first_failure()
+    # A rank that finds another one gone may be noticed before that one.
+    for other, also in failed.failures.items():
+        killed = also.exitcode < 0 and also.exitcode != -signal.SIGTERM
+        if killed and also.timestamp <= failure.timestamp + 1:
+            number, failure = other, also
+    if failure.exitcode < 0:
+        raise TrainingError(
+            f"rank {number} of {count} (process {failure.pid}) was ended by"
+            f" {failure.signal_name()}; the others were stopped."
+        ) from None
+    return int(failure.exitcode)

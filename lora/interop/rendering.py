@@ -212,9 +212,28 @@ def _compiled(template: str) -> Any:
     return _environment().from_string(template)
 
 
+class _Dict:
+    """dict, without the attributes that lead from a class to Python's internals."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+    sort_keys: bool = False,
+) -> str:  # fmt: skip
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    """Jinja as transformers sets it up in utils/chat_template_utils.py."""
+    """Returns Jinja as transformers sets it up in utils/chat_template_utils.py."""
     import jinja2.ext
     import jinja2.sandbox
 
@@ -226,15 +245,6 @@ def _environment() -> Any:
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Dict:
-        """dict, without the attributes that lead from a class to Python's internals."""
-
-        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*args)
 
     class Namespace(jinja2.utils.Namespace):
         """Jinja's, without names that begin with an underscore."""
@@ -256,26 +266,17 @@ def _environment() -> Any:
                 f"a namespace has no attribute {name!r}, which begins with an underscore"
             )
 
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:  # fmt: skip
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-            sort_keys=sort_keys,
-        )  # fmt: skip
-
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters["tojson"] = _tojson
     environment.globals.update(
         raise_exception=raise_exception,
         strftime_now=lambda form: datetime.now().strftime(form),
-        dict=Dict(),
+        dict=_Dict(),
         namespace=Namespace,
     )
     return environment
