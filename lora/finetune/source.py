@@ -78,7 +78,9 @@ def open_source(
     if run:
         return _of_run(run, base, method)
     if adapter:
-        return replace(_of_adapter(directory, find_folder(directory), base, method), resizes=resizes)
+        return replace(
+            _of_adapter(directory, find_folder(directory), base, method), resizes=resizes
+        )
     if (directory / "config.json").is_file():
         raise RunError(
             f"{directory} is a plain model (config.json), not a run or an adapter. Load it with"
