@@ -1,35 +1,29 @@
 """The dry run: what a run would match, train, take and need, from its configuration and its data.
 
-No weight is read. The base is built from config.json under FakeTensorMode, whose tensors have a
-shape, a dtype and a device, and no values, so that the adapters, the fused path, autocast and the
-attention's kernels are those of the run. Two optimiser steps are taken with it at the largest
-batch (the moments are made in the first), then the largest batch of the evaluation is computed,
-and every storage is counted from its first operation until nothing refers to it. torch's own
-allocator, measured in a real step, comes to the same bytes.
+No weight is read. The base is built from config.json under FakeTensorMode: its tensors have a
+shape, a dtype and a device, but no values, so the adapters, the fused path, autocast and the
+attention kernels are those of the run. The run's own functions take two optimizer steps with it at
+the largest batch (the first one makes AdamW's moments), then compute the largest batch of the
+evaluation. A Ledger counts every tensor storage from the operation that makes it until it is freed.
+torch's own allocator, measured in a real step, comes to the same bytes.
 
-On a processor a process holds more than its tensors, and each part is had from where it comes from:
+On a CPU a process holds more than its tensors. Each part has its own source:
 
     process     imports, tokenizer and data: this process has them too, and is measured
-    mapped      a base in float32 files is not copied but mapped: pages of the file, not anonymous
-    saving      the adapter's file lies in memory twice while it is written
-    holes       between the blocks of glibc's heap: HOLES of what lives at the peak
+    mapped      a base in float32 files is mapped, not copied: pages of the file, not private
+    saving      the adapter's file is in memory twice while it is written
+    holes       between the blocks of glibc's heap: HOLES times what lives at the peak
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from lora import nf4
 from lora.checkpoint import read_adapter
@@ -40,8 +34,10 @@ from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
 from lora.finetune.distributed import device as device_here
 from lora.finetune.environment import PeakMemory, total_memory
+from lora.finetune.estimate import Estimate, Memory, Shape
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
+from lora.finetune.ledger import Ledger
 from lora.finetune.losses import token_scores
 from lora.finetune.memory import checkpoint_activations, hold
 from lora.finetune.methods import method_named
@@ -56,336 +52,120 @@ from lora.report import Report
 from lora.settings import whole_number
 from lora.training import check_steps
 
-HOLES = 0.7
-"""Of glibc's heap, over what lives in it, as `lora train` came to with the demo's four methods:
-0.59 to 0.85 (benchmarks/results/plan.json)."""
-MIB = 2**20
-WALKED = 100_000  # steps whose batches are looked at, and at least one epoch's
-
-
-class Shape(NamedTuple):
-    """Of a batch, or of a part of it."""
-
-    rows: int
-    longest: int  # tokens of the longest row
-    targets: int  # classes, quantities, or tokens with a label
-    shown: int = 0  # tokens of the longest answer that a decoder of its own is shown
-
-    @property
-    def positions(self) -> int:
-        return self.rows * self.longest
-
-    @property
-    def size(self) -> int:
-        """Positions, a decoder's own too: by it the largest is told."""
-        return self.rows * (self.longest + self.shown)
-
-    def part(self, rows: int) -> Shape:
-        """So many of its rows."""
-        return self._replace(rows=rows, targets=-(-self.targets * rows // self.rows))
+WALKED = 100_000
+"""Steps whose batches are looked at; at least those of one epoch."""
 
 
 def shape_of(encoded: Encoded, rows: Sequence[int]) -> Shape:
-    """Of the batch that some examples are."""
-    laid = layout(encoded, rows)
-    longest = max(sum(encoded.lengths[row] for row in some) for some in laid)
-    shown = max(encoded.counts[row] for row in rows) if encoded.shown is not None else 0
-    return Shape(len(laid), longest, sum(encoded.counts[row] for row in rows), shown)
-
-
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of every storage that is made within it, by what it is for.
-
-    A mode, since a tracker that hooks modules (torch's MemTracker) would turn the fused path off.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.use = "base"  # of what is made from here on
-        self.now: Counter[str] = Counter()
-        self.most: Counter[str] = Counter()
-        self.held: dict[Any, Tensor] = {}  # lora.kernels.scratch keeps what it makes here
-        self.known: Any = WeakIdKeyDictionary()  # storage -> [use, bytes]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default:  # which depends on values: of none it finds none
-            return torch.empty((0, args[0].dim()), dtype=torch.long, device=args[0].device)
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
-                self.enter(leaf)
-        return found
-
-    def enter(self, tensor: Tensor, use: str | None = None) -> None:
-        """Count a tensor's storage, under another use from now on where one is given."""
-        storage = tensor.untyped_storage()
-        entry: list[Any] | None = self.known.get(storage)
-        if entry is None:
-            size = storage.nbytes()
-            entry = [use or self.use, size]
-            self.known[storage] = entry
-            weakref.finalize(storage, self._leave, entry)
-            self.now[entry[0]] += size
-            if self.now.total() > self.most.total():
-                self.most = Counter(self.now)
-        elif use is not None:
-            self.now[entry[0]] -= entry[1]
-            entry[0] = use
-            self.now[use] += entry[1]
-
-    def _leave(self, entry: list[Any]) -> None:
-        self.now[entry[0]] -= entry[1]
-
-    @contextmanager
-    def phase(self, use: str) -> Iterator[Counter[str]]:
-        """Yields what lived at the phase's peak, filled when it ends."""
-        self.use, self.most, found = use, Counter(self.now), Counter[str]()
-        yield found
-        found.update({name: size for name, size in self.most.items() if size})
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device. The phases hold what lives at the peak of each, by what it is for."""
-
-    devices: int
-    sharded: bool
-    rows: int  # computed at a time
-    loading: int
-    training: dict[str, int]
-    evaluation: dict[str, int]
-    saving: dict[str, int]
-    process: int = 0
-    mapped: int = 0  # of the base, in every phase: pages of its files
-    on_heap: bool = False  # the CPU's
-
-    @property
-    def tensors(self) -> int:
-        """The most that lives at once, in whichever phase."""
-        phases = (self.training, self.evaluation, self.saving)
-        return max(self.loading, *(sum(phase.values()) for phase in phases))
-
-    @property
-    def peak(self) -> int:
-        """What is measured as peak_bytes: of a process its anonymous memory, of a GPU what its
-        allocator has given out."""
-        return self.process + self.tensors + self.holes
-
-    @property
-    def holes(self) -> int:
-        """Of the heap, between the blocks."""
-        return int(HOLES * self.tensors) if self.on_heap else 0
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a dry run found; `str(estimate)` is its tables."""
-
-    report: Report
-    source: str
-    splits: dict[str, int]  # rows
-    epochs: int
-    steps_per_epoch: int
-    tokens: float  # of a step, without padding, mean
-    padding: float  # share of the positions of all steps
-    largest: Shape  # the largest batch
-    evaluated: Shape
-    dtype: str
-    device: str
-    there: int  # bytes that the machine or the device has
-    memory: tuple[Memory, ...]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        (rows, longest, *_), per_epoch = self.largest, self.steps_per_epoch
-        sizes = ", ".join(f"{rows:,} {name}" for name, rows in self.splits.items())
-        lines = [
-            str(self.report),
-            "",
-            f"data    {self.source}: {sizes}",
-            f"steps   {per_epoch:,} an epoch, {self.epochs * per_epoch:,} in all",
-            f"tokens  {self.tokens:,.0f} a step, and {self.padding:.1%} of all positions padding;"
-            f" the largest batch is {rows} × {longest}",
-            "",
-            *_table(self),
-            "",
-            *self.notes,
-            self.verdict(),
-        ]
-        return "\n".join(lines)
-
-    def verdict(self) -> str:
-        """Whether it fits, and what to set where it does not."""
-        where = "the machine" if self.device == "cpu" else "the device"
-        lines = []
-        for memory in self.memory:
-            need, what = memory.peak + memory.mapped, _layout(memory)
-            if need <= self.there:
-                lines.append(f"{what}: fits, {where} has {self.there / MIB:,.0f} MiB")
-                continue
-            lines.append(
-                f"{what}: does not fit, {where} has {self.there / MIB:,.0f} MiB. Lower"
-                " --micro-batch-size, --max-length or --r; set --activation-checkpointing, or"
-                " --quantize nf4."
-            )
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json: bytes, rows and tokens."""
-        own = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("report", "memory")
-        }
-        plan = self.report.plan
-        matched = [
-            {"what": what, "layers": many, "shape": shape, "parameters": count}
-            for what, many, shape, count in self.report.rows
-        ]
-        counts = {
-            "method": plan.method.name,
-            "targets": list(plan.targets),
-            "matched": matched,
-            "adapter_parameters": self.report.adapter_parameters,
-            "trainable": self.report.trainable,
-            "parameters": self.report.total,
-        }
-        return (
-            counts
-            | own
-            | {
-                "steps": self.epochs * self.steps_per_epoch,
-                "memory": [
-                    {
-                        **dataclasses.asdict(m),
-                        "tensors": m.tensors,
-                        "holes": m.holes,
-                        "peak": m.peak,
-                    }
-                    for m in self.memory
-                ],
-            }
-        )
-
-
-def _layout(memory: Memory) -> str:
-    if memory.devices == 1:
-        return "one device"
-    return f"{memory.devices} devices, {'base sharded' if memory.sharded else 'base on each'}"
-
-
-def _table(estimate: Estimate) -> list[str]:
-    """Memory: a column for each layout, MiB of one device."""
-    memories = estimate.memory
-    longest = estimate.largest[1]
-    names = {
-        "base": f"base, {estimate.dtype}",
-        "trained": "what trains",
-        "gradients": "gradients",
-        "optimiser": "moments of AdamW",
-        "logits": "logits",
-        "activations": "activations",
-    }
-    lines: list[tuple[str, list[int]]] = [
-        (f"  {said}", [m.training.get(name, 0) for m in memories]) for name, said in names.items()
-    ]
-    lines += [
-        ("training step", [sum(m.training.values()) for m in memories]),
-        ("evaluation, {} × {}".format(*estimate.evaluated[:2]),
-         [sum(m.evaluation.values()) for m in memories]),
-        ("loading the base", [m.loading for m in memories]),
-        ("saving", [sum(m.saving.values()) for m in memories]),
-        ("the largest of these", [m.tensors for m in memories]),
-        ("  imports, tokenizer, data", [m.process for m in memories]),
-        ("  holes of the heap", [m.holes for m in memories]),
-        ("peak of a device", [m.peak for m in memories]),
-        ("  base mapped from its files", [m.mapped for m in memories]),
-    ]  # fmt: skip
-    always = ("peak of a device", "training step")
-    shown = [(name, sizes) for name, sizes in lines if any(sizes) or name in always]
-    heads = [_layout(m) for m in memories]
-    width = max(len("memory of a device, MiB"), *(len(name) for name, _ in shown))
-    spans = [max(len(head), 10) for head in heads]
-    first = f"{'memory of a device, MiB':<{width}}"
-    found = ["  ".join([first, *(f"{h:>{s}}" for h, s in zip(heads, spans, strict=True))])]
-    for name, sizes in shown:
-        cells = [f"{size / MIB:>{s},.1f}" for size, s in zip(sizes, spans, strict=True)]
-        found.append("  ".join([f"{name:<{width}}", *cells]))
-    counts = ", ".join(f"{m.rows} × {longest}" for m in memories)
-    return [*found, f"activations and logits are of rows × tokens at a time: {counts}"]
+    """The size of the batch that these examples make."""
+    laid_out = layout(encoded, rows)
+    longest = max(sum(encoded.lengths[row] for row in together) for together in laid_out)
+    decoder_tokens = max(encoded.counts[row] for row in rows) if encoded.shown is not None else 0
+    targets = sum(encoded.counts[row] for row in rows)
+    return Shape(len(laid_out), longest, targets, decoder_tokens)
 
 
 def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
-    """The dry run of a configuration: on one device and, of several, on each of them.
+    """The dry run of a configuration: on one device and, if there are several, on each of them.
 
-    Of several devices each takes its share of a batch's rows, and has the whole base, or where it
-    is sharded its share of what is frozen and the largest block whole. Raises what `lora train`
-    would raise before its first step, and ModelError where the model cannot be followed without
-    values.
+    Each of several devices takes its share of a batch's rows. It holds the whole base; or, sharded,
+    its share of the frozen weights and the largest block whole. Raises what `lora train` would
+    raise before its first step, and ModelError if the model cannot run without values.
     """
     whole_number("nproc", devices, most=1024)
-    anonymous, device = PeakMemory(), device_here()
-    before = anonymous.now()
+    memory, device = PeakMemory(), device_here()
+    before = memory.now()
     corpus = read_corpus(config)
-    asked = len(corpus.labels) or 1, corpus.task, config.quantize, config.dense
-    bare = load_skeleton(config.base, *asked)
+    labels = len(corpus.labels) or 1
+    bare = load_skeleton(config.base, labels, corpus.task, config.quantize, config.dense)
     bare = with_tokens(bare, config, corpus.task, resized_for(config))
-    config, said = resolve(config, corpus, bare, device)
+    config, note = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
-    corpus = inputs.corpus
-    splits = inputs.splits
+    corpus, splits = inputs.corpus, inputs.splits
+    # A run imports its metrics too.
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
-    process = anonymous.now() - before if device.type == "cpu" else 0
+    process = memory.now() - before if device.type == "cpu" else 0
 
-    train = splits["train"]
-    per_epoch = steps_per_epoch(train, config.batch_size)
-    walked = min(config.epochs, -(-WALKED // per_epoch))
-    plan_of_batches = batch_plan(train, config.batch_size, walked, config.seed)
-    each = [shape_of(train, rows) for _, rows in plan_of_batches]
-    largest = max(each, key=lambda shape: shape.size)
-    typical = sorted(each, key=lambda shape: shape.size)[len(each) // 2]
-    apart = [dataclasses.replace(split, row=None) for n, split in splits.items() if n != "train"]
-    evaluated = max(
-        (shape_of(s, rows) for s in apart for rows in sorted_batches(s.lengths, EVALUATED, TOKENS)),
-        key=lambda shape: shape.size,
-    )
-    positions, total = sum(shape.positions for shape in each), walked * sum(train.lengths)
-    seen = "" if walked == config.epochs else f"the batches are those of the first {walked} epochs."
-    report, memory = None, []
-    for count in dict.fromkeys((1, devices)):
-        piece = min(config.micro_batch_size or largest.rows, -(-largest.rows // count))
-        pieces = -(-largest.rows // (count * piece))
-        shapes = [typical.part(min(piece, typical.rows)), largest.part(piece)]
-        found = _Step(config, corpus, splits["train"], device)
-        report, whole = found.measure(shapes, pieces, evaluated)
-        whole = dataclasses.replace(whole, devices=count, process=process)
-        memory.append(whole)
-        if count > 1:
-            memory.append(found.shard(whole))
-    assert report is not None
+    batches = _batches(config, splits)
+    report, memories = _memories(config, corpus, splits["train"], batches, devices)
     return Estimate(
         report=report,
         source=" ".join(config.data),
         splits={name: len(split.lengths) for name, split in splits.items()},
         epochs=config.epochs,
-        steps_per_epoch=per_epoch,
-        tokens=total / len(each),
-        padding=1 - total / positions,
-        largest=largest,
-        evaluated=evaluated,
+        steps_per_epoch=steps_per_epoch(splits["train"], config.batch_size),
+        tokens=batches.tokens,
+        padding=batches.padding,
+        largest=batches.largest,
+        evaluated=batches.evaluated,
         dtype="nf4" if config.quantize == "nf4" else config.dtype,
         device=device.type,
         there=total_memory(device),
-        memory=tuple(memory),
+        memory=tuple(dataclasses.replace(one, process=process) for one in memories),
         notes=(
             *(f"data: {line}" for line in corpus.said),
-            *(f"note: {line}" for line in (corpus.note, *inputs.said, said, seen) if line),
+            *(f"note: {n}" for n in (corpus.note, *inputs.said, note, batches.note) if n),
         ),
     )
 
 
-class _Step:
-    """The run's model, without values, and what lives while it is trained and evaluated."""
+class _Batches(NamedTuple):
+    """The batches of a run."""
+
+    largest: Shape
+    typical: Shape
+    evaluated: Shape  # the largest of an evaluation
+    tokens: float  # mean of a step, without padding
+    padding: float
+    note: str  # "" if every epoch was looked at
+
+
+def _batches(config: RunConfig[Any], splits: Mapping[str, Encoded]) -> _Batches:
+    train = splits["train"]
+    epochs = min(config.epochs, -(-WALKED // steps_per_epoch(train, config.batch_size)))
+    steps = batch_plan(train, config.batch_size, epochs, config.seed)
+    shapes = [shape_of(train, rows) for _, rows in steps]
+    by_size = sorted(shapes, key=lambda shape: shape.size)
+    unpacked = [dataclasses.replace(split, row=None) for n, split in splits.items() if n != "train"]
+    evaluated = [
+        shape_of(split, rows)
+        for split in unpacked
+        for rows in sorted_batches(split.lengths, EVALUATED, TOKENS)
+    ]
+    tokens = epochs * sum(train.lengths)
+    return _Batches(
+        largest=max(shapes, key=lambda shape: shape.size),
+        typical=by_size[len(shapes) // 2],
+        evaluated=max(evaluated, key=lambda shape: shape.size),
+        tokens=tokens / len(shapes),
+        padding=1 - tokens / sum(shape.positions for shape in shapes),
+        note=""
+        if epochs == config.epochs
+        else f"the batches are those of the first {epochs} epochs.",
+    )
+
+
+def _memories(
+    config: RunConfig[Any], corpus: Corpus, train: Encoded, batches: _Batches, devices: int
+) -> tuple[Report, list[Memory]]:
+    """What one device needs, and each of several: with the whole base, and with it sharded."""
+    memories = []
+    for count in dict.fromkeys((1, devices)):
+        rows = batches.largest.rows
+        part = min(config.micro_batch_size or rows, -(-rows // count))
+        parts = -(-rows // (count * part))
+        shapes = [batches.typical.part(min(part, batches.typical.rows)), batches.largest.part(part)]
+        dry_run = _DryRun(config, corpus, train, device_here())
+        report, whole = dry_run.measure(shapes, parts, batches.evaluated)
+        whole = dataclasses.replace(whole, devices=count)
+        memories.append(whole)
+        if count > 1:
+            memories.append(dry_run.sharded(whole))
+    return report, memories
+
+
+class _DryRun:
+    """The run's model without values, and the memory while it is trained and evaluated."""
 
     def __init__(
         self,
@@ -399,35 +179,37 @@ class _Step:
         self.block = 0  # frozen bytes of the largest block
 
     def measure(
-        self, shapes: Sequence[Shape], pieces: int, evaluated: Shape
+        self, shapes: Sequence[Shape], parts: int, evaluated: Shape
     ) -> tuple[Report, Memory]:
-        """One optimiser step of each shape, the last of them in so many pieces; an evaluation."""
-        # Not above: what it imports is none of a run's, and would hide in what is measured of it.
+        """One optimizer step of each shape, the last of them in `parts` parts; one evaluation."""
+        # Not above: a run does not import it, so it must not count as the run's memory.
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        nf4.pairs(self.device)  # cached for the process: with values, and not as the mode's
+        nf4.pairs(
+            self.device
+        )  # cached for the process, so they need values: make them outside the mode
         nf4.dynamic_map(self.device)
         ledger = self.ledger
-        base, report = self._placed()
+        base, report = self._injected()
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-                self._moved(base.model)
+                self._to_device(base.model)
                 texts = self.corpus.task == "text"
                 head = base.model.get_output_embeddings() if texts else base.model
-                head.register_forward_hook(self._seen)
-                held = Counter(ledger.now)
+                head.register_forward_hook(self._count_logits)
+                at_start = Counter(ledger.now)
                 optimizer = adamw(base.model, 1.0, 0.0)
                 with ledger.phase("activations") as training:
                     for shape in shapes[:-1]:
                         self._step(base.model, optimizer, shape, 1)
-                    self._step(base.model, optimizer, shapes[-1], pieces)
+                    self._step(base.model, optimizer, shapes[-1], parts)
                 with ledger.phase("activations") as evaluation:
                     self._evaluate(base.model, evaluated)
                 after = Counter({name: size for name, size in ledger.now.items() if size})
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelError(
-                f"--base {self.config.base} cannot be followed without its values: {reason}. Run"
+                f"--base {self.config.base} cannot run without its values: {reason}. Run"
                 " lora train --epochs 1 --limit 100, and read peak_bytes in its summary.json."
             ) from error
         trained = [p for p in base.model.parameters() if p.requires_grad]
@@ -440,7 +222,7 @@ class _Step:
             devices=1,
             sharded=False,
             rows=shapes[-1].rows,
-            loading=self._loading(base, report, held) if self.device.type == "cpu" else 0,
+            loading=self._loading(base, report, at_start) if self.device.type == "cpu" else 0,
             training=dict(training),
             evaluation=dict(evaluation),
             saving=dict(saving) if self.device.type == "cpu" else {},
@@ -449,8 +231,8 @@ class _Step:
         )
         return report, memory
 
-    def _placed(self) -> tuple[Base, Report]:
-        """The base with the adapters on it, placed as inject() does, and filled with nothing."""
+    def _injected(self) -> tuple[Base, Report]:
+        """The base with the adapters on it, wrapped as inject() does, but not filled."""
         config = self.config
         method, shown, packs = method_named(config.method), False, False
         if issubclass(method, Calibrated):
@@ -480,10 +262,11 @@ class _Step:
         hold(model, config.dtype)
         return base, report
 
-    def _moved(self, model: Any) -> None:
-        """Give the model the device's tensors for those of the meta device, ties kept.
+    def _to_device(self, model: Any) -> None:
+        """Replace the model's tensors on the meta device by tensors of the device; keeps ties.
 
-        Not before: a copy of a tensor of FakeTensorMode's would be one of the mode as well.
+        Called after the injection, which copies tensors: a copy of a fake tensor would belong to
+        FakeTensorMode too.
         """
         made: dict[int, tuple[Tensor, Tensor]] = {}
         for module in model.modules():
@@ -512,30 +295,28 @@ class _Step:
         blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m]
         self.block = max(map(_frozen, blocks), default=_frozen(model))
 
-    def _seen(self, head: nn.Module, given: Any, found: Any) -> None:
-        """Logits as such, of a head or of a whole classifier."""
-        self.ledger.enter(getattr(found, "logits", found), "logits")
+    def _count_logits(self, head: nn.Module, inputs: Any, output: Any) -> None:
+        """Forward hook of a head or a whole classifier: count its output as logits."""
+        self.ledger.enter(getattr(output, "logits", output), "logits")
 
     def _batch(self, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and targets of a shape, of no meaning."""
+        """Inputs and targets of a shape; their values mean nothing."""
         names, task = list(self.encoded.fields), self.corpus.task
         ones = torch.ones(shape.rows, shape.longest, dtype=torch.long, device=self.device)
         batch = {name: ones.clone() for name in names}
         if self.encoded.row is not None:
             batch["position_ids"] = ones.clone()
         if self.encoded.shown is not None:
-            batch["decoder_input_ids"] = ones[:, :1].repeat(1, shape.shown)
+            batch["decoder_input_ids"] = ones[:, :1].repeat(1, shape.decoder_tokens)
         size = (2, shape.targets) if task == "text" else (shape.rows,)
         dtype = torch.float32 if task == "regression" else torch.long
         return batch, torch.zeros(size, dtype=dtype, device=self.device)
 
-    def _step(
-        self, model: Any, optimizer: torch.optim.Optimizer, shape: Shape, pieces: int
-    ) -> None:
-        """What train.fit() does of one, in its order."""
+    def _step(self, model: Any, optimizer: torch.optim.Optimizer, shape: Shape, parts: int) -> None:
+        """What train.fit() does in a step, in its order."""
         ledger, task = self.ledger, self.corpus.task
         model.train()
-        for _ in range(pieces if pieces == 1 else 2):  # the third finds what the second found
+        for _ in range(min(parts, 2)):  # a third part would find what the second one found
             ledger.use = "activations"
             batch, targets = self._batch(shape)
             add_gradients(model, Part(batch, targets), task, shape.targets, penalized=True)
@@ -545,7 +326,7 @@ class _Step:
         optimizer.zero_grad(set_to_none=True)
 
     def _evaluate(self, model: Any, shape: Shape) -> None:
-        """What evaluate.predict() does of a batch."""
+        """What evaluate.predict() does with a batch."""
         model.eval()
         batch, targets = self._batch(shape)
         with torch.inference_mode(), autocast(model):
@@ -555,8 +336,8 @@ class _Step:
                 model(**batch).logits.float()
 
     def _mapped(self, base: Base) -> int:
-        """Bytes of the base that stay in its files: float32 there, float32 here, and frozen."""
-        if self.device.type != "cpu" or base.stored != torch.float32 or _packs(base.model):
+        """Bytes of the base that stay in its files: frozen weights in float32, here and there."""
+        if self.device.type != "cpu" or base.stored != torch.float32 or _quantized(base.model):
             return 0
         return sum(
             p.numel() * p.element_size()
@@ -564,39 +345,39 @@ class _Step:
             if not p.requires_grad and p.dtype == torch.float32
         )
 
-    def _loading(self, base: Base, report: Report, held: Mapping[str, int]) -> int:
-        """The most that lives until training begins."""
-        packs, inside = _packs(base.model), sum(held.values())
-        if packs and self.config.base != "demo":  # packed one by one, as they are read
-            return inside
+    def _loading(self, base: Base, report: Report, at_start: Mapping[str, int]) -> int:
+        """The peak before training begins."""
+        quantized, loaded = _quantized(base.model), sum(at_start.values())
+        if quantized and self.config.base != "demo":  # quantized one by one, as they are read
+            return loaded
         if base.stored == torch.float32:
-            return inside - self._mapped(base)
-        # All in float32, and then beside it what is packed, or the adapters.
-        return 4 * report.total + (inside - _frozen(base.model) if not packs else inside)
+            return loaded - self._mapped(base)
+        # All of it in float32, and then beside it the quantized weights, or the adapters.
+        return 4 * report.total + (loaded if quantized else loaded - _frozen(base.model))
 
-    def shard(self, memory: Memory) -> Memory:
-        """The same where each device has its share of the frozen base, and one block whole."""
+    def sharded(self, memory: Memory) -> Memory:
+        """The same if each device holds its share of the frozen base, and one block whole."""
         whole = memory.mapped + memory.training.get("base", 0)
         share = -(-whole // memory.devices) + self.block
 
-        def own(phase: dict[str, int]) -> dict[str, int]:
+        def with_share(phase: dict[str, int]) -> dict[str, int]:
             return {**phase, "base": min(whole, share)} if phase else {}
 
         return dataclasses.replace(
             memory,
             sharded=True,
             loading=min(memory.loading, share),
-            training=own(memory.training),
-            evaluation=own(memory.evaluation),
-            saving=own(memory.saving),
+            training=with_share(memory.training),
+            evaluation=with_share(memory.evaluation),
+            saving=with_share(memory.saving),
             mapped=0,
         )
 
 
 def _frozen(module: nn.Module) -> int:
-    """Bytes of what does not train."""
+    """Bytes of the frozen parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 
-def _packs(model: nn.Module) -> bool:
+def _quantized(model: nn.Module) -> bool:
     return any(isinstance(module, nf4.NF4Linear) for module in model.modules())

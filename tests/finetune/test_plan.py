@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 import lora.finetune.run
 from lora.errors import ConfigError, LoraError, ModelError, TargetError
 from lora.finetune.config import from_table
+from lora.finetune.estimate import Estimate, Memory
 from lora.finetune.models import load_base
-from lora.finetune.plan import Estimate, Memory, plan
+from lora.finetune.plan import plan
 from lora.finetune.train import Hyperparameters, begin, fit
 
 
