@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lora.kernels.dropout import Mask
-from lora.layers import View
+from lora.kernels.dropout import Mask, drop
+from lora.layers import View, apply
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class ScaleKernel:
     of_inputs: bool
 
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
-        """y (..., out). There is no dropout on a factor."""
+        """y (..., out), by plain operations."""
+        if mask is not None:
+            return self._with_dropout(x, mask)
         if self.of_inputs:
             y: Tensor = self.view.module((x * self.factor).to(x.dtype))
             return y
@@ -27,3 +29,13 @@ class ScaleKernel:
         return (y * self.factor).to(y.dtype)
 
     fused = composed
+
+    def _with_dropout(self, x: Tensor, mask: Mask) -> Tensor:
+        """The layer's output plus (W' − W)(m ∘ x) + b' − b. (IA)³ has no setting for dropout: this
+        is for an adapter whose `dropout` is set by hand."""
+        W, b = self.view.read()
+        y: Tensor = self.view.module(x)
+        dropped, more = drop(x, mask), self.factor - 1
+        if self.of_inputs:
+            return (y + apply(self.view, dropped * more, W)).to(y.dtype)
+        return (y + more * apply(self.view, dropped, W, b)).to(y.dtype)
