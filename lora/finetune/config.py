@@ -265,35 +265,64 @@ def field_names() -> set[str]:
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
     """The configuration that a command line, with `--config FILE` in it, asks for.
 
-    Raises ConfigError on a flag or a file that is refused.
+    Raises ConfigError if a flag or a file is refused.
     """
-    path, own = split_config(arguments)
+    path, rest = split_config(arguments)
     table = read_toml(path) if path else {}
-    if folder := value_of(own, "--adapter"):
+    if folder := value_of(rest, "--adapter"):
         table["adapter"] = folder
     with stated_in(path):
-        asked = table.get("method")
-        if asked is not None:
-            method_named(asked)
-    method = value_of(own, "--method") or asked
+        method = table.get("method")
+        if method is not None:
+            method_named(method)
+    method = value_of(rest, "--method") or method
     if method is not None:
         method_named(method)  # first: an adapter's file may be of a method in a file of the user's
+    filed = None
     if isinstance(table.get("adapter"), str):
-        found, filed = method_and_config(table["adapter"])
-        filed = _plain_name_is_a_name(filed)
-        if method is not None and method_named(method).name != found.name:
-            raise ConfigError(
-                f"--method {method}: the adapter in {table['adapter']} is of {found.name}. Leave"
-                " --method out."
-            )
-        method = method or found.name
-        table = {field.name: getattr(filed, field.name) for field in fields(filed)} | table
-        base = base_in(settings_in(find_folder(str(table["adapter"]))))
-        table = ({"base": base} if base else {}) | table
+        method, filed, table = _with_adapter(table, method)
     method = method or "lora"
     with stated_in(path):
         start = from_table(table, method)
-    # Of a dict that is not empty tyro makes a flag per key, in place of the one.
+    config = _with_flags(start, rest, prog)
+    if filed is not None:
+        _check_as_filed(config, filed)
+    return config
+
+
+def _with_adapter(
+    table: dict[str, Any], method: str | None
+) -> tuple[str, MethodConfig, dict[str, Any]]:
+    """The method of the adapter that training starts from, its settings, and the table with both
+    and with its base. What the table states itself stays. Raises ConfigError."""
+    folder = str(table["adapter"])
+    adapter_method, filed = method_and_config(folder)
+    filed = _plain_name_is_a_name(filed)
+    if method is not None and method_named(method) is not adapter_method:
+        raise ConfigError(
+            f"--method {method}: the adapter in {folder} is of {adapter_method.name}. Leave"
+            " --method out."
+        )
+    base = base_in(settings_in(find_folder(folder)))
+    settings = {field.name: getattr(filed, field.name) for field in fields(filed)}
+    known = ({"base": base} if base else {}) | settings
+    return method or adapter_method.name, filed, known | table
+
+
+def _check_as_filed(config: RunConfig[Any], filed: MethodConfig) -> None:
+    """Raise ConfigError if a flag asks for another setting than the adapter's file states."""
+    for field in fields(filed):
+        asked, stated = getattr(config.settings, field.name), getattr(filed, field.name)
+        if asked != stated:
+            raise ConfigError(
+                f"{as_flag(field.name)} {asked}: the adapter in {config.adapter} has {stated}."
+                " Remove it."
+            )
+
+
+def _with_flags(start: RunConfig[Any], arguments: Sequence[str], prog: str) -> RunConfig[Any]:
+    """The configuration with what the command line's flags change in it."""
+    # For a dict that is not empty tyro makes a flag per key instead of one flag.
     filled = {
         field.name: value
         for field in fields(start.settings)
@@ -301,10 +330,10 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     }
     bare = replace(start.settings, **{name: {} for name in filled})
     weights, start = start.weights, replace(start, weights={})
-    kind: Any = TrainFlags[config_of_method(method)]  # type: ignore[misc]
+    kind: Any = TrainFlags[config_of_method(start.method)]  # type: ignore[misc]
     flags: TrainFlags[Any] = parse(
         kind,
-        own,
+        arguments,
         prog,
         default=TrainFlags(**{**vars(start), "settings": bare}),
         description=ABOUT,
@@ -312,20 +341,11 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     )
     config = RunConfig(**{f.name: getattr(flags, f.name) for f in fields(RunConfig)})
     back = {name: v for name, v in filled.items() if not getattr(config.settings, name)}
-    config = replace(
+    return replace(
         config,
         settings=_plain_name_is_a_name(replace(config.settings, **back)),
         weights=config.weights or weights,
     )
-    if config.adapter is not None:
-        for field in fields(filed):
-            asked, there = getattr(config.settings, field.name), getattr(filed, field.name)
-            if asked != there:
-                raise ConfigError(
-                    f"{as_flag(field.name)} {asked}: the adapter in {config.adapter} has {there}."
-                    " Remove it."
-                )
-    return config
 
 
 def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
