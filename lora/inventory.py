@@ -61,11 +61,11 @@ def owned(model: nn.Module, name: str) -> Parts:
     layers, saved = wrappers_of(model)
     adapters = {path: layers[path].adapter(name) for path in plan.targets if path in layers}
     copies = {path: saved[path].copies[name] for path in plan.saved if path in saved}
-    selected = _selected(model) if plan.selected or plan.carried else {}
+    selected = _selected_parameters(model) if plan.selected or plan.carried else {}
     return Parts(adapters, copies, selected)
 
 
-def _selected(model: nn.Module) -> dict[str, nn.Parameter]:
+def _selected_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's parameters that train, or that a file replaced, by name."""
     holder, base = model.__dict__["lora_selected"], dict(base_paths(model))
     return {name: holder.aside.get(name, base[name]) for name in holder.names}

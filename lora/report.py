@@ -65,13 +65,13 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
         sizes["parameters of the base", ""] = counts
     adapter_parameters = sum(map(sum, sizes.values()))
     for path, module in parts.copies.items():
-        sizes[f"(saved) {path}", "whole"] = [parameter_count(module)]
+        sizes[f"(saved) {path}", "whole"] = [count_parameters(module)]
     return Report(
         plan=plan,
         rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in sizes.items()),
         adapter_parameters=adapter_parameters,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=parameter_count(model),
+        total=count_parameters(model),
         left=left_alone(model, plan) if plan.targets else (),
         note=note,
     )
@@ -90,7 +90,7 @@ def left_alone(model: nn.Module, plan: Plan) -> tuple[tuple[str, int], ...]:
     return tuple(left.items())
 
 
-def parameter_count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """The number of parameters; a packed weight counts as the values that it stands for."""
     count = sum(parameter.numel() for parameter in module.parameters())
     for view in (v for m in module.modules() if type(m) in VIEWS for v in views(m)):

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows its number
             stream.reconfigure(errors="backslashreplace")
     try:
-        _run(verb, given)
+        _run_verb(verb, given)
         if sys.stdout is not None:  # None where it was closed: `lora ... >&-`
             sys.stdout.flush()
     except StoppedError as stop:
@@ -126,7 +126,7 @@ def _flag_of(found: re.Match[str]) -> str:
     return as_flag(found[1]) + " " * found[0].endswith("=")
 
 
-def _run(verb: str, given: list[str]) -> None:
+def _run_verb(verb: str, given: list[str]) -> None:
     for argument in given:
         try:
             argument.encode()
@@ -295,7 +295,7 @@ def _eval(arguments: list[str]) -> None:
         from lora.finetune.trained import rescore
 
         parts = config.data, config.split, asked(config), config.skip_bad_lines
-        metrics = rescore(_source(config), *parts)
+        metrics = rescore(_source_of(config), *parts)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
 
@@ -309,7 +309,7 @@ def _harness(config: EvalConfig) -> None:
     from lora.finetune.trained import reopen
     from lora.interop.harness import run_tasks
 
-    trained = reopen(_source(config))
+    trained = reopen(_source_of(config))
     chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
     parts = trained.model, trained.tokenizer, config.harness
     for task, scores in run_tasks(*parts, limit=config.limit, chat=chat).items():
@@ -325,7 +325,7 @@ def _predict(arguments: list[str]) -> None:
     from lora.finetune.trained import predict_texts
 
     parts = config.data, config.output, asked(config), config.skip_bad_lines
-    predict_texts(_source(config), config.text, config.pair, *parts)
+    predict_texts(_source_of(config), config.text, config.pair, *parts)
 
 
 def _generate(arguments: list[str]) -> None:
@@ -335,7 +335,7 @@ def _generate(arguments: list[str]) -> None:
     from lora.finetune.generate import Writing
     from lora.finetune.trained import answer
 
-    source = _source(own)
+    source = _source_of(own)
     run = source.config
     if run.task != "text":
         instead = command("lora", "predict", own.run)
@@ -400,7 +400,7 @@ def _merge(arguments: list[str]) -> None:
     from lora.finetune.trained import merge_run
 
     how = config.dequantize, config.untie, config.dtype, config.tolerance
-    print(merge_run(_source(config), config.output, *how))
+    print(merge_run(_source_of(config), config.output, *how))
     print(f"written: {config.output}. Load it with transformers' from_pretrained, or --base.")
 
 
@@ -434,7 +434,7 @@ def _plot(arguments: list[str]) -> None:
         print(path)
 
 
-def _source(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:
+def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:
     """The trained model that a verb is given, on disk."""
     from lora.finetune.source import open_source
 
@@ -501,6 +501,6 @@ def _check_method(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
     config: CheckConfig = parse(CheckConfig, _leading(arguments, "--method"), "lora methods check")
-    from lora.finetune.contract import check
+    from lora.finetune.contract import check_named
 
-    print(check(config.method), end="")
+    print(check_named(config.method), end="")

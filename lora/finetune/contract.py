@@ -13,7 +13,7 @@ from lora.testing import CLAUSES, Result, run_clause
 from lora.testing._toys import cases
 
 
-def check(name: str) -> str:
+def check_named(name: str) -> str:
     """Runs the contract on --method NAME and returns its table.
 
     Every clause runs on every kind of layer and dtype, with the settings that the method names in
@@ -32,7 +32,7 @@ def check(name: str) -> str:
             progress.update(task, description=about)
             results.append(run_clause(clause, method, configs[variant], case))
             progress.advance(task)
-    table = markdown(rows(results))
+    table = markdown(clause_rows(results))
     failed = {result.clause for result in results if result.outcome.startswith("failed")}
     if failed:
         print(table, end="")
@@ -43,7 +43,7 @@ def check(name: str) -> str:
     return table
 
 
-def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def clause_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The table: a head, then a row per clause."""
     table: list[tuple[str, ...]] = [("clause", "outcome", "reason")]
     for clause in dict.fromkeys(result.clause for result in results):

@@ -36,7 +36,7 @@ FILE = re.compile(r"(?P<file>.+\.py)(:(?P<name>[^:/\\]*))?", re.DOTALL)
 TITLE = re.compile(r"lora_own_\w+_[0-9a-f]{8}")
 """The module name of a file of the user's."""
 MODULE = re.compile(r"(?P<module>\w+(\.\w+)*):(?P<name>\w+)")
-HOW = "Pass --method path/to/mine.py:MyMethod."
+HOW_TO_NAME = "Pass --method path/to/mine.py:MyMethod."
 
 
 def method_names() -> list[str]:
@@ -103,7 +103,9 @@ def reopened(directory: Path, recorded: Any, given: str | None = None, exact: bo
             )
         return recorded
     if given is not None and not is_outside(given):
-        raise ConfigError(f"--method {given}: {directory} was trained with {recorded}. {HOW}")
+        raise ConfigError(
+            f"--method {given}: {directory} was trained with {recorded}. {HOW_TO_NAME}"
+        )
     name = recordable(given) if given is not None else recorded
     file = _file_of(name) if given is not None else _recorded_file(directory, recorded)
     if environment_of(directory).get("method") == hashlib.sha256(_source(file, name)).hexdigest():
@@ -145,9 +147,9 @@ def _file_of(name: str) -> Path:
 
 
 def _source(file: Path, name: str) -> bytes:
-    with readable(file, ConfigError, HOW):
+    with readable(file, ConfigError, HOW_TO_NAME):
         if not file.is_file():
-            raise ConfigError(f"--method {name}: there is no file {file}. {HOW}")
+            raise ConfigError(f"--method {name}: there is no file {file}. {HOW_TO_NAME}")
         return file.read_bytes()
 
 
@@ -166,7 +168,7 @@ def _outside(name: str) -> type[Method]:
     place = name.removesuffix(f":{asked}")
     if found is None:
         listed = ", ".join(methods) or "none: a method inherits lora.Adapter or lora.Selection"
-        raise ConfigError(f"{place} has no class {asked}. Methods in it: {listed}. {HOW}")
+        raise ConfigError(f"{place} has no class {asked}. Methods in it: {listed}. {HOW_TO_NAME}")
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(
             f"{name} is no method: it does not inherit lora.Adapter or lora.Selection. Methods in"

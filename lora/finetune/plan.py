@@ -86,7 +86,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
     process = memory.now() - before if device.type == "cpu" else 0
 
-    batches = _batches(config, splits)
+    batches = _batches_to_plan(config, splits)
     report, memories = _memories(config, corpus, splits["train"], batches, devices)
     return Estimate(
         report=report,
@@ -120,7 +120,7 @@ class _Batches(NamedTuple):
     note: str  # "" if every epoch was looked at
 
 
-def _batches(config: RunConfig[Any], splits: Mapping[str, Encoded]) -> _Batches:
+def _batches_to_plan(config: RunConfig[Any], splits: Mapping[str, Encoded]) -> _Batches:
     train = splits["train"]
     epochs = min(config.epochs, -(-WALKED // steps_per_epoch(train, config.batch_size)))
     steps = batch_plan(train, config.batch_size, epochs, config.seed)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # both import torch, which a reader of a summary does without
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Scores = Annotated[dict[str, Finite], Field(min_length=1)]
-Task = Literal["classification", "regression", "text"]
+ScoredTask = Literal["classification", "regression", "text"]
 Split = Literal["train", "dev", "test"]
 Epoch = Annotated[float, Field(gt=0, le=1_000_000)]
 Mark = tuple[Count, str]
@@ -110,7 +110,7 @@ class Written(TypedDict, total=False):
 
 class Summary(TypedDict):
     method: str
-    task: Task
+    task: ScoredTask
     base: str
     data: str
     seed: Count
@@ -132,8 +132,8 @@ class Summary(TypedDict):
     dtype: NotRequired[Literal["float32", "bfloat16"]]  # of the computation; older runs lack it
 
 
-Row = StepRow | EvaluationRow
-ROW: TypeAdapter[Row] = TypeAdapter(Annotated[Row, Field(discriminator="kind")])
+RecordedRow = StepRow | EvaluationRow
+ROW: TypeAdapter[RecordedRow] = TypeAdapter(Annotated[RecordedRow, Field(discriminator="kind")])
 ENVIRONMENT = TypeAdapter(Environment)
 SUMMARY = TypeAdapter(Summary)
 ANSWERS: dict[str, TypeAdapter[Any]] = {
@@ -162,7 +162,7 @@ def environment_of(directory: Path) -> Environment:
     )
 
 
-def metrics_of(directory: Path) -> list[Row]:
+def metrics_of(directory: Path) -> list[RecordedRow]:
     """The rows that a run has recorded, without a last line that is incomplete. Raises RunError."""
     path = directory / "metrics.jsonl"
     with readable(path, RunError, "Pass a run directory."):
@@ -174,7 +174,7 @@ def metrics_of(directory: Path) -> list[Row]:
     return documents.decode_lines(whole, ROW, path, RunError, "Run lora train again.")
 
 
-def metrics_at(directory: Path, mark: Mark, step: int) -> tuple[list[Row], bytes]:
+def metrics_at(directory: Path, mark: Mark, step: int) -> tuple[list[RecordedRow], bytes]:
     """The rows that a run had recorded at the checkpoint of `step`, and their bytes in the file.
 
     Raises RunError if the file has changed since.

@@ -40,7 +40,7 @@ def _refuse_counts(stated: Any) -> Any:
     return stated
 
 
-Layers = Annotated[Any, AfterValidator(_whole(0, 4_096, none=False))]
+LayerCount = Annotated[Any, AfterValidator(_whole(0, 4_096, none=False))]
 Heads = Annotated[Any, AfterValidator(_whole(1, 100_000, none=False))]
 Groups = Annotated[Any, AfterValidator(_whole(1, 100_000))]
 Width = Annotated[Any, AfterValidator(_whole(1, 2**26))]
@@ -57,13 +57,13 @@ class BaseFile(TypedDict, total=False):
     quantization_config: dict[str, Any] | None
     id2label: dict[str, Any] | None
     num_labels: Groups
-    num_hidden_layers: Layers
-    num_layers: Layers
-    num_decoder_layers: Layers
-    n_layer: Layers
-    n_layers: Layers
-    encoder_layers: Layers
-    decoder_layers: Layers
+    num_hidden_layers: LayerCount
+    num_layers: LayerCount
+    num_decoder_layers: LayerCount
+    n_layer: LayerCount
+    n_layers: LayerCount
+    encoder_layers: LayerCount
+    decoder_layers: LayerCount
     num_attention_heads: Heads
     num_key_value_heads: Groups
     num_heads: Heads

@@ -75,7 +75,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
-class Filed:
+class FiledAdapter:
     """A LoRA adapter as its folder holds it, held to the base that it is for."""
 
     folder: Path
@@ -105,7 +105,7 @@ def folder_of(adapter: Path) -> Path:
     return find_folder(inside if os.path.isfile(inside / CONFIG) else adapter)
 
 
-def read_filed(adapter: Path, base: Any) -> Filed:
+def read_filed(adapter: Path, base: Any) -> FiledAdapter:
     """The LoRA adapter in a folder, or in a run's, for the base of this transformers config.
 
     What lora.load refuses is refused here: both go by lora.checkpoint.read_adapter. Raises
@@ -130,7 +130,7 @@ def read_filed(adapter: Path, base: Any) -> Filed:
         del others[A], others[B]
     if not layers:
         raise CheckpointError(f"{folder} adapts no layer. {MERGE}")
-    return Filed(
+    return FiledAdapter(
         folder,
         config,
         layers,
@@ -270,7 +270,7 @@ def _write_gguf(
         writer.close()
 
 
-def gguf_tensors(filed: Filed, base: Any, alpha: float) -> dict[str, Tensor]:
+def gguf_tensors(filed: FiledAdapter, base: Any, alpha: float) -> dict[str, Tensor]:
     """What the GGUF file holds by name, in float32, where its alpha is this."""
     import gguf
 
@@ -303,7 +303,7 @@ def gguf_tensors(filed: Filed, base: Any, alpha: float) -> dict[str, Tensor]:
     return found
 
 
-def _row_order(filed: Filed, base: Any, name: str) -> Tensor:
+def _row_order(filed: FiledAdapter, base: Any, name: str) -> Tensor:
     """The rows of a layer's B (out,), in the order in which llama.cpp has the layer's outputs."""
     rows, leaf = torch.arange(len(filed.layers[name][1])), name.rpartition(".")[2]
     rotated = ARCHITECTURES[base.model_type] == "llama" and leaf in ("q_proj", "k_proj")
@@ -322,7 +322,7 @@ def _row_order(filed: Filed, base: Any, name: str) -> Tensor:
     return rows.reshape(heads, parts, -1).transpose(0, 1).reshape(-1)
 
 
-def check_vllm(filed: Filed) -> list[str]:
+def check_vllm(filed: FiledAdapter) -> list[str]:
     """The reasons why vLLM cannot serve an adapter, a sentence each; none if it can.
 
     Whether vLLM runs adapters on the base's architecture is not in the folder.
@@ -349,7 +349,7 @@ def check_vllm(filed: Filed) -> list[str]:
     return found
 
 
-def _largest(filed: Filed) -> int:
+def _largest(filed: FiledAdapter) -> int:
     return max(filed.rank(name) for name in filed.layers)
 
 

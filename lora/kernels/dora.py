@@ -18,9 +18,9 @@ from lora.kernels.lowrank import LowRankKernel
 from lora.kernels.products import (
     Start,
     add_update,
+    as_rows,
     factor_pairs,
-    rows_of,
-    save,
+    save_for_backward,
     saved,
     shaped,
     stored_weight,
@@ -118,7 +118,7 @@ class _DoRA(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         stored, dtype = stored_weight(k.view, x)
         with without_autocast(x):
-            rows, W = rows_of(x).to(dtype), k.view.unpacked(stored, dtype)
+            rows, W = as_rows(x).to(dtype), k.view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             kept, factors = mask.keep(rows).mul_(rows), factor_pairs(A, B, k.s, k.start, dtype)
             q = F.linear(kept, W)
@@ -126,7 +126,9 @@ class _DoRA(torch.autograd.Function):
             z = add_update(q.clone(), hs, factors)
             y = (y + mask.scale * (f * z - q)).to(dtype)
         needs_A = ctx.needs_input_grad[4]
-        save(ctx, x, dtype, mask, (x if needs_A else None, hs[0], f, z), stored, *factors)
+        save_for_backward(
+            ctx, x, dtype, mask, (x if needs_A else None, hs[0], f, z), stored, *factors
+        )
         ctx.view, ctx.s = k.view, k.s
         return y
 
@@ -138,7 +140,7 @@ class _DoRA(torch.autograd.Function):
         assert mask is not None
         with without_autocast(g):
             W, gz = ctx.view.unpacked(stored, ctx.dtype), (mask.scale * f * g).to(ctx.dtype)
-            rows = None if x is None else rows_of(x).to(ctx.dtype)
+            rows = None if x is None else as_rows(x).to(ctx.dtype)
             thin = [(gz @ up.t(), A) for A, up in factors]
             gA, _ = thin_gradients(thin, rows, mask, False)
             if needs_x:

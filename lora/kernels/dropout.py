@@ -123,10 +123,10 @@ def random(count: int, device: torch.device) -> Tensor:
     """Random bits, (count,) int64, by torch's default generator of the device."""
     if device.type != "cpu":
         return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return words(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"), count)
+    return random_words(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"), count)
 
 
-def words(seed: Tensor, count: int) -> Tensor:
+def random_words(seed: Tensor, count: int) -> Tensor:
     """(count,) int64, every byte of them uniform: SplitMix64 from its state `seed`, () int64.
 
     Steele et al. 2014, figure 16.

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.kernels.products import (
+    as_rows,
     autocast_on,
     possible,
-    rows_of,
-    save,
+    save_for_backward,
     saved,
     shaped,
     stored_weight,
@@ -31,8 +31,8 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         with without_autocast(x):
             W = view.unpacked(stored, dtype)
-            y = F.linear(rows_of(x).to(dtype), W, None if b is None else b.to(dtype))
-        save(ctx, x, dtype, None, stored)
+            y = F.linear(as_rows(x).to(dtype), W, None if b is None else b.to(dtype))
+        save_for_backward(ctx, x, dtype, None, stored)
         ctx.view = view
         return y
 

@@ -18,11 +18,11 @@ from lora.kernels.dropout import Mask, drop
 from lora.kernels.products import (
     Start,
     add_update,
+    as_rows,
     compute_dtype,
     dropped_product,
     factor_pairs,
-    rows_of,
-    save,
+    save_for_backward,
     saved,
     shaped,
     stored_weight,
@@ -102,13 +102,13 @@ class _LowRank(torch.autograd.Function):
         stored, dtype = stored_weight(k.view, x)
         ctx.view, ctx.s = k.view, k.s if mask is None else k.s * mask.scale
         with without_autocast(x):
-            rows, W = rows_of(x).to(dtype), k.view.unpacked(stored, dtype)
+            rows, W = as_rows(x).to(dtype), k.view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             factors = factor_pairs(A, B, ctx.s, k.start, dtype)
             hs = [dropped_product(rows, A, mask) for A, _ in factors]
             y = add_update(y, hs, factors)
         needs_A = ctx.needs_input_grad[4]  # False under LoRA-FA, which then keeps no x
-        save(ctx, x, dtype, mask, (x if needs_A else None, hs[0]), stored, *factors)
+        save_for_backward(ctx, x, dtype, mask, (x if needs_A else None, hs[0]), stored, *factors)
         return y
 
     @staticmethod
@@ -118,7 +118,7 @@ class _LowRank(torch.autograd.Function):
         gb = gB = None
         with without_autocast(g):
             thin = [(g @ up.t(), A) for A, up in factors]
-            gA, gx = thin_gradients(thin, None if x is None else rows_of(x), mask, needs_x)
+            gA, gx = thin_gradients(thin, None if x is None else as_rows(x), mask, needs_x)
             if gx is not None:
                 gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
@@ -147,11 +147,11 @@ class _Merged(torch.autograd.Function):
             else:  # computed apart from W, so that at the start the two cancel to the last bit
                 A0, B0 = k.start
                 W = torch.add(W, B @ A - B0 @ A0, alpha=k.s)
-            rows = rows_of(x)
+            rows = as_rows(x)
             y = F.linear(rows, W, None if b is None else b.to(x.dtype))
             needs_A, needs_B = ctx.needs_input_grad[3:]
             h = rows @ A.t() if needs_B and not needs_A else None  # LoRA-FA keeps it in x's place
-        save(ctx, x, x.dtype, None, (x if needs_A else None, h, W, A, B))
+        save_for_backward(ctx, x, x.dtype, None, (x if needs_A else None, h, W, A, B))
         ctx.s = k.s
         return y
 
@@ -162,7 +162,7 @@ class _Merged(torch.autograd.Function):
         gx = gA = gB = None
         with without_autocast(g):
             if x is not None:
-                rows = rows_of(x)
+                rows = as_rows(x)
                 h, gA = rows @ A.t(), ctx.s * summed(g @ B, rows)
             if needs_B:
                 gB = ctx.s * summed(g, h)

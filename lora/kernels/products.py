@@ -127,7 +127,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
 
 
-def rows_of(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x as (tokens, features)."""
     return x.reshape(-1, x.shape[-1])
 
@@ -210,7 +210,7 @@ def thin_gradients(
     return gA, gx
 
 
-def save(
+def save_for_backward(
     ctx: Any, x: Tensor, dtype: torch.dtype, mask: Mask | None, *groups: Sequence[Tensor | None]
 ) -> None:
     """Save for backward: tensors in groups, the mask's bits, and what casts gx back."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora.kernels.dropout import Mask, drop
 from lora.kernels.products import (
+    as_rows,
     dropped_product,
-    rows_of,
-    save,
+    save_for_backward,
     saved,
     shaped,
     stored_weight,
@@ -67,13 +67,13 @@ class _VeRA(torch.autograd.Function):
         stored, dtype = stored_weight(k.view, x)
         ctx.view, ctx.c = k.view, 1.0 if mask is None else mask.scale
         with without_autocast(x):
-            rows, W = rows_of(x).to(dtype), k.view.unpacked(stored, dtype)
+            rows, W = as_rows(x).to(dtype), k.view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             A, B = A.to(dtype), B.to(dtype)
             h = dropped_product(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=ctx.c)
-        save(ctx, x, dtype, mask, (inner, outer, h, u, A, B), stored)
+        save_for_backward(ctx, x, dtype, mask, (inner, outer, h, u, A, B), stored)
         return y
 
     @staticmethod

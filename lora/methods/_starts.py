@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora.errors import ConfigError
 from lora.layers import View
 
-Pair = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
+FactorPair = tuple[Tensor, Tensor]  # A (r, in), B (out, r)
 Call = Callable[[nn.Module, Any], Any]  # passes a batch through a model
 Layers = Sequence[tuple[str, View, int]]  # the name, the view and the rank of each layer
 
@@ -59,7 +59,7 @@ def svd_lowrank(
     return (Q @ U)[:, :r], S[:r], Vh[:r]
 
 
-def decompose(init: str, W: Tensor, r: int, s: float, generator: torch.Generator) -> Pair:
+def decompose(init: str, W: Tensor, r: int, s: float, generator: torch.Generator) -> FactorPair:
     """A and B of pissa and olora for W, and of loftq for what quantizing W lost."""
     if init == "olora":
         Q, R = torch.linalg.qr(W)
@@ -120,7 +120,7 @@ def from_inputs(
 
 def from_gradients(
     layers: Layers, model: nn.Module, batches: Iterable[Any], call: Call, dtype: torch.dtype
-) -> list[Pair]:
+) -> list[FactorPair]:
     """LoRA-GA: from W's gradient U S Vᵀ, A = c Vᵀ[:r] and B = c U[:, r:2r], c = out^¼ / √γ.
 
     γ = 16 and the choice of vectors as in the paper (its "stable" and "ArB2r"). The first step of

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lora.kernels.dropout import draw, drop_, dropped, random, words
+from lora.kernels.dropout import draw, drop_, dropped, random, random_words
 
 
 def test_the_words_are_splitmix64s() -> None:
@@ -17,12 +17,12 @@ def test_the_words_are_splitmix64s() -> None:
         6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
         16408922859458223821,
     ]  # fmt: skip
-    assert [word % 2**64 for word in words(torch.tensor(1234567), 5).tolist()] == published
+    assert [word % 2**64 for word in random_words(torch.tensor(1234567), 5).tolist()] == published
 
 
 @pytest.mark.parametrize("position", range(8))
 def test_every_byte_of_a_word_is_uniform(position: int) -> None:
-    found = torch.cat([words(torch.tensor(seed * 7919), 50_000) for seed in range(8)])
+    found = torch.cat([random_words(torch.tensor(seed * 7919), 50_000) for seed in range(8)])
     values = found.view(torch.uint8).view(-1, 8)[:, position]
     counts = torch.bincount(values.int(), minlength=256)
     assert stats.chisquare(counts.numpy()).pvalue > 1e-4
@@ -30,7 +30,7 @@ def test_every_byte_of_a_word_is_uniform(position: int) -> None:
 
 @pytest.mark.parametrize("lag", [1, 2, 3, 8, 24, 768])
 def test_bytes_are_independent_of_those_before(lag: int) -> None:
-    found = words(torch.tensor(5), 1_000_000).view(torch.uint8).int()
+    found = random_words(torch.tensor(5), 1_000_000).view(torch.uint8).int()
     pairs = torch.bincount(found[:-lag] * 256 + found[lag:], minlength=65536)
     assert stats.chisquare(pairs.numpy()).pvalue > 1e-4
 
