@@ -1,19 +1,19 @@
-"""Ranks: processes that train one model, each on rows of its own, on torch's engine.
+"""Ranks: processes that train one model together, each on its own rows, with torch.distributed.
 
     lora train --nproc 2 ...                       launch(): the ranks of one machine
     torchrun --nnodes 2 ... -m lora train ...      several machines, through torchrun's rendezvous
 
-What trains is a plain tensor on every rank, equal everywhere, whatever becomes of the base: an
-adapter is small. So one optimiser step is the same in both ways, and so are clipping and saving:
-every rank adds up the gradients of its rows, total() sums them over the ranks in one message, and
-each takes the step that all take. DistributedDataParallel would hide that message behind the
-backward; for megabytes there is nothing to hide.
+Trainable parameters are plain tensors, the same on every rank, even if the base is sharded: an
+adapter is small. So the optimizer step, clipping and saving are the same in both ways: every rank
+adds up the gradients of its rows, total() sums them over the ranks in one message, and all take the
+same step. DistributedDataParallel would overlap that message with the backward; for a few megabytes
+that gains nothing.
 
     data parallel   every rank holds the base
     sharded         every rank holds a piece of each tensor of the frozen base (FSDP2, fully_shard);
                     a block is put together for its forward and its backward, and let go
 
-In both a rank takes part in every message: one without a row computes one and counts it for 0.
+In both, every rank takes part in every message: one without a row computes a row that counts 0.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ WAIT = datetime.timedelta(minutes=10)  # for a rank that is slower, not gone: th
 
 
 def launched() -> bool:
-    """Whether torchrun, or launch(), started this process as one of several."""
+    """True if torchrun or launch() started this process as one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
-    """This process's number, from 0; 0 where no group is up."""
+    """This process's number, from 0; 0 outside a group."""
     return dist.get_rank() if _up() else 0
 
 
 def size() -> int:
-    """How many ranks there are; 1 where no group is up."""
+    """The number of ranks; 1 outside a group."""
     return dist.get_world_size() if _up() else 1
 
 
@@ -63,7 +63,7 @@ def _up() -> bool:
 
 
 def device() -> torch.device:
-    """Where this rank computes: the accelerator of its number on the machine, or the CPU."""
+    """The device of this rank: the accelerator with its local number, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda")
@@ -71,10 +71,10 @@ def device() -> torch.device:
 
 @contextmanager
 def group(alone: bool = False) -> Iterator[None]:
-    """Inside, the ranks that were launched together can speak: by gloo on CPUs, by NCCL on CUDA.
+    """Inside, the ranks can exchange tensors: with gloo on CPUs, with NCCL on CUDA.
 
-    Nothing where this process was not launched as one of several, but with `alone`: a group of one,
-    which shard() needs. Raises TrainingError where the ranks do not find each other.
+    Does nothing if this process was not launched as one of several; with `alone` it then makes a
+    group of one, which shard() needs. Raises TrainingError if the ranks do not find each other.
     """
     if not launched() and not alone:
         yield
@@ -93,13 +93,13 @@ def group(alone: bool = False) -> Iterator[None]:
             " of them by one torchrun command, on every machine with the same --rdzv-endpoint."
         ) from error
     yield
-    # Not after an error: its connections last as long as it does, and the others wait for its end.
+    # Not after an error: the others notice the end of this process, and wait for it.
     dist.destroy_process_group()
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Inside, a message that fails since another rank is gone is a TrainingError that says so."""
+    """Inside, a message that fails because another rank is gone raises a TrainingError."""
     try:
         yield
     except RuntimeError as error:
@@ -112,13 +112,13 @@ def together() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence of an error, without where in C++ it was raised."""
+    """The first sentence of an error, without its place in the C++ code."""
     line = str(error).strip().partition("\n")[0].rpartition("] ")[2]
     return line.partition(". ")[0].rstrip(".")
 
 
 def total(tensors: Sequence[Tensor]) -> None:
-    """Sum tensors over the ranks, in place: in one message for each dtype."""
+    """Sum tensors over the ranks, in place, with one message for each dtype."""
     if size() > 1:
         with together():
             for message in _messages(tensors):
@@ -126,7 +126,7 @@ def total(tensors: Sequence[Tensor]) -> None:
 
 
 def same(tensors: Sequence[Tensor]) -> None:
-    """Give rank 0's values to every rank, in place: in one message for each dtype."""
+    """Copy rank 0's values to every rank, in place, with one message for each dtype."""
     if size() > 1:
         with together():
             for message in _messages(tensors):
@@ -135,7 +135,7 @@ def same(tensors: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def _messages(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The tensors flat, one after the other; what was done to that is written back to them."""
+    """Yields the tensors as one flat tensor for each dtype; writes it back to them afterwards."""
     kinds: dict[tuple[Any, ...], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -148,7 +148,7 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def gather(thing: Any) -> list[Any]:
-    """What every rank passed, in their order; it travels pickled."""
+    """What each rank passed, in the order of the ranks; it is sent pickled."""
     if size() == 1:
         return [thing]
     found: list[Any] = [None] * size()
@@ -159,10 +159,10 @@ def gather(thing: Any) -> list[Any]:
 
 @contextmanager
 def alike() -> Iterator[None]:
-    """Every rank comes out of it, or none: an error of ours on any ends all, and is shown once.
+    """Every rank leaves the block, or none: a LoraError on any rank ends all of them.
 
-    By rank 0, which raises its own, or a RunError that names the rank and what it met; the
-    others leave quietly, with the exit code of the command line, once rank 0 is gone.
+    Rank 0 reports it once: it raises its own error, or a RunError that names the rank and its
+    error. The others exit silently with code 2 once rank 0 is gone.
     """
     own: LoraError | None = None
     try:

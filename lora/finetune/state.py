@@ -1,20 +1,20 @@
-"""Training state on disk: checkpoints from which a training goes on, bit for bit.
+"""Checkpoints: the state of a training on disk, from which it resumes bit for bit.
 
     step-00000120/
-      adapter/              in PEFT's format, for whoever wants the adapter of that step
-      training.safetensors  what training changes, in full: values, AdamW's moments, buffers
+      adapter/              the adapter of that step, in PEFT's format
+      training.safetensors  all that training changes: parameters, AdamW's moments, buffers
       training.json         the step, random states, what methods remember, the base's fingerprint
       config.toml           the run's configuration
       manifest.json         size and SHA-256 of each file above
 
-A checkpoint is written to a folder beside its place, every file and folder synced, and renamed: it
-is there whole or not at all. One that is damaged all the same is known by its manifest.
+A checkpoint is written to a temporary folder, synced to disk and renamed, so it is there whole or
+not at all. If it is damaged later, its manifest shows it.
 
 The schedule and the position in the data are functions of the step (train.slope, train.batch_plan),
 and need no state of their own.
 
-What trains is whole on every rank, so that rank 0 writes it, and any number of ranks goes on. With
-another number than before the result is that of a run by so many but for the masks of dropout.
+Every rank holds the trainable parameters whole. So rank 0 writes them, and any number of ranks can
+resume. With another number of ranks only the dropout masks differ.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ TENSORS_FILE, STATE_FILE, CONFIG_FILE, MANIFEST_FILE = (
     "training.safetensors", "training.json", "config.toml", "manifest.json"
 )  # fmt: skip
 REMOVED = ".removed"
-ANEW = "Remove the folder: lora train --resume goes on from the checkpoint before it."
+ANEW = "Remove the folder: lora train --resume then resumes from the checkpoint before it."
 
 
 @dataclass
 class Training:
-    """A model in training, and how far it is."""
+    """A model in training, its optimizer, and the steps done."""
 
     model: Any
     optimizer: torch.optim.Optimizer
     learning_rate: float  # the peak
-    step: int = 0  # optimiser steps done
+    step: int = 0  # optimizer steps done
 
 
 Key = Annotated[int, Field(ge=0, lt=2**32)]
@@ -77,11 +77,11 @@ Legacy = tuple[
     Literal[0, 1],
     Finite,
 ]
-"""numpy's state. It is set without a look: a position past the keys would read other memory."""
+"""numpy's state. numpy sets it unchecked: a position past the keys would read other memory."""
 
 
 class RandomState(TypedDict):
-    """Of torch's generators in hexadecimal, Python's, and numpy's if a model has loaded it."""
+    """The generators' states: torch's in hexadecimal, Python's, and numpy's if it is imported."""
 
     torch: str
     python: tuple[int, list[int], float | None]
@@ -90,7 +90,7 @@ class RandomState(TypedDict):
 
 
 def _tried_state(state: RandomState) -> RandomState:
-    """The state, set on generators that nobody uses. Raises ValueError."""
+    """The state, tried out on fresh generators. Raises ValueError if they do not take it."""
     try:
         torch.Generator().set_state(_bytes(state["torch"]))
         if "cuda" in state and torch.cuda.is_available():
@@ -120,10 +120,10 @@ CONTENTS = TypeAdapter(dict[str, tuple[Count, str]])
 
 
 def save_training(training: Training, folder: Path, config: bytes, recorded: Mark) -> Path:
-    """Write a checkpoint into `folder`; `recorded` is how far metrics.jsonl is. Every rank calls
-    it, rank 0 writes.
+    """Write a checkpoint into `folder`. `recorded` is the mark of metrics.jsonl at this step.
 
-    Raises CheckpointError, and what stood in the folder is untouched.
+    Every rank calls it; rank 0 writes. Raises CheckpointError, and leaves older checkpoints as
+    they were.
     """
     path = checkpoint_folder(folder, training.step)
     state = {
@@ -165,18 +165,18 @@ def _write_checkpoint(training: Training, path: Path, state: dict[str, Any], con
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return folder / f"step-{step:08}"
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, whole or damaged, in order."""
+    """The steps that have a checkpoint, whole or damaged, in ascending order."""
     names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*")]
     return sorted(int(name[1]) for name in names if name)
 
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and what to tell of those that were passed over."""
+    """The newest whole checkpoint, and a note for each newer one that is not whole."""
     said = [
         f"{path} was being written when the run stopped: passed over."
         for path in sorted(folder.glob(".step-*"))
@@ -192,7 +192,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files, "" where nothing is."""
+    """What is wrong with a checkpoint's files, "" if they are as written."""
     try:
         stated = documents.read_document(path / MANIFEST_FILE, CONTENTS, CheckpointError, "")
         found = _contents(path)
@@ -206,11 +206,11 @@ def damage(path: Path) -> str:
 
 
 def prune(folder: Path, kept: Iterable[int]) -> None:
-    """Remove the checkpoints of all other steps, and what was left of cut-off writing."""
+    """Remove the checkpoints of all other steps, and what interrupted writing left behind."""
     stay = set(kept)
     gone = [checkpoint_folder(folder, step) for step in steps(folder) if step not in stay]
     for path in (*gone, *folder.glob(".step-*")):
-        # Renamed first: what is half removed is not to be taken for a checkpoint.
+        # Renamed first, so that a half removed folder is not taken for a checkpoint.
         rest = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
         with suppress(OSError):
             path.rename(rest)
@@ -218,9 +218,9 @@ def prune(folder: Path, kept: Iterable[int]) -> None:
 
 
 def restore_training(training: Training, path: Path) -> State:
-    """Put a whole checkpoint into a model that is injected as it was; its training.json.
+    """Load a whole checkpoint into a model with the same adapters. Returns its training.json.
 
-    Raises CheckpointError, the model untouched, where the two do not belong together.
+    Raises CheckpointError if the two do not belong together; the model is then unchanged.
     """
     state = documents.read_document(path / STATE_FILE, STATES, CheckpointError, ANEW)
     stored = read_safetensors(path / TENSORS_FILE, CheckpointError, ANEW)
@@ -266,7 +266,7 @@ def restore_training(training: Training, path: Path) -> State:
 
 
 def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
-    """Raise CheckpointError unless what the file remembers is of the model's layers."""
+    """Raise CheckpointError unless the methods' state in the file fits the model's layers."""
     there = adapters(model)
     odd = sorted(there.keys() ^ state["methods"].keys())
     if odd:
@@ -282,7 +282,7 @@ def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
 
 
 def training_tensors(training: Training) -> dict[str, Tensor]:
-    """What training.safetensors holds: values(), and the optimiser's state under `optimizer.`."""
+    """What training.safetensors holds: values(), and the optimizer's state under `optimizer.`."""
     found = dict(values(training.model))
     for name, parameter in training.model.named_parameters():
         for key, tensor in training.optimizer.state.get(parameter, {}).items():
@@ -291,9 +291,9 @@ def training_tensors(training: Training) -> dict[str, Tensor]:
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    """What a training may change, by its names in the model: what requires a gradient, all of the
-    adapters (a start away from zero follows from the base by way of LAPACK), and the buffers. What
-    several modules share stands under the first of its names."""
+    """All tensors that a training may change, by name: what requires a gradient, the adapters whole
+    (an init computed from the base by LAPACK may differ on another machine), and the buffers. A
+    tensor that modules share is listed under its first name."""
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
@@ -307,7 +307,7 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """The adapters that remember more than tensors, by their paths."""
+    """The adapters whose state is more than tensors, by path."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -316,7 +316,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What they remember."""
+    """Their state besides tensors, by path and attribute."""
     return {
         path: {name: getattr(adapter, name) for name in adapter.remembers}
         for path, adapter in adapters(model).items()
@@ -324,7 +324,7 @@ def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def bases(model: nn.Module) -> dict[str, str]:
-    """The base's fingerprint, where an adapter leaves a base to know."""
+    """The base's fingerprint; {} if the method trains the base itself."""
     plans = injected(model).values()
     if not all(plan.method.keeps_base for plan in plans):
         return {}
@@ -332,7 +332,7 @@ def bases(model: nn.Module) -> dict[str, str]:
 
 
 def rank_seed(seed: int) -> int:
-    """A seed of this rank's own; rank 0's is the seed itself."""
+    """This rank's seed; on rank 0 it is `seed` itself."""
     rank = distributed.rank()
     return random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed
 
@@ -353,7 +353,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Bring back what random_state() gave."""
+    """Set the generators to a random_state()."""
     torch.set_rng_state(_bytes(state["torch"]))
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
