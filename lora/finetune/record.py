@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NotRequired
 
@@ -29,7 +29,6 @@ from lora.interop.documents import Count, Finite, Positive, Seconds
 
 if TYPE_CHECKING:  # both import torch, which a reader of a summary does without
     from lora.finetune.evaluate import Evaluation
-    from lora.finetune.train import Step
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Scores = Annotated[dict[str, Finite], Field(min_length=1)]
@@ -58,8 +57,27 @@ class EvaluationRow(Evaluated):
     kind: Literal["evaluation"]
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    step: int  # from 1
+    steps: int
+    epoch: int  # from 1
+    loss: float  # mean over the batch's examples; of texts over the tokens with a label
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    examples: int
+    targets: int  # what the loss is the mean over: examples, or tokens with a label
+    tokens: int  # without padding
+    padding: float  # share of the batch's positions that are padding
+    seconds: float
+    epoch_ends: bool
+    stop: int = 0  # the signal that asks to stop after this step, sent to any of the ranks
+
+
 class StepRow(TypedDict):
-    """lora.finetune.train.Step without `stop`."""
+    """A Step without `stop`."""
 
     kind: Literal["step"]
     step: Positive

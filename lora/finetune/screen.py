@@ -20,7 +20,7 @@ from rich.progress import (
 )
 
 from lora.finetune import distributed
-from lora.finetune.train import Step
+from lora.finetune.record import Step
 
 
 def progress_bar() -> Progress:

@@ -30,6 +30,7 @@ from lora.finetune.config import Schedule
 from lora.finetune.data.tokens import Encoded, ahead, batches, collate, drawn, layout
 from lora.finetune.evaluate import autocast, device_of
 from lora.finetune.losses import Batch, batch_loss
+from lora.finetune.record import Step
 from lora.finetune.signals import SIGNALS
 from lora.finetune.state import Training, rank_seed
 from lora.injection import check_memory
@@ -47,25 +48,6 @@ class Hyperparameters:
     schedule: Schedule = "linear"
     max_grad_norm: float = 1.0
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did."""
-
-    step: int  # from 1
-    steps: int
-    epoch: int  # from 1
-    loss: float  # mean over the batch's examples; of texts over the tokens with a label
-    learning_rate: float
-    gradient_norm: float  # before clipping
-    examples: int
-    targets: int  # what the loss is the mean over: examples, or tokens with a label
-    tokens: int  # without padding
-    padding: float  # share of the batch's positions that are padding
-    seconds: float
-    epoch_ends: bool
-    stop: int = 0  # the signal that asks to stop after this step, sent to any of the ranks
 
 
 def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int = 0) -> Training:

@@ -18,7 +18,8 @@ from lora.errors import ConfigError, TrainingError
 from lora.finetune.data.tokens import Encoded, batches, collate, layout
 from lora.finetune.evaluate import predict
 from lora.finetune.memory import hold
-from lora.finetune.train import Hyperparameters, Step, batch_plan, begin, check_room, fit, slope
+from lora.finetune.record import Step
+from lora.finetune.train import Hyperparameters, batch_plan, begin, check_room, fit, slope
 
 CPU = torch.device("cpu")
 
