@@ -76,6 +76,7 @@ class Adapter(Method, nn.Module):
     def new(self, view: View, *shape: int) -> nn.Parameter:
         """An unfilled parameter on the layer's device, in float32 at least."""
         weight, _ = view.parameters()
+        # AdamW's small steps are lost in 16 bits: adapters are trained in float32.
         dtype = torch.promote_types(view.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
@@ -122,12 +123,14 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 def seeded(seed: int, module: str, parameter: str) -> torch.Generator:
     """A CPU generator for one tensor, seeded by (seed, module, parameter)."""
+    # A hash and not Python's hash(), which differs from process to process.
     digest = hashlib.sha256(f"{seed}\n{module}\n{parameter}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def initialise(adapter: Adapter, view: View, seed: int) -> None:
     """Fill the adapter's parameters. No other random state of the process matters."""
+    # One generator per tensor: to add or remove a layer changes no other layer's values.
     with torch.no_grad():
         adapter.fill(view, lambda parameter: seeded(seed, adapter.module_name, parameter))
 

@@ -63,7 +63,7 @@ def inject(
     """
     check_seed(seed)
     plan = planned_of(model, config, name, batches is not None, bool(pack))
-    parts = build(model, plan)
+    parts = build(model, plan)  # all that can fail happens on parts outside of the model
     adapters = list(with_views(model, parts.adapters).values())
     if batches is not None or pack:
         _check_whole(model, plan)
@@ -71,7 +71,7 @@ def inject(
         initialise(adapter, view, seed)
     if batches is not None:
         assert issubclass(plan.method, Calibrated)
-        with evaluating(model):
+        with evaluating(model):  # dropout would disturb what the inputs or gradients show
             plan.method.calibrate(adapters, model, batches)
     return place(model, plan, parts, _packed(model, adapters, pack) if pack else {}, name)
 
@@ -126,7 +126,7 @@ def build(model: nn.Module, plan: Plan) -> Parts:
 
 def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:
     """Put built parts into the model under `name`, activate them, freeze the base."""
-    modules = dict(walk(model))
+    modules = dict(walk(model))  # as if nothing were injected: the layers themselves
     adapters = {id(modules[path]): adapter for path, adapter in parts.adapters.items()}
     copies = {id(modules[path]): module for path, module in parts.copies.items()}
     if not injected(model):  # eject() brings these flags back

@@ -71,25 +71,27 @@ class View:
 
 
 def in_pieces(tensor: Any) -> bool:
-    """Whether a tensor lies in pieces over several processes: torch's DTensor."""
+    """True if a tensor is sharded over several processes: torch's DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def gathered(tensor: Any) -> Any:
-    """All of a tensor, or None. One in pieces is gathered, which each process has to ask for."""
+    """The whole tensor, or None. Every process must call it to gather a sharded one."""
     return tensor.full_tensor() if in_pieces(tensor) else tensor
 
 
-VIEWS: dict[type[nn.Module], type[View]] = {}  # further kinds of linear layer, from other rooms
+VIEWS: dict[type[nn.Module], type[View]] = {}  # further kinds of linear layer: nf4 adds its own
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """A module's own parameters by name; the replicas of nn.DataParallel keep them apart."""
+    """A module's parameters by name, without its children's. Replicas of nn.DataParallel keep them
+    under another attribute."""
     return getattr(module, "_former_parameters", module._parameters)
 
 
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, or None if no view of it exists."""
+    # Parametrized and weight-normed layers keep no plain weight and bias: not this way.
     if type(module) is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
         return "Linear"
     return type(module).__name__ if type(module) in VIEWS else _rare_kind(module)

@@ -112,10 +112,11 @@ class Method(Described, Filed, Tested, ABC):
         if "name" not in cls.__dict__:
             return
         known = METHODS.get(cls.name)
-        # A notebook cell that runs twice defines the same class again.
+        # A notebook cell that runs twice defines the same class again: the newer one counts.
         same = ("__module__", "__qualname__")
         if known is not None and any(getattr(known, k) != getattr(cls, k) for k in same):
             raise ConfigError(f"two methods are named {cls.name!r}: {known}, {cls}. Rename one.")
+        # method_of() finds the method by its Config.
         for other in METHODS.values():
             if other is not known and other.Config is cls.Config:
                 raise ConfigError(f"{cls} and {other} share one Config. Give each its own.")

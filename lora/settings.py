@@ -51,6 +51,7 @@ def whole_number(field: str, value: object, least: int = 1, most: int = LARGEST)
     good = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
     above = isinstance(value, int) and value > most
     limit = f", and at most {most:,}" if above else ""
+    # Python refuses to print an integer of more than 4,300 digits.
     long = isinstance(value, int) and value.bit_length() > 64  # may have millions of digits
     shown = f"one of {value.bit_length()} bits" if long else value  # type: ignore[attr-defined]
     check(field, shown, f"a whole number of at least {least}{limit}", good)

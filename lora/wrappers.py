@@ -46,6 +46,7 @@ class AdaptedLayer(nn.Module):
             return output
         view = views(self.base_layer)[0]
         adapters: list[Any] = [self.adapters[name] for name in self.active]
+        # Drawn here, so that a kernel and the specification drop the same elements.
         masks = [adapter.draw_mask(x) if adapter.dropout else None for adapter in adapters]
         y = kernels.attempt(adapters, view, x, masks)
         return specification(adapters, view, x, masks) if y is None else y
@@ -81,7 +82,7 @@ class SavedModule(nn.Module):
     def __init__(self, original_module: nn.Module) -> None:
         super().__init__()
         self.training = original_module.training
-        self.original_module = original_module
+        self.original_module = original_module  # PEFT's name, which its readers look for
         self.copies = nn.ModuleDict().train(original_module.training)
         self.active: tuple[str, ...] = ()
         self.enabled = True

@@ -44,12 +44,14 @@ def attempt(
     if off_here or not all(isinstance(adapter, Fast) for adapter in adapters):
         return None
     kernels = [adapter.kernel(view) for adapter in adapters]
+    # A sharded weight is gathered by its block, outside of which no kernel may read it.
     if None in kernels or in_pieces(view.parameters()[0]):
         return None
     if len(kernels) == 1:
         (kernel,), (mask,) = kernels, masks
         y: Tensor = kernel.fused(x, mask) if possible(view, x) else kernel.composed(x, mask)
         return y
+    # Additive adapters: the base layer runs once, each adapter adds its part.
     base: Tensor = view.module(x)
     y = base
     for kernel, mask in zip(kernels, masks, strict=True):

@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
         with without_autocast(x):
             W = view.unpacked(stored, dtype)
             y = F.linear(as_rows(x).to(dtype), W, None if b is None else b.to(dtype))
-        save_for_backward(ctx, x, dtype, None, stored)
+        save_for_backward(ctx, x, dtype, None, stored)  # the codes, an eighth of W in float32
         ctx.view = view
         return y
 

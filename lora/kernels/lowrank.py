@@ -50,6 +50,7 @@ class LowRankKernel:
 
     def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
         """y (..., out), by one autograd Function."""
+        # The bias is an argument of the Function, since it may be trained (bias="all").
         b = self.view.parameters()[1] if self.biased else None
         if self.shift is not None:
             b = self.shift if b is None else b + self.shift
@@ -78,6 +79,7 @@ class LowRankKernel:
         dtype, view = x.dtype, self.view
         tokens = x.numel() // max(1, x.shape[-1])
         size, added = view.in_features * view.out_features, view.in_features + view.out_features
+        # In 16 bits W + s B A would round the update away: it is added to activations instead.
         return (
             SMALL * size <= tokens * added
             and compute_dtype(x) == dtype
@@ -106,7 +108,7 @@ class _LowRank(torch.autograd.Function):
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             factors = factor_pairs(A, B, ctx.s, k.start, dtype)
             hs = [dropped_product(rows, A, mask) for A, _ in factors]
-            y = add_update(y, hs, factors)
+            y = add_update(y, hs, factors)  # in place: y is ours until the Function returns
         needs_A = ctx.needs_input_grad[4]  # False under LoRA-FA, which then keeps no x
         save_for_backward(ctx, x, dtype, mask, (x if needs_A else None, hs[0]), stored, *factors)
         return y
@@ -120,6 +122,7 @@ class _LowRank(torch.autograd.Function):
             thin = [(g @ up.t(), A) for A, up in factors]
             gA, gx = thin_gradients(thin, None if x is None else as_rows(x), mask, needs_x)
             if gx is not None:
+                # W is unpacked or cast again: to keep it would cost a copy of the base a layer.
                 gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
                 gx = gx.view(ctx.shape).to(ctx.x_dtype)
             if needs_B:

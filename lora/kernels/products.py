@@ -29,10 +29,12 @@ Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
 Factors = tuple[tuple[Tensor, Tensor], ...]  # A (r, in) and s Bᵀ (r, out) of each product
 Thin = tuple[Tensor, Tensor]  # g B (tokens, r) and A (r, in)
 
-PART = 256  # tokens
-FEW = 2**17  # elements that a processor's cache holds
+PART = 256  # tokens summed at a time: a part of x and of g stays in the cache
+FEW = 2**17  # elements: of fewer, all of x stays in the cache anyway
 
+# A ContextVar, so that a thread or a task that turns kernels off does not do so for others.
 OFF: ContextVar[bool] = ContextVar("OFF", default=False)
+# Weak keys: a cast lives as long as the weight that it was made of.
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
 
@@ -59,18 +61,19 @@ def possible(view: View, x: Tensor) -> bool:
         or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
         or OFF.get()
         or view.of_ids  # ids have no gradient, and a table no product
-        or x.is_nested
-        or weight.requires_grad
+        or x.is_nested  # has no (tokens, in) face
+        or weight.requires_grad  # the kernels give a frozen weight no gradient
         or in_pieces(weight)  # the layer is called on its own, outside the block that gathers it
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0  # they have no forward-mode derivative
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace records plain operations
     )
 
 
 def plain_call(module: nn.Module) -> bool:
     """True if the module has no hooks and no patched `forward`."""
+    # A kernel reads the layer's weight and does not call it: hooks would not run.
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -112,6 +115,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     # Holding the storage keeps its address from being given to another one.
     memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    # optimizer steps, load_state_dict and copy_() all raise the version.
     state = (weight._version, memory, weight.storage_offset(), dtype)
     known = _casts.get(weight)
     if known is None or known[0] != state:
@@ -162,6 +166,7 @@ def dropped_product(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
     """(m ∘ rows) Aᵀ"""
     if mask is None:
         return rows @ A.t()
+    # In parts, so that the dropped copy of x stays in the cache and is never whole in memory.
     h = rows.new_empty(len(rows), len(A))
     for part, keep in mask.blocks(len(rows), rows.dtype):
         torch.mm(dropped(rows[part], keep, rows.dtype), A.t(), out=h[part])
@@ -201,6 +206,7 @@ def thin_gradients(
             gx.addmm_(gh0, A0)
     if mask is None:
         return None if rows is None else summed(gh, rows), gx
+    # The mask is unpacked once for both gradients.
     for part, keep in mask.blocks(len(gh), gh.dtype):
         if gx is not None:
             drop_(gx[part], keep)
@@ -215,6 +221,7 @@ def save_for_backward(
 ) -> None:
     """Save for backward: tensors in groups, the mask's bits, and what casts gx back."""
     ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+    # By save_for_backward and not as attributes: activation checkpointing drops what it saves.
     ctx.p, bits = (0.0, None) if mask is None else (mask.p, mask.bits)
     ctx.sizes = [len(group) for group in groups]
     ctx.save_for_backward(bits, *chain.from_iterable(groups))

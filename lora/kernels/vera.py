@@ -73,6 +73,7 @@ class _VeRA(torch.autograd.Function):
             h = dropped_product(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
             y = y.addcmul_(u, outer.to(dtype), value=ctx.c)
+        # u (tokens, out) is saved, since r is of the size of `in` and to compute it again is dear.
         save_for_backward(ctx, x, dtype, mask, (inner, outer, h, u, A, B), stored)
         return y
 

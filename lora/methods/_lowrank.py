@@ -135,7 +135,7 @@ class LowRank(LowRankOptions, Fast, Adapter):
         self.dropout = config.lora_dropout
         self.lora_A = self.new(view, self.r, view.in_features)
         self.lora_B = self.new(view, view.out_features, self.r)
-        self.set_up(view, config)
+        self.set_up(view, config)  # file keys, frozen parameters, buffers of the start
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         self.check_fresh()
@@ -155,6 +155,7 @@ class LowRank(LowRankOptions, Fast, Adapter):
     def update(self) -> Tensor:
         """s (BA − B₀A₀), (out, in)."""
         update: Tensor = self.scaling * (self.lora_B @ self.lora_A)
+        # Subtracted from the update, not from W: at step 0 the difference is exactly zero.
         if self.starts_away:
             update = update - self.scaling * (self.start_B @ self.start_A)
         return update

@@ -34,6 +34,7 @@ def start_at_zero(
     """Fill A (r, in) with kaiming_uniform(a=√5), or N(0, std²), and B (out, r) with zeros; on an
     Embedding A with zeros and B with N(0, 1), as PEFT does."""
     drawn, zero = (B, A) if view.of_ids else (A, B)
+    # Drawn on the CPU in float32: the same seed gives the same values on every device.
     start = torch.empty(drawn.shape, dtype=torch.float32, device="cpu")
     if view.of_ids or std is not None:
         start.normal_(std=1.0 if view.of_ids else std, generator=generator)  # type: ignore[arg-type]
@@ -68,7 +69,7 @@ def decompose(init: str, W: Tensor, r: int, s: float, generator: torch.Generator
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     else:
         U, S, Vh = svd_lowrank(W, r, int(init.rpartition("_")[2]), generator)
-    root = (S[:r] / s).sqrt()
+    root = (S[:r] / s).sqrt()  # half of each singular value in A, half in B; s cancels
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
@@ -126,6 +127,7 @@ def from_gradients(
     γ = 16 and the choice of vectors as in the paper (its "stable" and "ArB2r"). The first step of
     A and B then moves W along its own gradient. Raises ConfigError if there is no loss or gradient.
     """
+    # The gradients of the user's own training, if there are any, come back at the end.
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     weights = [view.parameters()[0] for _, view, _ in layers]
     pairs = []
