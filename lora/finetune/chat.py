@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from lora.errors import DataError
-from lora.finetune.data.conversations import Message
+from lora.finetune.data.messages import Message
 from lora.finetune.generate import Writing
 from lora.finetune.screen import progress_bar, reading
 from lora.finetune.source import Source

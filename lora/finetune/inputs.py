@@ -16,9 +16,10 @@ from lora.errors import ConfigError, DataError
 from lora.finetune.config import RunConfig, named
 from lora.finetune.data import conversations, tokens
 from lora.finetune.data.columns import Columns
-from lora.finetune.data.conversations import Conversation, Message, grouped
+from lora.finetune.data.conversations import Conversation, grouped
 from lora.finetune.data.corpus import Corpus, examples_of, read_examples
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids, refuse
+from lora.finetune.data.messages import Message
 from lora.finetune.data.previews import preview
 from lora.finetune.data.rows import SPLITS, BadRows
 from lora.finetune.data.templates import Template, template_of

@@ -25,9 +25,10 @@ from lora.finetune import distributed
 from lora.finetune.assemble import add_adapter, build_base, check_head, quantizes_later
 from lora.finetune.config import RunConfig
 from lora.finetune.data.columns import Columns
-from lora.finetune.data.conversations import Conversation, Message, from_row, read_prompts
+from lora.finetune.data.conversations import Conversation, from_row, read_prompts
 from lora.finetune.data.corpus import Corpus, Example, examples_of, read_split, unlabelled
 from lora.finetune.data.encoding import refuse_prompts
+from lora.finetune.data.messages import Message
 from lora.finetune.data.rows import BadRows
 from lora.finetune.data.templates import template_of
 from lora.finetune.data.tokens import Encoded, collate, layout

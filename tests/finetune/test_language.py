@@ -726,7 +726,7 @@ def test_every_row_that_cannot_be_used_is_found_in_one_pass_and_skipped(
         assert said[0] == "DataError: 5 rows cannot be used:"
         assert [line.strip()[: len(place)] for line, place in zip(said[1:6], bad)] == bad
         assert "refuses a conversation of user: roles must alternate" in said[2]
-        assert said[6] == "Mend them, or pass --skip-bad-lines 5 to leave them out."
+        assert said[6] == "Fix them, or pass --skip-bad-lines 5 to skip them."
     assert not run.exists()
     assert lora("train", *flags, "--run-dir", run, "--skip-bad-lines", 4) == 2
     flags = (*flags, "--skip-bad-lines", 5)

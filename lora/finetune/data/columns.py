@@ -1,4 +1,8 @@
-"""Which columns of a table hold the text, the pair and the label: choose_columns(rows, columns)."""
+"""Chooses which columns of a table hold the text, the pair and the label.
+
+choose_columns(rows, columns)    by the user's flags, by usual names, or by the values
+adopted(rows, columns, trained)  the same for new data, with the columns of the training as default
+"""
 
 from __future__ import annotations
 
@@ -12,20 +16,24 @@ from lora.errors import DataError
 from lora.finetune.data.headers import has_header
 from lora.finetune.data.rows import Cells, Row
 
+# Usual names, the most specific use first. The first that a table has wins.
 TEXT = ("text", "sentence", "review", "question", "sentence1", "question1", "premise")
 PAIR = {"sentence1": "sentence2", "question1": "question2", "premise": "hypothesis",
         "question": "sentence"}  # fmt: skip
 LABEL = ("label", "labels", "score", "target", "class")
 
-LARGEST_LABEL = 3.4028234663852886e38  # of float32; its square is still a float64
+# The largest float32. A regression squares its labels in float64, so the square cannot overflow.
+LARGEST_LABEL = 3.4028234663852886e38
 
-Placed = tuple[str, Row]  # where it stands, for errors: "FILE, line N"
+Placed = tuple[str, Row]  # (place, row). Errors show the place: "FILE, line N".
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold what, by name or by number from 0, and whether the first row of a table
-    names them."""
+    """The columns of text, pair and label, each a name or a number from 0. None: not set.
+
+    header: whether the first row of a table names its columns.
+    """
 
     text: str | None = None
     pair: str | None = None
@@ -38,45 +46,57 @@ ANY = Columns()
 
 @dataclass
 class Header:
-    """Decides for each table of a source, the training split first, whether it has a header."""
+    """Decides for each table of a data set whether it has a header. The train split comes first.
 
-    columns: Columns
-    known: Columns = ANY  # of the run that the table is read for, and its classes
-    classes: Sequence[str] = ()
-    seen: bool | None = None  # None: no table was read
-    first: Sequence[str] = ()
+    Later tables follow the first one if they are unclear: the splits of a data set are alike.
+    """
+
+    columns: Columns  # the user's flags
+    known: Columns = ANY  # the columns that the model was trained on
+    classes: Sequence[str] = ()  # the classes that the model was trained on
+    seen: bool | None = None  # the first table has a header. None: no table was read yet
+    first: Sequence[str] = ()  # the first row of the first table
 
     def __call__(self, path: Path, cells: Cells) -> bool:
+        """True if the first row of the table is a header. Raises DataError if that is unclear."""
         if self.first and cells[0] == self.first and self.seen:
             return True
-        seen = self._decide(cells)
-        if seen is None and self.seen is False:  # as the training split
-            seen = False
-        if seen is None:
+        headed = self._decide(cells)
+        # An unclear first row is an example if the train split begins with an example too. If the
+        # train split has a header, the same header was recognised above.
+        if headed is None and self.seen is False:
+            headed = False
+        if headed is None:
             raise DataError(
                 f"{path}: does its first row name the columns, or is it an example?"
-                f" {_listed_columns(cells)}"
+                f" {_first_cells(cells)}"
                 " Pass --header yes or --header no."
             )
         if self.seen is None:
-            self.seen, self.first = seen, cells[0]
-        return seen
+            self.seen, self.first = headed, cells[0]
+        return headed
 
     def _decide(self, cells: Cells) -> bool | None:
+        """True for a header, False for an example, None if it is unclear."""
         if self.columns.header != "auto":
             return self.columns.header == "yes"
         first = [cell.strip() for cell in cells[0]]
-        asked = (self.columns.text, self.columns.pair, self.columns.label)
-        known = (self.known.text, self.known.pair, self.known.label)
-        if any(name is not None and not name.isdecimal() for name in asked) or any(
-            name is not None and not name.isdecimal() and name in first for name in known
+        flags = (self.columns.text, self.columns.pair, self.columns.label)
+        trained = (self.known.text, self.known.pair, self.known.label)
+        # Only a header can have the names that the user passes, or that the model was trained on.
+        if any(name is not None and not name.isdecimal() for name in flags) or any(
+            name is not None and not name.isdecimal() and name in first for name in trained
         ):
             return True
+        # A class of the model in the first row is a label, so the row is an example.
         return False if {*first} & {*self.classes} else has_header(cells)
 
 
-def _listed_columns(cells: Cells) -> str:
-    """The columns of a first row with their numbers."""
+def _first_cells(cells: Cells) -> str:
+    """Describes the first row for an error: the number of columns, and each cell with its number.
+
+    At most 12 cells of at most 40 characters.
+    """
     shown = ", ".join(f"{number} {cell[:40]!r}" for number, cell in enumerate(cells[0][:12]))
     return f"{len(cells[0])} columns, the first row: {shown}."
 
@@ -84,22 +104,24 @@ def _listed_columns(cells: Cells) -> str:
 def adopted(
     rows: Sequence[Placed], columns: Columns, trained: Columns, headed: bool | None
 ) -> Columns:
-    """The columns that are asked for, and beside them those of the training as this file has them.
+    """Returns the user's columns, and for those not set the columns of the training.
 
-    A name is looked for as it is. A number means the same place in a file without a header; in one
-    with a header it is the last resort, since its columns may stand in another order.
+    headed: True if the file has a header, False if not, None if it is no table (JSON, Parquet).
+    The names of the training are looked up first. A column number of the training is the same
+    column in a file without a header. In a file with a header it is the last resort, since its
+    columns may be in another order. If no choice fits this file, returns the user's columns alone.
     """
     names = names_of(rows)
-    asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
-    before = {"text": trained.text, "pair": trained.pair, "label": trained.label}
-    by_name = {role: name if name in names else None for role, name in before.items()}
-    by_place = {role: find_column(name, names) for role, name in before.items()}
-    tries = {None: [by_name], True: [by_name, by_place], False: [by_place]}[headed]
-    for there in tries:
-        found = {role: there[role] if name is None else name for role, name in asked.items()}
-        given = [find_column(name, names) for name in found.values() if name is not None]
-        chosen = Columns(found["text"], found["pair"], found["label"])
-        if len({*given}) < len(given):
+    flags = {"text": columns.text, "pair": columns.pair, "label": columns.label}
+    training = {"text": trained.text, "pair": trained.pair, "label": trained.label}
+    by_name = {role: name if name in names else None for role, name in training.items()}
+    by_number = {role: find_column(name, names) for role, name in training.items()}
+    candidates = {None: [by_name], True: [by_name, by_number], False: [by_number]}[headed]
+    for defaults in candidates:
+        merged = {role: defaults[role] if name is None else name for role, name in flags.items()}
+        used = [find_column(name, names) for name in merged.values() if name is not None]
+        chosen = Columns(merged["text"], merged["pair"], merged["label"])
+        if len({*used}) < len(used):  # one column in two roles
             continue
         try:
             choose_columns(rows, chosen)
@@ -110,42 +132,51 @@ def adopted(
 
 
 def names_of(rows: Iterable[Placed]) -> list[str]:
-    """The columns that any row has, in order."""
+    """Returns every column name that occurs in a row, in order of first occurrence."""
     return list(dict.fromkeys(name for _, row in rows for name in row))
 
 
-def find_column(asked: str | None, names: Sequence[str]) -> str | None:
-    """The column of that name, or else of that number."""
-    if asked is None or asked in names:
-        return asked
-    there = asked.isdecimal() and len(asked) < 9 and int(asked) < len(names)
-    return names[int(asked)] if there else None
+def find_column(column: str | None, names: Sequence[str]) -> str | None:
+    """Returns the column of this name, or else of this number. None if there is no such column."""
+    if column is None or column in names:
+        return column
+    # int() takes at most 4,300 digits; no table has 10⁹ columns.
+    numbered = column.isdecimal() and len(column) < 9 and int(column) < len(names)
+    return names[int(column)] if numbered else None
 
 
 def first_row(rows: Sequence[Placed]) -> str:
-    """The first row, column by column."""
+    """Shows the first row for an error: name and value of at most 12 columns."""
     cells = [f"{name} {str(value)[:40]!r}" for name, value in [*rows[0][1].items()][:12]]
     return f"First row: {', '.join(cells)}."
 
 
 def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
-    """The names of the text, pair and label columns: as asked, by their usual names, or by what
-    they hold where that leaves no doubt."""
+    """Returns the names of the text, pair and label columns.
+
+    Each is the user's, or has a usual name, or is recognised by its values if they leave no doubt.
+    Pair and label are None if there is no such column. Raises DataError if a column that the user
+    named does not exist or has two roles, or if no column can be recognised as the text.
+    """
     names = names_of(rows)
     if not names:
         raise DataError("the rows have no columns. Give each a text and a label.")
-    asked = {"text": columns.text, "pair": columns.pair, "label": columns.label}
+    flags = {"text": columns.text, "pair": columns.pair, "label": columns.label}
     given: dict[str, str | None] = {}
-    for role, name in asked.items():
+    for role, name in flags.items():
         given[role] = find_column(name, names)
         if name is not None and given[role] is None:
             raise DataError(f"--{role}-column {name}: no such column. Found: {', '.join(names)}.")
     taken = [name for name in given.values() if name is not None]
     if len(set(taken)) < len(taken):
-        raise DataError(f"one column cannot be two of text, pair and label: {', '.join(taken)}.")
+        raise DataError(
+            f"one column cannot be two of text, pair and label: {', '.join(taken)}."
+            " Pass a different column for each."
+        )
     usual = {name.strip().lower(): name for name in names if name not in taken}
     texts = [usual[name] for name in TEXT if name in usual]
-    # A question with a sentence beside it is the first of a pair, a sentence alone is the text.
+    # A `question` beside a `sentence` is the first text of a pair (QNLI). A `sentence` alone is
+    # the text, so pairs are looked up first.
     paired = [usual[a] for a, b in PAIR.items() if a in usual and b in usual]
     text = given["text"] or next(iter(paired or texts), None)
     pair = given["pair"]
@@ -154,6 +185,8 @@ def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
     labels = [usual[name] for name in LABEL if name in usual and usual[name] != text]
     label = given["label"] or (labels[0] if labels else None)
     free = [n for n in names if n not in (text, pair, label) and n.strip().lower() != "split"]
+    # No usual name for the text: look at the values. The same for a label, if only one column is
+    # left that it can be.
     if text is None:
         text, label = _by_content(rows, free, label)
     elif label is None and len(free) == 1 and _recurs(rows, free[0]):
@@ -164,50 +197,56 @@ def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
 def _by_content(
     rows: Sequence[Placed], free: Sequence[str], label: str | None
 ) -> tuple[str, str | None]:
-    """The text, and the label if it is not known, among one or two columns of no usual name.
+    """Returns the text column and the label column, chosen from one or two columns by their values.
 
-    Without a header, and if neither holds classes or both do, the text comes first.
+    label: the label column if it is known already. If both columns hold classes, or neither does,
+    a table without a header has its text first. Raises DataError if the values leave a doubt.
     """
     if len(free) == 1 and not _holds_labels(rows, free[0]):
         return free[0], label
     if len(free) == 2 and label is None:
         first, last = free
         classes = [_holds_labels(rows, name) for name in free]
-        if classes == [True, True]:  # texts that recur, beside far fewer labels
+        # Texts may recur too (intents, templates). The labels are then far fewer than the texts.
+        if classes == [True, True]:
             counts = [_count_values(rows, name) for name in free]
-            classes = [4 * one <= other for one, other in zip(counts, counts[::-1], strict=True)]
+            classes = [
+                4 * count <= other for count, other in zip(counts, counts[::-1], strict=True)
+            ]
         numbered = all(name.isdecimal() for name in free)
         if classes == [True, False]:
             return last, first if _recurs(rows, first) else None
         if classes == [False, True] or numbered:
             return first, last
     names = names_of(rows)
-    called = "text or label" if label is None else f"text beside the label {label}"
+    file = rows[0][0].rpartition(", ")[0]  # the place without its line
+    wanted = "text or label" if label is None else f"text beside the label {label}"
     raise DataError(
-        f"{len(names)} columns, and none that is called {called}: {', '.join(names)}."
+        f"{file} has {len(names)} columns and none is named {wanted}: {', '.join(names)}."
         f" {first_row(rows)} Set --text-column and --label-column to names or to numbers from 0,"
         " and --pair-column for pairs."
     )
 
 
 def _count_values(rows: Sequence[Placed], name: str) -> int:
-    """The distinct values of a column."""
+    """Counts the distinct values of a column."""
     return len({str(row[name]).strip() for _, row in rows if name in row})
 
 
 def _recurs(rows: Sequence[Placed], name: str) -> bool:
-    """Whether a column's values recur, as labels do and the numbers of rows do not."""
+    """True if a value occurs twice on average, as labels do and row numbers do not."""
     return 2 * _count_values(rows, name) <= sum(name in row for _, row in rows)
 
 
 def _holds_labels(rows: Sequence[Placed], name: str) -> bool:
-    """Whether a column holds labels: numbers, or a few values that recur."""
+    """True if a column can hold labels: 9 values in 10 are numbers, or the values recur."""
     values = [str(row[name]).strip() for _, row in rows if name in row]
     numbers = sum(not math.isnan(number_of(value)) for value in values)
     return 10 * numbers >= 9 * len(values) or _recurs(rows, name)
 
 
 def number_of(label: str | None) -> float:
+    """Returns a label as a number, NaN if it is none."""
     try:
         return float(str(label))
     except ValueError:

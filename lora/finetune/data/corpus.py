@@ -1,4 +1,10 @@
-"""Rows of text, pair and label per split, from files or the hub: read(...) -> Corpus."""
+"""Reads labelled texts, single or in pairs, from files or the hub.
+
+read_examples(data)        -> Corpus: train, dev and test of a data set to train on
+read_split(data, ...)      -> Corpus and a split's name: labelled rows to evaluate a model on
+unlabelled(data, ...)      -> examples of one file to predict; labels are optional
+read_predictions(path)     -> predictions and references to score
+"""
 
 from __future__ import annotations
 
@@ -35,7 +41,7 @@ Task = Literal["auto", "classification", "regression", "text"]
 
 @dataclass(frozen=True)
 class Example:
-    """One text, or a pair; the label is a class's name, a number, or None where unknown."""
+    """A text, or a pair of texts. The label is a class name, a number as text, or None."""
 
     text: str
     pair: str | None
@@ -43,42 +49,42 @@ class Example:
     place: str = ""  # "FILE, line N"
 
     def content(self) -> tuple[Any, ...]:
-        """All that a model sees of it, and its answer."""
+        """Returns what a model sees, and the label: what Corpus.digest() hashes."""
         return self.text, self.pair, self.label
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data set as read: what to learn from, what to choose by, what to report on."""
+    """A data set: train to learn from, dev to choose the checkpoint, test to report results on."""
 
     source: str
-    task: Task  # auto no longer
-    labels: tuple[str, ...]  # of a classification alone
-    train: tuple[Any, ...]  # Examples; of the task text Conversations
+    task: Task  # never "auto"
+    labels: tuple[str, ...]  # the classes; empty for other tasks
+    train: tuple[Any, ...]  # Examples, or Conversations if the task is text
     dev: tuple[Any, ...]
     test: tuple[Any, ...]
-    columns: Columns = ANY  # those that were taken; of the task text none
-    note: str = ""  # what was decided on the user's behalf
-    said: tuple[str, ...] = ()  # which columns were taken, and the rows of each class
-    tasks: tuple[str, ...] = ()  # names of the data sets that texts are from
+    columns: Columns = ANY  # the columns in use; not set if the task is text
+    note: str = ""  # decisions that the user did not make, in words
+    said: tuple[str, ...] = ()  # lines for the user: the columns in use, the rows per class
+    tasks: tuple[str, ...] = ()  # names of the data sets, if the task is text
     bad: BadRows = field(default_factory=BadRows)
-    """Of the task text: rows left out so far. Who applies a template adds those that it refuses."""
+    """Unusable rows so far, if the task is text. The template's refusals are added later."""
 
     @property
     def held_out(self) -> tuple[str, tuple[Any, ...]]:
-        """The split that results are reported on: test, or dev where there is none."""
+        """Returns name and rows of the split to report results on: test, or dev without a test."""
         return ("test", self.test) if self.test else ("dev", self.dev)
 
     def digest(self) -> str:
-        """SHA-256 of every split's texts and labels, in their order."""
-        found = hashlib.sha256()
+        """Returns the SHA-256 of the texts and labels of all splits, in order."""
+        digest = hashlib.sha256()
         for split in (self.train, self.dev, self.test):
             rows = [example.content() for example in split]
-            found.update(json.dumps(rows).encode())
-        return found.hexdigest()
+            digest.update(json.dumps(rows).encode())
+        return digest.hexdigest()
 
     def targets(self, examples: Sequence[Example]) -> list[float]:
-        """Labels as numbers: class indices, or the values of a regression."""
+        """Returns the labels as numbers: class indices, or the values of a regression."""
         if self.task == "regression":
             return [number_of(example.label) for example in examples]
         index = {label: i for i, label in enumerate(self.labels)}
@@ -93,12 +99,17 @@ def read_examples(
     limit: int | None = None,
     skip_bad_lines: int = 0,
 ) -> Corpus:
-    """A data set in three splits. Raises DataError with the file, the row and the remedy."""
+    """Returns a data set in three splits, divided by us if it has none.
+
+    columns, labels: empty ones are recognised. limit: the first rows of each split only.
+    task "auto": regression if the labels are fractional numbers, else classification.
+    Raises DataError with the file, the row and what to do.
+    """
     bad, header = BadRows(skip_bad_lines), Header(columns)
     splits = _read_splits(data, header, bad)
     notes = []
     if "" in splits:
-        notes.append(f"{data} has no column 'split': cut 80/10/10 into train, dev and test")
+        notes.append(f"{data} has no column 'split': divided 80/10/10 into train, dev and test")
     if not splits.get("train") and not splits.get(""):
         bad.judge(left=False)
         raise DataError(
@@ -112,17 +123,16 @@ def read_examples(
             bad.judge()
         examples = _split_once(data, examples[""])
     for name in _hidden(examples):
-        why = (
-            f"has no {label}" if {e.label for e in examples[name]} == {None} else "hides its labels"
-        )
+        no_label = {example.label for example in examples[name]} == {None}
         del examples[name]
-        notes.append(f"the split {name} {why}, and is left out")
+        why = f"has no {label}" if no_label else "hides its labels"
+        notes.append(f"the split {name} {why} and is ignored")
     for name, rows in examples.items():
         examples[name] = _labelled(rows, labels, bad)
     train, dev, test = (tuple(examples.get(name, ())) for name in SPLITS)
     if not dev:
         train, dev = _hold_out(train, 0.1)
-        notes.append(f"{data} has no dev split: every tenth training row is held out as dev")
+        notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
         if len(train) < 1:
             bad.judge()
             raise DataError(
@@ -133,7 +143,7 @@ def read_examples(
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
         if task == "regression":
-            notes.append("the labels are fractional numbers: a regression")
+            notes.append("the labels are fractional numbers, so the task is regression")
     if task == "classification":
         labels = labels or _sorted_labels({str(example.label) for example in train})
         _check_classes(data, train, labels, label if columns.label is None else None, bad)
@@ -142,13 +152,14 @@ def read_examples(
     parts = [tuple(_fitting(corpus, split, bad)) for split in (train, dev, test)]
     notes = bad.judge() + notes
     if not parts[0] or not parts[1]:
-        raise DataError(f"--data {data}: no row is left to learn from, or none to choose by.")
+        empty = "dev" if parts[0] else "train"
+        raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
     corpus = replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note="; ".join(notes))
     return replace(corpus, said=(_taken(data, header.seen, taken), *_class_counts(corpus)))
 
 
 def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
-    """The rows of each split; "" holds those of a file that names none."""
+    """Returns the rows of each split; "" for rows without a split. Unusable rows go to `bad`."""
     splits: dict[str, list[Placed]] = {}
     source = str(demo.REVIEWS) if data == "demo" else data
     for split, place, row in read_source(source, header):
@@ -159,14 +170,17 @@ def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Plac
             splits.setdefault(split, []).append((place, plain))
     if len(splits) > 1:
         for place, _ in splits.pop("", ()):
-            bad.add(DataError(f"{place}: no split, where other rows have one. Fill it in."), place)
+            bad.add(DataError(f"{place}: no split, but other rows have one. Fill it in."), place)
     return splits
 
 
 def _examples_of(
     data: str, splits: dict[str, list[Placed]], columns: Columns, bad: BadRows
 ) -> tuple[dict[str, list[Example]], Columns]:
-    """The examples of each split, and the columns that they are from, alike in every split."""
+    """Returns the examples of each split, and the columns in use: those of train in every split.
+
+    Raises DataError if train has no label column, or another split lacks a text column.
+    """
     main = "" if "" in splits else "train"
     taken = choose_columns(splits[main], columns)
     if taken.label is None:
@@ -177,11 +191,15 @@ def _examples_of(
     examples = {}
     for name, rows in splits.items():
         names = names_of(rows)
-        lacking = [one for one in (taken.text, taken.pair) if one is not None and one not in names]
-        if lacking:
+        missing = [
+            column
+            for column in (taken.text, taken.pair)
+            if column is not None and column not in names
+        ]
+        if missing:
             raise DataError(
                 f"--data {data}: train has its text in {taken.text}, {taken.pair or 'no pair'};"
-                f" {name} has no {lacking[0]}, found {', '.join(names)}. Give every split the same"
+                f" {name} has no {missing[0]}, found {', '.join(names)}. Give every split the same"
                 " columns."
             )
         examples[name] = _examples(rows, taken, bad)
@@ -189,28 +207,31 @@ def _examples_of(
 
 
 def _labelled(rows: Sequence[Example], labels: Sequence[str], bad: BadRows) -> list[Example]:
-    """The examples that have a label; a number that is none, as NaN, has to be asked for."""
+    """Returns the examples with a label. The others go to `bad`.
+
+    NaN and inf are usually missing values that some tool wrote. They are labels only if --labels
+    names them.
+    """
     kept = []
-    for one in rows:
-        if one.label is None:
-            bad.add(
-                DataError(f"{one.place}: no label. Fill it in, or set --label-column."), one.place
-            )
-        elif one.label not in labels and _number_is_none(one.label):
+    for example in rows:
+        place = example.place
+        if example.label is None:
+            bad.add(DataError(f"{place}: no label. Fill it in, or set --label-column."), place)
+        elif example.label not in labels and _is_not_finite(example.label):
             bad.add(
                 DataError(
-                    f"{one.place}: label {one.label!r} is no finite number: is it missing? Fill"
+                    f"{place}: label {example.label!r} is no finite number: is it missing? Fill"
                     " it in, or name it as a class in --labels."
                 ),
-                one.place,
+                place,
             )
         else:
-            kept.append(one)
+            kept.append(example)
     return kept
 
 
-def _number_is_none(label: str) -> bool:
-    """Whether a label is written as a number and is not finite."""
+def _is_not_finite(label: str) -> bool:
+    """True if a label is written as a number and is NaN or infinite."""
     try:
         return not math.isfinite(float(label))
     except ValueError:
@@ -220,12 +241,15 @@ def _number_is_none(label: str) -> bool:
 def _check_classes(
     data: str, train: Sequence[Example], labels: Sequence[str], guessed: str | None, bad: BadRows
 ) -> None:
-    """Raise DataError if there is nothing to classify, or if a column that was not asked for holds
-    about as many labels as rows."""
+    """Raises DataError if there are fewer than two classes, or the label column seems wrong.
+
+    guessed: the label column, if the user did not name it. It is probably wrong if there are more
+    than half as many classes as rows and its name is not a usual one.
+    """
     if len(labels) < 2:
         bad.judge()
         raise DataError(
-            f"--data {data}: training needs two classes at least, found"
+            f"--data {data}: training needs at least two classes, found"
             f" {', '.join(labels) or 'none'} in {len(train)} rows. Check --label-column."
         )
     many = 2 * len(labels) > len(train) > 4
@@ -238,15 +262,15 @@ def _check_classes(
 
 
 def _taken(data: str, headed: bool | None, taken: Columns) -> str:
-    """What a user is told of the columns."""
+    """Returns a line for the user: whether there is a header, and the column of each role."""
     header = {None: "", True: "a header", False: "no header"}[headed]
     roles = {"text": taken.text, "pair": taken.pair, "label": taken.label}
-    what = [f"the {role} in column {name}" for role, name in roles.items() if name is not None]
-    return f"{data}: {', '.join(filter(None, [header, *what]))}"
+    parts = [f"the {role} in column {name}" for role, name in roles.items() if name is not None]
+    return f"{data}: {', '.join(filter(None, [header, *parts]))}"
 
 
 def _class_counts(corpus: Corpus) -> list[str]:
-    """The rows of each class, or the range of a regression, per split."""
+    """Returns a line per split for the user: its rows per class, or the range of its values."""
     lines = []
     for name, rows in zip(SPLITS, (corpus.train, corpus.dev, corpus.test), strict=True):
         if rows and corpus.task == "regression":
@@ -256,21 +280,21 @@ def _class_counts(corpus: Corpus) -> list[str]:
             counts = Counter(str(row.label) for row in rows)
             shown = [f"{label[:40]} {counts[label]}" for label in corpus.labels[:20]]
             more = len(corpus.labels) - len(shown)
-            shown += [f"and {more} classes more"] if more else []
+            shown += [f"and {more} more classes"] if more else []
             lines.append(f"{name}: {len(rows)} rows, by class: {', '.join(shown)}")
     return lines
 
 
 def _hidden(examples: dict[str, list[Example]]) -> list[str]:
-    """Splits whose labels a benchmark keeps to itself: none, or all -1 where train has no -1."""
+    """Returns the splits without public labels: all missing, or all -1 as in GLUE's test files."""
     known = {number_of(example.label) for example in examples["train"]}
-    found = []
+    hidden = []
     for name in set(examples) - {"train"}:
         labels = {example.label for example in examples[name]}
         minus_one = {number_of(label) for label in labels} == {-1.0} and -1.0 not in known
         if labels and (labels == {None} or minus_one):
-            found.append(name)
-    return found
+            hidden.append(name)
+    return hidden
 
 
 def read_split(
@@ -281,24 +305,26 @@ def read_split(
     split: str | None,
     skip_bad_lines: int = 0,
 ) -> tuple[Corpus, str]:
-    """Labelled examples to score a trained model on, as the corpus's split of the name returned.
+    """Returns a Corpus with one split of labelled examples, and the name of that split.
 
-    A file without a split column is scored whole, as test. A folder needs no train file. Columns
-    that are not asked for are those that the model was `trained` on, or the usual ones; `kind` is
-    its task and its classes.
+    columns: the user's. Those not set default to the columns that the model was `trained` on, or
+    else to the usual ones. kind: the model's task and classes. split: default is the first of test,
+    dev and train that exists. A file without a column `split` is used whole, as test. A folder
+    needs no train file. Raises DataError with the file, the row and what to do.
     """
     task, labels = kind
     bad, header = BadRows(skip_bad_lines), Header(columns, trained, labels)
     splits = _read_splits(data, header, bad)
     if "" in splits:
         splits = {split or "test": splits[""]}
-    there = [name for name in ([split] if split else ["test", "dev", "train"]) if splits.get(name)]
-    if not there:
+    wanted = [split] if split else ["test", "dev", "train"]
+    present = [name for name in wanted if splits.get(name)]
+    if not present:
         bad.judge(left=False)
         raise DataError(
             f"--data {data} has no {split or 'labelled'} split, found {', '.join(splits)}."
         )
-    rows = splits[there[0]]
+    rows = splits[present[0]]
     taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
     if taken.label is None:
         raise DataError(
@@ -306,12 +332,13 @@ def read_split(
             " Set --label-column."
         )
     examples = _labelled(_examples(rows, taken, bad), labels, bad)
-    found = Corpus(data, task, labels, (), (), (), taken)
-    examples = _fitting(found, examples, bad)
+    corpus = Corpus(data, task, labels, (), (), (), taken)
+    examples = _fitting(corpus, examples, bad)
     notes = bad.judge(left=bool(examples))
-    train, dev, test = (tuple(examples) if name == there[0] else () for name in SPLITS)
-    found = replace(found, train=train, dev=dev, test=test, note="; ".join(notes))
-    return replace(found, said=(_taken(data, header.seen, taken), *_class_counts(found))), there[0]
+    train, dev, test = (tuple(examples) if name == present[0] else () for name in SPLITS)
+    corpus = replace(corpus, train=train, dev=dev, test=test, note="; ".join(notes))
+    lines = (_taken(data, header.seen, taken), *_class_counts(corpus))
+    return replace(corpus, said=lines), present[0]
 
 
 def unlabelled(
@@ -321,8 +348,10 @@ def unlabelled(
     labels: Sequence[str] = (),
     skip_bad_lines: int = 0,
 ) -> tuple[list[Example], list[str]]:
-    """The rows of one file, labelled or not, in the file's order, and what was taken for what; the
-    `trained` columns and the classes of the model help to find it."""
+    """Returns the examples of one file in its order, and notes for the user. Labels are optional.
+
+    trained, labels: the columns and classes of the model, which help to recognise the columns.
+    """
     bad, header = BadRows(skip_bad_lines), Header(columns, trained, labels)
     rows = []
     for place, row in read_rows(Path(data), header):
@@ -332,7 +361,8 @@ def unlabelled(
             rows.append((place, {name: v for name, v in row.items() if is_plain(v)}))
     if not rows:
         bad.judge(left=False)
-        raise DataError(f"{data} has no rows.")
+        raise DataError(f"{data} has no rows. Pass a file with rows.")
+    # --label-column is for files that have one: predicting needs no labels.
     if columns.label is not None and find_column(columns.label, names_of(rows)) is None:
         columns = replace(columns, label=None)
     taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
@@ -341,9 +371,11 @@ def unlabelled(
 
 
 def _split_once(data: str, rows: list[Example]) -> dict[str, list[Example]]:
-    """80/10/10, by one shuffle that never changes."""
+    """Divides rows 80/10/10 after a shuffle with a fixed seed, so that every run has the same."""
     if len(rows) < 3:
-        raise DataError(f"--data {data}: {len(rows)} rows cannot be cut in three. Add rows.")
+        raise DataError(
+            f"--data {data}: {len(rows)} rows are too few for train, dev and test. Add rows."
+        )
     rows = rows.copy()
     random.Random(0).shuffle(rows)
     tenth = max(1, len(rows) // 10)
@@ -353,12 +385,14 @@ def _split_once(data: str, rows: list[Example]) -> dict[str, list[Example]]:
 def _hold_out(
     train: tuple[Example, ...], share: float
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Returns train and dev: every (1/share)th example of train, at least one, is held out."""
     step = min(round(1 / share), max(len(train), 1))
     dev = train[step - 1 :: step]
     return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
 
 
 def _examples(rows: Iterable[Placed], taken: Columns, bad: BadRows) -> list[Example]:
+    """Returns an example for each row that has a text. The others go to `bad`."""
     examples = []
     for place, row in rows:
         try:
@@ -369,31 +403,35 @@ def _examples(rows: Iterable[Placed], taken: Columns, bad: BadRows) -> list[Exam
 
 
 def _example(place: str, row: Row, taken: Columns) -> Example:
+    """Returns the example of a row. Raises DataError without the place."""
     assert taken.text is not None
     for name in (taken.text, taken.pair):
         if name is not None and name not in row:
             raise DataError(
                 f"no column {name!r} with a text, found {', '.join(row) or 'none'}."
-                " A row's text may not be absent, null, a list or an object. Mend the line."
+                " The text must not be missing, null, a list or an object. Fix the line."
             )
     text = text_in(row, taken.text).strip()
     pair = None if taken.pair is None else text_in(row, taken.pair).strip()
     label = text_in(row, taken.label).strip() if taken.label in row else ""
     try:
-        f"{text}{pair}{label}".encode()
+        f"{text}{pair}{label}".encode()  # JSON can hold half of a UTF-16 pair (\ud800)
     except UnicodeEncodeError as error:
-        raise DataError(f"{error.reason}: half of a character pair.") from None
+        raise DataError(
+            f"{error.reason}: the text has half of a UTF-16 pair. Write the whole character."
+        ) from None
     return Example(text, pair, label or None, place)
 
 
 def _fractional(examples: Iterable[Example]) -> bool:
-    """Whether nine labels in ten are numbers, and some not whole: a quantity and no class."""
+    """True if 9 labels in 10 are numbers and at least one is no integer: then it is a quantity."""
     values = [number_of(example.label) for example in examples]
     numbers = [value for value in values if math.isfinite(value)]
     return 10 * len(numbers) >= 9 * len(values) and not all(v.is_integer() for v in numbers)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
+    """Sorts classes as integers if all are, else as texts. The order gives the class indices."""
     try:
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     except ValueError:
@@ -401,7 +439,7 @@ def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
 
 
 def _fitting(corpus: Corpus, examples: Sequence[Example], bad: BadRows) -> list[Example]:
-    """The examples whose label the task takes."""
+    """Returns the examples whose label fits the task. The others go to `bad`."""
     kept = []
     for example in examples:
         if wrong := _misfit(corpus, example):
@@ -412,51 +450,54 @@ def _fitting(corpus: Corpus, examples: Sequence[Example], bad: BadRows) -> list[
 
 
 def _misfit(corpus: Corpus, example: Example) -> str:
-    """What is wrong with a label, "" if nothing is."""
+    """Returns what is wrong with an example's label, and what to do; "" if it fits the task."""
     if corpus.task == "regression":
         if abs(number_of(example.label)) <= LARGEST_LABEL:
             return ""
         return (
-            f"label {example.label!r} is no number that float32 holds. Mend the row, or set --task"
-            " classification."
+            f"label {example.label!r} is no number in the range of float32. Fix the row, or set"
+            " --task classification."
         )
     if example.label in corpus.labels:
         return ""
-    many = 2 * len(corpus.labels) > len(corpus.train) > 4
-    way = "Mend the row, or set --labels."
+    many = 2 * len(corpus.labels) > len(corpus.train) > 4  # then the column is probably wrong
+    advice = "Fix the row, or set --labels."
     if many:
-        way = "There are about as many labels as rows: set --text-column and --label-column."
+        advice = "There are about as many labels as rows: set --text-column and --label-column."
     shown = ", ".join(corpus.labels[:12])
-    return f"label {example.label!r} is outside the set {shown}. {way}"
+    return f"label {example.label!r} is outside the set {shown}. {advice}"
 
 
 def examples_of(corpus: Corpus, split: str) -> tuple[Any, ...]:
-    """The examples of a split by its name. Raises DataError where it has none."""
-    found: tuple[Any, ...] = getattr(corpus, split)
-    if not found:
+    """Returns the examples of a split by its name. Raises DataError if it is empty."""
+    examples: tuple[Any, ...] = getattr(corpus, split)
+    if not examples:
         raise DataError(f"{corpus.source} has no {split} split. Pass --split dev or train.")
-    return found
+    return examples
 
 
 def read_predictions(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Predictions and, for each, its references, from JSON lines with `prediction` and `label` or
-    `references` (a text or a list of them)."""
+    """Returns predictions, and the references of each, from JSON lines.
+
+    A line has `prediction`, and `label` or `references`, a text or a list of texts. Unusable lines
+    cannot be skipped, since a score over fewer rows would be wrong. Raises DataError.
+    """
     if path.suffix != ".jsonl":
-        raise DataError(f"{path}: predictions are JSON lines, in a file that ends in .jsonl.")
+        raise DataError(f"{path}: predictions must be JSON lines. Pass a file that ends in .jsonl.")
     predictions, references = [], []
     for place, row in read_rows(path):
         if isinstance(row, DataError):
             raise row
-        wanted = row.get("references", row.get("label"))
-        several = wanted if isinstance(wanted, list) else [] if wanted is None else [wanted]
-        if row.get("prediction") is None or not several:
+        answer = row.get("references", row.get("label"))
+        answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
+        if row.get("prediction") is None or not answers:
             raise DataError(
                 f"{place}: needs prediction and label (or references),"
                 f" found {', '.join(row) or 'nothing'}."
             )
         try:
             predictions.append(text_in(row, "prediction"))
-            references.append([text_in({"reference": one}, "reference") for one in several])
+            references.append([text_in({"reference": text}, "reference") for text in answers])
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
     return predictions, references

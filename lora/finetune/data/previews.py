@@ -21,11 +21,11 @@ def preview(
     count: int = 3,
     console: rich.console.Console | None = None,
 ) -> None:
-    """Print the first `count` examples token by token, with `│` between two, and the totals of all.
+    """Prints the first `count` examples token by token, then the token counts of all examples.
 
-    Learned and masked tokens are on lines of their own, which say so, for a pipe. In a terminal
-    learned tokens are bright, masked ones dim, and special tokens coloured. ↵ marks the end of a
-    line of the text.
+    │ separates two tokens, ↵ marks a line break of the text. Each line begins with "learned" or
+    "masked", so that the output is clear in a pipe too. A terminal shows learned tokens in bold
+    green, masked tokens dim, and special tokens in magenta.
     """
     console = console or rich.console.Console()
     first = conversations[:count]
@@ -45,19 +45,19 @@ def preview(
 
 
 def _preview_lines(template: Template, tokens: TokenizedText, labels: list[int]) -> Iterator[Text]:
-    """Yields an example's tokens, a line for each stretch and for each line of the text."""
+    """Yields lines of tokens. A line ends where the text's line ends or the mask changes."""
     special = template.tokenizer.added_tokens_decoder
     line, before = Text(), None
     reached = 0
     for number, (token, offset) in enumerate(zip(tokens.ids, tokens.offsets)):
         if number == len(labels):
             break
-        learned = number > 0 and labels[number - 1] != IGNORED
+        learned = number > 0 and labels[number - 1] != IGNORED  # labels are shifted by one
         if learned is not before and line:
             yield line
             line = Text()
         before = learned
-        # If several tokens share a character, as its bytes do, the last shows it.
+        # A character may be several tokens, one for each of its bytes. The last of them shows it.
         shared = tokens.offsets[number + 1 : number + 2] == [offset]
         piece = "" if shared else tokens.text[max(offset[0], reached) : offset[1]]
         reached = reached if shared else offset[1]
@@ -73,6 +73,7 @@ def _preview_lines(template: Template, tokens: TokenizedText, labels: list[int])
                 line.append("learned " if learned else "masked  ", "dim")
             elif not place:
                 line.append("│", "dim")
+            # A control character could change the terminal. It is shown as an escape: \x1b.
             plain = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)
             line.append("".join(plain), style)
     if line:

@@ -1,12 +1,12 @@
-"""Rows of every file that people have, and of the hub: the one reader for all tasks.
+"""Reads the rows of data files and hub data sets. All tasks use this reader.
 
-read_source(source)  split, place and row of each row of a file, a folder or a hub data set
-read_rows(path)      place and row of each row of one file
+read_source(source)  (split, place, row) of each row of a file, a folder or a hub data set
+read_rows(path)      (place, row) of each row of one file
 
-A place is "FILE, line N". A row that cannot be read is replaced by the DataError that names it, and
-so is a cell of Parquet that has no value in Python: who uses it raises it, or adds it to BadRows.
+A place is "FILE, line N". If a row cannot be read, its DataError is yielded in its place, and the
+caller raises it or adds it to BadRows. A Parquet cell without a value in Python is a DataError too.
 
-A line ends at \\n or \\r\\n, and at nothing else.
+A line ends at \\n or \\r\\n only. Unicode has more line ends, such as U+2028, which texts contain.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ SPLITS = {
     "dev": ("dev", "validation", "valid", "val", "validation_matched"),
     "test": ("test",),
 }
-MOST_ROWS = 64  # of a Parquet file, for each of its bytes
+MOST_ROWS = 64  # rows per byte of a Parquet file
 PLAIN_TYPES = (str, int, float, DataError)
-LISTED = 10  # errors that are shown; all are counted
+LISTED = 10  # errors to show; all are counted
 
 Row = dict[str, Any]
 Read = Row | DataError
 Cells = list[list[str]]
 Headed = Callable[[Path, Cells], bool]
-"""Whether the first of a table's rows names its columns."""
+"""Returns True if the first row of the table is a header."""
 
-csv.field_size_limit(2**31 - 1)  # as for TSV and JSONL: a text may be long
+# csv's default limit is 131,072 characters per cell. TSV and JSONL have none, and texts are long.
+csv.field_size_limit(2**31 - 1)
 
 
 class _HasPlace(Protocol):
@@ -58,15 +59,16 @@ P = TypeVar("P", bound=_HasPlace)
 
 @dataclass
 class BadRows:
-    """The rows that cannot be used: counted in full, the first ten listed, `allowed` skipped."""
+    """Collects the rows that cannot be used, so that one error lists them all."""
 
-    allowed: int = 0
+    allowed: int = 0  # rows that may be skipped: --skip-bad-lines
     count: int = 0
-    listed: list[str] = field(default_factory=list)
-    places: set[str] = field(default_factory=set)
+    listed: list[str] = field(default_factory=list)  # the first errors
+    places: set[str] = field(default_factory=set)  # of all bad rows
 
     def add(self, error: DataError, place: str) -> None:
-        if place in self.places:  # another conversation of the same row
+        """Counts a row as bad."""
+        if place in self.places:  # a row may hold several conversations; it is one bad row
             return
         self.count += 1
         self.places.add(place)
@@ -74,12 +76,15 @@ class BadRows:
             self.listed.append(str(error))
 
     def usable(self, rows: Iterable[P]) -> list[P]:
-        """The rows that were not added."""
+        """Returns the rows that were not added."""
         return [row for row in rows if row.place not in self.places]
 
     def judge(self, left: bool = True) -> list[str]:
-        """A note of what is skipped. Raises DataError if that is more than allowed, or if not
-        enough is `left`."""
+        """Returns a note that lists the skipped rows; [] if all rows are good.
+
+        Raises DataError if there are more bad rows than allowed, or if `left` is False: too few
+        rows remain.
+        """
         if not self.count:
             return []
         more = self.count - len(self.listed)
@@ -88,17 +93,20 @@ class BadRows:
         rows, them = ("1 row", "it") if self.count == 1 else (f"{self.count} rows", "them")
         if left and self.count <= self.allowed:
             return [f"{rows} skipped, as --skip-bad-lines {self.allowed} allows:{lines}"]
-        way = f"Mend {them}, or pass --skip-bad-lines {self.count} to leave {them} out."
+        advice = f"Fix {them}, or pass --skip-bad-lines {self.count} to skip {them}."
         if not left:
-            way = f"Too few others are left. Mend {them}, or pass other --data."
-        raise DataError(f"{rows} cannot be used:{lines}\n{way}")
+            advice = f"Too few other rows are left. Fix {them}, or pass other --data."
+        raise DataError(f"{rows} cannot be used:{lines}\n{advice}")
 
 
 def read_source(
     source: str, headed: Headed = lambda path, cells: True
 ) -> Iterator[tuple[str, str, Read]]:
-    """Split, place and row of each row of a folder, a file or a hub data set; the split is "" if a
-    file does not say it. Raises DataError if there is no such source, or a file cannot be read."""
+    """Yields (split, place, row) of each row of a folder, a file or a hub data set.
+
+    The split is "" if a file has no column `split`. Raises DataError if the source does not exist
+    or a file cannot be read.
+    """
     path = Path(source)
     with readable(path, DataError):
         folder, file = path.is_dir(), path.is_file()
@@ -107,7 +115,8 @@ def read_source(
             paths = [path / (name + end) for name in names for end in ENDINGS]
             files = [path for path in paths if path.is_file()]
             if len(files) > 1:
-                raise DataError(f"{source} has {', '.join(p.name for p in files)}: keep one.")
+                listed = ", ".join(path.name for path in files)
+                raise DataError(f"{source} has {listed} for one split. Keep one of them.")
             for place, row in read_rows(files[0], headed) if files else ():
                 yield split, place, row
     elif file:
@@ -122,7 +131,10 @@ def read_source(
 
 
 def _split_of(row: Row) -> str:
-    """The split that a row's own column names, "" if it names none. Raises DataError."""
+    """Returns the split in a row's column `split`, "" if there is none.
+
+    Raises DataError if the column holds anything else than the name of a split.
+    """
     value = next((value for name, value in row.items() if name.strip().lower() == "split"), None)
     if value is None or value == "":
         return ""
@@ -133,10 +145,10 @@ def _split_of(row: Row) -> str:
 
 
 def read_rows(path: Path, headed: Headed = lambda path, cells: True) -> Iterator[tuple[str, Read]]:
-    """Each row of a file behind its place, "FILE, line N"; in a broken one's place its error.
+    """Yields (place, row) of each row of a file. If a row cannot be read, its error is the row.
 
-    Columns of a table without a header are named 0, 1, ... as are those that its header does not
-    name. Raises DataError if the file cannot be read at all.
+    A column without a name in the header, or of a table without a header, is named by its number
+    from 0. Raises DataError if the file cannot be read at all.
     """
     if path.suffix not in ENDINGS:
         raise DataError(f"{path}: found {path.suffix or 'no ending'}. Known: {', '.join(ENDINGS)}.")
@@ -147,29 +159,32 @@ def read_rows(path: Path, headed: Headed = lambda path, cells: True) -> Iterator
     else:
         read = {".jsonl": _json_lines, ".json": _json, ".txt": _text_lines}[path.suffix]
         rows = read(path, text_of(path))
-    for where, row in rows:
-        place = f"{path}, {where}"
+    for location, row in rows:
+        place = f"{path}, {location}"
         yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
 
 
 def text_of(path: Path) -> str:
-    """The file's text, its lines ended by \\n. Raises DataError if it is not UTF-8, is empty, or
-    cannot be read."""
+    """Returns the file's text with \\n as its line ending.
+
+    Raises DataError if the file is empty, is not UTF-8, or cannot be read.
+    """
     with readable(path, DataError):
         raw = path.read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")  # Excel writes a byte order mark
     except UnicodeDecodeError as error:
-        place = raw[: error.start].count(b"\n") + 1
+        line = raw[: error.start].count(b"\n") + 1
         likely = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
         raise DataError(
-            f"{path}, line {place}: byte {raw[error.start]:#04x} is not UTF-8."
+            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8."
             f" Run {command('iconv', '-f', likely, '-t', 'utf-8', path)} if that is its encoding."
         ) from None
     if "\0" in text:
-        raise DataError(f"{path} has NUL characters: no text. Run iconv -f utf-16le -t utf-8.")
+        convert = command("iconv", "-f", "utf-16le", "-t", "utf-8", path)
+        raise DataError(f"{path} has NUL characters, so it is no UTF-8 text. Run {convert}.")
     text = text.replace("\r\n", "\n")
-    if "\n" not in text:  # an old Macintosh's file
+    if "\n" not in text:  # classic Mac OS ended lines with \r
         text = text.replace("\r", "\n")
     if not text.strip():
         raise DataError(f"{path} is empty. Pass a file with rows.")
@@ -177,48 +192,56 @@ def text_of(path: Path) -> str:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a cell is a text, a number, or an error: no list, object or null."""
+    """True if a cell is a text, a number or an error, and not a list, an object or null."""
     return isinstance(value, PLAIN_TYPES)
 
 
 def text_in(row: Row, name: str) -> str:
-    """A cell as text. Raises DataError if it holds none: NaN, a list, what cannot be read."""
+    """Returns a cell as text; numbers and booleans as JSON writes them.
+
+    Raises DataError if the cell is NaN, infinite, null, a list or an object, or cannot be read.
+    """
     value = row[name]
     if isinstance(value, str):
         return value
     if isinstance(value, DataError):
         raise value
     if isinstance(value, float) and not math.isfinite(value):
+        # pandas writes a missing value as NaN. Taken as text, it would be the class "nan".
         raise DataError(f"{name} is {value}: no text, and no finite number. Fill it in.")
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    raise DataError(f"{name} is no text, found {type(value).__name__}.")
+    raise DataError(f"{name} must be a text, found {type(value).__name__}.")
 
 
 def _json_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+    """Yields an object per line of JSONL, or in its place a message. Empty lines are skipped."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"line {number}", json_object(line)
             except ValueError as error:
-                yield f"line {number}", f"no JSON object: {error}."
+                yield f"line {number}", f"not a JSON object: {error}."
 
 
 def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
+    """Yields the objects of a JSON list, or of the list under the key "data"."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "Rename it to .jsonl" if error.msg == "Extra data" else "Mend it"
-        raise DataError(f"{path}, line {error.lineno}: no JSON: {error.msg}. {hint}.") from None
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise DataError(f"{path}: no JSON that can be read: {error}.") from None
+        hint = "Rename it to .jsonl" if error.msg == "Extra data" else "Fix it"
+        raise DataError(
+            f"{path}, line {error.lineno}: not valid JSON: {error.msg}. {hint}."
+        ) from None
+    except ValueError as error:  # an integer with more than 4,300 digits
+        raise DataError(f"{path}: its JSON cannot be read: {error}. Fix it.") from None
     except RecursionError:
-        raise DataError(f"{path}: no JSON of rows: nested too deeply.") from None
+        raise DataError(f"{path}: its JSON is nested too deeply. Write a list of rows.") from None
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise DataError(
-            f"{path}: a {type(value).__name__} without rows. Write [{{...}}, ...], or"
-            ' {"data": [...]}.'
+            f"{path} must be a list of rows, found a {type(value).__name__}. Write [{{...}}, ...],"
+            ' or {"data": [...]}.'
         )
     for number, row in enumerate(rows, 1):
         kind = type(row).__name__
@@ -226,58 +249,66 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
 
 
 def _table_rows(path: Path, text: str, headed: Headed) -> Iterator[tuple[str, Read | str]]:
+    """Yields the rows of a CSV or TSV under the names of its columns."""
     lines = [*(_tabs(text) if path.suffix == ".tsv" else _cells(text, _delimiter(text)))]
-    whole = [cells for _, cells in lines if not isinstance(cells, str)]
-    if not whole:
+    table = [cells for _, cells in lines if not isinstance(cells, str)]  # without broken lines
+    if not table:
         number, error = lines[0]
         raise DataError(f"{path}, line {number}: {error}")
-    first = whole[0]
-    named = headed(path, whole)
+    first = table[0]
+    has_names = headed(path, table)
     names = [str(number) for number in range(len(first))]
-    if named:
+    if has_names:
         names = [cell.strip() or name for cell, name in zip(first, names, strict=True)]
     _check_names(path, names)
-    seen = False
+    after_header = not has_names
     for number, cells in lines:
         if isinstance(cells, str):
             yield f"line {number}", cells
-        elif named and not seen:
-            seen = True
+        elif not after_header:
+            after_header = True
         elif len(cells) != len(names):
-            found = f"{len(cells)} columns, the first row has {len(names)}"
-            yield f"line {number}", f"{found}. Mend the line, or quote the separator."
-        elif named and cells == first:
-            yield f"line {number}", f"the header once more: {', '.join(cells)}. Remove the line."
+            widths = f"{len(cells)} columns, the first row has {len(names)}"
+            yield f"line {number}", f"{widths}. Fix the line, or quote the separator."
+        elif has_names and cells == first:  # from files that were joined with cat
+            yield f"line {number}", f"the header again: {', '.join(cells)}. Remove the line."
         else:
             yield f"line {number}", dict(zip(names, cells, strict=True))
 
 
 def _tabs(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Cells between tabs; quotes mean nothing there, as in GLUE."""
+    """Yields the cells of each line of a TSV. Quotes have no meaning, as in GLUE's files."""
     lines = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
-    alone = max(map(len, lines)) == 1  # an empty line is an empty text
-    return ((number, cells) for number, cells in enumerate(lines, 1) if alone or cells != [""])
+    # With one column, an empty line is an empty text. With more, it is no row.
+    one_column = max(map(len, lines)) == 1
+    return ((number, cells) for number, cells in enumerate(lines, 1) if one_column or cells != [""])
 
 
 def _delimiter(text: str) -> str:
-    """What a CSV has between its cells: comma, semicolon (Excel's, where a comma is in decimals) or
-    tab, whichever cuts the first 50 rows into the most cells, in each row as many. Else a comma."""
-    found = {}
-    for mark in (",", ";", "\t"):
-        rows = [cells for _, cells in itertools.islice(_cells(text, mark), 50)]
+    """Returns the separator of a CSV: comma, semicolon or tab.
+
+    Excel writes semicolons in countries with a decimal comma. The separator is the one that gives
+    the most columns, the same number in each of the first 50 rows. Default: the comma.
+    """
+    columns = {}
+    for separator in (",", ";", "\t"):
+        rows = [cells for _, cells in itertools.islice(_cells(text, separator), 50)]
         widths = {1 if isinstance(cells, str) else len(cells) for cells in rows}
-        found[mark] = max(widths) if len(widths) == 1 else 1
-    return max(found, key=lambda mark: found[mark])  # the comma, if others do as well
+        columns[separator] = max(widths) if len(widths) == 1 else 1
+    return max(columns, key=lambda separator: columns[separator])  # the first of equals: the comma
 
 
-def _cells(text: str, mark: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Cells between commas, or another mark, quoted as in CSV."""
-    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=mark, strict=True)
+def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Yields (line number, cells) of each row of a CSV, or in the cells' place a message.
+
+    A quoted cell may span lines; the number is that of its last line. Empty lines are skipped.
+    """
+    reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=separator, strict=True)
     while True:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num, f"{error}. Mend the quotes, or save it as .tsv."
+            yield reader.line_num, f"{error}. Fix the quotes, or save it as .tsv."
             continue
         if cells is None:
             return
@@ -286,19 +317,24 @@ def _cells(text: str, mark: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
+    """Raises DataError if two columns have the same name."""
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DataError(f"{path}: two columns are named {twice!r}. Rename one.")
 
 
 def _text_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
-    """A text per line; or E2E's pairs, which nine lines in ten show to be meant."""
+    """Yields a text per line; or `meaning representation||reference` pairs, E2E's format.
+
+    The file is in E2E's format if 9 lines in 10 have ||. The others are then bad rows.
+    """
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     pairs = 10 * sum("||" in line for _, line in lines) >= 9 * len(lines)
     for number, line in lines:
         meaning, mark, reference = line.partition("||")
         row: Read | str = {"text": line}
-        if pairs:  # words begin with their space, as they do within a text
+        if pairs:
+            # The completion begins with its space: tokenizers join a space to the word after it.
             row = {"prompt": f"{meaning.strip()} ||", "completion": f" {reference.strip()}"}
         if pairs and not mark:
             row = "no '||' between a meaning representation and its text."
@@ -306,6 +342,10 @@ def _text_lines(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
+    """Yields the rows of a Parquet file.
+
+    Raises DataError if pyarrow is not installed or cannot read the file.
+    """
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -315,9 +355,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            # A value that repeats takes no room: a file of 1 KB may state a billion rows of one.
-            if file.metadata.num_rows > MOST_ROWS * path.stat().st_size:
-                raise DataError(f"{path} states {file.metadata.num_rows:,} rows in few bytes.")
+            # A repeated value is stored once: a file of 1 KB can state a billion rows, which
+            # would fill the memory.
+            size = path.stat().st_size
+            if file.metadata.num_rows > MOST_ROWS * size:
+                raise DataError(
+                    f"{path} states {file.metadata.num_rows:,} rows in {size:,} bytes: at most"
+                    f" {MOST_ROWS} per byte are read. Write it again, or as JSONL."
+                )
             names = [name or str(i) for i, name in enumerate(file.schema_arrow.names)]
             _check_names(path, names)
             for batch in file.iter_batches(1000):
@@ -327,36 +372,42 @@ def _parquet(path: Path) -> Iterator[tuple[str, Read | str]]:
                     yield f"row {number}", dict(zip(names, cells, strict=True))
     except DataError:
         raise
-    except Exception as error:  # of a damaged file pyarrow raises nearly anything
-        raise DataError(f"{path} cannot be read: {error}. Write it anew.") from None
+    except Exception as error:  # pyarrow raises almost any error for a damaged file
+        raise DataError(f"{path} cannot be read: {error}. Write it again.") from None
 
 
 def _column_cells(name: str, column: Any) -> list[Any]:
-    """The cells of a column as Python's values, and a DataError for each that is none: bytes that
-    are not UTF-8, a date past the year 9999, a time zone that nobody knows."""
+    """Returns the cells of a column as Python values; a DataError for a cell that has none.
+
+    Such cells are bytes that are not UTF-8, a date after the year 9999, an unknown time zone.
+    """
     try:
         return [_json_value(value) for value in column.to_pylist()]
-    except Exception:  # pyarrow raises what the conversion of each type does
+    except Exception:  # each type fails in its own way; cell by cell shows which ones fail
         return [_value(name, cell.as_py) for cell in column]
 
 
 def _value(name: str, read: Callable[[], Any]) -> Any:
+    """Returns the value that `read` gives, or a DataError naming the column if it fails."""
     try:
         return _json_value(read())
-    except Exception as error:  # as above
-        return DataError(f"{name} is no value that can be read: {error}.")
+    except Exception as error:  # pyarrow and datasets raise almost any error here
+        return DataError(f"{name} cannot be read: {error}.")
 
 
 def _json_value(value: Any) -> Any:
-    """A value as JSON would hold it. Raises TypeError or ValueError for what it cannot hold."""
+    """Returns a value of Parquet or the hub as JSON has it: dates as ISO texts, decimals as texts.
+
+    Raises TypeError for other types, ValueError for bytes that are not UTF-8.
+    """
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | tuple):
-        return [_json_value(one) for one in value]
+        return [_json_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(_json_value(name)): _json_value(one) for name, one in value.items()}
+        return {str(_json_value(name)): _json_value(item) for name, item in value.items()}
     if isinstance(value, Decimal):
         return f"{value:f}" if value.is_finite() else float(value)
     if isinstance(value, datetime.date | datetime.time):
@@ -365,7 +416,10 @@ def _json_value(value: Any) -> Any:
 
 
 def read_hub(source: str) -> Iterator[tuple[str, str, Read]]:
-    """A data set on the hub: glue/TASK, OWNER/NAME, or OWNER/NAME/CONFIG."""
+    """Yields the rows of a data set on the hub: glue/TASK, OWNER/NAME, or OWNER/NAME/CONFIG.
+
+    Raises DataError if the hub does not answer, has no such data set, or cannot load it.
+    """
     if source.startswith((".", "/", "~")) or source.endswith(ENDINGS):
         raise DataError(
             f"--data {source}: no such file or folder. Pass one, or a data set's name on the hub."
@@ -385,11 +439,11 @@ def read_hub(source: str) -> Iterator[tuple[str, str, Read]]:
     else:
         name, config = "/".join(parts[:2]), "/".join(parts[2:]) or None
     try:
-        found = datasets.load_dataset(name, config)
+        loaded = datasets.load_dataset(name, config)
         for split, names in SPLITS.items():
-            there = [name for name in names if name in found]
-            for number, row in enumerate(found[there[0]] if there else (), 1):
+            present = [name for name in names if name in loaded]
+            for number, row in enumerate(loaded[present[0]] if present else (), 1):
                 cells = {str(name): _value(str(name), partial(row.get, name)) for name in row}
-                yield split, f"{source}, {there[0]} row {number}", cells
-    except Exception as error:  # the library raises whatever its readers raise
+                yield split, f"{source}, {present[0]} row {number}", cells
+    except Exception as error:  # datasets raises what its many readers raise
         raise DataError(f"--data {source} cannot be loaded from the hub: {error}.") from error

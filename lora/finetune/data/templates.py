@@ -34,7 +34,8 @@ from typing import Any, Literal
 
 from lora.errors import ConfigError, DataError, ModelError
 from lora.files import readable
-from lora.finetune.data.conversations import Conversation, Message
+from lora.finetune.data.conversations import Conversation
+from lora.finetune.data.messages import Message
 from lora.interop.rendering import LimitError, RenderError, render
 
 LossOn = Literal["answers", "all"]

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from lora.errors import DataError
 from lora.finetune.data.conversations import (
     Conversation,
-    Message,
     conversational,
     from_row,
     grouped,
@@ -24,6 +23,7 @@ from lora.finetune.data.conversations import (
     read_one_split,
     read_prompts,
 )
+from lora.finetune.data.messages import Message
 from lora.finetune.data.rows import BadRows, read_rows
 
 PAIR = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -140,27 +140,27 @@ def test_what_is_to_be_classified_is_no_conversation() -> None:
         ({"messages": ["x"]}, "message 1 is a str, not an object"),
         ({"messages": [{"role": "user"}]}, "message 1 has no text, found NoneType"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-         "message 1 has a part that is no text: {'type': 'image_url'"),
+         "message 1 has a part that is not a text: {'type': 'image_url'"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]},
-         "message 1: tool_calls of an answer are a list of"),
+         "message 1: tool_calls belong to an answer and must be a list of"),
         ({"messages": [{"role": "user", "content": "x"}]},
-         "the last message is the user's, and not the assistant's"),
+         "the last message has the role user, but it must be"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "\n"}]},
          "an empty answer, message 2"),
         (PAIR | {"output": ""}, "an empty answer"),
-        (PAIR | {"output": None}, "instruction without output"),
-        (PAIR | {"output": ["3"]}, "output is no text, found list"),
-        (PAIR | {"output": True}, "output is no text, found bool"),
+        (PAIR | {"output": None}, "instruction has no output"),
+        (PAIR | {"output": ["3"]}, "output must be a text, found list"),
+        (PAIR | {"output": True}, "output must be a text, found bool"),
         ({"instruction": "", "input": " ", "output": "3"}, "an empty instruction"),
-        ({"prompt": [], "completion": "x"}, "prompt is no text, found list"),
+        ({"prompt": [], "completion": "x"}, "prompt must be a text, found list"),
         ({"instruction": "x", "instances": []}, "no instances"),
         ({"instruction": None, "instances": [{"output": "y"}]}, "none of instruction, prompt"),
-        (PAIR | {"history": 3}, "history is no list of"),
-        (PAIR | {"history": True}, "history is no list of"),
+        (PAIR | {"history": 3}, "history must be a list of"),
+        (PAIR | {"history": True}, "history must be a list of"),
         ({"instruction": "x", "instances": ["y"]}, "an instance is a str"),
         ({"text": " \n"}, "an empty answer"),
-        ({"text": None}, "text is no text, found NoneType"),
-        ({"text": "\ud800"}, "surrogates not allowed: half of a character pair"),
+        ({"text": None}, "text must be a text, found NoneType"),
+        ({"text": "\ud800"}, "surrogates not allowed: the text has half"),
     ],
 )  # fmt: skip
 def test_a_row_that_is_no_conversation_is_named(row: dict[str, Any], message: str) -> None:
@@ -179,7 +179,7 @@ def test_a_prompt_needs_no_answer(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [one.references for one in found] == [(), (), (), (), ("3",)]
     assert [one.raw for one in found] == [False, True, True, False, False]
-    with pytest.raises(DataError, match="x.jsonl, line 2: no JSON object"):
+    with pytest.raises(DataError, match="x.jsonl, line 2: not a JSON object"):
         read_prompts(write(tmp_path / "x.jsonl", '{"text": "a"}\nx\n'))
     with pytest.raises(DataError, match="y.json has no rows"):
         read_prompts(write(tmp_path / "y.json", "[]"))
@@ -222,7 +222,7 @@ def test_every_ending_reads_the_same(end: str, tmp_path: Path) -> None:
     assert holds_conversations(str(path))
     splits, notes = read_conversations(str(path), "name")
     assert {name: len(some) for name, some in splits.items()} == {"train": 10, "dev": 1, "test": 1}
-    assert "cut 80/10/10 by prompt" in notes[0]
+    assert "divided 80/10/10 by prompt" in notes[0]
     assert splits["train"][0].task == "name"
 
 
@@ -259,16 +259,16 @@ def test_lines_without_a_reference_are_broken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("x.jsonl", '\n{"text": "a"}\n{', "x.jsonl, line 3: no JSON object"),
-        ("x.jsonl", "[1]\n", "x.jsonl, line 1: no JSON object: found a list, not an object"),
-        ("x.jsonl", "[" * 100_000, "line 1: no JSON object: nested too deeply"),
-        ("x.json", '[{"text": "a"},\n {]', "x.json, line 2: no JSON: .*Mend it"),
-        ("x.json", '{"text": "a"}\n{"text": "b"}', "line 2: no JSON: Extra data. Rename it to .js"),
-        ("x.json", '{"text": "a"}', r"x.json: a dict without rows. Write \[\{...\}, ...\]"),
-        ("x.json", "[" * 100_000, "x.json: no JSON of rows: nested too deeply"),
+        ("x.jsonl", '\n{"text": "a"}\n{', "x.jsonl, line 3: not a JSON object"),
+        ("x.jsonl", "[1]\n", "x.jsonl, line 1: not a JSON object: found a list, not an object"),
+        ("x.jsonl", "[" * 100_000, "line 1: not a JSON object: nested too deeply"),
+        ("x.json", '[{"text": "a"},\n {]', "x.json, line 2: not valid JSON: .*Fix it"),
+        ("x.json", '{"text": "a"}\n{"text": "b"}', "line 2: not valid JSON: Extra data. Rename it"),
+        ("x.json", '{"text": "a"}', r"x.json must be a list of rows, found a dict. Write \[\{"),
+        ("x.json", "[" * 100_000, "x.json: its JSON is nested too deeply"),
         ("x.json", "[3]", "x.json, item 1: found a int, not an object"),
         ("x.csv", "text,id\na,1\nb\n", "line 3: 1 columns, the first row has 2"),
-        ("x.csv", 'text,id\n"a"b,1\n', "x.csv, line 2: .*Mend the quotes"),
+        ("x.csv", 'text,id\n"a"b,1\n', "x.csv, line 2: .*Fix the quotes"),
         ("x.csv", "text,text\na,1\n", "two columns are named 'text'"),
         ("x.tsv", "text\tid\na\n", "line 2: 1 columns"),
         ("x.csv", "hello,hi\nyou,me\n", "line 2: no conversation among hello, hi. Known"),
@@ -318,7 +318,7 @@ def test_so_many_bad_lines_are_left_out_and_said(end: str, tmp_path: Path) -> No
     assert [line.partition(": ")[0] for line in message[1:4]] == [
         f"  {first}", f"  {second}", f"  {third}",
     ]  # fmt: skip
-    assert message[4] == "Mend them, or pass --skip-bad-lines 3 to leave them out."
+    assert message[4] == "Fix them, or pass --skip-bad-lines 3 to skip them."
     bad = BadRows(2)
     read_conversations(path, bad=bad)
     with pytest.raises(DataError, match="--skip-bad-lines 3"):
@@ -339,13 +339,13 @@ def test_the_splits_of_a_folder(tmp_path: Path) -> None:
     assert [len(splits[name]) for name in ("train", "dev", "test")] == [20, 2, 3]
     assert notes == []
     lines(tmp_path / "train.json", pairs(20))
-    with pytest.raises(DataError, match="has train.jsonl, train.json: keep one"):
+    with pytest.raises(DataError, match="has train.jsonl, train.json for one split. Keep one"):
         read_conversations(str(tmp_path))
     (tmp_path / "train.json").unlink()
     (tmp_path / "train.jsonl").unlink()
     splits, notes = read_conversations(str(tmp_path))  # E2E's training file is not public here
     assert [len(splits[name]) for name in ("train", "dev", "test")] == [1, 1, 3]
-    assert "has no train split: dev is learned from" in notes[0]
+    assert "has no train split: dev is used for training" in notes[0]
     (tmp_path / "validation.txt").unlink()
     with pytest.raises(DataError, match="has no training rows, found test. Pass a folder"):
         read_conversations(str(tmp_path))
@@ -363,7 +363,7 @@ def test_a_split_column_is_followed(tmp_path: Path) -> None:
     assert {name: len(some) for name, some in broken.items()} == {"train": 2, "dev": 1, "test": 1}
     assert "1 row skipped" in bad.judge()[0]
     del rows[3]["split"]
-    with pytest.raises(DataError, match="line 4: no split, where other rows have one"):
+    with pytest.raises(DataError, match="line 4: no split, but other rows have one"):
         read_conversations(lines(tmp_path / "x.jsonl", rows))
 
 
@@ -380,7 +380,7 @@ def test_no_prompt_stands_on_both_sides(prompts: list[int], cut: bool) -> None:
         path = lines(Path(folder) / "x.jsonl", rows)
         least = 3 if cut else 2
         if len(set(prompts)) < least:
-            with pytest.raises(DataError, match="prompts cannot be cut|too few prompts"):
+            with pytest.raises(DataError, match="prompts are too few|too few prompts"):
                 read_conversations(path)
             return
         splits, notes = read_conversations(path)

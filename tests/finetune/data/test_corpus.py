@@ -63,7 +63,7 @@ def test_one_file_is_cut_and_said(tmp_path: Path) -> None:
     corpus = read_examples(str(path))
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (40, 5, 5)
     assert len({e.text for e in (*corpus.train, *corpus.dev, *corpus.test)}) == 50
-    assert "cut 80/10/10" in corpus.note
+    assert "divided 80/10/10" in corpus.note
     assert read_examples(str(path)) == corpus
     assert corpus.labels == ("a", "b")
 
@@ -81,7 +81,7 @@ def test_no_header(tmp_path: Path) -> None:
     corpus = read_examples(folder(tmp_path, train="nice\t1\ndull\t0\n", dev="so so\t1\n"))
     assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
     three = "7\tnice\t1\n8\tdull\t0\n"
-    with pytest.raises(DataError, match="3 columns, and none that is called text or label"):
+    with pytest.raises(DataError, match="has 3 columns and none is named text or label"):
         read_examples(folder(tmp_path, train=three))
     corpus = read_examples(folder(tmp_path, train=three, dev=three), Columns(text="1", label="2"))
     assert texts(corpus) == [("nice", None, "1"), ("dull", None, "0")]
@@ -132,13 +132,13 @@ def test_a_hidden_test_split_is_not_reported_on(tmp_path: Path) -> None:
         ("", "is empty. Pass a file"),
         ("\n\n", "is empty"),
         ("sentence\tlabel\n", "has no training rows"),
-        ("sentence\tlabel\ngood\t1\nfine\t1\n", "two classes at least, found 1"),
+        ("sentence\tlabel\ngood\t1\nfine\t1\n", "at least two classes, found 1"),
         ("sentence\tlabel\ngood\t1\nfine\n", "line 3: 1 columns, the first row has 2"),
         ("sentence\tlabel\na\tb\tc\n", "line 2: 3 columns"),
         (b"sentence\tlabel\ngood\t1\nbl\xe9\t0\n", "line 3: byte 0xe9 is not UTF-8"),
         (
             "id\twords\tlabel\n7\tgood\t1\n",
-            "none that is called text beside the label label: id, words",
+            "none is named text beside the label label: id, words",
         ),
     ],
 )
@@ -170,7 +170,7 @@ def test_missing_columns_files_and_folders(tmp_path: Path) -> None:
     ):
         read_examples(str(tmp_path / "empty"))
     write(tmp_path / "data" / "train.csv", "text,label\na,1\n")
-    with pytest.raises(DataError, match="train.csv, train.tsv: keep one"):
+    with pytest.raises(DataError, match="train.csv, train.tsv for one split. Keep one"):
         read_examples(data)
     with pytest.raises(DataError, match="found .xlsx. Known"):
         read_examples(str(write(tmp_path / "x.xlsx", "a")))
@@ -184,9 +184,9 @@ def test_a_hub_name_without_a_hub_names_the_command_to_run() -> None:
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("{", "line 1: no JSON"),
-        ("[1]", "line 1: no JSON object: found a list"),
-        ("[" * 99_999, "line 1: no JSON"),
+        ("{", "line 1: not a JSON object"),
+        ("[1]", "line 1: not a JSON object: found a list"),
+        ("[" * 99_999, "line 1: not a JSON object"),
     ],
 )
 def test_broken_json_lines_are_named(tmp_path: Path, line: str, match: str) -> None:
@@ -341,7 +341,7 @@ def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
 def test_few_rows(tmp_path: Path) -> None:
     corpus = read_examples(folder(tmp_path, train="text\tlabel\na\t1\nb\t0\nc\t1\n"))
     assert (len(corpus.train), len(corpus.dev)) == (2, 1)
-    with pytest.raises(DataError, match="2 rows cannot be cut in three"):
+    with pytest.raises(DataError, match="2 rows are too few for train"):
         read_examples(str(write(tmp_path / "x.tsv", "text\tlabel\na\t1\nb\t0\n")))
     with pytest.raises(DataError, match="too few rows to hold one out|two classes"):
         read_examples(folder(tmp_path / "one", train="text\tlabel\na\t1\n"))
@@ -366,7 +366,7 @@ def test_references_are_read_as_they_are_written(tmp_path: Path) -> None:
 def test_a_split_without_trains_label_is_left_out_and_said(tmp_path: Path) -> None:
     corpus = read_examples(folder(tmp_path, dev=TSV, test="id\tsentence\n0\tgood\n1\tbad\n"))
     assert corpus.test == ()
-    assert "the split test has no label, and is left out" in corpus.note
+    assert "the split test has no label and is ignored" in corpus.note
 
 
 def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:
@@ -380,7 +380,7 @@ def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:
 def test_a_text_is_no_object_no_list_and_not_null(tmp_path: Path, value: str) -> None:
     rows = f'{{"text": "a", "label": 1}}\n{{"text": {value}, "label": 0}}\n'
     with pytest.raises(
-        DataError, match=r"line 2: no column 'text' with a text, found label\. A row"
+        DataError, match=r"line 2: no column 'text' with a text, found label\. The text"
     ):
         read_examples(folder(tmp_path, train=rows, dev=rows, end="jsonl"))
 

@@ -11,8 +11,9 @@ import pytest
 from test_templates import SPECIAL, TEMPLATES, bart_like, learned, made, of, t5_like
 
 from lora.errors import DataError
-from lora.finetune.data.conversations import Message, from_row, read_conversations
+from lora.finetune.data.conversations import from_row, read_conversations
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids
+from lora.finetune.data.messages import Message
 from lora.finetune.data.templates import Template, template_of
 from lora.finetune.generate import row_of
 
@@ -313,22 +314,31 @@ def test_an_answer_is_learned_as_its_mask_says(mask: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("turn", "says"),
     [
-        ({"weight": 0.5}, "message 2 has weight '0.5': an answer is learned, 1, or not, 0"),
+        ({"weight": 0.5}, "message 2 has weight '0.5': it must be 0 or 1"),
         ({"train": "no"}, "message 2 has train 'no'"),
         ({"train": True, "weight": 0}, "message 2 has weight and train, which differ"),
-        ({"train_detail": [{"begin_offset": 0}]}, "message 2: train_detail cannot be honoured"),
-        ({"loss_scale": "react"}, "message 2: loss_scale cannot be honoured"),
-        ({"function_call": {"name": "f"}}, "message 2: function_call cannot be .*write tool_calls"),
-        ({"audio": {"id": 1}}, "message 2: audio cannot be honoured: only texts"),
-        ({"refusal": "no"}, "message 2: refusal cannot be honoured: write it as content"),
+        ({"train_detail": [{"begin_offset": 0}]}, "message 2: train_detail is not supported"),
+        ({"loss_scale": "react"}, "message 2: loss_scale is not supported"),
+        ({"function_call": {"name": "f"}}, "message 2: function_call is not .*write tool_calls"),
+        ({"audio": {"id": 1}}, "message 2: audio is not supported: only texts"),
+        ({"refusal": "no"}, "message 2: refusal is not supported: write it as content"),
         ({"value": "other"}, "message 2 has content and value, which differ"),
         (
             {"thinking": "a", "reasoning": "b"},
             "message 2 has .*reasoning and thinking, which differ",
         ),
-        ({"reasoning_content": ["a"]}, "message 2: only an answer has reasoning, and that as text"),
-        ({"tool_calls": {"name": "f"}}, "message 2: tool_calls of an answer are a list"),
-        ({"tool_calls": [{"function": {"name": "f"}}]}, "message 2: tool_calls of an answer"),
+        (
+            {"reasoning_content": ["a"]},
+            "message 2: only an answer can have reasoning",
+        ),
+        (
+            {"tool_calls": {"name": "f"}},
+            "message 2: tool_calls belong to an answer and must",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "f"}}]},
+            "message 2: tool_calls belong to an",
+        ),
     ],
 )
 def test_a_message_with_what_cannot_be_honoured_is_refused(turn: Any, says: str) -> None:
@@ -350,24 +360,26 @@ def deep(count: int) -> Any:
     [
         ({"messages": [{"role": "user", "content": "a", "train": True},
                        {"role": "assistant", "content": "b"}]},
-         "message 1 is the user's, to be learned as its train says: only answers"),
-        ({"question": "a", "answer": "b", "images": ["x.png"]}, "images cannot be honoured"),
+         "message 1 has the role user, and train asks to learn it: only answers"),
+        ({"question": "a", "answer": "b", "images": ["x.png"]}, "images is not supported"),
         ({"question": "a", "answer": "b", "functions": [{}]}, "functions .*write tools"),
-        ({"question": "a", "answer": "b", "weight": 0}, "weight 0 of a row"),
+        ({"question": "a", "answer": "b", "weight": 0}, "weight 0: nothing in this row"),
         ({"question": "a", "answer": "b", "weight": 0.3}, "weight '0.3'"),
-        ({"prompt": "a", "completion": "b", "label": False}, "label false: the answer is not"),
+        ({"prompt": "a", "completion": "b", "label": False}, "label false: the answer was"),
         ({"question": "a", "answer": "b", "tools": {"x": 1}}, "tools is a dict, not a list"),
         ({"prompt": "a", "completion": "b", "system": "c"}, "prompt and completion are read, "),
         ({"instruction": "a", "question": "b", "answer": "c"}, "instruction and answer are read"),
         ({"instruction": "a", "output": "b", "response": "c"}, "instruction and output are read"),
         ({"instruction": "a", "input": "b", "context": "d", "output": "c"}, ".*and context is not"),
-        ({"question": "a", "answer": "b", "system": "c", "system_prompt": "d"}, "two system"),
+        ({"question": "a", "answer": "b", "system": "c", "system_prompt": "d"}, "two different"),
         ({"system": "c", "messages": [{"role": "system", "content": "d"},
-                                      {"role": "assistant", "content": "b"}]}, "two system"),
-        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history is no list of"),
-        ({"instruction": "a", "output": "b", "history": 5}, "history is no list of"),
-        ({"question": "a", "answer": "b", "tools": [date(2026, 1, 1)]}, "tools is no JSON: .*date"),
-        ({"question": "a", "answer": "b", "documents": [deep(200_000)]}, "documents is no JSON: "),
+                                      {"role": "assistant", "content": "b"}]}, "two different"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "history must be a list of"),
+        ({"instruction": "a", "output": "b", "history": 5}, "history must be a list of"),
+        ({"question": "a", "answer": "b", "tools": [date(2026, 1, 1)]},
+         "tools cannot be written.*date"),
+        ({"question": "a", "answer": "b", "documents": [deep(200_000)]},
+         "documents cannot be written"),
     ],
 )  # fmt: skip
 def test_a_row_with_what_cannot_be_honoured_is_refused(row: Any, says: str) -> None:

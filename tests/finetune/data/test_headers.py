@@ -350,7 +350,7 @@ def test_splits_follow_the_training_split(tmp_path: Path) -> None:
 def test_a_header_that_comes_again_is_a_bad_row(tmp_path: Path) -> None:
     rows = reviews(SENTIMENTS)
     data = saved(tmp_path / "x.csv", [*rows, ["message", "category"], *rows], "message,category")
-    with pytest.raises(DataError, match="line 62: the header once more: message, category"):
+    with pytest.raises(DataError, match="line 62: the header again: message, category"):
         read_examples(data)
     corpus = read_examples(data, skip_bad_lines=1)
     assert corpus.labels == SENTIMENTS

@@ -123,7 +123,7 @@ UNREADABLE = {
 def test_a_cell_without_a_value_is_a_bad_row_where_it_is_used(name: str, tmp_path: Path) -> None:
     make, why = UNREADABLE[name]
     path = parquet(tmp_path / "x.parquet", text=make(), label=["a", "b", "a"])
-    with pytest.raises(DataError, match=f"3 rows cannot be used:\n  .*row 1: text is .*{why}"):
+    with pytest.raises(DataError, match=f"3 rows cannot be used:\n  .*row 1: text .*{why}"):
         read_examples(path)
     path = parquet(tmp_path / "y.parquet", text=["c", "d", "e"], label=["a", "b", "a"], on=make())
     assert [row.text for row in unlabelled(path, Columns())[0]] == ["c", "d", "e"]  # on is not used
@@ -137,7 +137,7 @@ def test_one_bad_cell_leaves_the_others(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     cells = arrow.array([b"one", b"\xff", *[b"more"] * 10], "binary").view("string")
     path = parquet(tmp_path / "x.parquet", text=cells, label=["a", "b"] * 6)
-    with pytest.raises(DataError, match=r"1 row cannot be used:\n.*row 2: text is no value"):
+    with pytest.raises(DataError, match=r"1 row cannot be used:\n.*row 2: text cannot be read"):
         read_examples(path)
     corpus = read_examples(path, skip_bad_lines=1)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 11
@@ -191,7 +191,7 @@ def test_integers_of_five_thousand_digits(end: str, tmp_path: Path) -> None:
     rows = [json.dumps(row) for row in ROWS]
     rows[2] = rows[2].replace('"a"', "9" * 5_000)
     text = "\n".join(rows) if end == "jsonl" else f"[{','.join(rows)}]"
-    where = "line 3: no JSON object" if end == "jsonl" else "x.json: no JSON that can be read"
+    where = "line 3: not a JSON object" if end == "jsonl" else "x.json: its JSON cannot be read"
     for reader in (read_examples, read_conversations):
         with pytest.raises(DataError, match=where):
             reader(write(tmp_path / f"x.{end}", text))
@@ -264,19 +264,19 @@ def test_bad_rows_are_counted_whole_and_ten_are_listed(tmp_path: Path) -> None:
     numbers = [int(line.partition(", line ")[2].partition(":")[0]) for line in lines[1:11]]
     assert numbers == [1, 4, 7, 10, 13, 3, 6, 9, 12, 15]
     assert lines[11:] == [
-        "  and 5 more", "Mend them, or pass --skip-bad-lines 15 to leave them out.",
+        "  and 5 more", "Fix them, or pass --skip-bad-lines 15 to skip them.",
     ]  # fmt: skip
     corpus = read_examples(path, skip_bad_lines=15)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 25
     assert corpus.note.startswith("15 rows skipped, as --skip-bad-lines 15 allows:\n  ")
-    with pytest.raises(DataError, match="--skip-bad-lines 15 to leave"):
+    with pytest.raises(DataError, match="--skip-bad-lines 15 to skip"):
         read_examples(path, skip_bad_lines=14)
 
 
 def test_rows_that_are_all_bad_cannot_be_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", "{\n" * 20)
     for reader in (read_examples, read_conversations):
-        with pytest.raises(DataError, match="20 rows cannot be used.*\n.*(?s:.*)Too few others"):
+        with pytest.raises(DataError, match="20 rows cannot be used.*\n.*(?s:.*)Too few other"):
             reader(path)
 
 
@@ -329,5 +329,5 @@ def test_what_lies_within_a_cell_is_as_json_would_hold_it(tmp_path: Path) -> Non
     assert isinstance(rows[0], dict)
     assert len(from_row(rows[0], "x.parquet, row 1")) == 1
     broken = parquet(tmp_path / "y.parquet", messages=[[{"content": b"\xff", "role": "user"}]] * 3)
-    with pytest.raises(DataError, match="row 1: messages is no value that can be read"):
+    with pytest.raises(DataError, match="row 1: messages cannot be read"):
         read_conversations(broken)

@@ -29,8 +29,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from lora.errors import ConfigError, DataError, ModelError
-from lora.finetune.data.conversations import Conversation, Message, read_one_split
+from lora.finetune.data.conversations import Conversation, read_one_split
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids
+from lora.finetune.data.messages import Message
 from lora.finetune.data.previews import preview
 from lora.finetune.data.templates import Template, template_of
 from lora.finetune.data.tokens import IGNORED
