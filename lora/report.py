@@ -11,7 +11,7 @@ from torch import nn
 from lora.inventory import (
     injected,
     owned,
-    wrapper_at,
+    with_views,
 )
 from lora.layers import VIEWS, inside, kind, views
 from lora.settings import SHORTHANDS
@@ -55,8 +55,7 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     """The table of what adapter `name` is on this model."""
     plan, parts = injected(model)[name], owned(model, name)
     sizes: dict[tuple[str, str], list[int]] = {}
-    for path, adapter in parts.adapters.items():
-        view = wrapper_at(model, path).view
+    for path, (adapter, view) in with_views(model, parts.adapters).items():
         shape = f"{view.in_features} -> {view.out_features}"
         count = sum(p.numel() for group in groups_of(adapter).values() for p in group)
         sizes.setdefault((path.rpartition(".")[2], shape), []).append(count)
