@@ -1037,7 +1037,7 @@ def test_preview_is_of_what_training_would_make(
         "".join(json.dumps({"prompt": f"{i}", "completion": "b" * 600}) + "\n" for i in range(20))
     )
     assert lora("data", "preview", "--base", "demo-lm", "--data", long, "--count", 1) == 0
-    assert "--max-length 512 and cut" in capsys.readouterr().out
+    assert "--max-length 512 and truncated" in capsys.readouterr().out
     asked = tmp_path / "asked.jsonl"
     asked.write_text(
         "".join(json.dumps({"question": f"{i}?", "answer": "so"}) + "\n" for i in range(20))

@@ -1,1 +1,1 @@
-"""From the files that people have to token ids."""
+"""Reads data files and the hub, renders conversations, and makes batches of token ids."""

@@ -1,13 +1,14 @@
-"""Conversations as token ids, and as the labels that are learned.
+"""Turns conversations into token ids and labels.
 
-encode(template, ...)         -> token ids and labels, the labels shifted by one
-encode_pairs(template, ...)   -> the same for an encoder and a decoder
+encode(template, ...)         -> token ids and labels for a causal model, labels shifted by one
+encode_pairs(template, ...)   -> the same for a model with an encoder and a decoder
 
-The text of a template holds every special token, and the tokenizer adds none. Without a template we
-write the first token that the tokenizer would, and tokenize only what follows: a SentencePiece
-tokenizer may begin the first word of a text by a space, and no word after a token. Each text is
-tokenized whole. A token is learned if its characters lie in an answer. Offsets come from the
-tokenizer's core without its post-processor, which would leave out leading spaces.
+A template writes all special tokens, so the tokenizer adds none. Without a template we add the
+tokenizer's first token (BOS) ourselves and tokenize the rest separately: a SentencePiece tokenizer
+puts a space before the first word of a text, but not before a word that follows a token.
+
+Each text is tokenized as a whole. A token is learned if its characters are in an answer. Offsets
+come from the tokenizer's core without its post-processor, which would drop leading spaces.
 """
 
 from __future__ import annotations
@@ -29,57 +30,56 @@ from lora.finetune.data.templates import LossOn, Rendered, Span, Template
 from lora.finetune.data.tokens import IGNORED
 
 TOGETHER = 16  # conversations rendered at a time
-TEXTS_AT_ONCE = (
-    1_000  # texts tokenized at a time: their offsets are Python integers, which take memory
-)
+# Texts tokenized at a time. Their offsets are Python integers, which take much memory.
+TEXTS_AT_ONCE = 1_000
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many examples and tokens were encoded, cut, left out, or are odd."""
+    """Counts of examples and tokens, and of what the user should know about them."""
 
     examples: int = 0
-    tokens: int = 0  # that are left after the cut
-    learned: int = 0  # of those, the targets
-    long: int = 0  # examples longer than max_length, and cut
-    cut: int = 0  # tokens cut off
-    lost: int = 0  # examples without a target left, and left out
-    straddling: int = 0  # examples with a token that is part answer, part not; it is learned
-    unlike: int = 0  # examples that do not begin with the tokens that generation starts from
+    tokens: int = 0  # after truncation
+    learned: int = 0  # tokens that are targets, after truncation
+    long: int = 0  # examples that were truncated
+    cut: int = 0  # tokens removed by truncation
+    lost: int = 0  # examples without a target, which are skipped
+    straddling: int = 0  # examples with a learned token that is only partly in an answer
+    unlike: int = 0  # examples that do not begin with the tokens of the prompt in generation
     special: int = 0  # examples with special tokens in a message
-    unthought: int = 0  # examples whose template leaves out the reasoning of an earlier answer
+    unthought: int = 0  # examples of which the template drops an earlier answer's reasoning
 
     def note(self, max_length: int) -> str:
-        """Returns one line for the user, "" if there is nothing to say."""
+        """Returns one line for the user, "" if nothing is unusual."""
         notes = []
         if self.long:
             notes.append(
                 f"{self.long} of {self.examples} examples are longer than --max-length {max_length}"
-                f" and cut, {self.cut} tokens in all"
+                f" and truncated, by {self.cut} tokens in all"
             )
         if self.lost:
-            notes.append(f"{self.lost} of {self.examples} have no answer left and are left out")
+            notes.append(f"{self.lost} of {self.examples} have no answer left and are skipped")
         if self.straddling:
-            notes.append(f"{self.straddling} learn a token that is only in part the answer's")
+            notes.append(f"{self.straddling} learn a token that is only partly in the answer")
         if self.unlike:
-            notes.append(f"{self.unlike} begin with other tokens than generation starts from")
+            notes.append(f"{self.unlike} begin with other tokens than the prompt in generation")
         if self.special:
-            notes.append(f"{self.special} have special tokens of the tokenizer in what was said")
+            notes.append(f"{self.special} have special tokens of the tokenizer in a message")
         if self.unthought:
-            notes.append(f"of {self.unthought} the template leaves out the reasoning of an answer")
+            notes.append(f"{self.unthought} lose the reasoning of an answer in the template")
         return "; ".join(notes)
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """The tokens of one example, uncut."""
+    """The tokens of one example, before truncation. The flags are explained at Counts."""
 
     text: str
     ids: list[int]
-    offsets: list[Span]  # characters of each token
-    learned: list[Span]  # stretches of tokens
+    offsets: list[Span]  # the characters of each token
+    learned: list[Span]  # ranges of tokens
     straddling: bool
     unlike: bool
     special: bool
@@ -93,15 +93,15 @@ def encode(
     loss_on: LossOn = "answers",
     bad: BadRows | None = None,
 ) -> tuple[dict[str, Tensor], Counts]:
-    """Returns token ids and labels of the examples that have something to learn, concatenated.
+    """Returns token ids and labels of all examples with a target, concatenated.
 
     input_ids (tokens,) int32
-    labels    (tokens,) int32: the token that each position predicts, -100 if nothing is learned
-    offsets   (examples + 1,) int64: where each example begins, and where the last ends
-    rows      (examples,) int64: their numbers among the conversations
+    labels    (tokens,) int32: the token that each position predicts, -100 if it is not learned
+    offsets   (examples + 1,) int64: the start of each example, and the end of the last
+    rows      (examples,) int64: the index of each among the conversations
 
-    Adds rows that the template refuses to `bad` and leaves them out; without `bad` raises their
-    DataError. Raises DataError if no row is left, and what Template.render raises.
+    Rows that the template refuses are added to `bad` and skipped; without `bad` they are an error.
+    Raises DataError if no example is left, and what Template.render raises.
     """
     counts: Counter[str] = Counter()
     parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
@@ -144,16 +144,17 @@ def encode_pairs(
     max_length: int,
     bad: BadRows | None = None,
 ) -> tuple[dict[str, Tensor], Counts]:
-    """Returns what an encoder reads, the prompt, and what its decoder writes, the answer as labels.
+    """Returns the prompts as the encoder's input and the answers as the decoder's labels.
 
-    As encode(), but the labels are the answer's tokens, not shifted, with the end token. They have
-    their own label_offsets (examples + 1,). Prompt and answer are each cut to max_length.
+    As encode(), but the labels are the answer's tokens with the end token, and are not shifted.
+    They have their own label_offsets (examples + 1,). Prompt and answer are each truncated to
+    max_length.
     """
     rows = [
         number
-        for number, one in enumerate(conversations)
-        if _try(lambda one: _text_alone(template, one), one, bad) is not None
-        and one.messages[-1].learned
+        for number, conversation in enumerate(conversations)
+        if _try(lambda one: _text_alone(template, one), conversation, bad) is not None
+        and conversation.messages[-1].learned
     ]
     counts: Counter[str] = Counter(examples=len(conversations))
     counts["lost"] = len(conversations) - len(rows)
@@ -182,23 +183,28 @@ def encode_pairs(
 def prompt_ids(
     template: Template, conversations: Sequence[Conversation], encoder: bool = False
 ) -> list[list[int]]:
-    """Returns the tokens of the prompts, uncut; for an encoder with the tokens around its texts."""
-    texts = [template.prompt(one) for one in conversations]
+    """Returns the token ids of the prompts, not truncated.
+
+    encoder: add the special tokens that the tokenizer puts around a text.
+    """
+    texts = [template.prompt(conversation) for conversation in conversations]
     if not encoder:
-        heads = [template.head(one) for one in conversations]
+        heads = [template.head(conversation) for conversation in conversations]
         return [ids for ids, _ in _token_ids(template, texts, heads)]
     head, tail = _frame(template.tokenizer, text="a")
     return _framed(template, [text.removeprefix(template.start) for text in texts], head, tail)
 
 
 def _text_alone(template: Template, conversation: Conversation) -> str:
-    """Returns the prompt. Raises DataError if the answer is more than a text, since a decoder of
-    its own learns nothing else."""
+    """Returns the prompt. Raises DataError if the answer has more than a text.
+
+    The decoder of an encoder-decoder model gets no template, so it can learn only a text.
+    """
     last = conversation.messages[-1]
     if last.role == "assistant" and last.more:
         raise DataError(
-            f"{conversation.place}: the answer has {last.more[0][0]}, and a base with a decoder of"
-            " its own learns a text alone. Remove it, or pass another --base."
+            f"{conversation.place}: the answer has {last.more[0][0]}, but an encoder-decoder base"
+            " can only learn a text. Remove it, or pass another --base."
         )
     return template.prompt(conversation)
 
@@ -206,8 +212,10 @@ def _text_alone(template: Template, conversation: Conversation) -> str:
 def _framed(
     template: Template, texts: Sequence[str], head: list[int], tail: list[int]
 ) -> list[list[int]]:
-    """Returns the ids of texts between head and tail, which are there once even if a text has them
-    already."""
+    """Returns the ids of each text between head and tail.
+
+    If a text contains them already, they are removed first, so that no token occurs twice.
+    """
     decoder = template.tokenizer.added_tokens_decoder
     first = "".join(decoder[token].content for token in head if token in decoder)
     last = "".join(decoder[token].content for token in tail if token in decoder)
@@ -222,16 +230,16 @@ def _framed(
 
 
 def _answer_ids(template: Template, conversations: Sequence[Conversation]) -> list[list[int]]:
-    """Returns the ids of the answers, between the tokens that the tokenizer puts around targets."""
+    """Returns the ids of the answers, with the special tokens of the tokenizer for targets."""
     head, tail = _frame(template.tokenizer, text_target="a")
     end = template.tokenizer.eos_token_id
-    tail = tail if end in tail else [*tail, end]
-    texts = [one.messages[-1].content.strip() for one in conversations]
+    tail = tail if end in tail else [*tail, end]  # without it the model never learns to stop
+    texts = [conversation.messages[-1].content.strip() for conversation in conversations]
     return _framed(template, texts, head, tail)
 
 
 def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
-    """Returns the ids that a tokenizer puts before and after a text."""
+    """Returns the special token ids that a tokenizer adds before and after a text."""
     encoding = tokenizer(return_special_tokens_mask=True, **text)
     ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
     first, last = special.index(0), len(special) - special[::-1].index(0)
@@ -239,15 +247,15 @@ def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
 
 
 def _cut(ids: list[int], length: int, tokenizer: Any) -> list[int]:
-    """Returns at most `length` ids, an end token kept."""
+    """Truncates to `length` ids. If they end with the end token, it is kept."""
     ended = ids[-1:] if ids[-1] == tokenizer.eos_token_id else []
     return ids if len(ids) <= length else ids[: length - len(ended)] + ended
 
 
 def shifted_labels(tokens: TokenizedText, length: int) -> list[int]:
-    """Returns the token that each of the first `length` positions is to predict, or IGNORED.
+    """Returns the label of each of the first `length` positions: the next token, or IGNORED.
 
-    No position predicts the first token.
+    labels[i] is ids[i + 1] if token i + 1 is learned. No position predicts the first token.
     """
     ids = tokens.ids[:length]
     labels = [IGNORED] * len(ids)
@@ -260,14 +268,14 @@ def shifted_labels(tokens: TokenizedText, length: int) -> list[int]:
 def refuse(
     template: Template, conversations: Sequence[Conversation], loss_on: LossOn, bad: BadRows
 ) -> None:
-    """Add the rows that the template refuses to `bad`."""
+    """Adds the rows that the template refuses to `bad`."""
     rendered(template, conversations, loss_on, bad)
 
 
 def refuse_prompts(template: Template, conversations: Sequence[Conversation], bad: BadRows) -> None:
-    """Add the rows that the template cannot make a prompt of to `bad`."""
-    for one in conversations:
-        _try(template.prompt, one, bad)
+    """Adds the rows whose prompt the template refuses to `bad`."""
+    for conversation in conversations:
+        _try(template.prompt, conversation, bad)
 
 
 def rendered(
@@ -276,13 +284,15 @@ def rendered(
     loss_on: LossOn,
     bad: BadRows | None = None,
 ) -> list[tuple[int, Rendered]]:
-    """Returns the texts of the conversations with their numbers, without those that the template
-    refuses."""
+    """Returns (index, text) of each conversation that the template accepts.
+
+    The others are added to `bad`; without `bad` their DataError is raised.
+    """
     texts = []
-    for number, one in enumerate(conversations):
+    for number, conversation in enumerate(conversations):
         if number % TOGETHER == 0:
             template.prepare(conversations[number : number + TOGETHER], loss_on)
-        text = _try(lambda one: template.render(one, loss_on), one, bad)
+        text = _try(lambda one: template.render(one, loss_on), conversation, bad)
         if text is not None:
             texts.append((number, text))
     return texts
@@ -291,8 +301,7 @@ def rendered(
 def _try(
     write: Callable[[Conversation], T], conversation: Conversation, bad: BadRows | None
 ) -> T | None:
-    """Returns what `write` makes of a conversation. If it refuses, adds that to `bad` and returns
-    None."""
+    """Returns write(conversation), or None if it raises DataError: then the row goes to `bad`."""
     try:
         return write(conversation)
     except DataError as error:
@@ -328,21 +337,22 @@ def tokenized(
 def _token_ids(
     template: Template, texts: Sequence[str], heads: Sequence[str]
 ) -> Iterator[tuple[list[int], list[Span]]]:
-    """Yields the ids of each text and their characters. A head is one token."""
+    """Yields (ids, offsets) of each text. Its head is the BOS token or "" and is not tokenized."""
     rests = [text[len(head) :] for text, head in zip(texts, heads, strict=True)]
     encodings = template.core.encode_batch(rests, add_special_tokens=False)
     for head, rest in zip(heads, encodings, strict=True):
-        first, far = [template.tokenizer.bos_token_id] * bool(head), len(head)
+        first, width = [template.tokenizer.bos_token_id] * bool(head), len(head)
+        # Offsets count from the start of the rest; shift them to the start of the text.
         offsets = (
-            [(start + far, end + far) for start, end in rest.offsets] if head else rest.offsets
+            [(start + width, end + width) for start, end in rest.offsets] if head else rest.offsets
         )
-        yield first + rest.ids, [(0, far)] * bool(head) + offsets
+        yield first + rest.ids, [(0, width)] * bool(head) + offsets
 
 
 def _stretch(text: str, offsets: Sequence[Span], span: Span) -> tuple[Span, bool]:
-    """Returns the tokens that a span touches, and whether an edge of the span cuts through one.
+    """Returns the range of tokens that a span touches, and True if its edge is inside a token.
 
-    A token that takes only white space from beyond the edge, as special tokens may, does not count.
+    A token that has only white space outside the span, as special tokens may, is not counted.
     """
     start, end = span
     first = bisect_right(offsets, start, key=lambda token: token[1])

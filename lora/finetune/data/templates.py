@@ -1,22 +1,22 @@
-"""Conversations as text, with the spans of the answers that a model learns.
+"""Renders conversations as text and finds the answers in it, which the model learns.
 
-template_of(tokenizer, asked)   -> Template: the base's own, the plain one, none, or a file's
-template.render(conversation)   -> Rendered: the text, and where in it the answers are
+template_of(tokenizer, name)    -> Template: the tokenizer's, the plain one, none, or a file's
+template.render(conversation)   -> Rendered: the text, and the spans of its answers
 
-How answers are found. A template is a program, which may do anything with a message. Few templates
-mark by {% generation %} what the model writes, and those that do often leave out the token that
-ends the turn, without which a model never learns to stop. (transformers' own mask from those marks
-is no help: if a token hides its space it drops the answer, or learns all that follows.) So answers
-are found in the same way under every template, from its text of the conversation and of two others:
+How answers are found. A template is a program and may do anything with a message. Few templates
+mark the model's text by {% generation %}. Those that do often exclude the token that ends the turn,
+and without it a model never learns to stop. (The mask that transformers makes from these marks does
+not help: if a token includes its space, it drops the answer or learns all text after it.) So we
+find answers in the same way for every template. We render the conversation and two others:
 
-    the messages before the answer, with the opening of the next turn    what generation sees
-    the conversation with a mark in the answer's place                    the text around the answer
+    the messages before the answer and the start of the next turn    the prompt in generation
+    the conversation with a mark in place of the answer              the text around the answer
 
-If the whole text begins with what generation sees, the answer begins where that ends; else it
-begins after the text before the mark. It ends before the text after the mark. The characters that
-close a turn belong to it: they are found once per template, by the same mark in a conversation of
-one turn. If the pieces do not fit together, or a message before the answer is not in the text
-before it, the template is refused: better no mask than a wrong one.
+If the text begins with the prompt, the answer starts where the prompt ends; if not, it starts where
+the text before the mark ends. It ends where the text after the mark begins. The characters that
+close a turn belong to the answer; they are found once per template, by a mark in a conversation of
+one turn. If these parts do not fit, or the text before the answer lacks an earlier message, it is
+an error: no mask is better than a wrong one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from lora.interop.rendering import LimitError, RenderError, render
 
 LossOn = Literal["answers", "all"]
 TEMPLATES = ("auto", "plain", "none")
-"""What --template takes besides a file."""
+"""The values of --template other than a file."""
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
@@ -49,15 +49,17 @@ PLAIN_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-CONTENT_MARK = "\ue0d7\ue0d8\ue0d9"  # of the private use area: no template trims or escapes it
+# Marks in place of an answer and of its reasoning. They are in Unicode's private use area, which
+# no template trims or escapes.
+CONTENT_MARK = "\ue0d7\ue0d8\ue0d9"
+THOUGHT_MARK = "\ue0da\ue0db\ue0dc"
 
-MOST_KEPT = 1_000  # texts that were rendered
+MOST_KEPT = 1_000  # rendered texts to cache
 
-THOUGHT_MARK = "\ue0da\ue0db\ue0dc"  # in the place of an answer's reasoning
-LISTS = ("tools", "documents")  # what a template is given beside messages, and writes
+LISTS = ("tools", "documents")  # variables, other than messages, that a template has to write
 
 Span = tuple[int, int]
-_Asked = tuple[tuple[Message, ...], str, bool]  # a text: messages, what else is given, an opening
+_TextKey = tuple[tuple[Message, ...], str, bool]  # messages, other variables, add an opening
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,27 @@ class Rendered:
     """A conversation as text."""
 
     text: str
-    spans: tuple[Span, ...]  # characters that are learned: each answer with the end of its turn
-    prompt: str  # what a model would be asked to continue by the last answer
+    spans: tuple[Span, ...]  # characters to learn: each answer with the end of its turn
+    prompt: str  # the text before the last answer, from which a model generates
 
 
 @dataclass(frozen=True)
 class Template:
-    """Writes conversations as the base was trained to read them."""
+    """A chat template with its tokenizer: renders conversations in the format of the base."""
 
     tokenizer: Any
-    jinja: str | None  # None: the bare prompt and answer, and the end token
-    name: str
+    jinja: str | None  # None: prompt, answer and end token, without a template
+    name: str  # for errors
     raw: bool  # apply the template to raw conversations too
-    _texts: dict[_Asked, str | RenderError] = field(default_factory=dict, compare=False, repr=False)
+    _texts: dict[_TextKey, str | RenderError] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     def render(self, conversation: Conversation, loss_on: LossOn = "answers") -> Rendered:
-        """Returns the text, the spans that are learned, and the prompt.
+        """Returns the text, the spans to learn, and the prompt.
 
-        Raises DataError if the template refuses the conversation or leaves out a part of it, or if
-        the answers cannot be found in the text; ConfigError if nothing ends an answer.
+        Raises DataError if the template refuses the conversation or drops a part of it, or if the
+        answers cannot be found in the text; ConfigError if nothing ends an answer.
         """
         messages = conversation.messages
         if self._bare(conversation):
@@ -108,14 +112,14 @@ class Template:
         return Rendered(text, tuple(spans), prompt)
 
     def prompt(self, conversation: Conversation) -> str:
-        """Returns the text that a model is asked to continue."""
+        """Returns the text from which a model generates. Raises as render() does."""
         if self._bare(conversation):
             roles = [message.role for message in conversation.messages]
             fields = conversation.given or any(message.more for message in conversation.messages)
             if fields or roles not in (["user"], ["assistant"], ["user", "assistant"]):
-                found = f"{len(roles)} messages ({', '.join(roles[:4])})"
+                count = f"{len(roles)} messages ({', '.join(roles[:4])})"
                 raise DataError(
-                    f"{conversation.place}: {'tools or thoughts' if fields else found} need a"
+                    f"{conversation.place}: {'tools or thoughts' if fields else count} need a"
                     " template. Pass --template plain, or a file."
                 )
             return self._as_it_stands(conversation)[1]
@@ -123,44 +127,45 @@ class Template:
         return self._opening(replace(conversation, messages=conversation.prompt))
 
     def _as_it_stands(self, conversation: Conversation) -> tuple[str, str]:
-        """Returns a conversation without a template: all of it, and up to the answer.
+        """Returns a conversation without a template: the whole text, and the prompt.
 
-        The tokens that begin and end a text are there once, even if the text has them already.
+        The first token (BOS) and the end token are not added to a text that has them already.
         """
-        ended = conversation.messages[-1].role == "assistant"
-        asked = "".join(message.content for message in conversation.prompt)
-        answer = conversation.messages[-1].content if ended else ""
+        answered = conversation.messages[-1].role == "assistant"
+        prompt = "".join(message.content for message in conversation.prompt)
+        answer = conversation.messages[-1].content if answered else ""
         begin, end = self.start, _end_token(self.tokenizer)
-        if begin and (asked or answer).lstrip().startswith(begin):
-            asked, answer, begin = asked.lstrip(), answer if asked else answer.lstrip(), ""
+        if begin and (prompt or answer).lstrip().startswith(begin):
+            prompt, answer, begin = prompt.lstrip(), answer if prompt else answer.lstrip(), ""
         if answer.rstrip().endswith(end):
             answer = answer.rstrip().removesuffix(end)
-        text = begin + asked + answer + end
-        if (ended and text.endswith(2 * end)) or (self.start and text.startswith(2 * self.start)):
-            token = end if text.endswith(2 * end) else self.start
-            raise DataError(f"{conversation.place}: {token} stands there twice. Remove one.")
-        return text, begin + asked
+        text = begin + prompt + answer + end
+        end_twice = text.endswith(2 * end)
+        if (answered and end_twice) or (self.start and text.startswith(2 * self.start)):
+            token = end if end_twice else self.start
+            raise DataError(f"{conversation.place}: {token} occurs twice in a row. Remove one.")
+        return text, begin + prompt
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """The token ids that end an answer."""
-        found = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        """The token ids that end an answer: the end token, and the template's end of a turn."""
+        ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         last = self.core.encode(self.closing, add_special_tokens=False).ids[-1]
-        if last in self.tokenizer.added_tokens_decoder and last not in found:
-            found.append(last)
-        return tuple(found)
+        if last in self.tokenizer.added_tokens_decoder and last not in ids:
+            ids.append(last)
+        return tuple(ids)
 
     @cached_property
     def core(self) -> Any:
-        """The tokenizers.Tokenizer under the tokenizer, which adds nothing to a text.
+        """The tokenizers.Tokenizer inside the tokenizer, set to add no tokens.
 
-        Raises ModelError for a tokenizer without one, which gives no offsets.
+        Raises ModelError if there is none, since only it gives offsets.
         """
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ModelError(
-                f"{type(self.tokenizer).__name__} has no fast backend, which says where each token"
-                " stands in the text. Save the base with a tokenizer.json."
+                f"{type(self.tokenizer).__name__} has no fast backend, which is needed for the"
+                " offsets of tokens in the text. Save the base with a tokenizer.json."
             )
         core = copy.deepcopy(backend)
         core.post_processor = None
@@ -170,44 +175,46 @@ class Template:
 
     @cached_property
     def start(self) -> str:
-        """The token that the tokenizer itself puts before a text, or ""."""
+        """The token (BOS) that the tokenizer adds before a text, or ""."""
         bos = self.tokenizer.bos_token_id
         added = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
         return str(self.tokenizer.bos_token) if added else ""
 
     @cached_property
     def closing(self) -> str:
-        """The text that closes the assistant's turn, to the first special token after the answer.
+        """The text that closes the assistant's turn, up to the first special token.
 
-        Raises ConfigError if the template writes nothing there.
+        Raises ConfigError if the template writes nothing after an answer.
         """
         if self.jinja is None:
             return _end_token(self.tokenizer)
-        behind = self._around(_one_turn(Message("assistant", CONTENT_MARK)), 1)[1]
-        ends = [behind.find(one) + len(one) for one in self._special if one in behind]
-        closing = behind[: min(ends)] if ends else behind.rstrip()
+        after = self._around(_one_turn(Message("assistant", CONTENT_MARK)), 1)[1]
+        ends = [after.find(token) + len(token) for token in self._special if token in after]
+        closing = after[: min(ends)] if ends else after.rstrip()
         if not closing:
             raise ConfigError(
-                f"the chat template ({self.name}) writes nothing behind an answer: a model that"
+                f"the chat template ({self.name}) writes nothing after an answer: a model that"
                 " learns from it never stops. Pass --template plain, or a file that ends the turn."
             )
         return closing
 
     @cached_property
     def _special(self) -> tuple[str, ...]:
-        """The special tokens that are not white space."""
+        """The added tokens of the tokenizer that are not white space."""
         tokens = self.tokenizer.added_tokens_decoder.values()
         return tuple(token.content for token in tokens if token.content.strip())
 
     @cached_property
     def _opens(self) -> bool:
-        """True if the template heeds add_generation_prompt."""
+        """True if add_generation_prompt changes what the template writes."""
         return self._text(_one_turn()) != self._text(_one_turn(), True)
 
     @cached_property
     def thought_end(self) -> str:
-        """What a model writes between its reasoning and its answer, without special tokens; "" if
-        the template writes no reasoning."""
+        """The text between a model's reasoning and its answer, such as </think>; "" if none.
+
+        Special tokens are left out, as they are when generated ids are decoded.
+        """
         if self.jinja is None:
             return ""
         thought = _thinking(Message("assistant", CONTENT_MARK))
@@ -223,11 +230,13 @@ class Template:
         return THOUGHT_MARK in self._text(_one_turn(_thinking(Message("assistant", "y"))))
 
     def head(self, conversation: Conversation) -> str:
-        """Returns the token that the tokenizer would put before the text; "" if a template writes
-        it, or the text has it already."""
+        """Returns the token that the tokenizer would add before the text.
+
+        "" if a template writes it, or if the text has it already.
+        """
         if not self._bare(conversation):
             return ""
-        first = next((one.content for one in conversation.messages if one.content), "")
+        first = next((message.content for message in conversation.messages if message.content), "")
         return "" if first.lstrip().startswith(self.start) else self.start
 
     def has_special(self, conversation: Conversation) -> bool:
@@ -238,16 +247,21 @@ class Template:
 
     @cached_property
     def _special_tokens(self) -> re.Pattern[str]:
+        """A pattern that matches any special token; (?!) matches nothing."""
         tokens = self.tokenizer.added_tokens_decoder.values()
-        names = [re.escape(one.content) for one in tokens if one.special and one.content.strip()]
+        names = [re.escape(t.content) for t in tokens if t.special and t.content.strip()]
         return re.compile("|".join(names) or "(?!)")
 
     def _bare(self, conversation: Conversation) -> bool:
+        """True if the conversation is rendered without a template."""
         return self.jinja is None or (conversation.raw and not self.raw)
 
     def _text(self, conversation: Conversation, opening: bool = False) -> str:
-        """Returns a conversation as the template writes it; with `opening`, an answer's opening
-        follows."""
+        """Returns the template's text of a conversation.
+
+        opening: add the start of the assistant's turn (add_generation_prompt).
+        Raises ConfigError if the template exceeds its limits, DataError if it raises an error.
+        """
         place, messages = conversation.place, conversation.messages
         key = messages, conversation.given, opening
         if key not in self._texts:
@@ -258,21 +272,23 @@ class Template:
                 f"the chat template ({self.name}) cannot be used. At {place} {text}. Pass"
                 " --template plain, or a file with another."
             ) from text
-        if isinstance(text, RenderError):  # a template raises what it likes
-            roles = ", ".join(dict.fromkeys(one.role for one in messages))
+        if isinstance(text, RenderError):  # such as "roles must alternate"
+            roles = ", ".join(dict.fromkeys(message.role for message in messages))
             raise DataError(
                 f"{place}: the chat template ({self.name}) refuses a conversation of {roles}:"
-                f" {text}. Mend the row, or pass --template plain."
+                f" {text}. Fix the row, or pass --template plain."
             ) from text
         return text
 
     def prepare(self, conversations: Sequence[Conversation], loss_on: LossOn = "answers") -> None:
-        """Render at once, which is faster, the texts that render() will need for these
-        conversations. Forgets all other texts."""
-        keys: list[_Asked] = []
-        for one in conversations:
-            if not self._bare(one):
-                messages, given = one.messages, one.given
+        """Renders all texts that render() will need for these conversations. Clears the cache.
+
+        One call of the rendering process for all of them is faster than one call for each.
+        """
+        keys: list[_TextKey] = []
+        for conversation in conversations:
+            if not self._bare(conversation):
+                messages, given = conversation.messages, conversation.given
                 numbers = _to_find(messages, loss_on)
                 keys.append((messages, given, False))
                 keys += [(messages[:number], given, True) for number in numbers if number]
@@ -281,9 +297,10 @@ class Template:
         if keys:
             self._render(keys)
 
-    def _render(self, keys: Sequence[_Asked]) -> None:
+    def _render(self, keys: Sequence[_TextKey]) -> None:
+        """Renders the texts and adds them to the cache. Errors are cached too."""
         assert self.jinja is not None
-        if len(self._texts) > MOST_KEPT:  # many prompts, one after the other
+        if len(self._texts) > MOST_KEPT:  # prompts that no prepare() clears
             self._texts.clear()
         special = self.tokenizer.special_tokens_map
         values = [
@@ -303,10 +320,10 @@ class Template:
             raise ModelError(str(error)) from error
 
     def _fields(self, message: Message) -> dict[str, Any]:
-        """Returns a message as the template reads it, whatever form its row has."""
+        """Returns a message in the form that the template reads."""
         fields = message.fields()
         if "reasoning_content" in fields:
-            fields["thinking"] = fields["reasoning_content"]  # its name in gpt-oss's template
+            fields["thinking"] = fields["reasoning_content"]  # gpt-oss's template uses this name
         for call in fields.get("tool_calls", ()):
             function = call.get("function", call)
             function["arguments"] = _arguments(function["arguments"], self._arguments_are_text)
@@ -314,14 +331,16 @@ class Template:
 
     @cached_property
     def _arguments_are_text(self) -> bool:
-        """True if the template writes a call's arguments without tojson: then they must be JSON
-        text, since it would write an object as Python does."""
+        """True if the template writes a call's arguments without tojson.
+
+        Then they must be JSON text: Jinja would write an object in Python's form, {'x': 'y'}.
+        """
         values = []
         for arguments in ({"x": "y"}, "{}"):
             function = {"name": "f", "arguments": arguments}
             call = {"id": "call00000", "type": "function", "function": function}
-            said = {"role": "assistant", "content": "", "tool_calls": [call]}
-            messages = [{"role": "user", "content": "x"}, said]
+            answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+            messages = [{"role": "user", "content": "x"}, answer]
             values.append({**self.tokenizer.special_tokens_map, "messages": messages})
         object_, text = render(str(self.jinja), values)
         if isinstance(object_, RenderError):
@@ -329,21 +348,27 @@ class Template:
         return "{'x': 'y'}" in object_
 
     def _around(self, conversation: Conversation, number: int) -> tuple[str, str]:
-        """Returns the text before and after what the model writes of a message without calls."""
+        """Returns the text before and after an answer without tool calls.
+
+        An answer's reasoning belongs to the answer. Raises DataError if the template does not write
+        the answer exactly once.
+        """
         marked = replace(conversation, messages=_marked(conversation.messages, number))
-        ahead, *behind = self._text(marked).split(CONTENT_MARK)
-        if len(behind) != 1:
+        before, *after = self._text(marked).split(CONTENT_MARK)
+        if len(after) != 1:
             raise DataError(
                 f"{conversation.place}: the chat template ({self.name}) writes an answer"
-                f" {len(behind)} times, not once: what is to be learned is unknown. Pass --template"
+                f" {len(after)} times, not once, so we cannot tell what to learn. Pass --template"
                 " plain."
             )
-        return ahead.partition(THOUGHT_MARK)[0], behind[0]
+        return before.partition(THOUGHT_MARK)[0], after[0]
 
     def _behind_calls(self, conversation: Conversation, number: int) -> str:
-        """Returns the text after a message that calls tools.
+        """Returns the text after an answer with tool calls.
 
-        Raises DataError if the template does not write the calls.
+        The mark is in the last call's arguments. The text after it, rendered without the later
+        messages, shows where the turn ends. Raises DataError if the template does not write the
+        calls.
         """
         messages = conversation.messages
         marked = (*messages[:number], _called(messages[number]))
@@ -353,70 +378,80 @@ class Template:
         if [len(tail) for tail in tails] == [1, 1]:
             (tail,), (rest,) = tails
             last = self.closing.strip()
-            ends = [tail.rfind(one) + len(one) for one in self._special if one in tail]
+            ends = [tail.rfind(token) + len(token) for token in self._special if token in tail]
             end = tail.rfind(last) + len(last) if last in tail else max(ends, default=0)
             if end and rest.startswith(tail[:end]):
                 return rest[end:]
         raise DataError(
             f"{conversation.place}: the chat template ({self.name}) does not write the tool_calls"
-            f" of message {number + 1} so that they can be learned. Pass --template FILE with one"
-            " that does, or remove them."
+            f" of message {number + 1} in a form that can be learned. Pass --template FILE with a"
+            " template that does, or remove them."
         )
 
     def _opening(self, conversation: Conversation) -> str:
-        """Returns the messages with the opening of the answer, even if the template writes it only
-        together with an answer. A space between the two belongs to the answer."""
+        """Returns the text of the messages with the start of the assistant's turn: the prompt.
+
+        If add_generation_prompt has no effect, it is the text before a marked answer. A space
+        between the two belongs to the answer.
+        """
         messages = conversation.messages
-        asked = self._text(conversation, True) if messages else ""
+        prompt = self._text(conversation, True) if messages else ""
         if messages and self._opens:
-            return asked
+            return prompt
         answered = replace(conversation, messages=(*messages, Message("assistant", CONTENT_MARK)))
-        ahead = self._around(answered, len(messages))[0].rstrip(" ")
-        return ahead if ahead.startswith(asked) else asked
+        before = self._around(answered, len(messages))[0].rstrip(" ")
+        return before if before.startswith(prompt) else prompt
 
     def _span(
         self, conversation: Conversation, number: int, text: str, opening: str | None
     ) -> Span:
-        """Returns the characters of an answer and of the end of its turn: from, to."""
+        """Returns the characters of an answer with the end of its turn: (start, end).
+
+        text: the whole conversation. opening: its prompt for this answer, if known. The module's
+        docstring explains the search. Raises DataError if the parts do not fit together.
+        """
         messages, calls = conversation.messages, conversation.messages[number].has("tool_calls")
-        before = replace(conversation, messages=messages[:number])
-        opening = self._opening(before) if opening is None else opening
-        inputs = [one for one in messages[:number] if one.role in ("system", "user")]
-        lost = [one.role for one in inputs if one.content.strip() not in text]
+        earlier = replace(conversation, messages=messages[:number])
+        opening = self._opening(earlier) if opening is None else opening
+        inputs = [message for message in messages[:number] if message.role in ("system", "user")]
+        lost = [message.role for message in inputs if message.content.strip() not in text]
         # Some templates write the messages only together with an answer: their opening lacks them.
-        full = all(one.content.strip() in opening for one in inputs)
+        full = all(message.content.strip() in opening for message in inputs)
         start = len(opening) if full and text.startswith(opening) else None
-        behind = self._behind_calls(conversation, number) if calls else None
-        if start is None or behind is None:
-            ahead, rest = self._around(conversation, number)
-            ahead, behind = ahead.rstrip(" "), rest if behind is None else behind
+        after = self._behind_calls(conversation, number) if calls else None
+        if start is None or after is None:
+            before, rest = self._around(conversation, number)
+            before, after = before.rstrip(" "), rest if after is None else after
             if start is None:
-                start = len(ahead) if text.startswith(ahead) else len(text)
-        end = len(text) - len(behind)
-        around = start < end and text.endswith(behind)
-        if around and not lost and (calls or behind.startswith(self.closing)):
+                start = len(before) if text.startswith(before) else len(text)
+        end = len(text) - len(after)
+        fits = start < end and text.endswith(after)
+        if fits and not lost and (calls or after.startswith(self.closing)):
             return start, end + (0 if calls else len(self.closing))
-        why = f"changes around message {number + 1}"
+        why = f"changes the text around message {number + 1}"
         why = f"leaves out the {lost[0]}'s message" if lost else why
         raise DataError(
-            f"{conversation.place}: the chat template ({self.name}) {why}: what is to be learned"
-            " cannot be told from the rest. Pass --template plain."
+            f"{conversation.place}: the chat template ({self.name}) {why}, so we cannot tell what"
+            " to learn. Pass --template plain."
         )
 
     def _check_written(self, conversation: Conversation) -> None:
-        """Raise DataError if the template leaves out tool calls, reasoning, tool results or tools,
-        or would write a token again that a message has already."""
+        """Raises DataError if the template drops tool calls, reasoning, tool results or variables.
+
+        Also if it would write a token that a message begins or ends with already.
+        """
         messages = conversation.messages
-        for number, one in enumerate(messages):
-            self._check_ends(conversation.place, number, one)
+        for number, message in enumerate(messages):
+            self._check_ends(conversation.place, number, message)
             lost = None
-            if one.has("tool_calls"):
+            if message.has("tool_calls"):
                 self._behind_calls(conversation, number)
-            if one.has("reasoning_content") and not self._thinks:
-                thought = (*messages[:number], _thinking(one), *messages[number + 1 :])
+            if message.has("reasoning_content") and not self._thinks:
+                thought = (*messages[:number], _thinking(message), *messages[number + 1 :])
                 if THOUGHT_MARK not in self._text(replace(conversation, messages=thought)):
                     lost = f"the reasoning_content of message {number + 1}"
-            if one.role == "tool" and one.content not in self._text(conversation):
+            # A template may write a tool's result in another form, such as JSON. Try a mark then.
+            if message.role == "tool" and message.content not in self._text(conversation):
                 marked = replace(conversation, messages=_marked(messages, number))
                 if CONTENT_MARK not in self._text(marked):
                     lost = f"the tool's message {number + 1}"
@@ -431,37 +466,41 @@ class Template:
             ):
                 raise self._unwritten(conversation.place, name)
 
-    def _unwritten(self, place: str, what: str) -> DataError:
+    def _unwritten(self, place: str, part: str) -> DataError:
+        """Returns the error for a part of a conversation that the template drops."""
         return DataError(
-            f"{place}: the chat template ({self.name}) does not write {what}, so that it cannot be"
-            " learned from. Pass --template FILE with one that does, or remove it."
+            f"{place}: the chat template ({self.name}) does not write {part}, so the model would"
+            " not see it. Pass --template FILE with a template that does, or remove it."
         )
 
     def _check_ends(self, place: str, number: int, message: Message) -> None:
-        """Raise DataError if a message begins or ends with a token that the template writes."""
+        """Raises DataError if a message begins or ends with a token that the template writes."""
         content, begin = message.content.strip(), self.tokenizer.bos_token
         ends = [self.tokenizer.eos_token, self.closing.strip()]
         twice = [begin] if begin and content.startswith(begin) else []
         twice += [end for end in ends if end and content.endswith(end)]
         if twice:
             raise DataError(
-                f"{place}: message {number + 1} has {twice[0]} at its edge, which is the chat"
-                f" template's ({self.name}) to write. Remove it; for texts that are written out"
-                " already, pass --template none."
+                f"{place}: message {number + 1} begins or ends with {twice[0]}, which the chat"
+                f" template ({self.name}) adds. Remove it. If your texts are rendered already, pass"
+                " --template none."
             )
 
 
 def _to_find(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
-    """Returns the numbers of the answers to find: the learned ones, or, if the loss is on all
-    tokens, those that are not learned."""
+    """Returns the indices of the answers to find in the text.
+
+    Those that are learned; or, if the loss is on all tokens, those that are masked.
+    """
     return [
         number
-        for number, one in enumerate(messages)
-        if one.role == "assistant" and one.learned == (loss_on == "answers")
+        for number, message in enumerate(messages)
+        if message.role == "assistant" and message.learned == (loss_on == "answers")
     ]
 
 
 def _one_turn(*answer: Message) -> Conversation:
+    """Returns a conversation to try the template on."""
     return Conversation((Message("user", "x"), *answer), place="a conversation of one turn")
 
 
@@ -472,8 +511,7 @@ def _thinking(message: Message) -> Message:
 
 
 def _marked(messages: Sequence[Message], number: int) -> tuple[Message, ...]:
-    """Returns the messages with marks in place of one's content and reasoning, and without its
-    calls."""
+    """Returns the messages, of which one has marks as content and reasoning, and no tool calls."""
     message = messages[number]
     message = _thinking(message) if message.has("reasoning_content") else message
     more = tuple((name, value) for name, value in message.more if name != "tool_calls")
@@ -493,7 +531,7 @@ def _called(message: Message) -> Message:
 
 
 def _arguments(value: Any, text: bool) -> Any:
-    """Returns a call's arguments as JSON text or as the value, whichever the template takes."""
+    """Returns a call's arguments as JSON text, or as a value if `text` is False."""
     if text:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if isinstance(value, str):
@@ -504,42 +542,42 @@ def _arguments(value: Any, text: bool) -> Any:
 
 
 def _between(length: int, spans: Sequence[Span]) -> list[Span]:
-    """Returns the stretches of a text between the spans."""
+    """Returns the spans of a text that are outside these spans."""
     edges = [0, *itertools.chain.from_iterable(spans), length]
     return [(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end]
 
 
-def template_of(tokenizer: Any, asked: str = "auto") -> Template:
-    """Returns the template that --template means.
+def template_of(tokenizer: Any, name: str = "auto") -> Template:
+    """Returns the template for a value of --template.
 
-    auto    the tokenizer's own, or plain if it has none; not for raw conversations
-    plain   User: and Assistant: before each message, the end token after each answer
-    none    the bare prompt and answer, of one turn
-    else    a file with a template in Jinja
+    auto    the tokenizer's template, or plain if it has none; raw conversations get none
+    plain   User: or Assistant: before each message, the end token after each answer
+    none    prompt, answer and end token, without a template; one turn only
+    else    a file with a Jinja template; raw conversations get it too
 
-    Raises ConfigError if there is no such file, or if the tokenizer has several and no default;
-    ModelError if a plain template finds no end token.
+    Raises ConfigError if the file cannot be read, or if the tokenizer has several templates and no
+    default; ModelError if plain or none needs an end token and the tokenizer has none.
     """
-    own = getattr(tokenizer, "chat_template", None)
-    if asked == "auto" and own:
+    if name == "auto" and getattr(tokenizer, "chat_template", None):
         try:
             return Template(tokenizer, tokenizer.get_chat_template(), "the tokenizer's", raw=False)
         except ValueError as error:
             raise ConfigError(f"--template auto: {error} Pass --template FILE.") from None
-    if asked in TEMPLATES:
+    if name in TEMPLATES:
         _end_token(tokenizer)
         bare = Template(tokenizer, None, "none", raw=False)
         plain = ("{{ bos_token }}" if bare.start else "") + PLAIN_TEMPLATE
-        return bare if asked == "none" else Template(tokenizer, plain, "plain", asked == "plain")
-    with readable(asked, ConfigError, "Pass auto, plain, none or a file to --template."):
-        text = Path(asked).read_text("utf-8")
-    return Template(tokenizer, text, asked, raw=True)
+        return bare if name == "none" else Template(tokenizer, plain, "plain", name == "plain")
+    with readable(name, ConfigError, "Pass auto, plain, none or a file to --template."):
+        text = Path(name).read_text("utf-8")
+    return Template(tokenizer, text, name, raw=True)
 
 
 def _end_token(tokenizer: Any) -> str:
+    """Returns the tokenizer's end token. Raises ModelError if it has none."""
     if tokenizer.eos_token is None:
         raise ModelError(
             f"{type(tokenizer).__name__} has no end token, which raw text and the plain template"
-            " end an answer with. Set eos_token in tokenizer_config.json."
+            " need to end an answer. Set eos_token in tokenizer_config.json."
         )
     return str(tokenizer.eos_token)

@@ -1,15 +1,15 @@
-"""Token ids of a split: encoded once and cached, then batches of one length.
+"""Tokenizes a split once, caches the ids, and makes batches of similar length.
 
-encode(...)     -> Encoded: all the split's tokens, one example after the other
-drawn(...)      -> the examples of an epoch, of several tasks by their shares
-batches(...)    -> lists of their numbers, lengths together, a pure function of (seed, epoch)
-layout(...)     -> the rows of a batch: an example each, or, packed, as many as fit
-collate(...)    -> tensors (rows, longest row), and the targets
-ahead(...)      -> each batch, made while the one before it computes
+tokenize(...)   -> Encoded: the tokens of a split, concatenated
+drawn(...)      -> the examples of an epoch; of several tasks, each with its share
+batches(...)    -> lists of example indices; a pure function of its arguments
+layout(...)     -> the rows of a batch: one example each, or, packed, as many as fit
+collate(...)    -> padded tensors (rows, longest row), and the targets
+ahead(...)      -> batches, each made while the one before it is in use
 
-The cache is a file for each split, tokenizer and settings, in the user's cache folder or
-$LORA_CACHE; any of it may be deleted. A file is believed only where its digest is right, and a
-second process waits for the one that writes.
+The cache has one file per split, tokenizer and settings, in the user's cache folder or in
+$LORA_CACHE. All its files may be deleted. A file is used only if its digest is correct. A second
+process waits for the one that writes.
 """
 
 from __future__ import annotations
@@ -40,91 +40,95 @@ from lora.errors import DataError
 from lora.files import writable, write_whole
 from lora.finetune.data.corpus import Example
 
-EXAMPLES_AT_ONCE = (
-    10_000  # examples tokenised at a time: the ids of more would be held as Python's numbers
-)
-IGNORED = -100  # the label of a position that is not learned from
+# Examples tokenized at a time. Their ids are Python integers, which take much memory.
+EXAMPLES_AT_ONCE = 10_000
+IGNORED = -100  # the label of a position that is not learned; PyTorch's default ignore_index
 B = TypeVar("B")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids, and the tokenizer's other fields, of every example of a split."""
+    """Token ids and the tokenizer's other fields of a split, with all examples concatenated."""
 
-    fields: dict[str, Tensor]  # (all tokens,) int32, one example after the other
-    offsets: Tensor  # (examples + 1,) int64: where each example begins, and where the last ends
-    targets: Tensor  # (examples,) int64 for classes, float32 for regression; of texts their labels
-    pad: int
-    labels: Tensor | None = (
-        None  # as offsets, of texts' labels: (all,) int32, IGNORED where none is
-    )
-    shown: Tensor | None = None  # (all labels,) int32: what a decoder of its own is shown before
-    row: int | None = None  # tokens at most of a row that examples share; None: a row each
-    tasks: tuple[int, ...] = ()  # the number of each example's task, where there are several
-    shares: tuple[float, ...] = ()  # of each task in an epoch; (): as many as it has
+    fields: dict[str, Tensor]  # input_ids and others, each (tokens,) int32
+    offsets: Tensor  # (examples + 1,) int64: the start of each example, and the end of the last
+    # Classification: (examples,) int64. Regression: (examples,) float32. Text: the labels of all
+    # tokens, (label tokens,) int32, IGNORED if not learned.
+    targets: Tensor
+    pad: int  # the id of the padding token
+    labels: Tensor | None = None  # text: the offsets of each example's labels, as `offsets`
+    shown: Tensor | None = None  # (label tokens,) int32: the input ids of a separate decoder
+    row: int | None = None  # packing: the most tokens in a row. None: one example per row
+    tasks: tuple[int, ...] = ()  # the index of each example's task
+    shares: tuple[float, ...] = ()  # the share of each task in an epoch; (): by its size
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each example."""
+        """The number of tokens of each example."""
         return self.offsets.diff().tolist()
 
     @cached_property
     def counts(self) -> list[int]:
-        """What each example adds to its batch's divisor: itself, or its tokens with a label."""
+        """What each example adds to the divisor of the loss: 1, or its number of learned tokens."""
         if self.labels is None:
             return [1] * len(self.lengths)
-        there = torch.cat([torch.zeros(1, dtype=torch.long), (self.targets >= 0).cumsum(0)])
-        return there[self.labels].diff().tolist()
+        cumulative = torch.cat([torch.zeros(1, dtype=torch.long), (self.targets >= 0).cumsum(0)])
+        return cumulative[self.labels].diff().tolist()
 
 
 def tokenize(
     tokenizer: Any, examples: Sequence[Example], targets: Sequence[float], task: str, length: int
 ) -> Encoded:
-    """Tokenise a split, or find it in the cache; a text longer than `length` tokens is cut."""
+    """Tokenizes a split, truncating to `length` tokens, or reads its ids from the cache."""
     path = _cache_file(tokenizer, examples, length)
-    with _locked(path) as writable:
-        found = _read_cache(path, len(examples)) if path is not None else None
-        if found is None:
-            found = _tokenise(tokenizer, examples, length)
-            if path is not None and writable:
-                _write_cache(path, found)
+    with _locked(path) as has_lock:
+        tensors = _read_cache(path, len(examples)) if path is not None else None
+        if tensors is None:
+            tensors = _tokenize(tokenizer, examples, length)
+            if path is not None and has_lock:
+                _write_cache(path, tensors)
     return Encoded(
-        fields={name: found[name] for name in found if name != "offsets"},
-        offsets=found["offsets"],
+        fields={name: tensors[name] for name in tensors if name != "offsets"},
+        offsets=tensors["offsets"],
         targets=torch.tensor(targets, dtype=torch.float32 if task == "regression" else torch.long),
         pad=tokenizer.pad_token_id,
     )
 
 
-def _tokenise(tokenizer: Any, examples: Sequence[Example], length: int) -> dict[str, Tensor]:
+def _tokenize(tokenizer: Any, examples: Sequence[Example], length: int) -> dict[str, Tensor]:
+    """Returns the tokenizer's fields of all examples, concatenated, int32; and offsets, int64."""
     paired = any(example.pair is not None for example in examples)
     parts: dict[str, list[Tensor]] = {}
     lengths: list[int] = []
     for start in range(0, len(examples), EXAMPLES_AT_ONCE):
-        some = examples[start : start + EXAMPLES_AT_ONCE]
-        found = tokenizer(
-            [example.text for example in some],
-            [example.pair or "" for example in some] if paired else None,
+        batch = examples[start : start + EXAMPLES_AT_ONCE]
+        encoding = tokenizer(
+            [example.text for example in batch],
+            [example.pair or "" for example in batch] if paired else None,
             truncation=True,
             max_length=length,
-            return_attention_mask=True,  # some tokenizers leave it out unless asked
+            return_attention_mask=True,  # some tokenizers leave it out by default
         )
-        lengths += map(len, found["input_ids"])
-        for name, rows in found.items():
+        lengths += map(len, encoding["input_ids"])
+        for name, rows in encoding.items():
             flat = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int32)
             parts.setdefault(name, []).append(flat)
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
-    return {name: torch.cat(some) for name, some in parts.items()} | {"offsets": offsets}
+    return {name: torch.cat(tensors) for name, tensors in parts.items()} | {"offsets": offsets}
 
 
 def _cache_file(tokenizer: Any, examples: Sequence[Example], length: int) -> Path | None:
-    """The cache's file for these texts; None where the tokenizer does not say all that it is."""
+    """Returns the cache file of these texts; None if a digest cannot cover the tokenizer.
+
+    The name is a digest of all that the ids depend on. A tokenizer without a fast backend, or with
+    code from outside transformers, may depend on anything.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kind = type(tokenizer)
     if backend is None or not kind.__module__.startswith("transformers."):
-        return None  # code of somebody's own may do anything
+        return None
     state = json.loads(backend.to_str())
-    for name in ("truncation", "padding"):  # set by the last call
+    for name in ("truncation", "padding"):  # left over from the tokenizer's last call
         state.pop(name, None)
     settings = {
         "tokenizer": state,
@@ -139,26 +143,30 @@ def _cache_file(tokenizer: Any, examples: Sequence[Example], length: int) -> Pat
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for example in examples:
         for text in (example.text, example.pair):
+            # The length separates texts: ("ab", "c") and ("a", "bc") have different digests.
             digest.update(b"-" if text is None else f"{len(text)}:{text}".encode())
     return folder() / f"{digest.hexdigest()}.safetensors"
 
 
 def folder() -> Path:
-    """Where the cache lies."""
+    """Returns the folder of the cache: $LORA_CACHE, or the user's cache folder."""
     given = os.environ.get("LORA_CACHE")
     return Path(given) if given else platformdirs.user_cache_path("lora-from-scratch")
 
 
 @contextmanager
 def _locked(path: Path | None) -> Iterator[bool]:
-    """The cache's file to oneself; False where there can be no cache."""
+    """Locks the cache file for this process. Yields False if there can be no cache.
+
+    Two processes that start together would else tokenize the same texts twice.
+    """
     lock = None
     if path is not None:
-        with suppress(OSError):  # read-only, full, or no home: the texts are tokenised each time
+        with suppress(OSError):  # a read-only or full disk, or no home: tokenize without a cache
             path.parent.mkdir(parents=True, exist_ok=True)
-            found = filelock.FileLock(path.with_suffix(".lock"))
-            found.acquire()
-            lock = found
+            acquired = filelock.FileLock(path.with_suffix(".lock"))
+            acquired.acquire()
+            lock = acquired
     try:
         yield lock is not None
     finally:
@@ -167,6 +175,7 @@ def _locked(path: Path | None) -> Iterator[bool]:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
+    """Returns the SHA-256 of names, dtypes, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\n".encode())
@@ -174,8 +183,8 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _laid_out(tensors: dict[str, Tensor], examples: int) -> bool:
-    """Whether a file holds what _tokenise() gives for so many examples."""
+def _is_complete(tensors: dict[str, Tensor], examples: int) -> bool:
+    """True if the tensors have the names, dtypes and sizes that _tokenize() returns."""
     for name, tensor in tensors.items():
         if tensor.dtype != (torch.int64 if name == "offsets" else torch.int32) or tensor.dim() != 1:
             return False
@@ -187,22 +196,23 @@ def _laid_out(tensors: dict[str, Tensor], examples: int) -> bool:
 
 
 def _read_cache(path: Path, examples: int) -> dict[str, Tensor] | None:
-    """What the file holds, None if it is not there or not whole."""
-    if not os.path.isfile(path):  # False too where the folder may not be searched
+    """Returns the tensors of a cache file, None if it does not exist or is damaged."""
+    if not os.path.isfile(path):  # Path.is_file() raises if the folder may not be searched
         return None
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            known = (file.metadata() or {}).get("digest")
-        found = safetensors.torch.load(path.read_bytes())
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError):  # KeyError: a dtype
-        found, known = {}, None
-    if known is None or not _laid_out(found, examples) or _digest(found) != known:
-        print(f"note: {path} was damaged: the texts are tokenised anew.", file=sys.stderr)
+            digest = (file.metadata() or {}).get("digest")
+        tensors = safetensors.torch.load(path.read_bytes())
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError):  # KeyError: unknown dtype
+        tensors, digest = {}, None
+    if digest is None or not _is_complete(tensors, examples) or _digest(tensors) != digest:
+        print(f"note: {path} was damaged: the texts are tokenized again.", file=sys.stderr)
         return None
-    return found
+    return tensors
 
 
 def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a cache file. If that fails, prints a note: the cache is optional."""
     try:
         with writable(path, DataError, "Set LORA_CACHE."):
             write_whole(path, safetensors.torch.save(tensors, {"digest": _digest(tensors)}))
@@ -211,172 +221,188 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def drawn(encoded: Encoded, seed: int, epoch: int) -> list[int]:
-    """The examples of an epoch, as many as there are. Of several tasks each has its share, and goes
-    through its own again and again, each time in another order: none comes twice before all have
-    come."""
+    """Returns the example indices of an epoch, as many as the split has.
+
+    With several tasks, each task has its share. It repeats its examples in laps, each in a new
+    order, so that no example occurs twice before all have occurred once. A lap may end in the
+    middle of an epoch; the next epoch continues it.
+    """
     if not encoded.shares:
         return list(range(len(encoded.lengths)))
-    found: list[int] = []
+    indices: list[int] = []
     for task, count in enumerate(parts_of(len(encoded.tasks), encoded.shares)):
-        own = [row for row, of in enumerate(encoded.tasks) if of == task]
-        begin, end = epoch * count, (epoch + 1) * count
-        for lap in range(begin // len(own), -(-end // len(own))):
-            order = own.copy()
+        members = [index for index, number in enumerate(encoded.tasks) if number == task]
+        begin, end = epoch * count, (epoch + 1) * count  # positions in all laps of this task
+        for lap in range(begin // len(members), -(-end // len(members))):
+            order = members.copy()
             random.Random(f"{seed}:{task}:{lap}").shuffle(order)
-            found += order[max(0, begin - lap * len(own)) : end - lap * len(own)]
-    return found
+            indices += order[max(0, begin - lap * len(members)) : end - lap * len(members)]
+    return indices
 
 
 def parts_of(total: int, shares: Sequence[float]) -> list[int]:
-    """Whole parts of `total` as near to the shares as can be, by the largest remainders."""
+    """Divides `total` into integers by shares: rounded down, the rest to the largest remainders."""
     exact = [share * total for share in shares]
-    found = [int(part) for part in exact]
-    order = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
-    for index in order[: total - sum(found)]:
-        found[index] += 1
-    return found
+    parts = [int(part) for part in exact]
+    order = sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])
+    for index in order[: total - sum(parts)]:
+        parts[index] += 1
+    return parts
 
 
 def batches(
     lengths: Sequence[int], size: int, seed: int, epoch: int, rows: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Numbers of examples in batches of similar length: a pure function of its arguments.
+    """Returns example indices in batches of similar length. A pure function of its arguments.
 
-    The rows (default: all) are shuffled, sorted by length within stretches of 32 batches, cut into
-    batches, and the batches shuffled, so that order stays random where it matters and padding stays
-    small.
+    The rows (default: all) are shuffled; every 32 batches of them are sorted by length and divided
+    into batches; then the batches are shuffled. So padding is small, and batches are still random.
     """
     rng = random.Random(f"{seed}:{epoch}")
     order = list(range(len(lengths)) if rows is None else rows)
     rng.shuffle(order)
-    stretch = 32 * size
-    found = []
-    for start in range(0, len(order), stretch):
-        some = sorted(order[start : start + stretch], key=lambda row: lengths[row])
-        found += [some[i : i + size] for i in range(0, len(some), size)]
-    rng.shuffle(found)
-    return found
+    pool = 32 * size
+    batch_list = []
+    for start in range(0, len(order), pool):
+        by_length = sorted(order[start : start + pool], key=lambda row: lengths[row])
+        batch_list += [by_length[i : i + size] for i in range(0, len(by_length), size)]
+    rng.shuffle(batch_list)
+    return batch_list
 
 
 def sorted_batches(lengths: Sequence[int], size: int, tokens: int = sys.maxsize) -> list[list[int]]:
-    """Numbers of examples in batches by falling length, at most so many, and so many tokens with
-    their padding (but one example): the order of evaluation."""
+    """Returns example indices in batches, the longest first: the order of evaluation.
+
+    A batch has at most `size` examples and at most `tokens` tokens with padding, but at least one
+    example. The longest batch comes first, so that too little memory fails at once.
+    """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    found: list[list[int]] = []
+    batch_list: list[list[int]] = []
     while order:
-        most = max(1, min(size, tokens // max(1, lengths[order[0]])))
-        found.append(order[:most])
-        del order[:most]
-    return found
+        count = max(1, min(size, tokens // max(1, lengths[order[0]])))
+        batch_list.append(order[:count])
+        del order[:count]
+    return batch_list
 
 
 def layout(encoded: Encoded, rows: Sequence[int]) -> list[list[int]]:
-    """The examples of each row of a batch: one, or, packed, the longest first, in as few rows as
-    the first with room for each would make, spread over them so that none is the longest by far."""
+    """Returns the examples of each row of a batch: one per row, or, packed, as many as fit.
+
+    First-fit decreasing finds a small number of rows: each example, the longest first, goes into
+    the first row with room. Then the examples are spread evenly over that number of rows, since the
+    longest row decides the padding. If they do not fit that way, the first-fit rows are used.
+    """
     if encoded.row is None:
-        return [[row] for row in rows]
-    order = sorted(rows, key=lambda row: -encoded.lengths[row])
-    first: list[list[int]] = []
-    for row in order:
-        place = next((some for some in first if _fits(encoded, some, row)), None)
-        if place is None:
-            first.append([row])
+        return [[example] for example in rows]
+    order = sorted(rows, key=lambda example: -encoded.lengths[example])
+    first_fit: list[list[int]] = []
+    for example in order:
+        target = next((row for row in first_fit if _fits(encoded, row, example)), None)
+        if target is None:
+            first_fit.append([example])
         else:
-            place.append(row)
-    spread: list[list[int]] = [[] for _ in first]
-    for row in order:
-        place = min(spread, key=lambda some: sum(encoded.lengths[other] for other in some))
-        if not _fits(encoded, place, row):
-            return first
-        place.append(row)
+            target.append(example)
+    spread: list[list[int]] = [[] for _ in first_fit]
+    for example in order:
+        shortest = min(spread, key=lambda row: sum(encoded.lengths[other] for other in row))
+        if not _fits(encoded, shortest, example):
+            return first_fit
+        shortest.append(example)
     return spread
 
 
-def _fits(encoded: Encoded, some: Sequence[int], row: int) -> bool:
-    """Whether a row has room for one more example."""
+def _fits(encoded: Encoded, row: Sequence[int], example: int) -> bool:
+    """True if a packed row has room for one more example."""
     assert encoded.row is not None
-    return sum(encoded.lengths[other] for other in (*some, row)) <= encoded.row
+    return sum(encoded.lengths[other] for other in (*row, example)) <= encoded.row
 
 
 def collate(
     encoded: Encoded, laid: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One batch of a layout(), padded: inputs (rows, longest row), and the targets, of classes and
-    quantities (examples,), of texts (2, tokens), as lora.finetune.losses.batch_loss takes them.
+    """Returns one batch, padded: the model's inputs (rows, longest row), and the targets.
 
-    Packed rows have no mask: positions begin anew with each example, from which transformers tells
-    them apart.
+    laid: the examples of each row, from layout().
+    targets, as losses.batch_loss takes them: (examples,) for classes and values; for text
+    (2, tokens), the position in the flattened batch and the label of each learned token.
+    Packed rows have no mask: position_ids restart at 0 with each example, and transformers then
+    keeps their attention apart.
     """
-    places = _placed(encoded.offsets, laid)
+    source = _token_map(encoded.offsets, laid)
     batch = {
-        name: places.put(flat[places.found], encoded.pad if name == "input_ids" else 0)
+        name: source.put(flat[source.token], encoded.pad if name == "input_ids" else 0)
         for name, flat in encoded.fields.items()
     }
     if encoded.row is not None:
-        batch["position_ids"] = places.put(places.within, 0)
+        batch["position_ids"] = source.put(source.position, 0)
     if encoded.labels is None:
-        targets = encoded.targets[[row for some in laid for row in some]]
+        targets = encoded.targets[[example for row in laid for example in row]]
     else:
-        at = places if encoded.labels is encoded.offsets else _placed(encoded.labels, laid)
+        # A causal model has a label per token; a separate decoder has labels of another length.
+        if encoded.labels is not encoded.offsets:
+            source = _token_map(encoded.labels, laid)
         if encoded.shown is not None:
-            batch["decoder_input_ids"] = at.put(encoded.shown[at.found], encoded.pad)
-        labels = encoded.targets[at.found].long()
-        kept = labels != IGNORED
-        targets = torch.stack([(at.row * at.shape[1] + at.column)[kept], labels[kept]])
-    there = {name: _to_device(tensor, device) for name, tensor in batch.items()}
-    return there, _to_device(targets, device)
+            batch["decoder_input_ids"] = source.put(encoded.shown[source.token], encoded.pad)
+        labels = encoded.targets[source.token].long()
+        learned = labels != IGNORED
+        positions = source.row * source.shape[1] + source.column
+        targets = torch.stack([positions[learned], labels[learned]])
+    inputs = {name: _to_device(tensor, device) for name, tensor in batch.items()}
+    return inputs, _to_device(targets, device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On CUDA from pinned memory: the copy goes on beside the computing."""
+    """Moves a tensor; to CUDA from pinned memory, so that the copy overlaps with computation."""
     tensor = tensor.pin_memory() if device.type == "cuda" else tensor
     return tensor.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
-class _Gather:
-    """Where each token of a batch is found, and where it goes."""
+class _TokenMap:
+    """Maps the tokens of a split to a batch. All tensors are (tokens,) int64."""
 
-    found: Tensor  # (tokens,) in the split's tokens
-    within: Tensor  # (tokens,) of its example
+    token: Tensor  # the index in the split's concatenated tokens
+    position: Tensor  # the index in the token's example
     row: Tensor
     column: Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, int]  # (rows, longest row)
 
     def put(self, values: Tensor, fill: int) -> Tensor:
-        """Values of the tokens, (rows, longest row)."""
-        whole = torch.full(self.shape, fill, dtype=torch.long)
-        whole[self.row, self.column] = values.long()
-        return whole
+        """Returns the values of the tokens as (rows, longest row) int64, padded with `fill`."""
+        padded = torch.full(self.shape, fill, dtype=torch.long)
+        padded[self.row, self.column] = values.long()
+        return padded
 
 
-def _placed(offsets: Tensor, laid: Sequence[Sequence[int]]) -> _Gather:
+def _token_map(offsets: Tensor, laid: Sequence[Sequence[int]]) -> _TokenMap:
+    """Returns the map for the examples of each row, without a loop over tokens."""
     examples = torch.tensor([example for row in laid for example in row])
     rows = torch.tensor([number for number, row in enumerate(laid) for _ in row])
     starts = offsets[examples]
     lengths = offsets[examples + 1] - starts
     ends = lengths.cumsum(0)
     totals = torch.zeros(len(laid), dtype=torch.long).index_add_(0, rows, lengths)
-    begins = ends - lengths  # of each example among the batch's tokens
-    inside = torch.arange(int(ends[-1])) - begins.repeat_interleave(lengths)
-    before = (begins - (totals.cumsum(0) - totals)[rows]).repeat_interleave(lengths)
-    return _Gather(
-        found=starts.repeat_interleave(lengths) + inside,
-        within=inside,
+    begins = ends - lengths  # the start of each example among the batch's tokens
+    position = torch.arange(int(ends[-1])) - begins.repeat_interleave(lengths)
+    # The start of each example in its row: its start in the batch less that of its row.
+    column = (begins - (totals.cumsum(0) - totals)[rows]).repeat_interleave(lengths)
+    return _TokenMap(
+        token=starts.repeat_interleave(lengths) + position,
+        position=position,
         row=rows.repeat_interleave(lengths),
-        column=before + inside,
+        column=column + position,
         shape=(len(laid), int(totals.max())),
     )
 
 
 def ahead(plan: Iterable[Any], make: Callable[[Any], B]) -> Iterator[B]:
-    """make(entry) of each entry, one entry ahead of what is asked for."""
+    """Yields make(entry) of each entry. A thread makes the next one while this one is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-        waiting = None
+        current = None
         for entry in plan:
             following = worker.submit(make, entry)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = following
-        if waiting is not None:
-            yield waiting.result()
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()

@@ -311,7 +311,7 @@ def test_a_cut_example_learns_what_is_left_of_its_answer() -> None:
     total = len(whole["input_ids"])
     for length in range(1, total + 2):
         if not (whole["labels"][: length - 1] != IGNORED).any():
-            with pytest.raises(DataError, match=f"longer than --max-length {length} and cut"):
+            with pytest.raises(DataError, match=f"longer than --max-length {length} and trunc"):
                 encode(template, [one], length)
             continue
         found, counts = encode(template, [one], length)
@@ -338,8 +338,8 @@ def test_examples_lie_in_a_row_and_what_learns_nothing_is_left_out() -> None:
     assert counts.tokens == len(found["labels"])
     assert counts.learned == int((found["labels"] != IGNORED).sum())
     assert counts.note(120) == (
-        "1 of 4 examples are longer than --max-length 120 and cut, 270 tokens in all;"
-        " 1 of 4 have no answer left and are left out"
+        "1 of 4 examples are longer than --max-length 120 and truncated, by 270 tokens in all;"
+        " 1 of 4 have no answer left and are skipped"
     )
     with pytest.raises(DataError, match="none of 1 examples has anything to learn: 1 of 1.*Raise"):
         encode(template, [long], 120)
@@ -493,8 +493,8 @@ def test_a_token_across_the_start_of_an_answer_is_learned_and_counted() -> None:
     assert tokenizer.decode(first) == " user asks<|end_of_text|>"
     assert tokenizer.decode(second) == " user<|end_of_text|>"
     note = counts.note(1000)
-    assert "1 learn a token that is only in part" in note
-    assert "1 begin with other tokens than generation starts from" in note
+    assert "1 learn a token that is only partly" in note
+    assert "1 begin with other tokens than the prompt in generation" in note
 
 
 def test_generation_stops_where_a_turn_ends() -> None:
@@ -526,17 +526,17 @@ SYSTEM_AT_THE_END = (
         (SYSTEM_AT_THE_END, CONVERSATIONS["system"], DataError,
          "line 7: .*leaves out the system's message"),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", CONVERSATIONS["one turn"],
-         ConfigError, "writes nothing behind an answer: .*never stops"),
+         ConfigError, "writes nothing after an answer: .*never stops"),
         ("{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor %}",
          CONVERSATIONS["one turn"], DataError, "writes an answer 2 times"),
         ("{% for m in messages %}{{ m.role + eos_token }}{% endfor %}",
          CONVERSATIONS["one turn"], DataError, "writes an answer 0 times"),
         ("{% for m in messages %}{{ m.content | length }}{{ m.content + eos_token }}{% endfor %}",
-         CONVERSATIONS["one turn"], DataError, "changes around message 2"),
+         CONVERSATIONS["one turn"], DataError, "changes the text around message 2"),
         ("{% for m in messages %}{{ m.content + eos_token }}{{ m.content | length }}{% endfor %}",
-         CONVERSATIONS["one turn"], DataError, "changes around message 2"),
+         CONVERSATIONS["one turn"], DataError, "changes the text around message 2"),
         ("{% for m in messages %}{{ m.content }}{{ eos_token if loop.last else ';' }}{% endfor %}",
-         CONVERSATIONS["two turns"], DataError, "changes around message 2"),
+         CONVERSATIONS["two turns"], DataError, "changes the text around message 2"),
         ("{% for m in messages %}{{ m.content", CONVERSATIONS["one turn"], DataError, "refuses"),
         ("{% for m in messages %}{{ m.content + m.name }}{% endfor %}",
          CONVERSATIONS["one turn"], DataError, "refuses.*has no attribute 'name'"),
@@ -718,7 +718,7 @@ def test_a_preview_in_a_pipe_says_what_is_masked() -> None:
     assert "│n││é│" in lines[5]  # two tokens make up the é
     assert "── x.jsonl, line 7: 64 tokens of 188, cut, 0 learned" in lines
     assert lines[-2] == "── 1 of 2 examples: 16 of 24 tokens learned"
-    assert lines[-1].startswith("1 of 2 examples are longer than --max-length 64 and cut")
+    assert lines[-1].startswith("1 of 2 examples are longer than --max-length 64 and truncated")
     assert "\x1b" not in "".join(lines)
     assert len(shown(count=1).splitlines()) < len(lines)
     assert "masked" not in shown(count=1, loss_on="all").replace("masked  <|user|>", "")

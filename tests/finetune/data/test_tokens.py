@@ -112,7 +112,7 @@ def test_the_second_time_nothing_is_tokenised(
     cache: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = encoded(tokenizer)
-    monkeypatch.setattr(tokens, "_tokenise", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(tokens, "_tokenize", lambda *_: pytest.fail("tokenised again"))
     assert same(encoded(tokenizer), first)
     labelled = encoded(tokenizer, targets=[1.0, 0.0, 1.0, 0.0, 1.0])  # labels are not cached
     assert labelled.targets.tolist() == [1, 0, 1, 0, 1]
@@ -262,7 +262,7 @@ def _slowly(folder: str, began: Any, made: Any) -> None:
     import os
 
     os.environ["LORA_CACHE"] = folder
-    original = tokens._tokenise
+    original = tokens._tokenize
 
     def slow(*arguments: Any) -> Any:
         with made.get_lock():
@@ -271,7 +271,7 @@ def _slowly(folder: str, began: Any, made: Any) -> None:
         time.sleep(0.5)
         return original(*arguments)
 
-    tokens._tokenise = slow
+    tokens._tokenize = slow
     encoded(load_base("demo", 2, "classification", 0).tokenizer)
 
 
