@@ -1,7 +1,7 @@
-"""A setting's value, held to the type that its field declares.
+"""Checks a setting's value against the type that its field declares, and converts it.
 
-One reading of annotations for every door (Python, the command line, TOML, an adapter's file),
-whether the file that declares them begins with `from __future__ import annotations` or not.
+Python, the command line, TOML and an adapter's file all use these functions, so a type means the
+same everywhere. They read annotations with and without `from __future__ import annotations`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lora.errors import ConfigError
 
+# A type in the words of an error message: one such value, several.
 _WORDS = {
     bool: ("true or false", "values true or false"),
     int: ("a whole number", "whole numbers"),
@@ -25,7 +26,7 @@ _WORDS = {
 
 
 def declared(config: type) -> dict[str, Any]:
-    """The type of each field of a dataclass, by name. Raises ConfigError if one cannot be read."""
+    """Returns the type of each field of a dataclass. Raises ConfigError if one cannot be read."""
     try:
         hints = get_type_hints(config)
     except Exception as error:  # whatever evaluating an annotation's text raises
@@ -37,7 +38,7 @@ def declared(config: type) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """True for an int or a finite float; bool is no number here."""
+    """True for an int or a finite float, False for a bool."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
@@ -47,9 +48,10 @@ def is_number(value: object) -> bool:
 
 
 def fitted(value: Any, kind: Any) -> Any:
-    """The value as the type holds it: a list as a tuple, a whole number as a float.
+    """Returns the value converted to the type: a list to a tuple, a whole number to a float.
 
-    Raises TypeError if it is of another type. A type that JSON has no value of is not checked.
+    JSON and TOML have no tuples, and write 8.0 as 8. Raises TypeError if the value is of another
+    type. Types without a JSON form are not checked.
     """
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):
@@ -64,8 +66,9 @@ def fitted(value: Any, kind: Any) -> Any:
         good = is_number(value)
         value = float(value) if good else value
     elif origin is Literal:
-        good = any(type(value) is type(one) and value == one for one in inner)
+        good = any(type(value) is type(option) and value == option for option in inner)
     else:
+        # type(...) is, since True is an int to isinstance.
         good = type(value) is origin or origin not in _WORDS
     if not good:
         raise TypeError
@@ -73,7 +76,7 @@ def fitted(value: Any, kind: Any) -> Any:
 
 
 def _first(value: Any, kinds: tuple[Any, ...]) -> Any:
-    """The value as it is if one of the types is its own, or as the first that can hold it does."""
+    """Returns the value as the first type of a union that takes it, its own type before others."""
     for kind in (type(value), *kinds):
         if kind in kinds:
             with suppress(TypeError):
@@ -82,7 +85,7 @@ def _first(value: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def _items(value: Any, kinds: tuple[Any, ...]) -> list[Any]:
-    """A list's items as their types hold them: list[X], tuple[X, ...] or tuple[X, Y]."""
+    """Returns a list's items converted to their types: list[X], tuple[X, ...] or tuple[X, Y]."""
     if not isinstance(value, list | tuple | set | frozenset):
         raise TypeError
     items = sorted(value) if isinstance(value, set | frozenset) else list(value)
@@ -96,15 +99,15 @@ def _items(value: Any, kinds: tuple[Any, ...]) -> list[Any]:
 def is_list(kind: Any) -> bool:
     """True if the type takes several values, or one of the types in a union does."""
     return (get_origin(kind) or kind) in (tuple, list) or any(
-        is_list(one) for one in get_args(kind) if get_origin(kind) in (Union, UnionType)
+        is_list(option) for option in get_args(kind) if get_origin(kind) in (Union, UnionType)
     )
 
 
 def words(kind: Any, many: bool = False) -> str:
-    """What a type wants, in words for an error: one such value, or many."""
+    """Returns a type in the words of an error message: one such value, or `many` of them."""
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin in (Union, UnionType):
-        return " or ".join(words(one, many) for one in inner if one is not NoneType)
+        return " or ".join(words(option, many) for option in inner if option is not NoneType)
     if origin is Literal:
         return "one of " + ", ".join(map(str, inner))
     if origin in (tuple, list):

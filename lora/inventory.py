@@ -1,4 +1,4 @@
-"""What is injected in a model: adapters by name, their parts, and the tensors of their files."""
+"""Looks up what is injected in a model: adapters by name, their parts, and their files' tensors."""
 
 from __future__ import annotations
 
@@ -13,26 +13,20 @@ from lora.errors import ConfigError, MergeError
 from lora.layers import View, views
 from lora.method import Selection, Shares, TrainsBase
 from lora.methods._tokens import Tokens
-from lora.targets import (
-    Plan,
-    base_buffers,
-    base_paths,
-    unwrapped,
-    walk,
-)
+from lora.targets import Plan, base_buffers, base_paths, unwrapped, walk
 from lora.wrappers import AdaptedLayer, SavedModule, Selected
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one adapter consists of in the model, by the first path of each."""
+    """The parts of one adapter in the model, each by the first path that leads to it."""
 
-    adapters: dict[str, Adapter]
-    copies: dict[str, nn.Module]
-    selected: dict[str, nn.Parameter]  # parameters of the base, by its names
+    adapters: dict[str, Adapter]  # by the names of their layers
+    copies: dict[str, nn.Module]  # trained copies of saved modules
+    selected: dict[str, nn.Parameter]  # parameters of the base that train or were replaced
 
     def trained(self, plan: Plan) -> Iterator[nn.Parameter]:
-        """The parameters that the adapter trains."""
+        """Yields the parameters that the adapter trains."""
         for adapter in self.adapters.values():
             yield from trained(adapter)
         for module in self.copies.values():
@@ -44,19 +38,19 @@ class Parts:
 def with_views(
     model: nn.Module, adapters: Mapping[str, Adapter]
 ) -> dict[str, tuple[Adapter, View]]:
-    """Each adapter with the view of the layer that it is for, by the layers' names."""
+    """Returns each adapter with the view of its layer, by the layers' names."""
     modules = dict(walk(model))
     return {path: (adapter, views(modules[path])[0]) for path, adapter in adapters.items()}
 
 
 def injected(model: nn.Module) -> dict[str, Plan]:
-    """The model's adapters by name, each with the plan that injected it."""
+    """Returns the plan of each adapter in the model, by the adapter's name."""
     adapters: dict[str, Plan] = model.__dict__.get("lora_adapters", {})
     return adapters
 
 
 def owned(model: nn.Module, name: str) -> Parts:
-    """The parts of adapter `name` in the model."""
+    """Returns the parts of adapter `name` in the model."""
     plan = injected(model)[name]
     layers, saved = wrappers_of(model)
     adapters = {path: layers[path].adapter(name) for path in plan.targets if path in layers}
@@ -66,29 +60,33 @@ def owned(model: nn.Module, name: str) -> Parts:
 
 
 def _selected_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's parameters that train, or that a file replaced, by name."""
+    """Returns the base's parameters that train, or that a file replaced, by name."""
     holder, base = model.__dict__["lora_selected"], dict(base_paths(model))
     return {name: holder.aside.get(name, base[name]) for name in holder.names}
 
 
 def selections(model: nn.Module) -> list[tuple[nn.Module, Selected]]:
-    """Each part of the model whose own parameters train, and those."""
+    """Returns (module, its Selected) for each module into which a selection was injected.
+
+    Usually that is the model alone. A part of the model may have been injected into by itself.
+    """
     key = "lora_selected"
     return [(part, part.__dict__[key]) for part in model.modules() if key in part.__dict__]
 
 
 def act(part: nn.Module, selected: Selected, acting: bool) -> None:
-    """Let the trained values of a selection act in the part, or the originals."""
-    modules, held = dict(walk(part)), dict(base_paths(part))
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for name, parameter in held.items():
+    """Put a selection's trained values into the part if `acting`, else the originals."""
+    modules, parameters = dict(walk(part)), dict(base_paths(part))
+    # A tied parameter is an attribute of several modules. All of them have to change.
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
-        places.setdefault(id(parameter), []).append((modules[path], leaf))
-    selected.place({name: places[id(held[name])] for name in selected.originals}, acting)
+        holders.setdefault(id(parameter), []).append((modules[path], leaf))
+    selected.place({name: holders[id(parameters[name])] for name in selected.originals}, acting)
 
 
 def filed_key(plan: Plan, name: str) -> str:
-    """The key in an adapter's file, less the prefix, of a parameter of the base."""
+    """Returns the key, without the prefix, of a base parameter in an adapter's file."""
     path, _, leaf = name.rpartition(".")
     if issubclass(plan.method, Selection):
         return plan.method.key(name) if name in plan.selected else name
@@ -98,8 +96,11 @@ def filed_key(plan: Plan, name: str) -> str:
 
 
 def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) -> dict[str, Tensor]:
-    """Maps each key of an adapter's file, without the prefix, to the model tensor that it fills;
-    with `stored` to the tensor that a save writes there."""
+    """Returns the tensors of an adapter by the keys of its file, without the prefix.
+
+    Those are the model's tensors, which a load fills. If `stored`, they are the tensors that a save
+    writes, which differ if a method stores them in another form (AdaLoRA, trained tokens).
+    """
     result: dict[str, Tensor] = {}
     for name, parameter in parts.selected.items():
         for alias in _filed_names(model, plan, name):
@@ -119,8 +120,10 @@ def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) ->
 
 
 def _filed_names(model: nn.Module, plan: Plan, name: str) -> list[str]:
-    """The names under which a file holds a parameter of the base: PEFT files a tied one under each
-    of its names that the method trains."""
+    """Returns the names under which the file holds a parameter of the base.
+
+    PEFT saves a tied parameter once for each of its names that the method trains.
+    """
     if not issubclass(plan.method, TrainsBase) or name not in plan.selected:
         return [name]
     base = dict(base_paths(model))
@@ -133,12 +136,12 @@ def _filed_names(model: nn.Module, plan: Plan, name: str) -> list[str]:
 
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of adapter `name`'s file, by their keys without the prefix."""
+    """Returns the tensors that a save of adapter `name` writes, by key without the prefix."""
     return tensors(model, injected(model)[name], owned(model, name), stored=True)
 
 
 def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters that adapter `name` trains, by their keys in its file."""
+    """Returns the parameters that adapter `name` trains, by their keys in its file."""
     plan, parts = injected(model)[name], owned(model, name)
     trainable = {id(parameter) for parameter in parts.trained(plan)}
     return {
@@ -149,23 +152,24 @@ def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def held_at(model: nn.Module, path: str) -> nn.Module:
-    """The module that stands at a path of the original model, wrappers seen."""
+    """Returns the module at a path of the original model: the wrapper, if it is wrapped."""
     module = model
     for leaf in path.split("."):
-        held = unwrapped(module)._modules[leaf]
-        assert held is not None
-        module = held
+        child = unwrapped(module)._modules[leaf]
+        assert child is not None
+        module = child
     return module
 
 
 def wrapper_at(model: nn.Module, path: str) -> AdaptedLayer:
+    """Returns the AdaptedLayer at a path of the original model."""
     wrapper = held_at(model, path)
     assert isinstance(wrapper, AdaptedLayer)
     return wrapper
 
 
 def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, SavedModule]]:
-    """Every adapted layer and every saved module, by one path of each."""
+    """Returns every adapted layer and every saved module, each by the first of its paths."""
     named = dict(model.named_modules())
     return (
         {name: m for name, m in named.items() if isinstance(m, AdaptedLayer)},
@@ -175,7 +179,7 @@ def wrappers_of(model: nn.Module) -> tuple[dict[str, AdaptedLayer], dict[str, Sa
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode; every module's own mode comes back."""
+    """Inside, the model is in eval mode. Afterwards every module has the mode it had before."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -186,13 +190,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def check_known(model: nn.Module, name: str) -> None:
+    """Raise ConfigError if the model has no adapter of this name."""
     if name not in injected(model):
-        found = ", ".join(injected(model)) or "none"
-        raise ConfigError(f"no adapter is named {name!r}. Found: {found}. Call lora.inject first.")
+        names = ", ".join(injected(model)) or "none"
+        raise ConfigError(f"no adapter is named {name!r}. Found: {names}. Call lora.inject first.")
 
 
 def check_keeps_base(model: nn.Module, verb: str) -> None:
-    # A part of the model may have been injected into by itself.
+    """Raise MergeError if an adapter's method keeps no originals of the base."""
+    # Every part, since a part of the model may have been injected into by itself.
     for part in model.modules():
         for name, planned in injected(part).items():
             if not planned.method.keeps_base:
@@ -203,24 +209,25 @@ def check_keeps_base(model: nn.Module, verb: str) -> None:
 
 
 def check_restored(model: nn.Module, verb: str) -> None:
-    """Raise MergeError where the model is merged."""
+    """Raise MergeError if the model is merged."""
     if is_merged(model):
         raise MergeError(f"{verb}: the model is merged. Call lora.restore(model) first.")
 
 
 def is_merged(model: nn.Module) -> bool:
+    """True if at least one layer of the model is merged."""
     layers, _ = wrappers_of(model)
     merged = [layer.kept is not None for layer in layers.values()]
-    return any(merged) or any(whole.merged for whole in trained_in_place(model))
+    return any(merged) or any(holder.merged for holder in trained_in_place(model))
 
 
 def trained_in_place(model: nn.Module) -> list[SavedModule | Selected]:
-    """What trains without an equation: in place already, a merge has only to mark it."""
+    """Returns what trains without an equation: a merge computes nothing for it."""
     return [*wrappers_of(model)[1].values(), *(selected for _, selected in selections(model))]
 
 
 def check_enabled(model: nn.Module, verb: str) -> None:
-    """Raise MergeError inside `with disabled(model)`, whose promise the verb would break."""
+    """Raise MergeError inside `with disabled(model)`, in which the model must stay the base."""
     layers, _ = wrappers_of(model)
     if not all(holder.enabled for holder in (*layers.values(), *trained_in_place(model))):
         raise MergeError(f"{verb}: the adapters are disabled. Leave lora.disabled(model) first.")

@@ -1,4 +1,10 @@
-"""TODO: what this module is."""
+"""Merges adapters into the base weights, checks what that does to the output, and undoes it.
+
+    W' = W + ΔW, computed in float32 at least, stored in the base's dtype
+
+merge() keeps the original parameters, so that restore() brings back the same bits. Subtracting ΔW
+again would not: W' is rounded.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +32,20 @@ from lora.inventory import (
 from lora.kernels.products import compute_dtype, without_autocast
 from lora.layers import gathered
 from lora.settings import check
-from lora.targets import (
-    walk,
-)
+from lora.targets import walk
 from lora.wrappers import AdaptedLayer
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a merge did to the model's output on a probe; `str(certificate)` says it."""
+    """What a merge did to the model's output on a probe. `str(certificate)` is one line."""
 
-    layers: int  # merged
-    dtype: torch.dtype  # of the merged weights, the coarsest
-    untied: tuple[str, ...]  # layers whose weight was tied to another's and is their own now
-    largest_difference: float | None  # between the outputs before and after; None without a probe
-    largest_output: float | None  # before
-    tolerance: float | None  # as passed, or SLACK times what rounding W' moves the output by
+    layers: int  # how many were merged
+    dtype: torch.dtype  # of the merged weights; the coarsest if they have several
+    untied: tuple[str, ...]  # layers whose weight was tied to another layer's and no longer is
+    largest_difference: float | None  # between outputs before and after; None without a probe
+    largest_output: float | None  # absolute, before the merge
+    tolerance: float | None  # as passed, or SLACK times the change that rounding W' causes
 
     def __str__(self) -> str:
         lines = [f"merged {self.layers} layers in {str(self.dtype).removeprefix('torch.')}"]
@@ -57,25 +61,25 @@ class Certificate:
         return "; ".join(lines)
 
 
-DRAWS = 2
-
+DRAWS = 2  # random roundings that _rounding() tries
 
 SLACK = {2: 4, 4: 32, 8: 32}
-"""How many times what rounding moves the output by a merge may move it by, by the bytes of an
-element: see _rounding(). benchmarks/merging.py measures up to 2 in float32, where long sums add to
-it, and up to 1.4 in bfloat16, where rounding W' is nearly all."""
+"""The default tolerance as a multiple of the change that rounding W' causes (see _rounding), by the
+bytes of an element. benchmarks/merging.py measures multiples up to 2 in float32, where the
+rounding of long sums adds to it, and up to 1.4 in bfloat16, where rounding W' is nearly all."""
 
 
 def merge(
     model: nn.Module, untie: bool = False, probe: Any = None, tolerance: float | None = None
 ) -> Certificate:
-    """Put W' in W's place in every adapted layer, in the base's dtype, from float32.
+    """Replace W by W' in every adapted layer. restore() undoes it.
 
-    The originals are kept for restore(). With a `probe`, a batch that the model takes, its output
-    before and after is compared in eval mode, and a merge that moves any number of it by more than
-    `tolerance` is refused. Default: SLACK times what rounding moves it by, measured on the model
-    and the probe. `untie` gives a layer whose weight is tied to another's one of its own. Raises
-    MergeError, the model untouched.
+    `probe` is a batch that the model takes. If it is given, merge() compares the model's output on
+    it before and after, in eval mode, and raises MergeError if any element changed by more than
+    `tolerance`. By default that is SLACK times the change that rounding the weights causes,
+    measured with this model and probe. If a weight is tied to another layer's, `untie` gives the
+    merged layer a weight that is not; without it that is a MergeError. A merge that raises leaves
+    the model as it was.
     """
     good = tolerance is None or (is_number(tolerance) and tolerance >= 0)
     check("tolerance", tolerance, "a number of at least 0", good)
@@ -91,8 +95,9 @@ def merge(
     before = None if probe is None else output_on(model, probe)
     for name, pair in merged.items():
         put_merged(layers[name], *pair)
-    for whole in trained_in_place(model):
-        whole.merged = True
+    # Saved modules and selected parameters already hold their trained values: nothing to compute.
+    for holder in trained_in_place(model):
+        holder.merged = True
     if untied:
         ties.untie(model)
     dtypes = {layer.weight.dtype for layer in layers.values()}
@@ -115,60 +120,66 @@ def _moved(
     tolerance: float | None,
     dtype: torch.dtype,
 ) -> tuple[float, float, float]:
-    """How far the merge moved the output at most, of how much, and how far it may: raises
-    MergeError if it moved it further."""
+    """Returns the largest change of the output, the largest output before, and the tolerance.
+
+    Raises MergeError if the change is larger than the tolerance.
+    """
     after = output_on(model, probe)
-    off, largest, said = float((after - before).abs().max()), float(before.abs().max()), "as set"
+    change, largest = float((after - before).abs().max()), float(before.abs().max())
+    reason = "as set"
     if tolerance is None:
         times, short = SLACK[dtype.itemsize], str(dtype).removeprefix("torch.")
         tolerance = times * _rounding(model, layers, probe, after, dtype)
-        said = f"{times} times what rounding in {short} moves them by"
-    if not off <= tolerance:
+        reason = f"{times} times what rounding in {short} moves them by"
+    if not change <= tolerance:  # true for NaN too
         raise MergeError(
-            f"merge: the outputs on the probe moved by {off:.3g}, of {largest:.3g} at most; the"
-            f" tolerance is {tolerance:.3g}, {said}. The model is as it was. Keep the adapter"
-            f" apart, or accept the move: set tolerance (--tolerance) above {off:.3g}."
+            f"merge: the outputs on the probe moved by {change:.3g}, of {largest:.3g} at most; the"
+            f" tolerance is {tolerance:.3g}, {reason}. The model is not merged. Keep the adapter"
+            f" unmerged, or accept the change: set tolerance (--tolerance) above {change:.3g}."
         )
-    return off, largest, tolerance
+    return change, largest, tolerance
 
 
 @torch.no_grad()
 def _rounding(
     model: nn.Module, layers: Sequence[AdaptedLayer], probe: Any, after: Tensor, dtype: torch.dtype
 ) -> float:
-    """How far the merged model's output moves if each merged weight moves by one rounding.
+    """Returns how far the merged model's output moves if each merged weight moves by one rounding.
 
-    W' is W + ΔW, each rounded: an element moves by up to eps · (|W| + |W' − W|), up or down. What
-    the model makes of that over its depth is what it makes of the other order in which a merged
-    layer sums, which no constant knows. The most of DRAWS draws, and at least one rounding of the
-    largest output.
+    W' is W + ΔW, and each of the two is rounded, so an element of W' is off by up to
+    eps · (|W| + |W' − W|), up or down. This function adds random errors of that size to the weights
+    and measures the output. A constant could not replace the measurement: how much a small error
+    grows on its way through the layers depends on the model. Returns the largest of DRAWS draws,
+    and at least one rounding of the largest output.
     """
-    draw = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def move(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(layer, AdaptedLayer)
         assert layer.kept is not None
         (x,) = (*args, *kwargs.values())
-        own, was = layer.base_layer._parameters["weight"], layer.kept[0]
-        assert own is not None
-        merged[layer] = own
-        computed = compute_dtype(x) if x.is_floating_point() else own.dtype
-        eps = max(torch.finfo(computed).eps, torch.finfo(own.dtype).eps)
-        wide = own.to(torch.promote_types(own.dtype, torch.float32))
-        step = torch.rand(own.shape, generator=draw).to(wide) * 2 - 1
-        moved = wide + eps * step * (was.abs() + (wide - was).abs())
-        layer.base_layer._parameters["weight"] = nn.Parameter(moved.to(own.dtype), False)
+        weight, original = layer.base_layer._parameters["weight"], layer.kept[0]
+        assert weight is not None
+        merged[layer] = weight
+        # Under autocast the products round more coarsely than the stored weight.
+        computed = compute_dtype(x) if x.is_floating_point() else weight.dtype
+        eps = max(torch.finfo(computed).eps, torch.finfo(weight.dtype).eps)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        step = torch.rand(weight.shape, generator=generator).to(wide) * 2 - 1
+        moved = wide + eps * step * (original.abs() + (wide - original).abs())
+        layer.base_layer._parameters["weight"] = nn.Parameter(moved.to(weight.dtype), False)
 
     def bring_back(layer: nn.Module, args: Any, output: Any) -> None:
         assert isinstance(layer, AdaptedLayer)
         layer.base_layer._parameters["weight"] = merged.pop(layer)
 
+    # Hooks, so that only one layer at a time holds a second copy of its weight.
     merged: dict[AdaptedLayer, nn.Parameter] = {}
     hooks = [layer.register_forward_pre_hook(move, with_kwargs=True) for layer in layers]
     hooks += [layer.register_forward_hook(bring_back, always_call=True) for layer in layers]
     try:
-        moved = [float((output_on(model, probe) - after).abs().max()) for _ in range(DRAWS)]
-        return max(*moved, torch.finfo(dtype).eps * float(after.abs().max()))
+        changes = [float((output_on(model, probe) - after).abs().max()) for _ in range(DRAWS)]
+        return max(*changes, torch.finfo(dtype).eps * float(after.abs().max()))
     finally:
         for hook in hooks:
             hook.remove()
@@ -177,22 +188,29 @@ def _rounding(
 def _merged(
     model: nn.Module, layers: Mapping[str, AdaptedLayer]
 ) -> dict[str, tuple[nn.Parameter, nn.Parameter | None]]:
-    """W' and b' of each layer. If all that share a weight have the same W', they share that."""
+    """Returns W' and b' of each layer by name. Raises MergeError if one cannot be merged.
+
+    Layers that share a weight also share W' if it is the same for all of them, so that the tie
+    survives the merge.
+    """
     packed = [name for name, layer in layers.items() if layer.view.packed]
     if packed:
         raise MergeError(
-            f"merge: {packed[0]} holds its weight in NF4, which W' would have to be rounded to."
-            " Call lora.nf4.dequantize_layers(model) first, and merge into the dequantised base."
+            f"merge: the weight of {packed[0]} is in NF4, and rounding W' to NF4 would lose the"
+            " update. Call lora.nf4.dequantize_layers(model) first, then merge."
         )
     merged = {name: merged_parameters(layer) for name, layer in layers.items()}
     for name, (weight, bias) in merged.items():
         if bias is not None and layers[name].view.parameters()[1] is None:
             raise MergeError(
                 f"merge: the update of {name} has a bias, the layer has none to merge it into."
-                " Keep the adapter apart, or train with lora_bias=False."
+                " Keep the adapter unmerged, or train with lora_bias=False."
             )
         if not all(bool(t.isfinite().all()) for t in (weight, bias) if t is not None):
-            raise MergeError(f"merge: W' of {name} is not finite in {weight.dtype}.")
+            raise MergeError(
+                f"merge: W' of {name} holds NaN or infinity in {weight.dtype}. Load the base in a"
+                " wider dtype."
+            )
     modules = {id(module): module for _, module in walk(model)}.values()
     users = Counter(id(p) for m in modules for p in m._parameters.values() if p is not None)
     groups: dict[int, list[str]] = {}
@@ -201,11 +219,11 @@ def _merged(
         groups.setdefault(id(W), []).append(name)
         weight, bias = merged[name]
         if bias is not None and users[id(b)] > 1 and torch.equal(bias, gathered(b)):
-            merged[name] = weight, None  # a tied bias that stays is the tied one
+            merged[name] = weight, None  # the bias does not change, so the tie can stay
     for shared, names in groups.items():
-        one = merged[names[0]][0]
-        if users[shared] == len(names) and all(torch.equal(merged[n][0], one) for n in names):
-            merged |= {name: (one, merged[name][1]) for name in names}
+        first = merged[names[0]][0]
+        if users[shared] == len(names) and all(torch.equal(merged[n][0], first) for n in names):
+            merged |= {name: (first, merged[name][1]) for name in names}
     return merged
 
 
@@ -215,7 +233,10 @@ def _untied(
     merged: Mapping[str, tuple[nn.Parameter, nn.Parameter | None]],
     untie: bool,
 ) -> tuple[str, ...]:
-    """Names of the layers that the merge unties. Raises MergeError unless it may, and can."""
+    """Returns the names of the layers whose ties the merge breaks.
+
+    Raises MergeError if there are any and `untie` is False, or if the model needs the tie.
+    """
     _, saved = wrappers_of(model)
     untied = ties.broken_ties(
         model,
@@ -225,8 +246,8 @@ def _untied(
     if untied and not untie:
         raise MergeError(
             f"merge: the weight of {untied[0]} is tied to another module's, which would change with"
-            " it. Call lora.merge(model, untie=True), or lora merge --untie, to give it one of its"
-            " own."
+            " it. To merge into an untied copy, call lora.merge(model, untie=True), or lora merge"
+            " --untie."
         )
     if untied:
         ties.check_flag(model)
@@ -234,32 +255,32 @@ def _untied(
 
 
 def output_on(model: nn.Module, probe: Any) -> Tensor:
-    """The model's logits, or its first output, for a probe, in float32."""
+    """Returns the model's logits for a probe, or its first output if it has none, in float32."""
     with evaluating(model), torch.no_grad():
-        found = call_model(model, probe)
-    found = getattr(found, "logits", found)
-    found = (
-        found
-        if isinstance(found, Tensor)
-        else next(iter(found.values() if isinstance(found, Mapping) else found))
-    )
-    return found.float()
+        output = call_model(model, probe)
+    output = getattr(output, "logits", output)
+    if not isinstance(output, Tensor):
+        output = next(iter(output.values() if isinstance(output, Mapping) else output))
+    logits: Tensor = output.float()
+    return logits
 
 
 def restore(model: nn.Module) -> None:
-    """Undo merge, bit for bit, from the kept originals."""
+    """Undo merge(): put the original parameters back, with the same bits."""
     check_keeps_base(model, "restore")
     ties.retie(model)
     layers, _ = wrappers_of(model)
     for layer in layers.values():
         put_back(layer)
-    for whole in trained_in_place(model):
-        whole.merged = False
+    for holder in trained_in_place(model):
+        holder.merged = False
 
 
 def merged_parameters(layer: AdaptedLayer) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """W' and b' of the active adapters as the layer stores them: in the base's dtype, computed in
-    float32 at least."""
+    """Returns W' and b' of the layer's active adapters, in the base's dtype and orientation.
+
+    Computed in float32 at least, so that W' is rounded once.
+    """
     view = layer.view
     weight, bias = view.parameters()
     W, b = view.read()
@@ -279,8 +300,8 @@ def merged_parameters(layer: AdaptedLayer) -> tuple[nn.Parameter, nn.Parameter |
 
 
 def put_merged(layer: AdaptedLayer, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    """Put W' and b' into the layer as new parameters, so that what is tied to W does not move. The
-    base's own are kept."""
+    """Install W' and b' in the layer and keep its original parameters in `layer.kept`."""
+    # New parameters, not new values: a module whose weight is tied to W must keep W.
     layer.kept = layer.view.parameters()
     layer.base_layer._parameters["weight"] = weight
     if bias is not None:
@@ -292,10 +313,10 @@ def put_back(layer: AdaptedLayer) -> None:
     if layer.kept is None:
         return
     module = layer.base_layer
-    for kept, name in zip(layer.kept, ("weight", "bias"), strict=True):
-        if kept is not None:
-            now = module._parameters[name]
-            assert now is not None
-            kept.data = kept.data.to(now.device, now.dtype)
-            module._parameters[name] = kept
+    for original, name in zip(layer.kept, ("weight", "bias"), strict=True):
+        if original is not None:
+            current = module._parameters[name]
+            assert current is not None
+            original.data = original.data.to(current.device, current.dtype)
+            module._parameters[name] = original
     layer.kept = None

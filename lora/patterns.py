@@ -1,9 +1,9 @@
-"""Regular expressions of files and flags, checked and matched in bounded time.
+"""Checks and matches regular expressions from files and flags, in bounded time.
 
-They mean what Python's re makes of them, as in PEFT. But re has no limit: `(a+)+b` takes hours on
-one layer's name. So the regex package does the matching, which takes the same syntax and a time
-limit. What the two read differently, and counts that regex would unfold into gigabytes, are
-refused.
+A pattern means what Python's re would match, as in PEFT. But re has no time limit: `(a+)+b` takes
+hours on one layer's name. So the regex package matches, which has the same syntax and a time limit.
+Patterns that the two packages read differently are refused, and so are counts that regex would
+expand into gigabytes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ BLOCKS = r"(?:^|.*?\.)(?:{})\.(\d+)\."
 
 LONGEST = 200_000  # characters of one pattern
 UNFOLDED = 10_000  # the product of all counts {n} and {n,m} of a pattern
-SECONDS = 2.0  # of processor time for all matches of one pattern, beyond FREE each
-FREE = 0.001
+SECONDS = 2.0  # of CPU time for all matches of one pattern, beyond FREE for each match
+FREE = 0.001  # so that a harmless pattern on a large model never runs out of time
 
 _COUNTS = re.compile(r"\\.|\{(\d{0,6})(?:,(\d{0,6}))?\}|\{", re.DOTALL)
 
 
 class Pattern:
-    """A regular expression in its frame. Raises ConfigError if it is none, or takes too long."""
+    """A regular expression in its frame, with a budget of CPU time.
+
+    Raises ConfigError if the text is not a regular expression, or if matching takes too long.
+    """
 
     def __init__(self, text: str, frame: str) -> None:
         self.text, self.left = text, SECONDS
@@ -42,8 +45,8 @@ class Pattern:
         try:
             _check_size(text)
             with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # of sets that re will read otherwise
-                re.compile(text)
+                warnings.simplefilter("error", FutureWarning)  # nested sets: re and regex differ
+                re.compile(text)  # alone too: `a)|(b` compiles only inside a frame
                 re.compile(whole)
                 self.engine: Any = regex.compile(whole)
         except (
@@ -57,26 +60,28 @@ class Pattern:
             alone = "" if frame == FULL_MATCH else f" inside {frame.replace('{}', '...')}"
             hint = " Write (?i:...) for (?i)..." if "global flags" in str(e) else ""
             raise ConfigError(
-                f"{text[:80]!r} is no regular expression{alone}: {e}.{hint}"
+                f"{text[:80]!r} is not a regular expression{alone}: {e}.{hint}"
             ) from None
 
     def match(self, name: str) -> Any:
-        """The match from the name's start on, or None."""
+        """Returns the match at the start of the name, or None."""
         return self._timed(self.engine.match, name)
 
     def fullmatch(self, name: str) -> Any:
-        """The match of the whole name, or None."""
+        """Returns the match of the whole name, or None."""
         return self._timed(self.engine.fullmatch, name)
 
     def _timed(self, method: Any, name: str) -> Any:
+        """Returns method(name) and charges its time to the budget."""
+        # thread_time, since on a busy machine wall time would refuse harmless patterns.
         began = time.thread_time()
         try:
             return method(name, timeout=max(self.left, FREE))
         except TimeoutError:
             raise ConfigError(
                 f"the regular expression {self.text[:80]!r} takes more than {SECONDS:g} seconds on"
-                f" the names of this model's layers, {name[:80]!r} among them. Write one in which"
-                " no repetition stands inside another, or list the layers' names."
+                f" the names of this model's layers, {name[:80]!r} among them. Write one without"
+                " a repetition inside a repetition, or list the layers' names."
             ) from None
         finally:
             self.left -= max(0.0, time.thread_time() - began - FREE)
@@ -84,12 +89,12 @@ class Pattern:
 
 @functools.lru_cache(maxsize=16384)
 def compiled(text: str, frame: str = FULL_MATCH) -> Pattern:
-    """The pattern of a text. Raises ConfigError if it is no regular expression."""
+    """Returns the Pattern of a text. Raises ConfigError if it is not a regular expression."""
     return Pattern(text, frame)
 
 
 def check_pattern(field: str, text: object, frame: str = FULL_MATCH) -> None:
-    """Raise ConfigError, which names the field, unless a text is a regular expression."""
+    """Raise SettingError, which names the field, unless the text is a regular expression."""
     if not isinstance(text, str):
         raise SettingError(field, f"must be a text, found {text!r}.")
     try:
@@ -99,13 +104,13 @@ def check_pattern(field: str, text: object, frame: str = FULL_MATCH) -> None:
 
 
 def _check_size(text: str) -> None:
-    """Raise ValueError if a pattern is too long, or regex would unfold it into too much."""
+    """Raise ValueError if a pattern is too long, or if regex would need too much memory for it."""
     if len(text) > LONGEST:
         raise ValueError(f"it has {len(text):,} characters, at most {LONGEST:,} are read")
     product = 1
-    for found in _COUNTS.finditer(text):
-        if found.group() == "{":
+    for match in _COUNTS.finditer(text):
+        if match.group() == "{":  # a plain character to re, approximate matching to regex
             raise ValueError("'{' begins no count such as {1,2}: write \\{")
-        product *= max(1, *(int(count or 1) for count in found.groups("")))
+        product *= max(1, *(int(count or 1) for count in match.groups("")))
     if product > UNFOLDED:
         raise ValueError(f"its counts multiply to {product:,}, at most {UNFOLDED:,} are read")

@@ -1,4 +1,4 @@
-"""The table of an injection: what trains, what is left alone, and what to know."""
+"""The report of an injection: what trains, which layers are not adapted, and notes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora.inventory import (
-    injected,
-    owned,
-    with_views,
-)
+from lora.inventory import injected, owned, with_views
 from lora.layers import VIEWS, inside, kind, views
 from lora.settings import SHORTHANDS
 from lora.targets import (
@@ -31,28 +27,28 @@ class Report:
     """What an injection did. `str(report)` is its table."""
 
     plan: Plan
-    rows: tuple[tuple[str, int, str, int], ...]  # (what, how many, shape, parameters)
+    rows: tuple[tuple[str, int, str, int], ...]  # (name, how many, shape, parameters)
     adapter_parameters: int  # of the method itself, without modules_to_save
     trainable: int  # all parameters that require a gradient
-    total: int  # all parameters of the model as it now stands
-    left: tuple[tuple[str, int], ...] = ()  # layers that are not adapted, or cannot be
+    total: int  # all parameters of the model, adapters included
+    left: tuple[tuple[str, int], ...] = ()  # (name, how many) of layers that are not adapted
     note: str = ""
 
     def __str__(self) -> str:
         width = max((len(row[0]) for row in self.rows), default=0)
         lines = [
-            f"  {what:<{width}}  ×{many:<4} {shape:<14} {count:>13,}"
-            for what, many, shape, count in self.rows
+            f"  {name:<{width}}  ×{number:<4} {shape:<14} {count:>13,}"
+            for name, number, shape, count in self.rows
         ]
         share = self.trainable / max(self.total, 1)
         head = f"{self.plan.method.name}: {self.trainable:,} of {self.total:,} parameters"
-        left = ", ".join(f"{what} ×{many}" for what, many in self.left)
+        left = ", ".join(f"{name} ×{number}" for name, number in self.left)
         tail = [f"  left alone: {left}" if left else "", self.note]
         return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, tail)])
 
 
 def report_of(model: nn.Module, name: str, note: str = "") -> Report:
-    """The table of what adapter `name` is on this model."""
+    """Returns the report on adapter `name` of this model."""
     plan, parts = injected(model)[name], owned(model, name)
     sizes: dict[tuple[str, str], list[int]] = {}
     for path, (adapter, view) in with_views(model, parts.adapters).items():
@@ -77,7 +73,7 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
 
 
 def left_alone(model: nn.Module, plan: Plan) -> tuple[tuple[str, int], ...]:
-    """The layers that the plan does not adapt, counted by name."""
+    """Returns the layers that the plan does not adapt, counted by the last part of their names."""
     left: Counter[str] = Counter()
     for path, module in walk(model):
         if path in plan.targets or any(inside(path, whole) for whole in plan.saved):
@@ -90,7 +86,10 @@ def left_alone(model: nn.Module, plan: Plan) -> tuple[tuple[str, int], ...]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of parameters; a packed weight counts as the values that it stands for."""
+    """Returns the number of parameters of a module.
+
+    A packed weight counts as its values: two to each byte, and no scales.
+    """
     count = sum(parameter.numel() for parameter in module.parameters())
     for view in (v for m in module.modules() if type(m) in VIEWS for v in views(m)):
         count += view.out_features * view.in_features - sum(t.numel() for t in view.stored())
@@ -98,7 +97,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def notes_on(model: nn.Module, plan: Plan) -> str:
-    """What a user should know of this injection and cannot see from its table."""
+    """Returns what a user should know about an injection and cannot see in the table."""
     notes = []
     read = uncalled(model)
     if read and getattr(plan.config, "target_modules", None) in SHORTHANDS:
@@ -110,23 +109,23 @@ def notes_on(model: nn.Module, plan: Plan) -> str:
 
 
 def _peft_notes(model: nn.Module, plan: Plan) -> Iterator[str]:
-    """What PEFT makes of modules_to_save, if it is more than we do."""
-    also = peft_saves_too(model, plan.saved) if plan.method.in_peft else []
-    filed = beside_saved(model, plan) if also else {}
-    for path in also:
+    """Yields a note for each module that PEFT also matches with modules_to_save."""
+    matched = peft_saves_too(model, plan.saved) if plan.method.in_peft else []
+    filed = beside_saved(model, plan) if matched else {}
+    for path in matched:
         entry = next(saved for saved in plan.saved if path.endswith(saved))
         if any(inside(name, path) for name in filed):
-            then = "the saved file holds it as the base has it, so that PEFT can read the file."
+            result = "the saved file holds it as the base has it, so that PEFT can read the file."
         else:
-            then = (
+            result = (
                 f"it cannot read the saved file. Set modules_to_save={(path, entry)!r} if PEFT"
                 " must read it."
             )
-        yield f"PEFT takes modules_to_save={entry!r} to mean {path} too: {then}"
+        yield f"PEFT takes modules_to_save={entry!r} to mean {path} too: {result}"
 
 
 def _tie_notes(model: nn.Module, plan: Plan) -> Iterator[str]:
-    """Which saved modules train apart from what they were tied to."""
+    """Yields a note for each saved module whose weight was tied to one outside it."""
     names: dict[int, list[str]] = {}
     for name, parameter in base_paths(model):
         names.setdefault(id(parameter), []).append(name)

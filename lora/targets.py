@@ -1,6 +1,7 @@
-"""What a config means in a model: the layers to wrap, the modules and parameters to train.
+"""Resolves a config against a model: the layers to wrap, the modules and parameters to train.
 
-Reads the model, as it was before any injection, and touches nothing.
+These functions see the model as it was before any injection, and change nothing. plan_of() is the
+entry: it returns a Plan, and every error about targets comes from it.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ ATTENTION: dict[str, tuple[str, ...]] = {
     "deberta": ("in_proj", "pos_proj", "pos_q_proj", "attention.output.dense"),
     "deberta-v2": ("query_proj", "key_proj", "value_proj", "attention.output.dense"),
 }
-"""What target_modules="attention" means, by the model_type of the model's config: the projections
-of attention, into it and out, fused ones too. Not each of them is in every model."""
-
+"""The layers that target_modules="attention" matches, as dotted endings by the model's model_type:
+the input and output projections of attention, fused ones too. A model need not have all of them."""
 
 UNCALLED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("mixer.dt_proj", "mixer.out_proj")),
@@ -50,44 +50,45 @@ UNCALLED: dict[str, tuple[str, ...]] = {
     "jamba": ("mamba.dt_proj",),
     "wavlm": tuple(f"attention.{name}_proj" for name in ("q", "k", "v", "out")),
 }
-"""Layers whose weights the model reads itself, or hands to a kernel that does, by model_type:
-their forward is not called, or not in training on a GPU, and an adapter there does nothing."""
+"""Layers that the model does not call, as dotted endings by model_type. It reads their weights
+itself or passes them to a kernel, some only in training on a GPU. An adapter there does nothing."""
 
 
 def uncalled(model: nn.Module) -> tuple[str, ...]:
-    """Names of the model's layers that UNCALLED lists."""
-    kinds = {_architecture(part) for part in model.modules()}
-    ends = tuple(end for one in kinds if isinstance(one, str) for end in UNCALLED.get(one, ()))
+    """Returns the names of the model's layers that UNCALLED lists."""
+    # Every module, since a model may contain one of another model_type.
+    types = {_architecture(part) for part in model.modules()}
+    ends = tuple(end for t in types if isinstance(t, str) for end in UNCALLED.get(t, ()))
     return tuple(name for name, module in walk(model) if ends and kind(module) and fits(name, ends))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an injection would do: names by the paths of the model as it was before any."""
+    """What an injection will do. Names are paths in the model as it was before any injection."""
 
     method: type[Method]
     config: MethodConfig
     targets: tuple[str, ...]  # layers to wrap
     saved: tuple[str, ...]  # modules to train as a whole
     selected: tuple[str, ...]  # parameters of the base to train
-    carried: tuple[str, ...] = ()  # parameters of the base that its file replaces, not to train
-    trainable: bool = True  # False where it was loaded to act only
+    carried: tuple[str, ...] = ()  # frozen parameters of the base that the adapter's file replaces
+    trainable: bool = True  # False if the adapter was loaded for inference
     further: Mapping[str, Callable[[View, Any, str], Adapter]] = field(default_factory=dict)
-    """Those of the targets with an adapter of another kind, and what makes it."""
+    """Targets whose adapter is not made by `method`, mapped to the function that makes it."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What stood in the module's place before any injection."""
+    """Returns the module that a wrapper wraps, or the module itself if it is no wrapper."""
     if isinstance(module, AdaptedLayer):
         return module.base_layer
     return module.original_module if isinstance(module, SavedModule) else module
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) by every path, as if nothing were injected.
+    """Yields (name, module) for every path in the model, as if nothing were injected.
 
-    Unlike named_modules it goes to a module reachable by two paths twice, and through a wrapper
-    to what it wraps.
+    Unlike named_modules() it yields a module that two paths reach twice, and yields what a wrapper
+    wraps in the wrapper's place.
     """
     module = unwrapped(module)
     yield prefix, module
@@ -97,17 +98,17 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of the layers that config.target_modules means.
+    """Returns the names of the layers that config.target_modules matches.
 
-    Layers inside a saved module, and excluded ones, are left alone. A layer reached by two paths
-    is meant, and left alone, by both. Raises TargetError if an entry matches nothing, or matches
-    what no view exists for.
+    Excluded layers and layers inside a saved module are never targets. If two paths reach a layer,
+    matching or excluding one of them counts for both. Raises TargetError if an entry matches
+    nothing, or matches a module that no View exists for.
     """
     modules = {name: module for name, module in walk(model) if name}
     free, wanted = modules, config.target_modules
     if saved or config.exclude_modules is not None:
         free = _free(model, modules, config, saved)
-    # A layer that bears the word for its name is meant by it.
+    # If a layer is named "attention", the word means that layer.
     if wanted == "attention" and any(kind(m) and fits(n, (wanted,)) for n, m in free.items()):
         wanted = (wanted,)
     if wanted == "input-embedding":
@@ -127,25 +128,28 @@ def _free(
     config: AdapterConfig,
     saved: tuple[str, ...],
 ) -> dict[str, nn.Module]:
-    """The modules that are neither excluded nor inside a saved module."""
-    out = {id(m) for name, m in modules.items() if any(inside(name, whole) for whole in saved)}
+    """Returns the modules that are neither excluded nor inside a saved module."""
+    # By id, so that a layer with two paths is left out under both.
+    removed = {id(m) for name, m in modules.items() if any(inside(name, path) for path in saved)}
     for entry in _entries(config.exclude_modules):
         excluded = {id(m) for name, m in modules.items() if fits(name, entry) and kind(m)}
         if not excluded:
             named = entry if isinstance(entry, str) else entry[0]
-            raise TargetError(f"no layer matches exclude_modules entry {named!r}.\n{_offer(model)}")
-        out |= excluded
-    return {name: module for name, module in modules.items() if id(module) not in out}
+            raise TargetError(
+                f"no layer matches exclude_modules entry {named!r}.\n{_suggestion(model)}"
+            )
+        removed |= excluded
+    return {name: module for name, module in modules.items() if id(module) not in removed}
 
 
 def _input_embedding(model: nn.Module, free: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """The name of the input embedding, in a tuple."""
+    """Returns the name of the input embedding, in a tuple. Raises TargetError if there is none."""
     table = input_embedding(model)
     names = tuple(name for name, module in free.items() if module is table)[:1]
     if not names:
         raise TargetError(
             f"target_modules='input-embedding': {type(model).__name__} names none, or it is"
-            f" excluded.\n{_offer(model)}"
+            f" excluded.\n{_suggestion(model)}"
         )
     return names
 
@@ -156,13 +160,16 @@ def _by_word(
     free: Mapping[str, nn.Module],
     config: AdapterConfig,
 ) -> tuple[str, ...]:
-    """The layers that all-linear or attention means: linear ones of the backbone, without the
-    output head, without what routes to experts, without those that the model never calls."""
+    """Returns the layers that "all-linear" or "attention" matches.
+
+    Those are linear layers of the backbone. The output head, the routers of experts, and layers
+    that the model never calls are left out.
+    """
     ends = _attention(model) if config.target_modules == "attention" else None
     trunk = backbone(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = None if head is None else unwrapped(head)
-    read = uncalled(model)
+    never_called = uncalled(model)
     names = tuple(
         name
         for name, module in free.items()
@@ -170,8 +177,8 @@ def _by_word(
         and (ends is None or fits(name, ends))
         and module is not head
         and inside(name, trunk)
-        and not _routes(name, modules)
-        and name not in read
+        and not _is_router(name, modules)
+        and name not in never_called
         and _in_blocks(name, config)
     )
     if not names:
@@ -179,7 +186,7 @@ def _by_word(
         of_blocks = f" in layers_to_transform={blocks}" if blocks else ""
         raise TargetError(
             f"no layer matches target_modules={config.target_modules!r}{of_blocks}."
-            f"\n{_offer(model)}"
+            f"\n{_suggestion(model)}"
         )
     return names
 
@@ -191,36 +198,39 @@ def _by_name(
     config: AdapterConfig,
     wanted: str | tuple[str, ...],
 ) -> tuple[str, ...]:
-    """The layers that names, dotted endings or a regular expression mean."""
-    meant: set[int] = set()
+    """Returns the layers that names, dotted endings or a regular expression match."""
+    matched: set[int] = set()
     for entry in _entries(wanted):
         hits = [name for name in free if fits(name, entry)]
         if not hits:
             which = "" if entry is wanted else f" (entry {entry[0]!r})"
-            gone = any(fits(name, entry) for name in modules)
-            but = " that is not excluded or in modules_to_save" if gone else ""
+            removed = any(fits(name, entry) for name in modules)
+            but = " that is not excluded or in modules_to_save" if removed else ""
             raise TargetError(
-                f"no layer{but} matches target_modules={wanted!r}{which}.\n{_offer(model)}"
+                f"no layer{but} matches target_modules={wanted!r}{which}.\n{_suggestion(model)}"
             )
         for name in hits:
             if not kind(modules[name]):
                 raise TargetError(
                     f"target_modules={wanted!r} matches {name}, a"
-                    f" {type(modules[name]).__name__}: no view for it.\n{_offer(model)}"
+                    f" {type(modules[name]).__name__}: no view for it.\n{_suggestion(model)}"
                 )
-        # A layer named in full is meant whatever its block, as in PEFT.
+        # As in PEFT, layers_to_transform does not apply to a layer that is named in full.
         hits = [name for name in hits if name in entry or _in_blocks(name, config)]
         if not hits:
             raise TargetError(
                 f"no layer matches target_modules={wanted!r} in layers_to_transform="
                 f"{config.layers_to_transform}. Set --layers-to-transform."
             )
-        meant |= {id(free[name]) for name in hits}
-    return tuple(name for name, module in free.items() if id(module) in meant)
+        matched |= {id(free[name]) for name in hits}
+    return tuple(name for name, module in free.items() if id(module) in matched)
 
 
 def _block(name: str, config: AdapterConfig) -> int | None:
-    """The number of the block that a layer is in: the first one in its name."""
+    """Returns the number of a layer's block, or None if its name has no number.
+
+    Without layers_pattern it is the first number in the name.
+    """
     for pattern in config.layers_pattern or (r"[^.]*",):
         match = compiled(pattern, BLOCKS).match(name)
         if match:
@@ -229,36 +239,39 @@ def _block(name: str, config: AdapterConfig) -> int | None:
 
 
 def _in_blocks(name: str, config: AdapterConfig) -> bool:
+    """True if the layer is in one of the blocks of layers_to_transform, or all blocks count."""
     return not config.layers_to_transform or _block(name, config) in config.layers_to_transform
 
 
-def _check_blocks(found: tuple[str, ...], config: AdapterConfig) -> None:
-    """Raise TargetError where a number of layers_to_transform is no block's."""
-    missing = set(config.layers_to_transform) - {_block(name, config) for name in found}
+def _check_blocks(targets: tuple[str, ...], config: AdapterConfig) -> None:
+    """Raise TargetError if no target is in a block that layers_to_transform lists."""
+    missing = set(config.layers_to_transform) - {_block(name, config) for name in targets}
     if missing:
         raise TargetError(
-            f"layers_to_transform {min(missing)}: no such block among the layers meant. Set"
-            " --layers-to-transform, from 0."
+            f"layers_to_transform {min(missing)}: no such block among the layers that"
+            " target_modules matches. Set --layers-to-transform, from 0."
         )
 
 
 def _attention(model: nn.Module) -> tuple[str, ...]:
-    """The endings of the attention's projections in the model's architecture."""
-    found = _architecture(model)
-    if found not in ATTENTION:
+    """Returns the dotted endings of the model's attention projections. Raises TargetError."""
+    model_type = _architecture(model)
+    if model_type not in ATTENTION:
         raise TargetError(
-            f"target_modules='attention' is known of {', '.join(ATTENTION)}; the model is of"
-            f" {'no model_type' if found is None else repr(found)}.\n{_offer(model)}"
+            f"target_modules='attention' works for model_type {', '.join(ATTENTION)}; this model"
+            f" has {'no model_type' if model_type is None else repr(model_type)}."
+            f"\n{_suggestion(model)}"
         )
-    return ATTENTION[found]
+    return ATTENTION[model_type]
 
 
 def _architecture(model: nn.Module) -> str | None:
+    """Returns the model_type of a transformers model, None for another model."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
-def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a layer chooses among experts, which stand beside it: Mixtral's gate."""
+def _is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """True if a layer chooses among experts, as Mixtral's `gate` beside `experts` does."""
     parts = name.split(".")
     return any(
         re.fullmatch(r"(.*_)?(gate|router)", part)
@@ -268,38 +281,39 @@ def _routes(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _entries(entries: str | tuple[str, ...] | None) -> list[str | tuple[str, ...]]:
-    """The patterns of a field one by one, each in the form that fits() takes."""
+    """Returns the entries of a field, each in the form that fits() takes."""
     if entries is None or isinstance(entries, str):
         return [] if entries is None else [entries]
     return [(entry,) for entry in entries]
 
 
-def _offer(model: nn.Module) -> str:
-    """What the model has to adapt, and what to try."""
+def _suggestion(model: nn.Module) -> str:
+    """Returns the end of an error message: the layers that the model has, and what to try."""
     trunk = backbone(model)
     layers = [(n, m) for n, m in walk(model) if kind(m)]
     if kind(model):
         return f"  The model is a {type(model).__name__} itself. Pass nn.Sequential(model)."
     within = Counter(n.rpartition(".")[2] for n, _ in layers if inside(n, trunk))
     heads = Counter(n for n, _ in layers if not inside(n, trunk))
-    listed = [f"{name} ×{many}" for name, many in (within + heads).most_common(12)]
+    listed = [f"{name} ×{count}" for name, count in (within + heads).most_common(12)]
     if not listed:
         return f"  {type(model).__name__} has no nn.Linear, no nn.Embedding and no Conv1D."
     best = [name for name, _ in (within or heads).most_common(2)]
-    short = "all-linear or attention" if _architecture(model) in ATTENTION else "or all-linear"
+    words = "all-linear or attention" if _architecture(model) in ATTENTION else "or all-linear"
     return (
         f"  {type(model).__name__} has {', '.join(listed)}."
-        f" Try --target-modules {' '.join(best)}, {short}."
+        f" Try --target-modules {' '.join(best)}, {words}."
     )
 
 
 def saved_of(model: nn.Module, config: PartialConfig) -> tuple[str, ...]:
-    """Paths of the modules that config.modules_to_save means: exact, or dotted endings.
+    """Returns the paths of the modules that modules_to_save matches by name or dotted ending.
 
-    A module reached by two paths is meant by both.
+    If two paths reach a module, both are returned. A module inside another one is left out.
+    Raises TargetError if an entry matches nothing, or a container that is never called.
     """
     modules = {name: module for name, module in walk(model) if name}
-    found: dict[int, None] = {}
+    matched: set[int] = set()
     for entry in config.modules_to_save:
         hits = [name for name in modules if fits(name, (entry,))]
         if not hits:
@@ -312,15 +326,15 @@ def saved_of(model: nn.Module, config: PartialConfig) -> tuple[str, ...]:
             if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
                 raise TargetError(
                     f"modules_to_save={entry!r} is {name}, a {type(modules[name]).__name__}, which"
-                    " is never called. Name what it holds."
+                    " is never called. Name the modules in it."
                 )
-            found[id(modules[name])] = None
-    paths = [name for name, module in modules.items() if id(module) in found]
-    return tuple(n for n in paths if not any(n != o and inside(n, o) for o in paths))
+            matched.add(id(modules[name]))
+    paths = [name for name, module in modules.items() if id(module) in matched]
+    return tuple(p for p in paths if not any(p != outer and inside(p, outer) for outer in paths))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of the model as it was before any injection, each parameter once."""
+    """Yields (name, parameter) of the model as it was before any injection, each parameter once."""
     seen: set[int] = set()
     for name, parameter in base_paths(model):
         if id(parameter) not in seen:
@@ -329,8 +343,10 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def peft_saves_too(model: nn.Module, saved: Sequence[str]) -> list[str]:
-    """The modules that PEFT takes for some of those in `saved`, and that are none of them: it
-    compares endings of names, so that `classifier` means DistilBERT's pre_classifier as well."""
+    """Returns the modules that PEFT would also match with the names in `saved`.
+
+    PEFT compares plain endings, so `classifier` also matches DistilBERT's pre_classifier.
+    """
     return [
         name
         for name, module in walk(model)
@@ -341,23 +357,25 @@ def peft_saves_too(model: nn.Module, saved: Sequence[str]) -> list[str]:
 
 
 def beside_saved(model: nn.Module, planned: Plan) -> dict[str, nn.Parameter]:
-    """The base's parameters of those modules, by name, as PEFT needs them in the file. A module
-    that the plan adapts is left out, and one that holds more than parameters: of those PEFT cannot
-    read the file."""
-    found: dict[str, nn.Parameter] = {}
+    """Returns the base parameters of those modules by name, which PEFT needs in the file.
+
+    Two kinds of modules are left out, and PEFT cannot read the file then: those that the plan
+    adapts, and those whose state_dict holds more than floating-point parameters.
+    """
+    filed: dict[str, nn.Parameter] = {}
     modules, base = dict(walk(model)), dict(base_paths(model))
     for path in peft_saves_too(model, planned.saved):
-        own = {name: p for name, p in base.items() if inside(name, path)}
-        plain = len(own) == len(modules[path].state_dict()) and all(
-            p.is_floating_point() for p in own.values()
+        parameters = {name: p for name, p in base.items() if inside(name, path)}
+        plain = len(parameters) == len(modules[path].state_dict()) and all(
+            p.is_floating_point() for p in parameters.values()
         )
         if plain and not any(inside(target, path) for target in planned.targets):
-            found |= own
-    return found
+            filed |= parameters
+    return filed
 
 
 def base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The same by every path: a tied weight has several."""
+    """Yields (path, parameter) like base_parameters(), but each path of a tied parameter."""
     for prefix, module in walk(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -365,27 +383,28 @@ def base_paths(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def base_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, buffer) of the model as it was before any injection: those its files hold."""
+    """Yields (name, buffer) of the base, each buffer once, if its state_dict contains it."""
     seen: set[int] = set()
     for prefix, module in walk(model):
         for name, buffer in module._buffers.items():
-            stays = name not in module._non_persistent_buffers_set
-            if buffer is not None and stays and id(buffer) not in seen:
+            persistent = name not in module._non_persistent_buffers_set
+            if buffer is not None and persistent and id(buffer) not in seen:
                 seen.add(id(buffer))
                 yield (f"{prefix}.{name}" if prefix else name), buffer
 
 
 def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan:
-    """What injecting config would do. Touches nothing; raises TargetError or ConfigError.
+    """Returns what injecting config would do, without changing the model.
 
-    If not `strict`, a setting may name layers that are not adapted, as in PEFT's files.
+    If not `strict`, settings such as rank_pattern may name layers that are not adapted, as PEFT
+    allows in its files. Raises TargetError or ConfigError.
     """
     method = method_of(config)
     for inner in ("_orig_mod", "module"):
         if inner in model._modules and type(model).__name__ in _OUTER:
             raise ConfigError(
-                f"the model is wrapped in {type(model).__name__}: names would not be the model's"
-                f" own. Inject into model.{inner}, before it is wrapped."
+                f"the model is wrapped in {type(model).__name__}, which changes the names of its"
+                f" layers. Inject into model.{inner}, before wrapping it."
             )
     saved: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
@@ -399,7 +418,8 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
         if issubclass(method, Follows):
             further = method.further(model, dict(walk(model)), config, targets)
         if further:
-            targets = (*targets, *_apart(further, targets, saved))
+            _check_not_twice(further, targets, saved)
+            targets = (*targets, *further)
     elif issubclass(method, Selection) and strict:
         layers = tuple(name for name, module in walk(model) if name and module._parameters)
         method.check_model(model, layers, config)
@@ -412,30 +432,29 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
 def _check_targets(
     model: nn.Module, method: type[Method], config: AdapterConfig, targets: tuple[str, ...]
 ) -> None:
-    """Raise TargetError if a target's weight is read by the model itself, or a setting names
-    layers that are none of the targets."""
-    read = [name for name in uncalled(model) if name in targets]
-    if read:
+    """Raise TargetError if the model never calls a target, or a setting names layers that are not
+    targets."""
+    never_called = [name for name in uncalled(model) if name in targets]
+    if never_called:
         raise TargetError(
-            f"target_modules means {read[0]}, whose weight {type(model).__name__} reads itself:"
-            " an adapter there would do nothing, or not on every machine. Leave it out of"
+            f"target_modules matches {never_called[0]}, whose weight {type(model).__name__} reads"
+            " itself: an adapter there does nothing, on some machines or on all. Leave it out of"
             " --target-modules."
         )
     if issubclass(method, ChecksTargets):
         method.check_targets(config, targets)
 
 
-def _apart(
+def _check_not_twice(
     further: Mapping[str, Any], targets: tuple[str, ...], saved: tuple[str, ...]
-) -> Mapping[str, Any]:
-    """`further`. Raises ConfigError if one of its layers is adapted or trained already."""
+) -> None:
+    """Raise ConfigError if one of the further layers is a target or in a saved module already."""
     for name in further:
         if name in targets or any(inside(name, whole) for whole in saved):
             raise ConfigError(
                 f"{name} is adapted twice: in target_modules or modules_to_save, and as an"
                 " embedding of trained tokens. Leave it out of one."
             )
-    return further
 
 
 def _selected(
@@ -445,11 +464,12 @@ def _selected(
     targets: tuple[str, ...],
     saved: tuple[str, ...],
 ) -> tuple[str, ...]:
-    """Names of the base's parameters to train; a tied one by the first of its names that is meant.
+    """Returns the names of the base's parameters to train, a tied one by its first matching name.
 
     Raises TargetError if they cannot be trained.
     """
-    # A Selection sees a tied parameter under its first name: a head that is the embedding is none.
+    # A Selection sees a tied parameter under its first name only: if the head is tied to the
+    # embedding, training the head would train the embedding.
     every = base_parameters(model) if issubclass(method, Selection) else base_paths(model)
     base = {n: p for n, p in every if not any(inside(n, whole) for whole in saved)}
     selected: dict[int, str] = {}
@@ -463,7 +483,7 @@ def _selected(
     if issubclass(method, Selection) and not selected and not saved:
         raise TargetError(
             f"{method.name} selects no parameter of {type(model).__name__}: it has none of that"
-            " kind, or only such as are tied to others. Name modules in modules_to_save."
+            " kind, or they are all tied to others. Name modules in modules_to_save."
         )
     _check_trainable({name: base[name] for name in selected.values()})
     for name in selected.values():
@@ -472,7 +492,10 @@ def _selected(
 
 
 def _check_writable(name: str, parameter: nn.Parameter) -> None:
-    """Raise TargetError if the parameter cannot be written in place: a load could stop halfway."""
+    """Raise TargetError if the parameter cannot be written in place.
+
+    Otherwise the error would come in the middle of a load, with the model half changed.
+    """
     shares = any(s == 0 and n > 1 for s, n in zip(parameter.stride(), parameter.shape))
     if parameter.is_inference() or shares:
         raise TargetError(
@@ -482,23 +505,28 @@ def _check_writable(name: str, parameter: nn.Parameter) -> None:
 
 
 def _check_saved(model: nn.Module, saved: tuple[str, ...]) -> tuple[str, ...]:
-    """The saved modules' paths. Raises TargetError where one cannot train, or be saved."""
+    """Returns `saved`. Raises TargetError if one of the modules cannot be trained or saved."""
     modules = dict(walk(model))
     for path in saved:
         _check_trainable({f"{path}.{name}": p for name, p in modules[path].named_parameters()})
         extra = [k for k, t in modules[path].state_dict().items() if not isinstance(t, Tensor)]
         if extra:
-            raise TargetError(f"modules_to_save: {path}.{extra[0]} is no tensor: cannot be saved.")
+            raise TargetError(
+                f"modules_to_save: {path}.{extra[0]} is not a tensor and cannot be saved. Leave"
+                f" {path} out."
+            )
     return saved
 
 
 _OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+"""Classes that wrap a whole model: torch.compile's and the parallel ones."""
 
 
 def _check_trainable(parameters: dict[str, nn.Parameter]) -> None:
+    """Raise TargetError if a parameter is not of a floating-point dtype."""
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
             raise TargetError(
                 f"{name} is {parameter.dtype}, which cannot train. Put an adapter on the layer, or"
-                " load a base that is not in four bits, without --quantize."
+                " load an unquantized base, without --quantize."
             )

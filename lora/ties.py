@@ -1,8 +1,9 @@
-"""Tied weights through a merge: which ties it breaks, and what a saved model needs to say so.
+"""Which ties between weights a merge breaks, and what a model must change to be saved untied.
 
-transformers ties weights anew when it reads a folder, by config.tie_word_embeddings, and files one
-of the weights that share memory. So once a tie is broken the flag has to be false, and every other
-place that the flag stood for has to hold, and file, a weight of its own.
+If config.tie_word_embeddings is true, transformers saves only one of the tied weights, and ties
+them again when it loads the folder. So if a merge breaks a tie, the flag must become false. The
+flag may also stand for ties that the merge leaves whole. With a false flag those would not be tied
+again, so each of their places needs its own parameter in the file.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from lora.targets import base_paths, walk
 from lora.wrappers import AdaptedLayer, SavedModule
 
 FLAG = "tie_word_embeddings"
-RECORD = "lora_untied"  # of a model: what untie() changed
-Pair = tuple[nn.Parameter, nn.Parameter | None]
+RECORD = "lora_untied"  # the attribute of a model that records what untie() changed
+Pair = tuple[nn.Parameter, nn.Parameter | None]  # W' and b'
 
 
 def broken_ties(
     model: nn.Module, merged: Mapping[int, Pair], copies: Mapping[int, nn.Module]
 ) -> tuple[str, ...]:
-    """Names of the layers whose weight or bias is tied to another's, and would be its own after
-    the merge: `merged` has W' and b', `copies` trained modules, by the ids of those they replace.
+    """Returns the names of the layers with a tied weight or bias that the merge would untie.
+
+    `merged` maps the id of a layer to its W' and b'. `copies` maps the id of a module to the
+    trained copy that replaces it.
     """
     base = dict(base_paths(model))
     after = dict(base)
@@ -40,65 +43,70 @@ def broken_ties(
     tied: dict[int, list[str]] = {}
     for path, parameter in base.items():
         tied.setdefault(id(parameter), []).append(path)
+    # A tie is broken if its paths no longer lead to one parameter.
     broken = [paths for paths in tied.values() if len({id(after[path]) for path in paths}) > 1]
-    moved = [path for paths in broken for path in paths if after[path] is not base[path]]
-    return tuple(dict.fromkeys(path.rpartition(".")[0] for path in moved))
+    replaced = [path for paths in broken for path in paths if after[path] is not base[path]]
+    return tuple(dict.fromkeys(path.rpartition(".")[0] for path in replaced))
 
 
 def check_flag(model: nn.Module) -> None:
-    """Raise MergeError if the model computes something else once its config says untied."""
+    """Raise MergeError if the model's output depends on tie_word_embeddings."""
+    # T5 scales its output if the flag is true. Such a forward mentions the flag by name.
     for module in model.modules():
         config = getattr(module, "config", None)
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         if getattr(config, FLAG, None) is True and code is not None and FLAG in code.co_names:
             raise MergeError(
                 f"merge: {type(module).__name__} computes another output if its config says"
-                f" {FLAG}=false, which a merged model with an untied weight has to say. Keep the"
-                " adapter apart, or train without the head and the embedding."
+                f" {FLAG}=false, and this merge unties weights, so that it has to. Keep the adapter"
+                " unmerged, or train without the head and the embedding."
             )
 
 
 def untie(model: nn.Module) -> None:
-    """Say in the model's config that its embeddings are untied, and give each place that was tied,
-    and still is, a parameter of its own. Undone by retie()."""
+    """Set tie_word_embeddings to false and give every place of a tied weight its own parameter.
+
+    retie() undoes it.
+    """
     configs = [getattr(module, "config", None) for module in model.modules()]
     flagged = {id(c): c for c in configs if getattr(c, FLAG, None) is True}
     if not flagged:
         return
-    # T5's config reads any value back as true, and its readers go by what the folder holds.
-    changed = [config for config in flagged.values() if _holds(config)]
+    # T5's config turns any value into true when it is read. There loading depends on which weights
+    # the folder holds, and the flag can stay.
+    changed = [config for config in flagged.values() if _can_say_untied(config)]
     for config in changed:
         setattr(config, FLAG, False)
     owners: dict[int, nn.Module] = {}
-    placed = []
+    cloned = []
     for module in {id(m): m for m in _plain(model)}.values():
         for leaf, parameter in module._parameters.items():
             if parameter is not None and owners.setdefault(id(parameter), module) is not module:
-                placed.append((module, leaf, parameter))
-                own = parameter.detach().clone()
-                module._parameters[leaf] = nn.Parameter(own, parameter.requires_grad)
-    model.__dict__[RECORD] = changed, placed
+                cloned.append((module, leaf, parameter))
+                clone = parameter.detach().clone()
+                module._parameters[leaf] = nn.Parameter(clone, parameter.requires_grad)
+    model.__dict__[RECORD] = changed, cloned
 
 
 def retie(model: nn.Module) -> None:
     """Undo untie()."""
-    changed, placed = model.__dict__.pop(RECORD, ([], []))
+    changed, cloned = model.__dict__.pop(RECORD, ([], []))
     for config in changed:
         setattr(config, FLAG, True)
-    for module, leaf, parameter in placed:
+    for module, leaf, parameter in cloned:
         module._parameters[leaf] = parameter
 
 
-def _holds(config: Any) -> bool:
-    """Whether a config that says untied is read back from its file as untied."""
+def _can_say_untied(config: Any) -> bool:
+    """True if a config that is saved with tie_word_embeddings=false is read back so."""
     if not hasattr(config, "from_dict"):
         return True
-    read: Any = type(config).from_dict(config.to_dict() | {FLAG: False})
-    return getattr(read, FLAG, None) is False
+    read_back: Any = type(config).from_dict(config.to_dict() | {FLAG: False})
+    return getattr(read_back, FLAG, None) is False
 
 
 def _plain(module: nn.Module) -> Iterator[nn.Module]:
-    """The modules of the model that eject() leaves after a merge."""
+    """Yields the modules that remain when eject() removes the wrappers of a merged model."""
     if isinstance(module, AdaptedLayer):
         module = module.base_layer
     elif isinstance(module, SavedModule):

@@ -11,20 +11,14 @@ from torch import Tensor, nn
 
 from lora.adapter import Adapter, trained
 from lora.errors import TargetError
-from lora.inventory import (
-    injected,
-    wrapper_at,
-    wrappers_of,
-)
+from lora.inventory import injected, wrapper_at, wrappers_of
 from lora.method import Rates, Scheduled
-from lora.targets import (
-    Plan,
-)
+from lora.targets import Plan
 from lora.wrappers import AdaptedLayer
 
 
 def acting(model: nn.Module) -> Iterator[tuple[Plan, list[Adapter]]]:
-    """The plan of each active adapter of the model, and its parts on layers."""
+    """Yields the plan of each active adapter and its parameters on each of its layers."""
     for name, plan in injected(model).items():
         layers = {id(layer): layer for layer in (wrapper_at(model, path) for path in plan.targets)}
         parts = [layer.adapter(name) for layer in layers.values() if name in layer.active]
@@ -33,7 +27,10 @@ def acting(model: nn.Module) -> Iterator[tuple[Plan, list[Adapter]]]:
 
 
 def param_groups(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
-    """All trainable parameters, by the multiple of the learning rate that they train at."""
+    """Returns (parameters, multiple) groups that hold all trainable parameters of the model.
+
+    A group trains at `multiple` times the learning rate.
+    """
     groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for _, adapters in acting(model):
         for adapter in adapters:
@@ -49,19 +46,19 @@ def param_groups(model: nn.Module) -> list[tuple[list[nn.Parameter], float]]:
 
 
 def groups_of(adapter: Adapter) -> dict[float, list[nn.Parameter]]:
-    """An adapter's trainable parameters by the multiple of the learning rate."""
+    """Returns an adapter's trainable parameters by their multiple of the learning rate."""
     return adapter.param_groups() if isinstance(adapter, Rates) else {1.0: trained(adapter)}
 
 
 def _scheduled(model: nn.Module) -> Iterator[tuple[type[Scheduled], Plan, list[Adapter]]]:
-    """The active adapters in training whose method acts on the loss or after steps."""
+    """Yields the active, trainable adapters whose method acts on the loss or after steps."""
     for plan, parts in acting(model):
         if issubclass(plan.method, Scheduled) and plan.trainable:
             yield plan.method, plan, parts
 
 
 def penalty(model: nn.Module) -> Tensor | None:
-    """The sum of what the active adapters' methods add to the loss, or None."""
+    """Returns what the active adapters' methods add to the loss, or None if they add nothing."""
     penalties = [method.penalty(parts, plan.config) for method, plan, parts in _scheduled(model)]
     terms = [term for term in penalties if term is not None]
     return torch.stack(terms).sum() if terms else None
@@ -81,36 +78,39 @@ def after_step(model: nn.Module, step: int, total: int) -> None:
 
 
 class Watch:
-    """Hooks on a model that find, in the first forward of each mode, an adapted layer whose weight
-    the model reads while it does not call the layer: the adapter does nothing."""
+    """Hooks that find adapters which do nothing, in the first forward of each mode.
+
+    An adapter does nothing if the model reads its layer's weight and does not call the layer. Train
+    and eval mode are checked separately, since some models take another path in each.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.passed: set[bool] = set()  # the modes (training or not) that were found good
-        self.layers, _ = wrappers_of(model)  # once: nothing passes while no adapter acts
+        self.passed: set[bool] = set()  # the modes (model.training) that passed the check
+        self.layers, _ = wrappers_of(model)  # once, since a walk through the model is slow
         model.register_forward_pre_hook(self.before)
         model.register_forward_hook(self.after)
 
     @classmethod
     def over(cls, model: nn.Module) -> None:
-        """Watch the model, in the place of an earlier watch."""
+        """Watch the model. Replaces an earlier Watch."""
         unwatch(model)
         cls(model)
 
     def before(self, model: nn.Module, args: Any) -> None:
-        """Let the layers note whether they are called in this forward."""
+        """Clear the layers' flags, so that they record this forward."""
         if not torch.compiler.is_compiling() and model.training not in self.passed:
             for layer in self.layers.values():
                 layer.__dict__.update(was_called=False, was_read=False)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
-        """Raise TargetError if a layer that acts was read past."""
+        """Raise TargetError if the model read an active layer's weight and did not call it."""
         if torch.compiler.is_compiling() or model.training in self.passed:
             return
         acting = {n: m for n, m in self.layers.items() if m.active and m.enabled and m.kept is None}
         missed = [
             name
             for name, layer in acting.items()
-            if layer.was_read and not layer.was_called and _matters(layer)
+            if layer.was_read and not layer.was_called and _changes_output(layer)
         ]
         if missed:
             raise TargetError(
@@ -123,15 +123,17 @@ class Watch:
 
 
 def unwatch(model: nn.Module) -> None:
-    """Remove the model's watch."""
+    """Remove the model's Watch, if it has one."""
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for place in [p for p, h in hooks.items() if isinstance(getattr(h, "__self__", 0), Watch)]:
-            del hooks[place]
+        for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", 0), Watch)]:
+            del hooks[key]
 
 
 @torch.no_grad()
-def _matters(layer: AdaptedLayer) -> bool:
-    """Whether a layer's adapter trains, or changes its weight: of a file of PEFT's it may not."""
+def _changes_output(layer: AdaptedLayer) -> bool:
+    """True if a layer's adapter is trainable, or changes its weight."""
+    # An adapter that PEFT trained on an uncalled layer is still at its start: loading it is no
+    # error, since it changes nothing in PEFT either.
     if any(p.requires_grad for name in layer.active for p in layer.adapter(name).parameters()):
         return True
     W, _ = layer.view.read()
@@ -142,13 +144,14 @@ def _matters(layer: AdaptedLayer) -> bool:
 
 
 def check_alive(model: nn.Module) -> None:
-    """Raise TargetError where, after a backward, a part that trains has no gradient at all.
+    """Raise TargetError if, after a backward, a trainable module has no gradient at all.
 
-    Its forward was not called: some modules read their layers' weights themselves (WavLM's
-    attention), past any adapter, and T5 calls its embedding by another path than `shared`. Or a
-    reentrant checkpoint called it, which takes no gradient inside where its input takes none.
-    A layer that was not called in this step, when its like in another block or expert was, is no
-    error: no token was routed to it, or its block was left out.
+    There are two causes. The model does not call the module: WavLM's attention reads its layers'
+    weights itself, and T5 calls its embedding by another path than `shared`. Or a reentrant
+    checkpoint calls it, which computes no gradients inside if its input requires none.
+
+    It is no error if the step did not call a layer but called the same layer of another block or
+    expert: no token was routed to it, or LayerDrop skipped its block.
     """
     layers, saved = wrappers_of(model)
     acting: list[tuple[str, nn.Module]] = [
@@ -156,7 +159,8 @@ def check_alive(model: nn.Module) -> None:
     ]
     acting += [(path, keeper.current) for path, keeper in saved.items() if keeper.active]
     trained = {path: [p for p in m.parameters() if p.requires_grad] for path, m in acting}
-    dead = [path for path, own in trained.items() if own and all(p.grad is None for p in own)]
+    dead = [path for path, ps in trained.items() if ps and all(p.grad is None for p in ps)]
+    # h.0.mlp and h.7.mlp both become h.*.mlp
     alive = {re.sub(r"\d+", "*", path) for path in trained if path not in dead}
     idle = [
         path
@@ -173,6 +177,6 @@ def check_alive(model: nn.Module) -> None:
         raise TargetError(
             f"{len(dead)} of {len(trained)} trained modules have no gradient, {dead[0]} among them:"
             " the model does not call them, it reads their weights itself or by another path."
-            f" Leave them out: set {flag}. Or a checkpoint that is reentrant calls them: pass it"
+            f" Leave them out: set {flag}. If a reentrant checkpoint calls them, pass it"
             " use_reentrant=False, or use --activation-checkpointing."
         )

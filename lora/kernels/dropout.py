@@ -1,20 +1,28 @@
-"""Dropout's mask: one bit an element, made from cheap random bits.
+"""Dropout masks: made from a few random bits an element, and kept as one bit an element.
 
-    u₁ u₂ … u₁₆   random bits of an element, u₁ the first behind the point of a number U in [0, 1)
-    kept where U < 1 − p, with 1 − p as 0.d₁ d₂ … d₁₆ in binary. From the last digit to the first:
-    m = u ∧ m where d is 0,   m = ¬u ∨ m where d is 1   (u is as random as ¬u, and stands for it)
+An element stays if a random number U in [0, 1) is below 1 − p. Both have 16 binary digits:
 
-Bits that decide for one element in 256 need not be its own: u₉ … u₁₆ are shared by its row. So an
-element is dropped with p to within 2⁻¹⁶, the elements of a row are independent but for that, and an
-element costs eight random bits and one to keep: F.dropout needs ten times the time for its mask,
-and keeps a byte (docs/performance.md).
+    U = 0.u₁ u₂ … u₁₆     1 − p = 0.d₁ d₂ … d₁₆
 
-    bits (n, in) int16, n = ⌈tokens / 16⌉, where bit k of row i is for the token k n + i: two shifts
-    make the mask of n rows of it, as −1, all of whose bits are 1, or 0
+The comparison U < 1 − p goes from the last digit to the first, starting with m = 0:
 
-On a CPU the random bits are SplitMix64's, which all threads make, from a seed that torch's default
-generator draws; elsewhere they are that generator's own. Recomputation in activation checkpointing
-draws them again.
+    if d is 0:  m = ¬u ∧ m        if d is 1:  m = ¬u ∨ m
+
+u is as random as ¬u, so the code leaves the negation out. Each step is one bitwise operation on
+whole words, so a word of 16 bits decides for 16 elements at once.
+
+The digits after the eighth matter for one element in 256, so the elements of a row share u₉ … u₁₆.
+An element is therefore dropped with probability p to within 2⁻¹⁶, and the elements of a row are
+independent except for those shared digits. An element costs eight random bits, and one bit to keep.
+F.dropout takes ten times as long for its mask and keeps a byte (docs/performance.md).
+
+    bits (n, in) int16, n = ⌈tokens / 16⌉. Bit k of row i belongs to token k n + i, so that bit k of
+    all words is the mask of n consecutive tokens. Two shifts turn it into integers that are −1,
+    whose bits are all 1, or 0.
+
+On a CPU the random bits come from SplitMix64, which runs on all threads. Its seed comes from
+torch's default generator. On other devices that generator draws the bits. Activation checkpointing
+restores the generator's state before it recomputes, and so draws the same mask again.
 """
 
 from __future__ import annotations
@@ -28,11 +36,12 @@ from torch import Tensor
 
 from lora.kernels.scratch import scratch
 
-GAMMA = 0x9E3779B97F4A7C15 - 2**64  # int64 wraps around, as the source's uint64 does
+# Constants of SplitMix64. They are uint64 in the paper; torch has int64, which wraps around alike.
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
 ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
 
 PLANES = 16  # bits of a word
-BLOCK = 2**23  # bytes
+BLOCK = 2**23  # bytes of a mask that a CPU expands at a time, so that it stays in the cache
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
@@ -45,74 +54,82 @@ class Mask:
 
     @property
     def scale(self) -> float:
-        """1 / (1 − p), by which what stays is to be scaled."""
+        """1 / (1 − p), the factor for the elements that stay."""
         return 1.0 / (1.0 - self.p)
 
     def blocks(self, tokens: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, in) by parts, in memory that the next uses: −1 what stays, 0 the others.
+        """Yields the mask in parts: which rows, and (rows, in) integers, −1 to keep and 0 to drop.
 
-        Integers of the size of `dtype`, whose parts of x are of a size for a processor's cache.
+        The integers have the size of `dtype`, so that a bitwise and with the bits of x applies
+        them. The next part overwrites the memory of this one.
         """
         groups, width = self.bits.shape
-        kind, size = INTEGERS[dtype.itemsize], 8 * dtype.itemsize
-        bits = self.bits.to(kind)
-        device, most = self.bits.device, BLOCK // max(1, groups * width * dtype.itemsize)
-        some = max(1, min(PLANES, most)) if device.type == "cpu" else PLANES
-        for first in range(0, PLANES, some):
-            start, stop = first * groups, min((first + some) * groups, tokens)
-            if start < stop or first == 0:  # one part of no rows at least
-                last = size - 1 - first  # the bit of a plane becomes the sign, then all bits
-                left = torch.arange(last, last - some, -1, dtype=kind, device=device)
-                keep = scratch("mask", (some, groups, width), kind, device)
-                torch.bitwise_left_shift(bits, left[:, None, None], out=keep)
+        integer, size = INTEGERS[dtype.itemsize], 8 * dtype.itemsize
+        bits = self.bits.to(integer)
+        device, limit = self.bits.device, BLOCK // max(1, groups * width * dtype.itemsize)
+        planes = max(1, min(PLANES, limit)) if device.type == "cpu" else PLANES
+        for first in range(0, PLANES, planes):
+            start, stop = first * groups, min((first + planes) * groups, tokens)
+            if start < stop or first == 0:  # yield once even if there are no rows
+                # The left shift moves bit k to the sign; the right shift copies the sign into all
+                # other bits.
+                highest = size - 1 - first
+                shifts = torch.arange(highest, highest - planes, -1, dtype=integer, device=device)
+                keep = scratch("mask", (planes, groups, width), integer, device)
+                torch.bitwise_left_shift(bits, shifts[:, None, None], out=keep)
                 keep >>= size - 1
-                yield slice(start, stop), keep.view(some * groups, width)[: stop - start]
+                yield slice(start, stop), keep.view(planes * groups, width)[: stop - start]
 
     def keep(self, x: Tensor) -> Tensor:
-        """1 where the element stays and 0 where it is dropped, shape, dtype and device of x."""
-        found = x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
-        for part, keep in self.blocks(len(found), x.dtype):
-            found[part] = -keep
-        return found.view(x.shape)
+        """Returns 1 for each element that stays, 0 for others; shape, dtype and device of x."""
+        mask = x.new_empty(math.prod(x.shape[:-1]), x.shape[-1])
+        for part, keep in self.blocks(len(mask), x.dtype):
+            mask[part] = -keep
+        return mask.view(x.shape)
 
     def scaled(self, x: Tensor) -> Tensor:
-        """The mask that multiplies x: keep / (1 − p), in float32 at least.
-
-        1 / (1 − p) rounded to bfloat16 would bias every update.
-        """
+        """Returns keep / (1 − p), the mask to multiply x with, in float32 at least."""
+        # In bfloat16 the rounding of 1 / (1 − p) would bias every update.
         wide = torch.promote_types(x.dtype, torch.float32)
         return self.keep(x).to(wide) * self.scale
 
 
 def draw(p: float, x: Tensor) -> Mask:
-    """A mask for x, from random bits of its own."""
+    """Returns a new random mask for x (..., in)."""
     groups, width = -(-math.prod(x.shape[:-1]) // PLANES), x.shape[-1]
-    found = random(2 * groups * (width + 1), x.device).view(torch.int16)
-    rows, elements = found[: 8 * groups].view(8, groups, 1), found[8 * groups :]
+    # The int64 are four words each: eight words for each group of 16 tokens, which its elements
+    # share, and eight for each element of the group.
+    words16 = random(2 * groups * (width + 1), x.device).view(torch.int16)
+    shared, single = words16[: 8 * groups].view(8, groups, 1), words16[8 * groups :]
     digits = min(round((1 - p) * 2**16), 2**16 - 1)
-    bits = torch.zeros_like(rows[0])
-    for place, u in enumerate((*rows, *elements.view(8, groups, width))):
+    bits = torch.zeros_like(shared[0])
+    # From the last digit to the first; the shared words broadcast over the row.
+    for place, u in enumerate((*shared, *single.view(8, groups, width))):
         bits = u.bitwise_or_(bits) if digits >> place & 1 else u.bitwise_and_(bits)
-    return Mask(p, bits.clone())
+    return Mask(p, bits.clone())  # a copy, since a view would keep all random bits alive
 
 
 def drop(x: Tensor, mask: Mask | None) -> Tensor:
-    """m ∘ x, m scaled; x where nothing is dropped."""
+    """Returns x times the scaled mask; x itself if there is no mask."""
     return x if mask is None else x * mask.scaled(x)
 
 
 def dropped(rows: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
-    """keep ∘ rows (tokens, in), keep a part of blocks(), in memory that the next call uses."""
-    found = scratch("rows", rows.shape, dtype, rows.device)
+    """Returns rows (tokens, in) in `dtype` with zeros for dropped elements.
+
+    `keep` is a part of Mask.blocks(). The next call overwrites the result. Nothing is scaled.
+    """
+    result = scratch("rows", rows.shape, dtype, rows.device)
     if rows.dtype != dtype:
-        return drop_(found.copy_(rows), keep)
-    torch.bitwise_and(rows.view(keep.dtype), keep, out=found.view(keep.dtype))
-    return found
+        return drop_(result.copy_(rows), keep)
+    # −1 keeps all bits of an element and 0 clears them, without a multiplication.
+    torch.bitwise_and(rows.view(keep.dtype), keep, out=result.view(keep.dtype))
+    return result
 
 
 def drop_(rows: Tensor, keep: Tensor) -> Tensor:
-    """Zeros over the rows (tokens, in) where keep, a part of blocks(), is 0."""
-    if torch._C._functorch.is_legacy_batchedtensor(rows):  # batched gradients show no bits
+    """Sets dropped elements of rows (tokens, in) to 0; `keep` is a part of Mask.blocks()."""
+    if torch._C._functorch.is_legacy_batchedtensor(rows):  # which cannot be viewed as integers
         return rows.mul_(-keep)
     bits = rows.view(keep.dtype)
     bits &= keep
@@ -120,23 +137,24 @@ def drop_(rows: Tensor, keep: Tensor) -> Tensor:
 
 
 def random(count: int, device: torch.device) -> Tensor:
-    """Random bits, (count,) int64, by torch's default generator of the device."""
+    """Returns random bits, (count,) int64, from torch's default generator of the device."""
     if device.type != "cpu":
         return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
     return random_words(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"), count)
 
 
 def random_words(seed: Tensor, count: int) -> Tensor:
-    """(count,) int64, every byte of them uniform: SplitMix64 from its state `seed`, () int64.
+    """Returns the first outputs of SplitMix64 from the state `seed`, () int64: (count,) int64.
 
-    Steele et al. 2014, figure 16.
+    Steele et al. 2014, figure 16. Output i depends on the seed and i alone, so that all of them can
+    be computed at once.
     """
     z = torch.arange(1, count + 1, dtype=torch.int64, device=seed.device)
     torch.add(seed, z, alpha=GAMMA, out=z)
     shifted = scratch("shifted", (count,), torch.int64, seed.device)
     for bits, factor in ROUNDS:
         torch.bitwise_right_shift(z, bits, out=shifted)
-        # torch copies the sign into the places that a shift leaves.
+        # torch shifts the sign in from the left; SplitMix64 needs zeros there.
         z.bitwise_xor_(shifted.bitwise_and_(2 ** (64 - bits) - 1))
         if factor != 1:
             z.mul_(factor)

@@ -1,8 +1,8 @@
-"""Memory that the next call uses again, for what is needed for a moment and at every step.
+"""Scratch memory for temporary tensors of every step, reused from call to call.
 
-A processor's allocator hands large blocks back to the system, which clears every page of the next
-one: taking the memory for a mask costs more than making the mask. An accelerator's allocator keeps
-what was freed, so that there it is asked.
+On a CPU the allocator returns large blocks to the system, and the system clears every page of the
+next block: allocating the memory of a dropout mask takes longer than computing the mask. torch's
+GPU allocators keep freed memory themselves, so on a GPU scratch() just allocates.
 """
 
 from __future__ import annotations
@@ -20,40 +20,42 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-class _Held(threading.local):
+class _Memory(threading.local):
+    """The blocks of a thread, by use and dtype. Backward runs on another thread than forward."""
+
     def __init__(self) -> None:
-        self.by_use: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.blocks: dict[tuple[str, torch.dtype], Tensor] = {}
 
 
-_held = _Held()
+_memory = _Memory()
 
 
 def scratch(
     use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """Memory (shape) of this thread, as its last call for the same use and dtype left it.
-
-    New where the allocator keeps what was freed, and where what is computed is a tracer's or a
-    mode's (FakeTensorMode), which must not be found there later; a mode may hold its own.
-    """
-    by_use = None
+    """Returns an uninitialized tensor; on a CPU this thread's last call for the same use and dtype
+    returned the same memory."""
+    blocks = None
+    # Tensors of torch.compile or of a mode such as FakeTensorMode must not stay in our table, where
+    # a later call outside would get them. A mode may have a table of its own, named `held`.
     if torch.device(device).type == "cpu" and not torch.compiler.is_compiling():
         mode = _get_current_dispatch_mode()
-        by_use = _held.by_use if mode is None else getattr(mode, "held", None)
-    if by_use is None:
+        blocks = _memory.blocks if mode is None else getattr(mode, "held", None)
+    if blocks is None:
         return torch.empty(shape, dtype=dtype, device=device)
     count, key = math.prod(shape), (use, dtype)
-    found: Tensor | None = by_use.get(key)
-    if found is None or found.numel() < count:
-        with torch.inference_mode(False):  # an evaluation's serves training too
-            found = by_use[key] = torch.empty(count, dtype=dtype, device="cpu")
-    return found[:count].view(*shape)
+    block: Tensor | None = blocks.get(key)
+    if block is None or block.numel() < count:
+        with torch.inference_mode(False):  # training cannot use inference tensors
+            block = blocks[key] = torch.empty(count, dtype=dtype, device="cpu")
+    return block[:count].view(*shape)
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep all the memory that it frees, for its next step to use.
+    """Make glibc keep all freed memory for the next step, instead of returning it to the system.
 
-    For programs of their own: `lora train` does so. glibc's allocator alone is told.
+    It changes the whole process, so only programs should call it, not libraries: `lora train` does.
+    Does nothing with other C libraries.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

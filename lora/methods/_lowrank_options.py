@@ -239,7 +239,7 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
                 if all(pick({key: True}, target, None) is None for target in targets):
                     raise TargetError(
                         f"{name}: {key!r} fits none of the {len(targets)} layers that"
-                        f" target_modules means, {targets[0]} the first. Mend the name."
+                        f" target_modules matches ({targets[0]}, ...). Correct the name."
                     )
 
     def param_groups(self) -> dict[float, list[nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""AdaLoRA: a budget of ranks, given to the layers that need them."""
+"""AdaLoRA: distributes a fixed number of ranks among the layers while it trains."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora.settings import AdapterConfig, check, probability, strength, whole_num
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRAConfig(AdapterConfig):
-    """Settings of AdaLoRA. Steps are optimiser steps."""
+    """Settings of AdaLoRA. Steps are optimizer steps."""
 
     training_only: ClassVar[frozenset[str]] = frozenset(
         {
@@ -40,20 +40,20 @@ class AdaLoRAConfig(AdapterConfig):
     lora_dropout: float = 0.0
     """Probability of dropping an element of the adapter's input in training, 0 <= p < 1."""
     tinit: int | None = None
-    """Steps before the first rank goes. Default: a tenth of all."""
+    """Steps before the first rank is pruned. Default: a tenth of all steps."""
     tfinal: int | None = None
-    """Steps after the last one has gone. Default: three tenths of all."""
+    """Steps that remain after the last rank is pruned. Default: three tenths of all steps."""
     deltaT: int = 1  # noqa: N815  (PEFT's name)
-    """Steps from one allocation to the next."""
+    """Steps between two allocations of ranks."""
     beta1: float = 0.85
     """Decay of the running mean of the sensitivity."""
     beta2: float = 0.85
-    """Decay of the running mean of its uncertainty."""
+    """Decay of the running mean of the uncertainty."""
     orth_reg_weight: float = 0.5
-    """Weight in the loss of how far A and B are from orthogonal."""
+    """Weight of the loss term that keeps A and B close to orthogonal."""
     rank_pattern: dict[str, list[bool]] = field(default_factory=dict)
-    """Which of its ranks each layer has kept, `LAYER.lora_E` -> one truth a rank: written when a
-    trained adapter is saved."""
+    """The ranks that each layer has kept: `LAYER.lora_E`, then true or false for each rank. A
+    save of a trained adapter writes it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +75,10 @@ class AdaLoRAConfig(AdapterConfig):
         )
 
     def schedule(self, total: int) -> tuple[int, int]:
-        """The steps after which the first rank goes, and at which the last has gone."""
+        """Returns the last step before pruning begins, and the step at which it is complete.
+
+        Raises ConfigError if there is no step between them.
+        """
         first = total // 10 if self.tinit is None else self.tinit
         last = total - (3 * total // 10 if self.tfinal is None else self.tfinal)
         if first + 1 >= last:
@@ -92,9 +95,10 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
     eq. 3.
 
     lora_A (r, in), lora_B (out, r)  N(0, 0.02²), penalty() keeps them near orthogonal
-    lora_E (r, 1)                    zeros, so W' = W at step 0; a zero removes a rank
-    The divisor is init_r + 1e-5, as in PEFT. after_step() ranks all the layers' (A, E, B) triplets
-    by smoothed sensitivity times uncertainty, eq. 7 to 11, and sets E of those over budget to 0.
+    lora_E (r, 1)                    zeros, so W' = W at step 0; 0 also prunes a rank
+    The divisor is init_r + 1e-5, as in PEFT. after_step() scores the (A, E, B) triplets of all
+    layers by smoothed sensitivity times uncertainty, eq. 7 to 11. The best triplets up to the
+    budget stay; the others are pruned: their E is set to 0.
     """
 
     name = "adalora"
@@ -136,11 +140,11 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
         r = config.init_r if self.pattern is None else sum(self.pattern)
         self.scaling = config.lora_alpha / (config.init_r + 1e-5)
         self.dropout = config.lora_dropout
-        self.total = 0  # steps of its training, once that has begun
+        self.total = 0  # the steps of the training; 0 before the first step
         self.lora_A = self.new(view, r, view.in_features)
         self.lora_E = self.new(view, r, 1)
         self.lora_B = self.new(view, view.out_features, r)
-        # Of each parameter the running means of its sensitivity and of that one's uncertainty
+        # Running means: the sensitivity of each parameter, and the uncertainty of the sensitivity
         for name, parameter in list(self.named_parameters()):
             for kind in ("sensitivity", "uncertainty"):
                 self.register_buffer(f"{kind}_{name[-1]}", torch.zeros_like(parameter))
@@ -156,11 +160,11 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
 
     @classmethod
     def check_targets(cls, config: AdaLoRAConfig, targets: Sequence[str]) -> None:
-        strange = set(config.rank_pattern) - {f"{target}.lora_E" for target in targets}
-        if strange:
+        unknown = set(config.rank_pattern) - {f"{target}.lora_E" for target in targets}
+        if unknown:
             raise TargetError(
-                f"rank_pattern: {min(strange)!r} is of none of the {len(targets)} layers that"
-                " target_modules means. Leave it to what a save writes."
+                f"rank_pattern: {min(unknown)!r} belongs to none of the {len(targets)} layers that"
+                " target_modules matches. Remove it: a save writes rank_pattern."
             )
 
     @classmethod
@@ -177,13 +181,16 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
 
     @classmethod
     def penalty(cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig) -> Tensor | None:
-        """The mean over all A and B of ‖A Aᵀ − 1‖ and ‖Bᵀ B − 1‖ (Frobenius), weighted."""
-        found = []
+        """Returns orth_reg_weight times the mean of ‖A Aᵀ − 1‖ and ‖Bᵀ B − 1‖ over all adapters.
+
+        The norms are Frobenius norms.
+        """
+        norms = []
         for adapter in adapters:
             for P in (adapter.lora_A, adapter.lora_B.T):
-                one = torch.eye(len(P), dtype=P.dtype, device=P.device)
-                found.append(torch.linalg.matrix_norm(P @ P.T - one))
-        return config.orth_reg_weight * torch.stack(found).mean()
+                identity = torch.eye(len(P), dtype=P.dtype, device=P.device)
+                norms.append(torch.linalg.matrix_norm(P @ P.T - identity))
+        return config.orth_reg_weight * torch.stack(norms).mean()
 
     @classmethod
     def check_steps(cls, config: AdaLoRAConfig, total: int) -> None:
@@ -196,42 +203,43 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
         cls, adapters: Sequence[AdaLoRA], config: AdaLoRAConfig, step: int, total: int
     ) -> None:
         if config.rank_pattern:
-            return  # loaded with the ranks that it has kept
+            return  # the adapter was loaded, and its ranks are allocated already
         first, last = config.schedule(total)
         for adapter in adapters:
             adapter.total = total
         if step < last:
             for adapter in adapters:
                 adapter.observe()
-        if step > last:
+        if step > last:  # the optimizer moves pruned E too, so they are cleared after every step
             for adapter in adapters:
                 adapter.clear()
             return
         most, least = (r * len(adapters) for r in (config.init_r, config.target_r))
+        # The budget falls from `most` to `least` along a cubic curve (section 3.3).
         left = 1 - (step - first) / (last - first)
         budget = most if step <= first else int((most - least) * left**3 + least)
         if budget < most and (step == last or step % config.deltaT == 0):
             scores = [adapter.scores().cpu() for adapter in adapters]
             kept = torch.zeros(most, dtype=torch.bool)
             kept[torch.cat(scores).topk(budget).indices] = True
-            for adapter, own in zip(adapters, kept.view(len(adapters), -1), strict=True):
-                adapter.pattern = own.tolist()
+            for adapter, pattern in zip(adapters, kept.view(len(adapters), -1), strict=True):
+                adapter.pattern = pattern.tolist()
                 adapter.clear()
 
     def observe(self) -> None:
-        """Take this step's gradients into the running means, eq. 9 and 10."""
+        """Update the running means with the gradients of this step, eq. 9 and 10."""
         for name, parameter in self.named_parameters():
             if parameter.grad is None:
                 continue
             mean = getattr(self, f"sensitivity_{name[-1]}")
-            spread = getattr(self, f"uncertainty_{name[-1]}")
+            uncertainty = getattr(self, f"uncertainty_{name[-1]}")
             sensitivity = (parameter * parameter.grad).abs()
             mean.mul_(self.config.beta1).add_((1 - self.config.beta1) * sensitivity)
-            off = (sensitivity - mean).abs()
-            spread.mul_(self.config.beta2).add_((1 - self.config.beta2) * off)
+            deviation = (sensitivity - mean).abs()
+            uncertainty.mul_(self.config.beta2).add_((1 - self.config.beta2) * deviation)
 
     def scores(self) -> Tensor:
-        """How much each triplet matters, (r,), eq. 7 and 11."""
+        """Returns the importance of each triplet, (r,), eq. 7 and 11."""
         A, E, B = (
             getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}")
             for name in "AEB"
@@ -239,30 +247,31 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
         return E[:, 0] + A.mean(dim=1) + B.mean(dim=0)  # type: ignore[no-any-return]
 
     def clear(self) -> None:
-        """Hold the ranks that are gone at zero."""
+        """Set E of the pruned ranks to 0."""
         if self.pattern is not None:
             kept = torch.tensor(self.pattern, device=self.lora_E.device)
             self.lora_E.masked_fill_(~kept[:, None], 0.0)
 
     def stored(self) -> dict[str, Tensor]:
-        """The ranks that are kept."""
-        found = super().stored()
+        """Returns the tensors without the pruned ranks."""
+        tensors = super().stored()
         if self.pattern is not None and len(self.pattern) == len(self.lora_E):
             kept = torch.tensor(self.pattern, device=self.lora_E.device)
-            found = {
+            tensors = {
                 key: tensor[:, kept] if key == "lora_B" else tensor[kept]
-                for key, tensor in found.items()
+                for key, tensor in tensors.items()
             }
-        return found
+        return tensors
 
     @classmethod
     def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         settings = super().file_settings(config, adapters)
-        own = {name: a for name, a in adapters.items() if isinstance(a, AdaLoRA)}
-        patterns = {f"{name}.lora_E": a.pattern for name, a in own.items() if a.pattern is not None}
-        settings["rank_pattern"] = patterns or None
-        # PEFT wants a schedule that could be run, of an untrained adapter too.
-        total = next((a.total for a in own.values()), 0)
+        # Trained tokens beside AdaLoRA are adapters of another class.
+        ours = {name: a for name, a in adapters.items() if isinstance(a, AdaLoRA)}
+        kept = {f"{name}.lora_E": a.pattern for name, a in ours.items() if a.pattern is not None}
+        settings["rank_pattern"] = kept or None
+        # PEFT refuses a file without a valid schedule, even if the adapter was never trained.
+        total = next((a.total for a in ours.values()), 0)
         if total:
             first, last = config.schedule(total)
         else:
@@ -272,6 +281,6 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
 
     @classmethod
     def read_settings(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        found = super().read_settings(settings)
-        found["rank_pattern"] = found.get("rank_pattern") or {}
-        return found
+        values = super().read_settings(settings)
+        values["rank_pattern"] = values.get("rank_pattern") or {}
+        return values

@@ -1,4 +1,4 @@
-"""BitFit: the biases train, and nothing else."""
+"""BitFit: trains the biases and nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BitFitConfig(PartialConfig):
     """Settings of BitFit."""
 
     small: bool = False
-    """The paper's smaller half: biases of the queries and of the middle of the feed-forward."""
+    """Train only the biases of the queries and of the first feed-forward layer, as in the paper."""
 
 
 class BitFit(Selection):
@@ -32,7 +32,7 @@ class BitFit(Selection):
     Config = BitFitConfig
     learning_rate = 4e-3
     peft_type = "BITFIT"
-    in_peft = False  # PEFT refuses the file by that name
+    in_peft = False  # PEFT has no such peft_type
 
     QUERIES = ("query", "q_lin", "q_proj", "q", "query_proj")
     MIDDLES = ("intermediate.dense", "ffn.lin1", "fc1", "wi", "wi_0", "wi_1", "up_proj")

@@ -1,4 +1,4 @@
-"""DoRA: the length and the direction of each weight row, trained apart."""
+"""DoRA: trains the length and the direction of each weight row separately."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class DoRA(LowRank):
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         V = W + self.update()
         length = torch.linalg.vector_norm(V.detach(), dim=1)
-        # A row of zeros stays zero.
+        # A row of zeros has no direction. It stays zero, instead of 0 / 0.
         return (self.lora_magnitude_vector / torch.where(length > 0, length, 1.0))[:, None] * V, b
 
     def kernel(self, view: View) -> DoRAKernel:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: the yardstick that every other method is measured against."""
+"""Full fine-tuning: trains every parameter of the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class FullConfig(MethodConfig):
 
 
 class Full(Selection):
-    """W' is W, trained: every parameter of the model.
+    """W' is W, trained, for every parameter of the model.
 
     The originals are not kept (keeps_base = False), because they would double the memory of the
-    method that needs most. So the saved file holds the whole model, and loads on any base of the
+    method that needs most. So the saved file contains the whole model, and loads on any base of the
     same architecture.
     """
 
@@ -28,7 +28,7 @@ class Full(Selection):
     paper = "Devlin et al. 2018, arXiv:1810.04805, section 3.2"
     Config = FullConfig
     peft_type = "FULL"
-    in_peft = False  # PEFT refuses the file by that name
+    in_peft = False  # PEFT has no such peft_type
     when = "The reference for all others. With much data, if each task can have its own model."
     learning_rate = 5e-5
     keeps_base = False
@@ -36,7 +36,7 @@ class Full(Selection):
         "disabled_is_base": "the originals are not kept",
         "restore_is_bit_exact": "the originals are not kept",
         "base_bits_stay": "the originals are not kept",
-        "another_base_is_found_out": "the file holds the whole model",
+        "another_base_is_found_out": "the file contains the whole model",
     }
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A linear probe: the head trains on features that stay."""
+"""A linear probe: trains the head on the frozen features of the backbone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora.settings import PartialConfig
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(PartialConfig):
-    """Settings of a linear probe; modules_to_save names the head of a model without a backbone."""
+    """Settings of a linear probe. If the model has no backbone, modules_to_save names its head."""
 
 
 class Head(Selection):
@@ -30,7 +30,7 @@ class Head(Selection):
     Config = HeadConfig
     learning_rate = 5e-3
     peft_type = "HEAD"
-    in_peft = False  # PEFT refuses the file by that name
+    in_peft = False  # PEFT has no such peft_type
     example: ClassVar = {"modules_to_save": ("second",)}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""HiRA: a low-rank product laid over the weight, an update of high rank."""
+"""HiRA: multiplies the weight elementwise by a low-rank product, for an update of high rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""(IA)³: one trained factor per feature."""
+"""(IA)³: trains one factor per feature."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class IA3Config(AdapterConfig):
     """Settings of (IA)³."""
 
     feedforward_modules: str | tuple[str, ...] = ()
-    """Those of the layers whose inputs are scaled in place of their outputs: names, their dotted
-    endings, or a pattern. The paper: the last layer of each feed-forward block."""
+    """Layers whose inputs are scaled instead of their outputs: names, dotted endings, or a regular
+    expression. The paper takes the last layer of each feed-forward block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +48,7 @@ class IA3(ChecksTargets, Fast, Adapter):
 
     name = "ia3"
     paper = "arXiv:2205.05638"
-    when = "With very little data, or thousands of tasks: the smallest files that train a base."
+    when = "With very little data, or thousands of tasks: the smallest files."
     Config = IA3Config
     peft_type = "IA3"
     learning_rate = 2e-2
@@ -74,7 +74,7 @@ class IA3(ChecksTargets, Fast, Adapter):
             if not any(fits(target, entry) for target in targets):
                 raise TargetError(
                     f"feedforward_modules: {name!r} is none of the {len(targets)} layers that"
-                    f" target_modules means, {targets[0]} the first. Name it in both."
+                    f" target_modules matches ({targets[0]}, ...). Name it in both."
                 )
 
     @classmethod
@@ -94,7 +94,8 @@ class IA3(ChecksTargets, Fast, Adapter):
     def file_settings(cls, config: Any, adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         settings = super().file_settings(config, adapters)
         forward, targets = settings["feedforward_modules"], settings["target_modules"]
-        # PEFT wants the one list to be a part of the other, and takes endings without a dot.
+        # PEFT requires feedforward_modules to be a subset of target_modules, and matches endings
+        # that do not begin at a dot. A regular expression of full names avoids both.
         part = isinstance(targets, list) and {*forward} <= {*targets}
         if forward and isinstance(forward, list) and not part:
             names = [n for n in adapters if fits(n, config.feedforward_modules)]

@@ -1,4 +1,4 @@
-"""LN tuning: the normalisation layers train, and nothing else."""
+"""LN tuning: trains the normalization layers and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LNTuningConfig(PartialConfig):
     target_modules: str | tuple[str, ...] = "all-norms"
     """Layers to train: names or their dotted endings, a regular expression, or all-norms."""
     exclude_modules: str | tuple[str, ...] | None = None
-    """Layers to leave alone: names, endings, or a regular expression."""
+    """Layers to exclude: names, dotted endings, or a regular expression."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,12 +52,13 @@ class LNTuning(Selection):
     @classmethod
     def selects(cls, name: str, model: nn.Module, config: LNTuningConfig) -> bool:
         path = name.rpartition(".")[0]
-        out = config.exclude_modules
-        if not path or (out is not None and fits(path, out)):
+        excluded = config.exclude_modules
+        if not path or (excluded is not None and fits(path, excluded)):
             return False
         if config.target_modules != "all-norms":
             return fits(path, config.target_modules)
         layer = model.get_submodule(path)
+        # Running statistics are buffers. Training would change them, and the file has none.
         return "Norm" in type(layer).__name__ and next(layer.buffers(), None) is None
 
     @classmethod
@@ -65,8 +66,8 @@ class LNTuning(Selection):
         for field in ("target_modules", "exclude_modules"):
             value = getattr(config, field)
             for entry in (value,) if isinstance(value, str) else value or ():
-                one = entry if isinstance(value, str) else (entry,)
-                if entry != "all-norms" and not any(fits(name, one) for name in layers):
+                pattern = entry if isinstance(value, str) else (entry,)
+                if entry != "all-norms" and not any(fits(name, pattern) for name in layers):
                     flag = "--" + field.replace("_", "-")
                     raise TargetError(
                         f"no layer with parameters matches {field}={entry!r}. Set {flag}: layers of"

@@ -1,4 +1,4 @@
-"""Trainable tokens by themselves: rows of an embedding learn, and no layer is adapted besides."""
+"""Trainable tokens: trains rows of an embedding and adapts no other layer."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora.settings import AdapterConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig(AdapterConfig):
-    """Settings of trainable tokens. What the model's config ties to the input embedding follows."""
+    """Settings of trainable tokens. Layers tied to the input embedding use its trained rows."""
 
     target_modules: str | tuple[str, ...] = "input-embedding"
     """Embeddings to train rows of: input-embedding, names or their dotted endings, or a regular
     expression."""
     token_indices: tuple[int, ...] = ()
-    """Ids of the tokens whose embeddings train."""
+    """Ids of the tokens to train."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,7 +33,7 @@ class TokensConfig(AdapterConfig):
         if self.modules_to_save:
             raise ConfigError(
                 f"tokens: no module trains besides, found modules_to_save={self.modules_to_save}."
-                " Set --method lora --trainable-token-indices."
+                " To train both, set --method lora --trainable-token-indices."
             )
 
 
@@ -53,7 +53,7 @@ class TrainableTokens(Follows, ChecksTargets, Tokens):
     unfiled = frozenset(
         {"exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"}
     )
-    neutral: ClassVar = {"init_weights": ...}  # where training starts
+    neutral: ClassVar = {"init_weights": ...}  # changes only the start of training
     example: ClassVar = {"token_indices": (4, 1), "target_modules": ("first", "second")}
     exempt: ClassVar = {"another_seed_other_bits": "the start follows from W alone"}
     keys = {}
@@ -66,7 +66,7 @@ class TrainableTokens(Follows, ChecksTargets, Tokens):
     @classmethod
     def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
         if bias:
-            return "refused on a layer with a bias, which PEFT leaves out"
+            return "refused on a layer with a bias, since PEFT ignores the bias"
         return super().exemption(clause, config, bias)
 
     @classmethod
@@ -93,4 +93,4 @@ class TrainableTokens(Follows, ChecksTargets, Tokens):
         return len(config.token_indices) * cls.shape(view)[1]
 
     def placed(self) -> dict[str, Tensor]:
-        return Adapter.placed(self)  # PEFT files the rows of what is tied once more
+        return Adapter.placed(self)  # of a tied layer too: PEFT saves its rows a second time

@@ -1,4 +1,4 @@
-"""The last layers train, the first stay."""
+"""Top-k fine-tuning: trains the last k blocks and the head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TopKConfig(PartialConfig):
     """Settings of top-k fine-tuning."""
 
     k: int = 2
-    """How many of the last blocks train, at least 1."""
+    """Number of the last blocks to train, at least 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -26,9 +26,9 @@ class TopKConfig(PartialConfig):
 class TopK(Selection):
     """W' is W, trained: in the last k blocks, the layers after them, and the head.
 
-    Howard and Ruder 2018, arXiv:1801.06146, section 3.3. The blocks are the longest list of
-    modules that is in no other list, or the model's children if there is no list. Embeddings come
-    before them.
+    Howard and Ruder 2018, arXiv:1801.06146, section 3.3. The blocks are the longest nn.ModuleList
+    or nn.Sequential that is not inside another one. If the model has none, its children count as
+    the blocks. The embeddings stay frozen, since they come before the blocks.
     """
 
     name = "topk"
@@ -36,7 +36,7 @@ class TopK(Selection):
     when = "If the task is close to the pretraining and memory is short for full fine-tuning."
     Config = TopKConfig
     peft_type = "TOPK"
-    in_peft = False  # PEFT refuses the file by that name
+    in_peft = False  # PEFT has no such peft_type
     learning_rate = 3e-4
 
     @classmethod
@@ -44,7 +44,7 @@ class TopK(Selection):
         modules = dict(model.named_modules())
         lists = [n for n, m in modules.items() if isinstance(m, nn.ModuleList | nn.Sequential)]
         outer = [n for n in lists if not any(n != other and inside(n, other) for other in lists)]
-        # Of lists of one length the last: the decoder comes after the encoder.
+        # Of several lists with the same length the last: a decoder comes after its encoder.
         path = max(reversed(outer), key=lambda n: len(modules[n]._modules), default="")
         blocks = list(modules[path]._modules)
         chosen = tuple(f"{path}.{block}".lstrip(".") for block in blocks[-config.k :])
@@ -52,6 +52,7 @@ class TopK(Selection):
             return True
         if inside(name, path):
             return False
+        # What the model registers after the blocks, such as the last norm, follows them.
         trunk, order = backbone(model), list(dict(model.named_parameters()))
         last = max((i for i, n in enumerate(order) if inside(n, path)), default=-1)
         return order.index(name) > last or (bool(trunk) and not inside(name, trunk))

@@ -1,4 +1,4 @@
-"""VeRA: two random matrices that all layers share, and two trained vectors on each."""
+"""VeRA: two frozen random matrices shared by all layers, and two trained vectors per layer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class VeRAConfig(AdapterConfig):
     training_only: ClassVar[frozenset[str]] = frozenset({"vera_dropout", "d_initial"})
 
     r: int = 256
-    """Rank of the shared matrices, at least 1: larger than LoRA's, since they do not train."""
+    """Rank of the shared matrices, at least 1. Larger than LoRA's, since they do not train."""
     d_initial: float = 0.1
-    """Where the inner vector starts."""
+    """Initial value of the inner vector."""
     projection_prng_key: int = 0
     """Seed of the shared matrices."""
     save_projection: bool = True
-    """File the shared matrices too; without them a file relies on torch's generator."""
+    """Save the shared matrices too. Otherwise a load draws them again with torch's generator."""
     vera_dropout: float = 0.0
     """Probability of dropping an element of the update's input in training, 0 <= p < 1."""
 
@@ -42,7 +42,7 @@ class VeRAConfig(AdapterConfig):
         whole_number("projection_prng_key", self.projection_prng_key, least=0, most=2**63 - 1)
         start = self.d_initial
         small = is_number(start) and 0 < abs(start) <= 1e6
-        check("d_initial", start, "a number other than 0, of a million at most", small)
+        check("d_initial", start, "a number other than 0 and of at most a million", small)
         probability("vera_dropout", self.vera_dropout)
 
 
@@ -68,7 +68,7 @@ class VeRA(Shares, Fast, Adapter):
     unfiled = frozenset({"exclude_modules"})
     neutral: ClassVar = {"bias": "none", "fan_in_fan_out": ..., "init_weights": ...}
     exempt: ClassVar = {
-        "another_seed_other_bits": "the random part follows from projection_prng_key alone"
+        "another_seed_other_bits": "its only random values are seeded by projection_prng_key"
     }
 
     vera_A: Tensor  # noqa: N815
@@ -109,7 +109,7 @@ class VeRA(Shares, Fast, Adapter):
         return config.r + view.out_features
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r)."""
+        """Returns this layer's part of the shared matrices: A (r, in) and B (out, r)."""
         return self.vera_A[:, : self.width], self.vera_B[: len(self.vera_lambda_b)]
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The contract of a method, public: `check_method(MyMethod)` runs every clause on every case.
+"""Tests a method against the contract: `check_method(MyMethod)` runs every clause on every case.
 
 A case is a kind of layer, with or without bias, in a dtype. A clause raises ContractError, or
 returns. If a method is exempt from a clause, the report shows the reason that the method gives.
@@ -26,10 +26,11 @@ from lora.testing._toys import perturb as perturb
 
 
 def check_method(method: type[Method], config: MethodConfig | None = None) -> ContractReport:
-    """Check every clause on every case, with `config` or the method's `example`.
+    """Check every clause on every case, and return the report.
 
-    Returns the report. Raises ContractError with each clause and case that failed. The method's
-    `variants` are further settings to call it with.
+    `config` is by default the method's `example`. To test other settings, such as the method's
+    `variants`, call this once for each. Raises ContractError listing every clause and case that
+    failed.
     """
     config = config or method.Config(**method.example)
     require(method_of(config) is method, f"{method.name}: its Config belongs to another method")
@@ -93,11 +94,11 @@ WRAPPING = {
     "another_seed_other_bits",
     "what_does_not_fit_is_named",
 }
-"""The clauses that concern only methods that wrap layers."""
+"""The clauses that apply only to methods that wrap layers."""
 
 
 def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case) -> Result:
-    """Check one clause on one case."""
+    """Check one clause on one case, and return its outcome. Raises nothing."""
     reason = method.exemption(name, config, case.bias)
     if reason is not None:
         return Result(name, case, f"exempt: {reason}")
@@ -107,30 +108,30 @@ def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case
         if case.kind == "NF4Linear" and not trains(config, case):
             return Result(name, case, "exempt: a packed weight does not train")
     if case.kind == "Embedding" and isinstance(config, AdapterConfig):
-        config = replace(config, target_modules=("first", "second"))  # all-linear leaves them out
+        config = replace(config, target_modules=("first", "second"))  # not all-linear's
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             CLAUSES[name](method, config, case)
     except ContractError as error:
         return Result(name, case, f"failed: {error}")
-    except Exception as error:  # the method's own code: any error of its is a finding
+    except Exception as error:  # from the code of the method, which may raise anything
         return Result(name, case, f"failed: {type(error).__name__}: {error}")
     return Result(name, case, "held")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one clause on one case."""
+    """The outcome of one clause on one case."""
 
     clause: str
     case: Case
-    outcome: str  # "held", "exempt: REASON" or "failed: WHY"
+    outcome: str  # "held", "exempt: REASON" or "failed: REASON"
 
 
 @dataclass(frozen=True)
 class ContractReport:
-    """What check_method found; `str(report)` is its table, a line per clause."""
+    """The outcomes of all clauses on all cases. `str(report)` is a table, one line per clause."""
 
     method: str
     results: tuple[Result, ...]

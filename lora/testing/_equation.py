@@ -32,8 +32,8 @@ from lora.testing._toys import (
     trains_base,
 )
 
-Road = Callable[[Tensor, Mask | None], Tensor]
-"""From an input and a dropout mask to the layer's output."""
+Compute = Callable[[Tensor, Mask | None], Tensor]
+"""Computes the layer's output from an input and a dropout mask."""
 
 
 def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case) -> None:
@@ -57,13 +57,13 @@ def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, c
     if case.dtype.itemsize != 2:
         return
     model, x = injected_toy(config, case, moved=True), input_of(case)
-    truth = copy.deepcopy(model).float()(to_float32(x))
+    expected = copy.deepcopy(model).float()(to_float32(x)).detach()
     make_mergeable(model)
     eps = torch.finfo(case.dtype).eps
     for how in ("forward", "merged"):
         if how == "merged":
             merge(model)
-        off = float((model(x).float() - truth).detach().abs().max() / truth.detach().abs().max())
+        off = float((model(x).float() - expected).detach().abs().max() / expected.abs().max())
         require(off <= 4 * eps, f"{how}: off by {off / eps:.1f} eps of the largest output")
 
 
@@ -90,26 +90,26 @@ def active_together(method: type[Method], config: MethodConfig, case: Case) -> N
             activate(model, "default", "two")
         return
     layer = model.first
-    shifts = []
+    deltas = []
     for name in ("default", "two"):
         activate(model, name)
-        shifts.append(layer(x).float() - layer.base_layer(x).float())  # type: ignore[operator]
+        deltas.append(layer(x).float() - layer.base_layer(x).float())  # type: ignore[operator]
     activate(model, "default", "two")
-    wanted = layer.base_layer(x).float() + shifts[0] + shifts[1]  # type: ignore[operator]
-    require_near(layer(x), wanted.to(case.dtype), "two active adapters", k=32)
+    expected = layer.base_layer(x).float() + deltas[0] + deltas[1]  # type: ignore[operator]
+    require_near(layer(x), expected.to(case.dtype), "two active adapters", k=32)
     before = model(x)
     make_mergeable(model)
     merge(model)
     require_near(model(x), before, "two merged adapters", k=32)
 
 
-def _specified(adapter: Adapter, view: View) -> Road:
-    """The layer's output by the specification."""
+def _specified(adapter: Adapter, view: View) -> Compute:
+    """Returns a function that computes the layer's output by the specification."""
     return lambda x, mask: specification([adapter], view, x, [mask])
 
 
-def _output(adapter: Adapter, view: View) -> Road:
-    """The layer's output as AdaptedLayer computes it."""
+def _output(adapter: Adapter, view: View) -> Compute:
+    """Returns a function that computes the layer's output as AdaptedLayer does."""
 
     def output(x: Tensor, mask: Mask | None) -> Tensor:
         y = attempt([adapter], view, x, [mask])
@@ -118,8 +118,8 @@ def _output(adapter: Adapter, view: View) -> Road:
     return output
 
 
-def _by_kernel(adapter: Any, view: View, method: str) -> Road:
-    """What a method of the adapter's kernel gives."""
+def _by_kernel(adapter: Any, view: View, method: str) -> Compute:
+    """Returns a function that calls a method of the adapter's kernel."""
     return lambda x, mask: getattr(adapter.kernel(view), method)(x, mask)
 
 
@@ -131,16 +131,16 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
     for name, layer in layers.items():
         adapter, view = layer.adapter("default"), layer.view
 
-        roads = [("y", _output(adapter, view), _specified(adapter, view))]
+        pairs = [("y", _output(adapter, view), _specified(adapter, view))]
         if isinstance(adapter, Fast) and adapter.kernel(view) is not None:
-            roads.append(("plain y", _by_kernel(adapter, view, "composed"), roads[0][2]))
-            if method.additive:  # several adapters together
+            pairs.append(("plain y", _by_kernel(adapter, view, "composed"), pairs[0][2]))
+            if method.additive:  # the kernel then also serves several adapters on one layer
                 delta = partial(adapter.delta, view)
-                roads.append(("delta", _by_kernel(adapter, view, "delta"), delta))
+                pairs.append(("delta", _by_kernel(adapter, view, "delta"), delta))
         for shape in ((7,), (1,), (0,), (2, 9), (1, 1, 3)):
-            pull = torch.randn(*shape, view.out_features, dtype=torch.float64)
-            own = adapter.named_parameters()
-            inputs: dict[str, Tensor] = {n: p for n, p in own if n not in adapter.frozen}
+            g = torch.randn(*shape, view.out_features, dtype=torch.float64)  # the gradient of y
+            parameters = adapter.named_parameters()
+            inputs: dict[str, Tensor] = {n: p for n, p in parameters if n not in adapter.frozen}
             masks: list[Mask | None] = [None]
             if view.of_ids:
                 x = torch.randint(0, view.in_features, shape)
@@ -149,41 +149,42 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
                 inputs["x"] = x
                 masks.append(draw(0.5, x))
             for mask in masks:
-                for road, fast, slow in roads:
-                    found, wanted = fast(x, mask), slow(x, mask)
-                    where = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}: {road}"
-                    require_near(found, wanted, where, k=1024)
-                    for label, got, should in zip(
+                for kind, fast, slow in pairs:
+                    actual, expected = fast(x, mask), slow(x, mask)
+                    label = f"{name}, {shape}, {'no mask' if mask is None else 'mask'}: {kind}"
+                    require_near(actual, expected, label, k=1024)
+                    for key, gradient, expected_gradient in zip(
                         inputs,
-                        torch.autograd.grad(found, list(inputs.values()), pull),
-                        torch.autograd.grad(wanted, list(inputs.values()), pull),
+                        torch.autograd.grad(actual, list(inputs.values()), g),
+                        torch.autograd.grad(expected, list(inputs.values()), g),
                         strict=True,
                     ):
-                        require_near(got, should, f"{where}: gradient of {label}", k=1024)
+                        message = f"{label}: gradient of {key}"
+                        require_near(gradient, expected_gradient, message, k=1024)
 
 
 def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
     """Gradients are close to those of the same weights in float32, plain and under autocast."""
     model, x = injected_toy(config, case, moved=True).train(), input_of(case)
-    truth = copy.deepcopy(model).float()
+    in_float32 = copy.deepcopy(model).float()
 
     def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         model(x).float().square().mean().backward()
-        own = trained_parameters(model, "default").items()
-        return {name: p.grad.float() for name, p in own if p.grad is not None}
+        trained = trained_parameters(model, "default").items()
+        return {name: p.grad.float() for name, p in trained if p.grad is not None}
 
-    wanted = gradients(truth, to_float32(x))
+    expected = gradients(in_float32, to_float32(x))
     for autocast in (False, True):
         if autocast and case.dtype == torch.float16:
             continue  # autocast to bfloat16 over float16 norms is refused by torch itself
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            found = gradients(model, x)
+            actual = gradients(model, x)
         eps = torch.finfo(torch.bfloat16 if autocast else case.dtype).eps
-        for name, gradient in found.items():
-            off = float((gradient - wanted[name]).abs().max() / wanted[name].abs().max())
-            where = f"gradient of {name}{' under autocast' if autocast else ''}"
-            require(off <= max(8 * eps, 1e-5), f"{where}: off by {off:.2g}")
+        for name, gradient in actual.items():
+            off = float((gradient - expected[name]).abs().max() / expected[name].abs().max())
+            label = f"gradient of {name}{' under autocast' if autocast else ''}"
+            require(off <= max(8 * eps, 1e-5), f"{label}: off by {off:.2g}")
 
 
 def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: Case) -> None:
@@ -202,7 +203,7 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
     adapter.dropout = 0.5
     layer.train()
     torch.manual_seed(5)
-    found = layer(x)
+    output = layer(x)
     torch.manual_seed(5)
     mask = adapter.draw_mask(x)
     if case.kind == "Embedding":
@@ -210,7 +211,7 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
         return
     assert mask is not None
     values = set(mask.scaled(x).flatten().tolist())
-    require_near(found, _specified(adapter, layer.view)(x, mask), "training", k=32)
+    require_near(output, _specified(adapter, layer.view)(x, mask), "training", k=32)
     require(values == {0.0, 2.0}, "a mask of p = 0.5 has values 0 and 2")
     again = adapter.draw_mask(x)
     same = again is None or torch.equal(again.keep(x), mask.keep(x))
@@ -223,11 +224,11 @@ def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None
     require(model(x).dtype == base(x).dtype, "dtype differs from the base's")
     if case.dtype == torch.float16:
         return  # autocast to bfloat16 over float16 norms is refused by torch itself
-    wanted = copy.deepcopy(model).float()(to_float32(x)).detach()
+    expected = copy.deepcopy(model).float()(to_float32(x)).detach()
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(x).detach()
-        require(found.dtype == base(x).dtype, "dtype under autocast differs from the base's")
-    off = float((found.float() - wanted).abs().max() / wanted.abs().max())
+        output = model(x).detach()
+        require(output.dtype == base(x).dtype, "dtype under autocast differs from the base's")
+    off = float((output.float() - expected).abs().max() / expected.abs().max())
     require(off <= 8 * torch.finfo(torch.bfloat16).eps, f"off by {off:.3f} under autocast")
 
 
@@ -238,23 +239,23 @@ def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Cas
     model = injected_toy(config, case, moved=True).train()
     for layer in wrappers_of(model)[0].values():
         layer.adapter("default").dropout = 0.3
-    own = trained_parameters(model, "default")
-    found = []
+    trained = trained_parameters(model, "default")
+    gradients = []
     for recompute in (False, True):
         torch.manual_seed(7)
         x = input_of(case)
         y = checkpoint(model, x, use_reentrant=False) if recompute else model(x)
         y.float().square().sum().backward()
-        found.append({name: p.grad.clone() for name, p in own.items() if p.grad is not None})
+        gradients.append({n: p.grad.clone() for n, p in trained.items() if p.grad is not None})
         model.zero_grad()
-    for name in own:
-        require_same(found[1][name], found[0][name], f"gradient of {name}")
+    for name in trained:
+        require_same(gradients[1][name], gradients[0][name], f"gradient of {name}")
 
 
 def torch_compile(method: type[Method], config: MethodConfig, case: Case) -> None:
     """The whole model compiles to one graph (aot_eager), with the same output."""
     if case != Case("Linear", True, torch.float32):
-        return  # one compilation is seconds, and no case has code of its own here
+        return  # a compilation takes seconds, and the cases share this code
     model, x = injected_toy(config, case, moved=True), input_of(case)
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

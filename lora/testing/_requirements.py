@@ -1,4 +1,4 @@
-"""What a clause demands: each function raises ContractError if it does not hold."""
+"""The assertions of the contract: each function raises ContractError if its condition is false."""
 
 from __future__ import annotations
 
@@ -13,40 +13,43 @@ from lora.errors import ContractError
 from lora.wrappers import AdaptedLayer, SavedModule
 
 
-def require_same(found: Tensor, wanted: Tensor, what: str) -> None:
-    if found.dtype != wanted.dtype or not torch.equal(found, wanted):
-        raise ContractError(f"{what}: not bit-equal")
+def require_same(actual: Tensor, expected: Tensor, name: str) -> None:
+    """Require the same dtype and bits."""
+    if actual.dtype != expected.dtype or not torch.equal(actual, expected):
+        raise ContractError(f"{name}: not bit-equal")
 
 
-def require_near(found: Tensor, wanted: Tensor, what: str, k: float = 16) -> None:
-    """Within k · eps(dtype) · max|wanted|."""
-    found, wanted = found.detach(), wanted.detach()
-    if found.shape != wanted.shape:
-        raise ContractError(f"{what}: {tuple(found.shape)}, not {tuple(wanted.shape)}")
-    if found.numel() == 0:
+def require_near(actual: Tensor, expected: Tensor, name: str, k: float = 16) -> None:
+    """Require a difference of at most k · eps(dtype) · max|expected|."""
+    actual, expected = actual.detach(), expected.detach()
+    if actual.shape != expected.shape:
+        raise ContractError(f"{name}: {tuple(actual.shape)}, not {tuple(expected.shape)}")
+    if actual.numel() == 0:
         return
-    bound = k * torch.finfo(found.dtype).eps * max(float(wanted.abs().max()), 1e-30)
-    off = float((found - wanted).abs().max())
-    if not off <= bound:
-        raise ContractError(f"{what}: off by {off:.3g}, tolerance {bound:.3g}")
+    bound = k * torch.finfo(actual.dtype).eps * max(float(expected.abs().max()), 1e-30)
+    off = float((actual - expected).abs().max())
+    if not off <= bound:  # true for NaN too
+        raise ContractError(f"{name}: off by {off:.3g}, tolerance {bound:.3g}")
 
 
-def require(good: bool, what: str) -> None:
-    if not good:
-        raise ContractError(what)
+def require(condition: bool, message: str) -> None:
+    """Require a condition. `message` says what is wrong if it is false."""
+    if not condition:
+        raise ContractError(message)
 
 
 @contextmanager
-def require_raise(kind: type[Exception], what: str) -> Iterator[None]:
+def require_raise(error: type[Exception], name: str) -> Iterator[None]:
+    """Require the block to raise an error of this type."""
     try:
         yield
-    except kind:
+    except error:
         return
-    raise ContractError(f"{what}: no {kind.__name__}")
+    raise ContractError(f"{name}: no {error.__name__}")
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """All that a failed operation must leave as it was: modules, bits, requires_grad, modes."""
+    """Returns everything that a failed operation must not change, to be compared by unchanged()."""
     return {
         "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
         "acting": [
@@ -63,9 +66,9 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def unchanged(before: dict[str, Any], model: nn.Module) -> bool:
-    """Whether a snapshot still holds."""
+    """True if the model equals its snapshot."""
     now = snapshot(model)
-    bits, then = now.pop("bits"), before["bits"]
-    if bits.keys() != then.keys() or any(now[key] != before[key] for key in now):
+    bits, old_bits = now.pop("bits"), before["bits"]
+    if bits.keys() != old_bits.keys() or any(now[key] != before[key] for key in now):
         return False
-    return all(torch.equal(bits[key], then[key]) for key in bits)
+    return all(torch.equal(bits[key], old_bits[key]) for key in bits)

@@ -1,4 +1,4 @@
-"""Clauses on the model around an adapter: disabled, merged, restored, ejected, refused."""
+"""Clauses on undoing: disabled, merge, restore, eject, and operations that are refused."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case
 def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> None:
     """A deepcopy computes the same and is independent. All parameters move to another device."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
-    wanted = model(x)
+    expected = model(x)
     twin = copy.deepcopy(model)
-    require_same(twin(x), wanted, "output of a deepcopy")
+    require_same(twin(x), expected, "output of a deepcopy")
     perturb(twin)
-    require_same(model(x), wanted, "the original after its deepcopy moved")
-    away = copy.deepcopy(model).to("meta")
-    require(all(p.is_meta for p in away.parameters()), "a parameter stayed behind")
+    require_same(model(x), expected, "output of the original after its deepcopy changed")
+    on_meta = copy.deepcopy(model).to("meta")
+    require(all(p.is_meta for p in on_meta.parameters()), "a parameter was not moved")
     if torch.cuda.is_available():
-        require_near(copy.deepcopy(model).cuda()(x.cuda()).cpu(), wanted, "on CUDA", k=256)
+        require_near(copy.deepcopy(model).cuda()(x.cuda()).cpu(), expected, "on CUDA", k=256)
 
 
 def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case) -> None:
     """Five merges and restores leave the model as it was. Merging a merged model is refused."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     make_mergeable(model)
-    wanted, before = model(x), snapshot(model)
+    expected, before = model(x), snapshot(model)
     for _ in range(5):
         merge(model)
         restore(model)
     require(unchanged(before, model), "merge and restore changed the model")
-    require_same(model(x), wanted, "output after restore")
+    require_same(model(x), expected, "output after restore")
     merge(model)
     with require_raise(MergeError, "merge of a merged model"):
         merge(model)
@@ -82,11 +82,11 @@ def ejected_is_plain(method: type[Method], config: MethodConfig, case: Case) -> 
     if method.keeps_base:
         make_mergeable(model)
         merge(model)
-    wanted = model(x)
+    expected = model(x)
     eject(model)
     require([n for n, _ in model.named_modules()] == [n for n, _ in Toy(case).named_modules()],
              "a wrapper is left")  # fmt: skip
-    require_same(model(x), wanted, "ejected output")
+    require_same(model(x), expected, "ejected output")
     trained = {name: p.requires_grad for name, p in Toy(case).named_parameters()}
     require(all(p.requires_grad == trained[name] for name, p in model.named_parameters()),
              "a parameter is left frozen")  # fmt: skip
@@ -102,10 +102,10 @@ def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, 
         require(model.again is model.first and isinstance(model.again, AdaptedLayer),
                  "a module reached by two paths was wrapped on one")  # fmt: skip
     perturb(model.eval())
-    wanted = model(input_of(case))
+    expected = model(input_of(case))
     make_mergeable(model)
     merge(model)
-    require_near(model(input_of(case)), wanted, "merged output")
+    require_near(model(input_of(case)), expected, "merged output")
     eject(model)
     require(model.again is model.first and not isinstance(model.again, AdaptedLayer),
              "ejected on one path only")  # fmt: skip
@@ -116,7 +116,7 @@ def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case
     model = Toy(case)
     model.tied = nn.Module()
     if case.kind == "NF4Linear":
-        return  # a packed weight is not merged at all, and nothing is tied to one
+        return  # a packed weight cannot be merged, and no weight is tied to one
     model.tied.weight = model.first.weight
     inject(model, config)
     before = snapshot(model)
@@ -124,10 +124,10 @@ def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case
         merge(model)
     require(unchanged(before, model), "the refused merge changed the model")
     perturb(model.eval())
-    wanted, before = model(input_of(case)), snapshot(model)
+    expected, before = model(input_of(case)), snapshot(model)
     tied = model.tied.weight.detach().clone()  # type: ignore[operator]
     merge(model, untie=True)
-    require_near(model(input_of(case)), wanted, "merged output, untied")
+    require_near(model(input_of(case)), expected, "merged output, untied")
     require_same(model.tied.weight, tied, "the other side of the tie")  # type: ignore[arg-type]
     restore(model)
     require(unchanged(before, model), "restore left the tie broken")

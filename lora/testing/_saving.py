@@ -1,4 +1,4 @@
-"""Clauses on files: what is saved is loaded, and what is broken is refused."""
+"""Clauses on files: a save loads to the same bits, and a broken file is refused."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from lora.testing._toys import Case, Toy, injected_toy, input_of, trains_base
 def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
     """The file holds only the adapter's tensors, and loads to the same bits and output."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
-    own = stored_tensors(model, "default")
+    saved = stored_tensors(model, "default")
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
         stored = safetensors.torch.load_file(Path(folder) / WEIGHTS)
-        require(len(stored) == len(own), "the file holds other tensors than the adapter's")
-        for key, parameter in own.items():
+        require(len(stored) == len(saved), "the file holds other tensors than the adapter's")
+        for key, parameter in saved.items():
             require_same(stored[whole_key(key)], parameter.detach(), f"stored {key}")
         other = Toy(case)
         load(other, folder)
     other.eval()
     for key, parameter in stored_tensors(other, "default").items():
-        require_same(parameter.detach(), own[key].detach(), f"loaded {key}")
+        require_same(parameter.detach(), saved[key].detach(), f"loaded {key}")
     exact = all(
-        own[key].shape == p.shape for key, p in trained_parameters(model, "default").items()
+        saved[key].shape == p.shape for key, p in trained_parameters(model, "default").items()
     )
     if exact:
         require_same(other(x), model(x), "output of the loaded adapter")
-    else:  # filed as the plain update that it equals
+    else:  # saved in another form, as pissa is as a LoRA of rank 2r: sums have another order
         require_near(other(x), model(x), "output of the loaded adapter")
 
 
@@ -61,12 +61,12 @@ def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> N
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
         settings = settings_in(find_folder(folder))
-        found = read_config(method, settings, Path(folder))
+        read = read_config(method, settings, Path(folder))
         other = Toy(case)
-        inject(other, found)
-        with tempfile.TemporaryDirectory() as again:
-            save(other, again)
-            require(settings_in(Path(again)) == settings, "config -> file -> config differs")
+        inject(other, read)
+        with tempfile.TemporaryDirectory() as second:
+            save(other, second)
+            require(settings_in(Path(second)) == settings, "config -> file -> config differs")
 
 
 def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, case: Case) -> None:
@@ -75,11 +75,11 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
         path = Path(folder) / WEIGHTS
-        # From bytes: load_file maps the file, which is rewritten below.
+        # From bytes: load_file would map the file into memory, and it is rewritten below.
         whole = safetensors.torch.load(path.read_bytes())
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-        load(Toy(case), folder, name="other")  # so that what fails below fails for what is broken
+        load(Toy(case), folder, name="other")  # the whole file loads, so only the damage can fail
         last = list(whole)[-1]
         broken: dict[str, dict[str, Tensor] | bytes] = {
             "truncated": path.read_bytes()[:-8],
@@ -90,8 +90,8 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
             "not a number": whole | {last: torch.full_like(whole[last], torch.nan)},
             "integers": whole | {last: torch.zeros(whole[last].shape, dtype=torch.int64)},
         }
-        for what, content in broken.items():
-            for mark in (metadata, None):  # a file of ours, and one of PEFT's
+        for damage, content in broken.items():
+            for mark in (metadata, None):  # a file that we wrote, and one that PEFT wrote
                 if isinstance(content, bytes):
                     path.write_bytes(content)
                 else:
@@ -101,9 +101,11 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
                     models.append(injected_toy(config, case))
                 for other in models:
                     before = snapshot(other)
-                    with require_raise(CheckpointError, what):
+                    with require_raise(CheckpointError, damage):
                         load(other, folder, name="other")
-                    require(unchanged(before, other), f"{what}: the failed load changed the model")
+                    require(
+                        unchanged(before, other), f"{damage}: the failed load changed the model"
+                    )
 
 
 def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
@@ -137,7 +139,7 @@ def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, ca
 
 
 def another_base_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """An adapter does not load onto a base that differs from its own."""
+    """Loading an adapter onto another base raises CheckpointError."""
     model = injected_toy(config, case, moved=True)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)

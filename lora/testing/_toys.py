@@ -1,4 +1,4 @@
-"""The models of the contract: two layers of one kind, and what a clause does with them."""
+"""The small models of the contract, with two layers of one kind, and what clauses do with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora.testing._requirements import require, require_raise, snapshot, unchang
 
 @dataclass(frozen=True)
 class Case:
-    """One layer to put a method on."""
+    """A kind of layer to adapt, in one dtype, with or without a bias."""
 
     kind: str  # Linear, Conv1D, Embedding or NF4Linear
     bias: bool
@@ -31,23 +31,24 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every case that can be built here; Conv1D needs transformers and always has a bias."""
+    """Returns every case. Conv1D needs transformers, and is left out without it."""
     dtypes = (torch.float32, torch.bfloat16)
-    found = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
-    found.append(Case("Linear", True, torch.float16))
-    found += [Case("NF4Linear", bias, dtype) for bias, dtype in zip((True, False), dtypes)]
-    found += [Case("Embedding", False, dtype) for dtype in dtypes]
+    result = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
+    result.append(Case("Linear", True, torch.float16))
+    result += [Case("NF4Linear", bias, dtype) for bias, dtype in zip((True, False), dtypes)]
+    result += [Case("Embedding", False, dtype) for dtype in dtypes]
     try:
         import transformers.pytorch_utils  # noqa: F401
     except ImportError:
-        return found
-    return found + [Case("Conv1D", True, dtype) for dtype in dtypes]
+        return result
+    return result + [Case("Conv1D", True, dtype) for dtype in dtypes]  # which always has a bias
 
 
 class Toy(nn.Module):
-    """Two layers of the case's kind and a norm that nothing targets.
+    """Two layers of the case's kind and a norm that no method targets.
 
-    Nearly linear: a saturating toy would make gradients vanish that are there.
+    The model is nearly linear. If it saturated, gradients would underflow to zero, and the clauses
+    that require a gradient would fail for no fault of the method.
     """
 
     def __init__(self, case: Case) -> None:
@@ -68,23 +69,25 @@ class Toy(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
         h = h + 0.1 * torch.sin(self.norm(h))
-        # Two tables are both asked for the ids.
+        # An embedding takes ids, not the other embedding's output.
         output: Tensor = self.second(h) if x.is_floating_point() else h[..., :10] + self.second(x)
         return output
 
 
-def layer_of(case: Case, inside: int, outside: int) -> nn.Module:
+def layer_of(case: Case, in_features: int, out_features: int) -> nn.Module:
+    """Returns a layer of the case's kind; nn.Linear for NF4Linear, to be quantized later."""
     if case.kind == "Embedding":
-        return nn.Embedding(inside, outside)
+        return nn.Embedding(in_features, out_features)
     if case.kind == "Conv1D":
         from transformers.pytorch_utils import Conv1D
 
-        module: nn.Module = Conv1D(outside, inside)
+        module: nn.Module = Conv1D(out_features, in_features)
         return module
-    return nn.Linear(inside, outside, bias=case.bias)
+    return nn.Linear(in_features, out_features, bias=case.bias)
 
 
 def input_of(case: Case, seed: int = 2) -> Tensor:
+    """Returns an input of the toy: ids (3, 5), or values (3, 5, 12) in the case's dtype."""
     generator = torch.Generator().manual_seed(seed)
     if case.kind == "Embedding":
         return torch.randint(0, 12, (3, 5), generator=generator)
@@ -92,11 +95,12 @@ def input_of(case: Case, seed: int = 2) -> Tensor:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """x in float32; ids stay ids."""
+    """Returns x in float32, or x itself if it holds ids."""
     return x.float() if x.is_floating_point() else x
 
 
 def injected_toy(config: MethodConfig, case: Case, moved: bool = False) -> Toy:
+    """Returns a toy with an adapter, in eval mode; if `moved`, with perturbed parameters."""
     model = Toy(case)
     inject(model, config)
     if moved:
@@ -105,7 +109,7 @@ def injected_toy(config: MethodConfig, case: Case, moved: bool = False) -> Toy:
 
 
 def perturb(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
-    """Move every trained parameter off its start, by a fixed amount of its own."""
+    """Add fixed random values of the given size to every trained parameter."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained_parameters(model, name).values():
@@ -114,7 +118,7 @@ def perturb(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
 
 
 def make_mergeable(model: nn.Module) -> None:
-    """Where weights are packed, a merge is refused, and works once they are dequantised."""
+    """Dequantize packed layers, and require that a merge is refused before that."""
     if any(layer.view.packed for layer in wrappers_of(model)[0].values()):
         before = snapshot(model)
         with require_raise(MergeError, "merging into a packed weight"):
@@ -124,7 +128,7 @@ def make_mergeable(model: nn.Module) -> None:
 
 
 def trains(config: MethodConfig, case: Case) -> bool:
-    """Whether the method takes the case's layers at all, or says what does not train."""
+    """True if the method can train the case's layers. Requires a message that says so if not."""
     try:
         inject(Toy(case), config)
     except TargetError as error:
@@ -134,5 +138,5 @@ def trains(config: MethodConfig, case: Case) -> bool:
 
 
 def trains_base(model: nn.Module) -> bool:
-    """Whether the model's adapter trains parameters of the base."""
+    """True if the model's adapter trains parameters of the base."""
     return bool(injected(model)["default"].selected)

@@ -1,4 +1,4 @@
-"""Clauses on what is trained, how much of it, and where it starts."""
+"""Clauses on training: which parameters train, how many, and their initial values."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def base_bits_stay(method: type[Method], config: MethodConfig, case: Case) -> No
 
 
 def _steps(model: nn.Module, case: Case) -> None:
+    """Train the model for three steps."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     model.train()
@@ -47,13 +48,13 @@ def _steps(model: nn.Module, case: Case) -> None:
 def only_the_adapter_trains(method: type[Method], config: MethodConfig, case: Case) -> None:
     """Each of the adapter's parameters gets a gradient, and nothing else requires one."""
     model = injected_toy(config, case, moved=True)
-    own = {id(p) for p in trained_parameters(model, "default").values()}
+    trained = {id(p) for p in trained_parameters(model, "default").values()}
     model(input_of(case)).float().square().sum().backward()
     for name, parameter in model.named_parameters():
-        mine = id(parameter) in own
-        require(parameter.requires_grad == mine, f"{name}: requires_grad is not {mine}")
-        got = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
-        require(got == mine, f"{name}: {'no gradient' if mine else 'a gradient'}")
+        expected = id(parameter) in trained
+        require(parameter.requires_grad == expected, f"{name}: requires_grad is not {expected}")
+        has_gradient = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        require(has_gradient == expected, f"{name}: {'no gradient' if expected else 'a gradient'}")
 
 
 def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> None:
@@ -61,36 +62,36 @@ def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> N
     assert issubclass(method, Adapter)
     assert isinstance(config, AdapterConfig)
     for name, layer in wrappers_of(injected_toy(config, case))[0].items():
-        found = sum(
+        actual = sum(
             p.numel()
             for key, p in layer.adapter("default").placed().items()
             if not key.startswith("base_model.")
         )
-        wanted = method.size(layer.view, config, name)
-        require(found == wanted, f"{name}: {found} parameters, {wanted} in closed form")
+        expected = method.size(layer.view, config, name)
+        require(actual == expected, f"{name}: {actual} parameters, {expected} in closed form")
 
 
 def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
     """The same seed gives the same bits, whatever was drawn before or adapted besides."""
-    one, two = _start(config, case, 0, 1), _start(config, case, 0, 99)
-    for name in one:
-        require_same(two[name], one[name], f"start of {name}")
+    first, second = _start(config, case, 0, 1), _start(config, case, 0, 99)
+    for name in first:
+        require_same(second[name], first[name], f"start of {name}")
     if issubclass(method, Adapter):
         assert isinstance(config, AdapterConfig)
         part = Toy(case)
         try:
             inject(part, replace(config, target_modules=("second",)))
         except TargetError:
-            return  # a setting names the other layer
+            return  # a setting names the layer that is left out here
         for name, parameter in trained_parameters(part, "default").items():
-            if name in one:
+            if name in first:
                 require_same(
-                    parameter.detach(), one[name], f"start of {name} without the other layer"
+                    parameter.detach(), first[name], f"start of {name} without the other layer"
                 )
 
 
 def _start(config: MethodConfig, case: Case, seed: int, noise: int) -> dict[str, Tensor]:
-    """What an injection fills, after other draws."""
+    """Returns the initial values of an injection, after `noise` random draws."""
     torch.manual_seed(noise)
     model = Toy(case)
     torch.randn(noise)
@@ -109,6 +110,7 @@ def another_seed_other_bits(method: type[Method], config: MethodConfig, case: Ca
 
 
 def _stored(config: MethodConfig, case: Case, seed: int) -> dict[str, Tensor]:
+    """Returns the tensors that a save right after an injection with this seed writes."""
     model = Toy(case)
     inject(model, config, seed=seed)
     return {k: t.detach() for k, t in stored_tensors(model, "default").items()}

@@ -125,7 +125,7 @@ def _without_mark(folder: Path) -> Path:
         ("(?<=a+)b", FULL_MATCH, "fixed-width"),
         ("(?i)q_lin", ENDING, r"global flags .*Write \(\?i:\.\.\.\)"),
         ("(?i)layers", BLOCKS, r"global flags .*Write \(\?i:\.\.\.\)"),
-        (r"(?P<a>q)\2(?P<a>", ENDING, "no regular expression"),
+        (r"(?P<a>q)\2(?P<a>", ENDING, "not a regular expression"),
     ],
 )
 def test_what_regex_reads_otherwise_or_unfolds_is_refused(

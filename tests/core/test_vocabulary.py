@@ -204,7 +204,7 @@ def test_a_model_that_cannot_be_resized_says_so(tmp_path: Path) -> None:
     lora.inject(base, lora.LoRAConfig(r=2))
     from lora.vocabulary import resize
 
-    with pytest.raises(lora.ConfigError, match="resized to 102 rows under the adapters default"):
+    with pytest.raises(lora.ConfigError, match="102 rows: the model has the adapters default"):
         resize(base, 102)
     plain = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
     with pytest.raises(lora.ConfigError, match="Sequential has no resize_token_embeddings"):

@@ -83,7 +83,7 @@ def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
         ("--text-column", ""): "--text-column must be a text of at least 1 character",
         ("--max-length", str(10**30)): "--max-length must be at most 2,147,483,647",
         ("--weights", "a", "-1"): "--weights [a] must be more than 0",
-        ("--rank-pattern", "(", "3"): "--rank-pattern is refused: '(' is no regular expression",
+        ("--rank-pattern", "(", "3"): "--rank-pattern is refused: '(' is not a regular expression",
         ("--init-lora-weights", "x"): "--init-lora-weights must be",
     }.items(),
 )
