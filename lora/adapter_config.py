@@ -1,7 +1,7 @@
-"""adapter_config.json: how a config is written for PEFT, and what PEFT's keys mean here.
+"""Writes a config as PEFT's adapter_config.json, and reads one.
 
-A key that we do not implement is accepted only if its value changes nothing; any other is an error,
-since the adapter would compute something else here than in PEFT.
+A key that we do not implement is accepted only if its value changes nothing. Otherwise it is an
+error: the adapter would compute something else here than in PEFT.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from lora.adapter_file import (
-    CONFIG,
-    WEIGHTS,
-    find_folder,
-    settings_in,
-    whole_numbers,
-)
+from lora.adapter_file import CONFIG, WEIGHTS, find_folder, settings_in, whole_numbers
 from lora.card import stated
 from lora.errors import CheckpointError, ConfigError
 from lora.foreign import exactly, in_blocks
@@ -31,10 +25,7 @@ from lora.inventory import owned
 from lora.layers import fits, inside, views
 from lora.method import METHODS, Method
 from lora.settings import SHORTHANDS, AdapterConfig, MethodConfig, config_fields
-from lora.targets import (
-    Plan,
-    walk,
-)
+from lora.targets import Plan, walk
 
 # Keys of PEFT's config that never change what a saved adapter computes.
 INERT = {
@@ -55,9 +46,9 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
                 settings |= {key: None} if key in settings else {}
         if "fan_in_fan_out" in planned.method.neutral:
             modules = dict(walk(model))
-            every = [views(modules[name])[0] for name in names]
-            linear = [view.transposed for view in every if not view.of_ids]
-            settings["fan_in_fan_out"] = bool(linear) and all(linear)
+            layer_views = [views(modules[name])[0] for name in names]
+            transposed = [view.transposed for view in layer_views if not view.of_ids]
+            settings["fan_in_fan_out"] = bool(transposed) and all(transposed)
     elif "target_modules" in settings:
         matching = exactly(model, dict.fromkeys(n.rpartition(".")[0] for n in planned.selected))
         listed = matching if isinstance(matching, str) else list(matching)
@@ -83,11 +74,10 @@ def _blocks_differ(model: nn.Module, planned: Plan, names: list[str]) -> bool:
 
 
 def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
-    """Returns SHA-256 of the settings that change what the adapter computes. 8 and 8.0 are the
-    same number."""
+    """Returns SHA-256 of the settings that change what the adapter computes; 8 equals 8.0."""
     settings = whole_numbers(settings)
     config = read_config(method, settings, Path())
-    # Only fields that the file states count: a field that is added later leaves old digests good.
+    # Only keys that the file has: a field added in a later version must not change old digests.
     values = {k: v for k, v in config_fields(config).items() if k in settings}
     counted = {k: v for k, v in values.items() if k not in config.training_only}
     counted |= {k: True for k, v in method.states.items() if v}
@@ -98,12 +88,12 @@ def config_digest(method: type[Method], settings: Mapping[str, Any]) -> str:
 def check_unedited(
     method: type[Method], settings: Mapping[str, Any], mark: Mapping[str, str], folder: Path
 ) -> None:
-    """Raise CheckpointError if a setting of a file of ours was edited since it was saved."""
+    """Raise CheckpointError if a setting was edited after save() wrote the file."""
     if mark and mark["config"] != config_digest(method, settings):
         raise CheckpointError(
             f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with: a setting that"
             " changes the result (r, lora_alpha, target_modules, ...) was edited, or a save was"
-            " cut off. Restore the file, or save the adapter again."
+            " interrupted. Restore the file, or save the adapter again."
         )
 
 
@@ -122,8 +112,8 @@ def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
     for key in sorted({key for method in METHODS.values() for key in method.states}):
         if not isinstance(settings.get(key), bool | NoneType):
             raise CheckpointError(
-                f"{folder / CONFIG}: {key} must be true or false, found {settings[key]!r}. Mend it"
-                " there."
+                f"{folder / CONFIG}: {key} must be true or false, found {settings[key]!r}. Correct"
+                " it there."
             )
     methods = [method for method in METHODS.values() if method.matches(settings)]
     if len(methods) != 1:
@@ -138,9 +128,9 @@ def method_for(settings: Mapping[str, Any], folder: Path) -> type[Method]:
 
 
 def read_config(method: type[Method], settings: Mapping[str, Any], folder: Path) -> MethodConfig:
-    """Returns the config that the file's settings state.
+    """Returns the method's config with the file's settings.
 
-    Raises CheckpointError for a setting that changes the mathematics and is no field of the method.
+    Raises CheckpointError if a setting changes the result and the method does not implement it.
     """
     try:
         settings = method.read_settings(settings)
@@ -174,6 +164,7 @@ def read_config(method: type[Method], settings: Mapping[str, Any], folder: Path)
 
 
 def _neutral(method: type[Method], key: str, value: object) -> bool:
+    """True if ignoring a key with this value changes nothing."""
     allowed = method.neutral.get(key)
     if allowed is ... or value is None or value is False or value in ([], {}, ""):
         return True

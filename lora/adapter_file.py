@@ -4,10 +4,10 @@
     adapter_model.safetensors   the tensors, keys `base_model.model.` + path + parameter
     README.md                   a card (card.py)
 
-The metadata of the safetensors file holds one more entry, `lora_from_scratch`, the mark. It is a
-JSON object of texts: a digest of the config and a fingerprint of the base (identity.py), the names
-of a classifier's classes, the layers that were packed in NF4, and the rows of resized embeddings.
-PEFT ignores it. A file that PEFT wrote has none.
+The metadata of the safetensors file has an additional entry, `lora_from_scratch`, the mark. It is a
+JSON object of strings: a digest of the config and a fingerprint of the base (identity.py), the
+names of a classifier's classes, the layers that were packed in NF4, and the rows of resized
+embeddings. PEFT ignores it. A file that PEFT wrote has no mark.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def adapter_files(
 ) -> dict[str, bytes]:
     """Returns the bytes of an adapter's three files by name.
 
-    `stored` holds the tensors by whole_key(), `arguments` what card.arguments_of() gives.
+    `stored` maps whole_key() to the tensors. `arguments` come from card.arguments_of().
     """
+    # PEFT always writes these keys.
     unstated = dict.fromkeys(("base_model_name_or_path", "task_type", "auto_mapping"))
     settings = unstated | settings | {"peft_type": method.peft_type, "inference_mode": True}
     return {
@@ -58,8 +59,8 @@ def adapter_files(
 
 
 def in_one_order(payload: bytes) -> bytes:
-    """Returns a safetensors file with the keys of its header sorted: the library orders metadata
-    at random, and the same adapter is to be the same bytes."""
+    """Returns a safetensors file with the keys of its header sorted."""
+    # The library writes metadata in random order, and the same adapter must give the same bytes.
     length = int.from_bytes(payload[:8], "little")
     header = json.dumps(json.loads(payload[8 : 8 + length]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
@@ -67,12 +68,12 @@ def in_one_order(payload: bytes) -> bytes:
 
 
 def whole_key(key: str) -> str:
-    """Returns a tensor's key in the file. What all layers share has its root already."""
+    """Returns a tensor's key in the file. The keys of shared tensors are complete already."""
     return key if key.startswith(ROOT) else PREFIX + key
 
 
 def whole_numbers(value: Any, key: str = "") -> Any:
-    """Returns the settings with 8 for an alpha of 8.0, as PEFT types them."""
+    """Returns the settings with whole floats as ints, as PEFT writes them: alpha 8, not 8.0."""
     if isinstance(value, dict):
         return {inner: whole_numbers(v, key or inner) for inner, v in value.items()}
     whole = isinstance(value, float) and value.is_integer() and "dropout" not in key
@@ -97,23 +98,23 @@ def find_folder(directory: str | os.PathLike[str], name: str = "default") -> Pat
 
 def _no_config(folder: Path) -> CheckpointError:
     if folder.is_dir():
-        found = f"found {sorted(path.name for path in folder.iterdir())[:8] or 'nothing'}."
+        contents = f"found {sorted(path.name for path in folder.iterdir())[:8] or 'nothing'}."
     else:
-        found = "the folder does not exist."
+        contents = "the folder does not exist."
     adapters = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     if adapters:
         advice = f"It has adapters {', '.join(adapters)}: load one of those folders."
     else:
         advice = "Pass the folder that lora.save, or PEFT, wrote."
-    return CheckpointError(f"no {CONFIG} in {folder}: {found} {advice}")
+    return CheckpointError(f"no {CONFIG} in {folder}: {contents} {advice}")
 
 
 def _no_weights(folder: Path) -> CheckpointError:
     pickles = [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")]
     if pickles:
         return CheckpointError(
-            f"{pickles[0]} is a pickle, which can run code when read: refused. Convert it where you"
-            " trust it: safetensors.torch.save_file(torch.load(path, weights_only=True),"
+            f"{pickles[0]} is a pickle, which can run code when it is loaded: refused. If you trust"
+            " it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True),"
             f" {WEIGHTS!r})."
         )
     return CheckpointError(f"no {WEIGHTS} in {folder}. Copy it beside {CONFIG}.")
@@ -134,15 +135,15 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             mark = json_object(metadata[MARK])
         if "config" not in mark or not all(isinstance(value, str) for value in mark.values()):
             raise CheckpointError(
-                f"{path}: the metadata {MARK!r} is broken. Copy the file again, or save anew."
+                f"{path}: the metadata {MARK!r} is damaged. Copy the file again, or save it again."
             )
     for key in stored:
         if not key.startswith(PREFIX) and key.removeprefix(ROOT).count("."):
             raise CheckpointError(
-                f"{path}: {key} does not begin with {PREFIX!r}: not as PEFT writes it. Rename the"
+                f"{path}: {key} does not begin with {PREFIX!r}, as PEFT's keys do. Rename the"
                 " keys, or save the adapter from the unwrapped model."
             )
-    # What all layers share is at the root, and keeps its whole key.
+    # Shared tensors have no prefix, and keep their whole key.
     return {key.removeprefix(PREFIX): tensor for key, tensor in stored.items()}, mark
 
 
@@ -153,18 +154,18 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             start, size = raw.read(4), path.stat().st_size
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                # The file itself cannot be iterated over.
+                # safe_open objects cannot be iterated over.
                 stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return stored, file.metadata() or {}
         except safetensors.SafetensorError as error:
             if start == b"PK\x03\x04" or start[:1] == b"\x80":
                 raise CheckpointError(
-                    f"{path} is a pickle under a safetensors name, refused. Convert it where you"
-                    " trust it: safetensors.torch.save_file(torch.load(path, weights_only=True),"
-                    " path)."
+                    f"{path} is a pickle under a safetensors name, refused. If you trust it,"
+                    " convert it: safetensors.torch.save_file("
+                    "torch.load(path, weights_only=True), path)."
                 ) from None
             raise CheckpointError(
-                f"{path} ({size:,} bytes) is no whole safetensors file: {error}. {COPY_AGAIN}"
+                f"{path} ({size:,} bytes) is not a whole safetensors file: {error}. {COPY_AGAIN}"
             ) from None
 
 

@@ -1,9 +1,10 @@
-"""What an adapter's folder says of itself: its task, its base, and how to load both.
+"""Describes an adapter in its folder: its task, its base, and a README that says how to load it.
 
-PEFT's AutoPeftModelFor... classes go by task_type and base_model_name_or_path; AutoPeftModel, which
-takes any task, by auto_mapping. For a classifier PEFT wraps every module whose name ends in
-`classifier` or `score`, and asks the file for its weights. A task_type is therefore stated only if
-the adapter saves them; if not, auto_mapping is, as PEFT itself writes it without a task_type.
+PEFT's AutoPeftModelFor... classes read task_type and base_model_name_or_path. AutoPeftModel, which
+takes any task, reads auto_mapping. If task_type is a classifier's, PEFT wraps every module whose
+name ends in `classifier` or `score`, and expects its weights in the file. So a task_type is written
+only if the adapter saves those modules. Otherwise auto_mapping is, as PEFT does without a
+task_type.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import nn
 from lora.targets import walk
 
 BUILT_IN = {"demo": "SEQ_CLS", "demo-lm": "CAUSAL_LM"}
-"""The bases that are part of this package and need no files, with PEFT's task_type."""
+"""The bases that this package contains, which need no files, with PEFT's task_type."""
 BUILT_IN_PREFIX = "lora-from-scratch:"
-"""Comes before their names in adapter_config.json: no hub can have such a name."""
+"""The prefix of their names in adapter_config.json, which no model on a hub can have."""
 
 TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
@@ -31,7 +32,7 @@ TASK_TYPES = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-"""How a transformers class is named -> PEFT's task_type."""
+"""The ending of a transformers class's name -> PEFT's task_type."""
 AUTO = {
     "SEQ_CLS": "SequenceClassification",
     "TOKEN_CLS": "TokenClassification",
@@ -39,23 +40,23 @@ AUTO = {
     "CAUSAL_LM": "CausalLM",
     "SEQ_2_SEQ_LM": "Seq2SeqLM",
 }
-"""task_type -> what AutoPeftModelFor goes on with."""
+"""task_type -> the ending of PEFT's AutoPeftModelFor... class."""
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""task_type -> the endings of the modules that PEFT asks the file for."""
+"""task_type -> the name endings of the modules that PEFT expects in the file."""
 
 
 def task_of(name: str) -> str | None:
-    """The task_type of a model by the name of its class, None if PEFT has none for it."""
+    """Returns the task_type for the name of a model's class, None if PEFT has none."""
     return next((task for end, task in TASK_TYPES.items() if name.endswith(end)), None)
 
 
 def heads_of(model: nn.Module) -> tuple[str, ...]:
-    """The modules that PEFT trains and saves whole for the model's task_type, whatever the file's
-    modules_to_save."""
+    """Returns the modules that PEFT saves for the model's task_type, even if modules_to_save does
+    not list them."""
     ends = HEADS.get(task_of(type(model).__name__) or "", ())
     return tuple(
         name for name, module in walk(model) if name.endswith(ends) and module.state_dict()
@@ -63,8 +64,11 @@ def heads_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
-    """task_type, auto_mapping and base_model_name_or_path of an adapter that saves these modules
-    whole. A local folder is stated by its absolute path, so that it is found from anywhere."""
+    """Returns task_type, auto_mapping and base_model_name_or_path of an adapter.
+
+    `saved` are its modules_to_save. A base in a local folder is written as an absolute path, so
+    that it can be loaded from any working directory.
+    """
     kind = type(model)
     config: Any = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
@@ -72,7 +76,7 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
         base = str(Path(base).resolve())
     task = task_of(kind.__name__)
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
-        task = None  # a model of images and texts bears the same name
+        task = None  # vision-language models end in ForConditionalGeneration too
     if not set(heads_of(model)) <= set(saved):
         task = None
     mapping = None
@@ -82,13 +86,13 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
 
 
 def base_in(settings: Mapping[str, Any]) -> str | None:
-    """The base that an adapter's file states, by what --base calls it; None if it states none."""
+    """Returns the base that a file states, in the form that --base takes; None if there is none."""
     base = settings.get("base_model_name_or_path")
     return base.removeprefix(BUILT_IN_PREFIX) or None if isinstance(base, str) else None
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of a classifier's classes, () if nobody gave them any."""
+    """Returns the names of a classifier's classes, () if they have only transformers' defaults."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = tuple(str(names[key]) for key in sorted(names))
     numbered = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
@@ -97,18 +101,21 @@ def labels_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def arguments_of(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
-    """What from_pretrained has to be told of a base to be this classifier: the size of its head,
-    whatever that of the base, and the token of its padding, by which some find a text's end."""
+    """Returns the arguments with which from_pretrained makes this classifier from the base.
+
+    They are the number of labels, which may differ from the base's, and the padding token, by which
+    some models find the end of a text. {} for other models.
+    """
     if task_of(type(model).__name__) != "SEQ_CLS":
         return {}
     config: Any = getattr(model, "config", None)
     names = ("num_labels", "pad_token_id")
-    found = {n: value for n in names if (value := getattr(config, n, None)) is not None}
-    return found | ({"ignore_mismatched_sizes": True} if set(heads_of(model)) <= set(saved) else {})
+    given = {n: value for n in names if (value := getattr(config, n, None)) is not None}
+    return given | ({"ignore_mismatched_sizes": True} if set(heads_of(model)) <= set(saved) else {})
 
 
 def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-    """The README of an adapter's folder; `peft`: whether PEFT has the method."""
+    """Returns the README of an adapter's folder. `peft` is True if PEFT has the method."""
     base, task = settings["base_model_name_or_path"], settings["task_type"]
     lines = [
         "---",

@@ -1,9 +1,10 @@
 """Saves an adapter and loads it, in PEFT's format, strict in both directions.
 
-A file of ours carries a mark (adapter_file.py): load() checks the config and the base against it.
-Of a file that PEFT wrote neither can be checked, and the report says so.
+A file that save() wrote contains a mark (adapter_file.py), against which load() checks the config
+and the base. A file that PEFT wrote has no mark; the report then says that neither was checked.
 
-load() reads and checks everything before it touches the model.
+load() has two phases. read_adapter() reads and checks everything; only then does load() change the
+model. A load that fails therefore leaves the model as it was.
 """
 
 from __future__ import annotations
@@ -53,13 +54,7 @@ from lora.method import Follower
 from lora.methods._tokens import Tokens
 from lora.report import Report, report_of
 from lora.settings import PartialConfig
-from lora.targets import (
-    Plan,
-    base_paths,
-    beside_saved,
-    plan_of,
-    walk,
-)
+from lora.targets import Plan, base_paths, beside_saved, plan_of, walk
 from lora.vocabulary import (
     check_filed,
     check_rows,
@@ -72,7 +67,7 @@ from lora.vocabulary import (
 )
 from lora.wrappers import AdaptedLayer
 
-LARGEST_UNFILED = 2**24  # numbers that a config may state beyond 64 times what its file holds
+LARGEST_UNFILED = 2**24  # values that a config may state beyond 64 times those in its file
 
 
 def save(
@@ -81,12 +76,13 @@ def save(
     name: str = "default",
     writes: bool = True,
 ) -> Path:
-    """Write adapter `name` as PEFT does: into `directory`, or into its subfolder `name`.
+    """Write adapter `name` as PEFT does, and return the folder.
 
-    Every file is whole on disk before the first takes its place. If a crash between two of the
-    renames leaves files of two saves with different settings, load() notices. If a base is sharded
-    among processes, all of them have to call save(), since it samples the base, and one `writes`.
-    Returns the folder. Raises CheckpointError.
+    "default" goes to `directory`, another name to its subfolder `name`. All files are complete on
+    disk under temporary names before the first of them is renamed. If a crash between two renames
+    leaves files of two different saves, load() detects it. If the base is sharded over several
+    processes, all of them must call save(), since it reads the whole base, but only one `writes`.
+    Raises CheckpointError.
     """
     check_name(name)
     if name not in injected(model):
@@ -103,8 +99,8 @@ def save(
     folder = Path(directory) if name == "default" else Path(directory) / name
     if not writes:
         return folder
-    whole = "What stood there before is whole. Free space, or save elsewhere."
-    with writable(folder, CheckpointError, whole):
+    advice = "Files of an earlier save are unchanged. Free space, or save elsewhere."
+    with writable(folder, CheckpointError, advice):
         folder.mkdir(parents=True, exist_ok=True)
         write_together(folder, files)
     return folder
@@ -113,8 +109,11 @@ def save(
 def _tensors_to_save(
     model: nn.Module, planned: Plan, name: str, settings: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Returns the tensors of the file by key, on the CPU. Raises CheckpointError if one is not
-    finite."""
+    """Returns the tensors of the file by key, on the CPU.
+
+    Raises CheckpointError if one holds NaN or infinity, or has no values.
+    """
+    # On the right what wins: a trained tensor replaces a base weight with the same key.
     tensors = carried(model, settings) | stored_tensors(model, name)
     if planned.method.in_peft:
         tensors = dict[str, Tensor](beside_saved(model, planned)) | tensors
@@ -126,10 +125,10 @@ def _tensors_to_save(
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(
                 f"{key} is not finite: the training diverged, nothing is written."
-                " Lower the learning rate."
+                " Train again with a lower learning rate."
             )
     stored = {whole_key(key): t.detach().cpu().contiguous() for key, t in tensors.items()}
-    # safetensors writes no two tensors that share memory, as a tied weight in a saved module does.
+    # safetensors refuses tensors that share memory, such as a tied weight inside a saved module.
     sharers = Counter(t.untyped_storage().data_ptr() for t in stored.values())
     for key, tensor in stored.items():
         if sharers[tensor.untyped_storage().data_ptr()] > 1:
@@ -138,7 +137,7 @@ def _tensors_to_save(
 
 
 def _mark_of(model: nn.Module, planned: Plan, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what the file says of its config and of its base."""
+    """Returns the mark: what identifies the config and the base, as strings."""
     mark = {"config": config_digest(planned.method, settings)}
     if labels := labels_of(model):
         mark["labels"] = json.dumps(labels)
@@ -152,19 +151,20 @@ def _mark_of(model: nn.Module, planned: Plan, settings: Mapping[str, Any]) -> di
 
 
 def carried(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the base weights of adapted embeddings that PEFT saves with the adapter, by key.
+    """Returns the base weights of embeddings that PEFT saves with the adapter, by key.
 
-    As PEFT's save_embedding_layers="auto": if target_modules matches an `embed_tokens` or an
-    `lm_head`, the model's input and output embeddings, those of them that are adapted.
+    The rule is that of PEFT's save_embedding_layers="auto": if target_modules matches an
+    `embed_tokens` or an `lm_head`, PEFT saves the input and output embeddings that are adapted.
     """
     wanted, names = settings.get("target_modules"), ("embed_tokens", "lm_head")
     if isinstance(wanted, str):
         ends = [n for n, _ in walk(model) if n.rpartition(".")[2] in names]
-        meant = any(fits(name, wanted) for name in ends)
+        matched = any(fits(name, wanted) for name in ends)
     else:
-        meant = any(name in (wanted or ()) for name in names)
+        matched = any(name in (wanted or ()) for name in names)
+    # With trained tokens PEFT saves only their rows.
     rows = settings["peft_type"] == "TRAINABLE_TOKENS" or settings.get("trainable_token_indices")
-    if not meant or rows:
+    if not matched or rows:
         return {}
     weights: dict[str, Tensor] = {}
     paths = {id(module): path for path, module in walk(model)}
@@ -186,27 +186,30 @@ def load(
 ) -> Report:
     """Load an adapter, ours or PEFT's, into the model under `name`, and activate it.
 
-    16-bit adapters become float32. If the file was made on a base with more tokens or fewer,
-    `resize_embeddings` gives this one as many, for good. Raises what read_adapter() raises, and
-    CheckpointError if the model is on the meta device; then the model is as it was: bits, modules,
-    requires_grad.
+    Its parameters become float32, even if the file has 16 bits. If the file was made on a base with
+    another number of tokens, `resize_embeddings` resizes this base to it, permanently. Raises what
+    read_adapter() raises, and CheckpointError if the model is on the meta device. If it raises, the
+    model is as it was before: values, modules and requires_grad.
     """
     before = rows_of(model)
     with resizing(model, rows_filed(model, directory, name) if resize_embeddings else before):
         read = read_adapter(model, directory, name, trainable)
         planned, parts = read.plan, read.parts
-        bare = [key for key, tensor in read.wanted.items() if tensor.is_meta]
-        if bare:
+        on_meta = [key for key, tensor in read.wanted.items() if tensor.is_meta]
+        if on_meta:
             raise CheckpointError(
-                f"{read.folder}: {bare[0]} has no place (meta device). Load the base first."
+                f"{read.folder}: {on_meta[0]} cannot be loaded onto the meta device. Load the base"
+                " first."
             )
+        # If the embeddings grew, the file must say what is in the new rows.
         if (rows_of(model) or 0) > min(resized(model).values(), default=sys.maxsize):
             check_filed(read.folder, rows_beyond(model, planned, parts))
     for path, (adapter, view) in with_views(model, parts.adapters).items():
-        # Buffers are not in the file: a start computes them from the base.
+        # Buffers are not in the file. initialise() computes them from the base.
         if next(adapter.buffers(), None) is not None:
             initialise(adapter, view, seed=0)
-        # If the file brings this weight, PEFT has subtracted the start from it already.
+        # Buffers hold a start that the equation subtracts from W. If the file replaces W, PEFT has
+        # subtracted the start from it already.
         if f"{path}.weight" in planned.carried and not isinstance(adapter, Tokens):
             for buffer in adapter.buffers():
                 buffer.zero_()
@@ -216,15 +219,14 @@ def load(
             tensor.copy_(read.values[key])
     notes = [read.note]
     if rows_of(model) != before:
-        notes.append(f"the embeddings have {rows_of(model)} rows from here on, {before} before")
+        notes.append(f"the embeddings were resized from {before} to {rows_of(model)} rows")
     return report_of(model, name, "\n".join(filter(None, notes)))
 
 
 def rows_filed(
     model: nn.Module, directory: str | os.PathLike[str], name: str = "default"
 ) -> int | None:
-    """Returns how many rows the embeddings of an adapter's base had, None if its files do not
-    say."""
+    """Returns how many rows the embeddings of an adapter's base had, None if no file says so."""
     folder = find_folder(directory, name)
     stored, settings = read_tensors(folder)[0], settings_in(folder)
     return filed_rows(model, settings, renamed(model, stored))
@@ -232,13 +234,13 @@ def rows_filed(
 
 @dataclass(frozen=True)
 class ReadAdapter:
-    """An adapter that was read and checked for a model, and is not in it yet."""
+    """An adapter that was read and checked for a model, but not put into it yet."""
 
     folder: Path
     plan: Plan
     parts: Parts  # the new modules
-    wanted: dict[str, Tensor]  # the tensor that each key of the file fills, without the prefix
-    values: dict[str, Tensor]  # the file's values for each, in the tensor's dtype
+    wanted: dict[str, Tensor]  # the tensors to fill, by the file's keys without the prefix
+    values: dict[str, Tensor]  # the file's tensors by the same keys, in the dtypes of `wanted`
     note: str  # for the report
 
 
@@ -250,8 +252,8 @@ def read_adapter(
 ) -> ReadAdapter:
     """Read an adapter's files and check them for the model, which may be on the meta device.
 
-    The file must hold each tensor that the adapter has and no other, in the right shape, finite,
-    in a floating dtype. Raises CheckpointError, TargetError or ConfigError.
+    The file must contain exactly the adapter's tensors, in the right shapes, without NaN or
+    infinity, in a floating-point dtype. Raises CheckpointError, TargetError or ConfigError.
     """
     check_name(name)
     folder = find_folder(directory, name)
@@ -261,7 +263,7 @@ def read_adapter(
     config = read_config(method, settings, folder)
     check_unedited(method, settings, mark, folder)
     notes: list[str] = []
-    if not mark:
+    if not mark:  # PEFT wrote the file
         stored = renamed(model, stored)
         if isinstance(config, PartialConfig):
             config, notes = as_peft_means(model, config)
@@ -271,8 +273,7 @@ def read_adapter(
     _drop_copies(planned, stored)
     planned = replace(planned, carried=_carried(model, planned, stored))
     notes += [
-        f"{name} is the file's, not the base's: kept aside, back after eject."
-        for name in planned.carried
+        f"{name} comes from the file; eject() brings back the base's." for name in planned.carried
     ]
     check_mix(model, name, planned)
     if trainable:
@@ -289,11 +290,14 @@ def read_adapter(
 
 
 def _drop_copies(planned: Plan, stored: dict[str, Tensor]) -> None:
-    """Take out of the file what PEFT saves of a saved module besides the copy that acts."""
+    """Remove from `stored` what PEFT saves of a saved module besides the copy that acts.
+
+    Removed are the original, and a second copy under `modules_to_save` if it has the same values.
+    """
     for path in planned.saved:
         for key in [key for key in stored if key.startswith(f"{path}.")]:
             copy, _, leaf = key.removeprefix(f"{path}.").partition(".")
-            # PEFT leaves the adapter's name in the keys of a head that has layers within.
+            # If a head contains layers, PEFT leaves the adapter's name in their keys.
             keys = (f"{path}.{leaf}", f"{path}.{leaf.partition('.')[2]}")
             acting = next((stored[key] for key in keys if key in stored), None)
             if acting is None:
@@ -304,11 +308,14 @@ def _drop_copies(planned: Plan, stored: dict[str, Tensor]) -> None:
 
 
 def _carried(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tuple[str, ...]:
-    """Returns the base weights that the file replaces: of adapted layers, of embeddings, and of
-    modules that PEFT saves beside the adapter. Takes those that the base already has out of
-    `stored`."""
+    """Returns the names of the base weights that the file replaces.
+
+    They belong to adapted layers, to embeddings, or to modules that PEFT saves beside the adapter.
+    If the base has the same values already, the weight is not replaced, and is removed from
+    `stored`.
+    """
     base, of_tokens = dict(base_paths(model)), embeddings(model)
-    trained = {id(base[name]) for name in planned.selected if name in base}  # by any of their names
+    trained = {id(base[name]) for name in planned.selected if name in base}  # by any name
     beside = beside_saved(model, planned)
     names = {
         filed_key(planned, name): name
@@ -317,17 +324,18 @@ def _carried(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tupl
         and id(base[name]) not in trained
         and not any(inside(name, whole) for whole in planned.saved)
     }
-    grown = {id(base[name]) for name in resized(model) if name in base}
+    resized_ids = {id(base[name]) for name in resized(model) if name in base}
     replaced: list[str] = []
     first: dict[int, Tensor] = {}
     for key in [key for key in names if key in stored]:
         filed, weight = stored[key], base[names[key]]
         twin = first.setdefault(id(weight), filed)
         same = filed.shape == weight.shape and (weight.is_meta or _equal(filed, weight))
-        # PEFT may have saved it in 16 bits, or the model may be in 16 bits.
+        # Either side may be in 16 bits: the weights are the same if one rounds to the other.
         same = same or (names[key] in beside and _equal(weight, filed))
-        same = same and id(weight) not in grown
-        if same or (twin is not filed and _equal(filed, twin)):  # a tied weight comes twice
+        # The new rows of a resized weight are ours, not the base's: the file's must replace them.
+        same = same and id(weight) not in resized_ids
+        if same or (twin is not filed and _equal(filed, twin)):  # PEFT saves a tied weight twice
             del stored[key]
         else:
             replaced.append(names[key])
@@ -335,14 +343,14 @@ def _carried(model: nn.Module, planned: Plan, stored: dict[str, Tensor]) -> tupl
 
 
 def _equal(filed: Tensor, weight: Tensor) -> bool:
-    """True if a file's tensor, cast to the other's dtype, has its values."""
+    """True if a file's tensor equals the weight once it is cast to the weight's dtype."""
     return filed.shape == weight.shape and torch.equal(
         filed.to(weight.device, weight.dtype), weight
     )
 
 
 def _drop_repeats(adapters: Mapping[str, Adapter], stored: dict[str, Tensor]) -> None:
-    """Take out of the file the rows that PEFT repeats for a tied layer."""
+    """Remove from `stored` the trained rows that PEFT saves a second time for a tied layer."""
     for path, adapter in adapters.items():
         leader = adapter.leader if isinstance(adapter, Follower) else None
         for key in Adapter.placed(adapter) if leader and not adapter.placed() else ():
@@ -354,9 +362,9 @@ def _drop_repeats(adapters: Mapping[str, Adapter], stored: dict[str, Tensor]) ->
 def check_stated_size(
     folder: Path, model: nn.Module, planned: Plan, stored: Mapping[str, Tensor]
 ) -> None:
-    """Raise CheckpointError if the config states adapters far larger than the file.
+    """Raise CheckpointError if the adapters that the config states are far larger than the file.
 
-    Without this, a damaged r would fill the memory before the shapes are compared.
+    Otherwise a damaged r, such as 8000000, would fill the memory before shapes are compared.
     """
     if not issubclass(planned.method, Adapter):
         return
@@ -366,16 +374,16 @@ def check_stated_size(
         planned.method.size(views(modules[name])[0], planned.config, name)
         for name in layers.values()
     )
-    held = sum(tensor.numel() for tensor in stored.values())
-    if stated > LARGEST_UNFILED + 64 * held:
+    in_file = sum(tensor.numel() for tensor in stored.values())
+    if stated > LARGEST_UNFILED + 64 * in_file:
         raise CheckpointError(
             f"{folder / CONFIG} states adapters of {stated:,} numbers, and {WEIGHTS} holds"
-            f" {held:,}. Copy both files again from where they were saved."
+            f" {in_file:,}. Copy both files again from where they were saved."
         )
 
 
 def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless keys and shapes are the same on both sides."""
+    """Raise CheckpointError unless the file and the adapter have the same keys and shapes."""
     problems = [f"{key} is not in the file" for key in wanted if key not in stored]
     problems += [f"{key} has no place in the model" for key in stored if key not in wanted]
     ranks: set[int] = set()
@@ -385,6 +393,7 @@ def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, T
                 f"{key} is {tuple(stored[key].shape)} in the file,"
                 f" {tuple(wanted[key].shape)} in the model"
             )
+            # If only the rank differs, and in the same way everywhere, the message can name it.
             if key.endswith("lora_A.weight") and stored[key].shape[1:] == wanted[key].shape[1:]:
                 ranks.add(stored[key].shape[0])
     if problems:
@@ -400,10 +409,10 @@ def check_fit(folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, T
 def check_values(
     folder: Path, stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Returns the file's tensors in the dtypes of those that they fill.
+    """Returns the file's tensors, cast to the dtypes of the tensors that they fill.
 
-    Raises CheckpointError if a dtype is not floating, or if a value is not finite in the file's
-    dtype or after the cast.
+    Raises CheckpointError if a dtype is not floating-point, if a value is NaN or infinite before or
+    after the cast, or if two tensors for one tied parameter differ.
     """
     ready: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -413,14 +422,15 @@ def check_values(
         if not (floating if parameter.is_floating_point() else tensor.dtype == parameter.dtype):
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {key} is {tensor.dtype}, no dtype of weights. Save the"
-                " adapter again, in a floating dtype."
+                " adapter again in a floating-point dtype."
             )
         ready[key] = tensor.to(parameter.dtype)
-        off = int((~ready[key].isfinite()).sum()) if floating else 0
-        if off:
+        bad = int((~ready[key].isfinite()).sum()) if floating else 0
+        if bad:
             raise CheckpointError(
-                f"{folder / WEIGHTS}: {key} has {off} values that are not finite in"
-                f" {parameter.dtype}. Train again with a lower rate, or take an earlier save."
+                f"{folder / WEIGHTS}: {key} has {bad} values that are not finite in"
+                f" {parameter.dtype}. Train again with a lower learning rate, or load an earlier"
+                " save."
             )
         twin = first.setdefault(id(parameter), key)
         if not torch.equal(ready[twin], ready[key]):

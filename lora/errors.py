@@ -1,33 +1,32 @@
-"""Every error this package raises on purpose, one tree:
+"""The exceptions of this package, all of them under LoraError:
 
 LoraError
-├── ConfigError      a setting that cannot be (also a ValueError)
-│   ├── SettingError a value that its field cannot have
-│   └── FileError    what a configuration file states
+├── ConfigError      a setting is invalid, or does not go with another (also a ValueError)
+│   ├── SettingError a field has an invalid value
+│   └── FileError    a configuration file contains an invalid setting
 ├── TargetError      target_modules or modules_to_save do not fit the model
-├── CheckpointError  an adapter's files do not fit, or could not be written
-├── MergeError       merge, restore or disabled() cannot be done on this model as it stands
+├── CheckpointError  an adapter's files do not fit the model, or cannot be read or written
+├── MergeError       merge, restore or disabled() is not possible in the model's present state
 ├── ContractError    a method breaks a clause of the contract (also an AssertionError)
-├── ModelError       a base model or its tokenizer is not to be had
+├── ModelError       a base model or its tokenizer cannot be loaded
 ├── DataError        a data set cannot be read as asked
-├── RunError         a run directory cannot be written, or is not what it should be
-├── TrainingError    training cannot go on
-└── StoppedError     a signal stopped a run, which is saved
+├── RunError         a run directory cannot be written, or has unexpected contents
+├── TrainingError    training cannot continue
+└── StoppedError     a signal stopped a run; its state is saved
 
-A message says what was asked, what was found, and the next command.
+Every message says what you asked for, what was found, and the next command.
 """
 
 import shlex
 
 
 def command(*words: object) -> str:
-    """A command line to be pasted into a shell: a name that a shell would read, run or split is
-    quoted."""
+    """Returns a command line to paste into a shell, with special characters quoted."""
     return shlex.join(map(str, words))
 
 
 class LoraError(Exception):
-    """The root: `except LoraError` catches everything below and nothing else."""
+    """The base class: `except LoraError` catches every error of this package and no other."""
 
 
 class ConfigError(LoraError, ValueError):
@@ -35,7 +34,7 @@ class ConfigError(LoraError, ValueError):
 
 
 class SettingError(ConfigError):
-    """A value that a field cannot have. Python names the field, the command line the flag."""
+    """A field has an invalid value. Python messages name the field, the command line its flag."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(field, reason)
@@ -45,12 +44,12 @@ class SettingError(ConfigError):
         return self.about(self.field)
 
     def about(self, name: str) -> str:
-        """The message about the field by this name."""
+        """Returns the message with the field called `name`."""
         return f"{name} {self.reason} Set {name}."
 
 
 class FileError(ConfigError):
-    """What a configuration file states cannot be; keys are named as they are in the file."""
+    """A configuration file contains an invalid setting. Messages name keys as the file does."""
 
 
 class TargetError(LoraError):

@@ -1,9 +1,8 @@
 """Reads and writes files, and turns the system's errors into ours.
 
-A folder that may not be read, a full disk, a name that is too long or contains a NUL, a folder in
-a file's place, links in a circle, bytes that are not UTF-8: what the system, or a library that
-reads and writes for us, raises for them leaves readable() and writable() as a LoraError with the
-path, the reason, and what to do.
+readable() and writable() turn what the system or a library raises into a LoraError with the path,
+the reason and the next step: for missing permissions, a full disk, a name that is too long or
+contains a NUL, a folder in a file's place, a loop of links, or bytes that are not UTF-8.
 """
 
 from __future__ import annotations
@@ -30,7 +29,9 @@ LARGEST_JSON = 64 * 2**20  # bytes
 
 @contextmanager
 def readable(
-    path: str | os.PathLike[str], error: type[LoraError], advice: str = "Pass another, or mend it."
+    path: str | os.PathLike[str],
+    error: type[LoraError],
+    advice: str = "Pass another or repair it.",
 ) -> Iterator[None]:
     """Raises `error` if the block cannot read the path."""
     with _named_error(path, error, "read", advice):
@@ -58,7 +59,7 @@ def _named_error(
     except (OSError, safetensors.SafetensorError, UnicodeDecodeError) as cause:
         reason, source = getattr(cause, "strerror", None) or str(cause), cause
     except (ValueError, RuntimeError) as cause:
-        # Python has no type of its own for a NUL in a path, nor for links in a circle.
+        # Python has no separate exception for a NUL in a path, nor for a loop of links.
         if "embedded null" not in str(cause) and "ymlink loop" not in str(cause):
             raise
         reason, source = str(cause), cause
@@ -110,8 +111,8 @@ def write_whole(path: Path, payload: bytes) -> None:
 
 
 def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files by name. All are on disk under temporary names before the first takes its
-    place, so that a full disk leaves the old files as they were."""
+    """Writes files by name. All are on disk under temporary names before the first is renamed, so
+    that a full disk leaves the old files as they were."""
     temporaries: dict[Path, Path] = {}
     try:
         for name, payload in files.items():
@@ -122,7 +123,7 @@ def write_together(folder: Path, files: Mapping[str, bytes]) -> None:
                 temporaries[folder / name] = temporary
                 file.write(payload)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # or a power cut after the rename could leave an empty file
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except BaseException:
@@ -145,7 +146,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[int | None]:
-    """Locks a folder, or a file that is made if need be, inside the block.
+    """Locks a folder, or a file, which is created if it does not exist, inside the block.
 
     Yields a file descriptor, or None if another process holds the lock. A child process that
     inherits the descriptor holds the lock until it ends. File systems without locks lock nothing.
@@ -154,7 +155,7 @@ def locked(path: Path) -> Iterator[int | None]:
 
     flags = os.O_RDWR | os.O_CREAT
     if path.is_dir():
-        if sys.platform == "win32":  # opens no folders, so a file in it stands for it
+        if sys.platform == "win32":  # which opens no folders: lock a file inside instead
             path = path / ".lock"
         else:
             flags = os.O_RDONLY

@@ -1,7 +1,7 @@
 """Tells one base model from another: a fingerprint of its weights, and the check of a file's mark.
 
-If the base was in NF4, the mark says which layers were packed. A dense base is then packed again to
-be compared, and the report says that its weights are not rounded.
+If the base was in NF4, the mark lists the packed layers. To compare an unquantized base with it,
+verify() packs those layers again, and the report says that the weights are not rounded here.
 """
 
 from __future__ import annotations
@@ -22,13 +22,7 @@ from lora.files import json_object
 from lora.inventory import selections
 from lora.layers import gathered, inside, views
 from lora.nf4 import NF4Linear
-from lora.targets import (
-    Plan,
-    base_buffers,
-    base_parameters,
-    base_paths,
-    walk,
-)
+from lora.targets import Plan, base_buffers, base_parameters, base_paths, walk
 
 
 def fingerprint(
@@ -39,15 +33,14 @@ def fingerprint(
 ) -> dict[str, str]:
     """Returns SHA-256 digests of the base's names, shapes and sampled values.
 
-    At most 4,096 values of each parameter and persistent floating buffer count, scattered over it.
-    One digest is of the values rounded to bfloat16 and one of those rounded to float16, so that a
-    base in float32 is recognised if it is loaded in either. A tensor in one of the two dtypes has
-    no digest in the other. Modules that are trained as a whole do not count, since their originals
-    never act. On the meta device there are no values and no digests.
+    A digest covers at most 4,096 values of each parameter and persistent floating-point buffer,
+    scattered over it. There is one digest of values rounded to bfloat16 and one of values rounded
+    to float16, so that a float32 base is recognized if it is loaded in either. If the base has a
+    tensor in one of the two dtypes, there is no digest for the other. Modules that are trained as a
+    whole are left out, since their originals never act. A base on the meta device has no digests.
 
-    packed: (block_size, double_quant) by layer: these layers count as packed in NF4, from the dtype
-            that they have here.
-    rows: how many rows count, by the name of a resized embedding.
+    packed: (block_size, double_quant) by layer. These layers are quantized to NF4 first.
+    rows: how many rows to include, by the name of a resized embedding.
     """
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, tensor in sorted(_base_tensors(model, packed).items()):
@@ -57,7 +50,7 @@ def fingerprint(
             return {}
         whole = gathered(tensor).detach()
         whole = whole[: rows[name]] if name in rows else whole
-        codes = tensor.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)  # of NF4
+        codes = tensor.dtype == torch.uint8 and isinstance(tensor, nn.Parameter)  # an NF4 weight
         if not whole.is_floating_point() and not codes:
             continue
         values = _sampled(whole)
@@ -72,7 +65,10 @@ def fingerprint(
 
 
 def _base_tensors(model: nn.Module, packed: Mapping[str, tuple[int, bool]]) -> dict[str, Tensor]:
-    """Returns the base's tensors by name: the originals of what is trained, `packed` in NF4."""
+    """Returns the base's tensors by name, with the originals of selected parameters.
+
+    The layers in `packed` are quantized to NF4.
+    """
     base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
     names, by_path = {id(tensor): name for name, tensor in base.items()}, dict(base_paths(model))
     for part, selected in selections(model):
@@ -92,7 +88,8 @@ def _sampled(tensor: Tensor) -> Tensor:
     values = tensor.reshape(-1)
     if values.numel() <= 4096:
         return values
-    # Knuth's multiplier: a stride that divides the width would sample one column only.
+    # Knuth's multiplicative hash scatters the indices. A constant stride that divides the width
+    # would sample one column only.
     scattered = torch.arange(4096, dtype=torch.int64, device="cpu")
     scattered = scattered * 2654435761 % values.numel()
     return values[scattered.to(values.device)]
@@ -130,9 +127,10 @@ def verify(
     common = [key for key in here if key in mark]
     if not common:
         return "base not verifiable: it was held in another dtype when the adapter was saved"
-    # One is enough: a base that was rounded to 16 bits and held in float32 again is the same.
+    # One equal digest is enough: a float32 base that was rounded to bfloat16 and back is the same
+    # base, and only its bfloat16 digest shows that.
     if not any(here[key] == mark[key] for key in common):
-        # A mark that was tampered with, or that names layers which are not here
+        # The errors come from a mark that was edited, or that lists layers which are not here.
         with suppress(
             ValueError, TypeError, LookupError, AttributeError, RecursionError, LoraError
         ):

@@ -64,11 +64,11 @@ def first(tensors: dict) -> str:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"", "no whole safetensors file"),
-        (b"\x01", "no whole safetensors file"),
-        (b"hello, this is no adapter at all", "no whole safetensors file"),
-        (struct.pack("<Q", 2**62) + b"{}", "no whole safetensors file"),
-        (struct.pack("<Q", 99_999_999) + b"{" * 64, "no whole safetensors file"),
+        (b"", "not a whole safetensors file"),
+        (b"\x01", "not a whole safetensors file"),
+        (b"hello, this is no adapter at all", "not a whole safetensors file"),
+        (struct.pack("<Q", 2**62) + b"{}", "not a whole safetensors file"),
+        (struct.pack("<Q", 99_999_999) + b"{" * 64, "not a whole safetensors file"),
         (struct.pack("<Q", 2) + b"{}", "not in the file"),
         (pickle.dumps({"a": 1}), "pickle under a safetensors name"),
         (b"PK\x03\x04rest of a zip", "pickle under a safetensors name"),
@@ -83,9 +83,9 @@ def test_every_truncation_is_refused(saved: Path) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     for length in (1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         (saved / WEIGHTS).write_bytes(whole[:length])
-        refused(saved, "no whole safetensors file")
+        refused(saved, "not a whole safetensors file")
     (saved / WEIGHTS).write_bytes(whole + b"more")
-    refused(saved, "no whole safetensors file")
+    refused(saved, "not a whole safetensors file")
 
 
 def test_a_pickle_is_refused_with_the_way_to_convert_it(saved: Path) -> None:
@@ -302,7 +302,7 @@ except lora.CheckpointError as error:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    assert "cannot be written: File too large. What stood there before is whole." in done.stdout
+    assert "cannot be written: File too large. Files of an earlier save are" in done.stdout
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert names == {CONFIG, WEIGHTS, "README.md"}
     lora.load(distilbert(), tmp_path / "adapter")
@@ -377,7 +377,7 @@ def test_files_are_replaced_all_or_none(tmp_path: Path, monkeypatch: pytest.Monk
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(lora.CheckpointError, match="No space left on device. What stood there"):
+    with pytest.raises(lora.CheckpointError, match="No space left on device. Files of an earlier"):
         lora.save(model, folder)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 

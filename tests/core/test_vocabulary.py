@@ -83,7 +83,7 @@ def test_pefts_files_of_resized_embeddings(
     drawn = torch.get_rng_state()
     report = lora.load(base, tmp_path / "a", resize_embeddings=True, trainable=True)
     assert torch.equal(drawn, torch.get_rng_state())
-    assert f"the embeddings have {rows} rows from here on, 99 before" in str(report)
+    assert f"the embeddings were resized from 99 to {rows} rows" in str(report)
     assert base.config.vocab_size == rows
     assert off(base, theirs, ids) < 1e-5
 
