@@ -39,6 +39,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
         names = [name for name in planned.targets if name not in planned.further]
+        # PEFT does not know all of our words for layers. Names mean the same to both.
         if settings["target_modules"] in SHORTHANDS or _blocks_differ(model, planned, names):
             matching = exactly(model, names)
             settings["target_modules"] = matching if isinstance(matching, str) else list(matching)
@@ -132,6 +133,7 @@ def read_config(method: type[Method], settings: Mapping[str, Any], folder: Path)
 
     Raises CheckpointError if a setting changes the result and the method does not implement it.
     """
+    # The errors of our own configs name a field. Here they must name the file too.
     try:
         settings = method.read_settings(settings)
     except ConfigError as error:

@@ -37,6 +37,7 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
     """
     modules = {name: module for name, module in walk(model) if name}
     hits = [name for name in modules if any(name.endswith(end) for end in config.modules_to_save)]
+    # A module without tensors, such as an activation, is in no file.
     saved = tuple(name for name in hits if modules[name].state_dict())
     notes = []
     if config.modules_to_save and not saved:
@@ -56,6 +57,7 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
             return entries if entries and any(fits(name, entries) for name in names) else None
         return tuple(e for e in entries if any(fits(name, (e,)) for name in names)) or None
 
+    # exclude_modules of ours must match layers. PEFT's may match anything, or nothing.
     layers = [name for name in free if kind(modules[name]) or not wraps]
     excluded = matching(settings.exclude_modules, layers)
     free = [name for name in free if excluded is None or not fits(name, excluded)]
@@ -149,6 +151,7 @@ def renamed(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]
     modules_of_classes = [c.__module__ for c in type(model).__mro__]
     if not unmatched or not any(m.startswith("transformers.") for m in modules_of_classes):
         return dict(stored)
+    # Here, since the core must work without transformers. A model of theirs shows that it is there.
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -157,7 +160,7 @@ def renamed(model: nn.Module, stored: Mapping[str, Tensor]) -> dict[str, Tensor]
     candidates = {key: rename_source_key(key, renamings, [])[0] for key in unmatched}
     new_names = {
         key: name
-        for key, name in candidates.items()
+        for key, name in candidates.items()  # never rename one tensor of the file over another
         if name not in stored and not _owner(name, modules)._modules
     }
     return {new_names.get(key, key): tensor for key, tensor in stored.items()}

@@ -92,6 +92,7 @@ def merge(
     layers = {name: layer for name, layer in layers.items() if layer.active}
     merged = _merged(model, layers)
     untied = _untied(model, layers, merged, untie)
+    # The checks on the weights are done: up to here nothing has changed.
     before = None if probe is None else output_on(model, probe)
     for name, pair in merged.items():
         put_merged(layers[name], *pair)
@@ -100,6 +101,7 @@ def merge(
         holder.merged = True
     if untied:
         ties.untie(model)
+    # Judge the whole merge by the coarsest dtype: its rounding is the largest.
     dtypes = {layer.weight.dtype for layer in layers.values()}
     dtype = max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
     if before is None:

@@ -63,7 +63,7 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
         sizes[f"(saved) {path}", "whole"] = [count_parameters(module)]
     return Report(
         plan=plan,
-        rows=tuple((what, len(s), shape, sum(s)) for (what, shape), s in sizes.items()),
+        rows=tuple((label, len(s), shape, sum(s)) for (label, shape), s in sizes.items()),
         adapter_parameters=adapter_parameters,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),

@@ -129,7 +129,7 @@ def _free(
     saved: tuple[str, ...],
 ) -> dict[str, nn.Module]:
     """Returns the modules that are neither excluded nor inside a saved module."""
-    # By id, so that a layer with two paths is left out under both.
+    # Compare ids, so that a layer with two paths is left out under both.
     removed = {id(m) for name, m in modules.items() if any(inside(name, path) for path in saved)}
     for entry in _entries(config.exclude_modules):
         excluded = {id(m) for name, m in modules.items() if fits(name, entry) and kind(m)}
@@ -167,6 +167,7 @@ def _by_word(
     """
     ends = _attention(model) if config.target_modules == "attention" else None
     trunk = backbone(model)
+    # As in PEFT, all-linear leaves out the output head.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = None if head is None else unwrapped(head)
     never_called = uncalled(model)
@@ -400,6 +401,7 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
     allows in its files. Raises TargetError or ConfigError.
     """
     method = method_of(config)
+    # torch.compile keeps the model in `_orig_mod`, DistributedDataParallel in `module`.
     for inner in ("_orig_mod", "module"):
         if inner in model._modules and type(model).__name__ in _OUTER:
             raise ConfigError(
@@ -496,6 +498,7 @@ def _check_writable(name: str, parameter: nn.Parameter) -> None:
 
     Otherwise the error would come in the middle of a load, with the model half changed.
     """
+    # A stride of 0 means that elements share memory, as expand() makes them.
     shares = any(s == 0 and n > 1 for s, n in zip(parameter.stride(), parameter.shape))
     if parameter.is_inference() or shares:
         raise TargetError(

@@ -144,10 +144,12 @@ def resize(model: nn.Module, rows: int) -> None:
             f"{type(model).__name__} has no resize_token_embeddings, as transformers' models have."
             f" Give its embeddings {rows:,} rows yourself, then load the adapter."
         )
+    # Compare lengths, since transformers resizes more than the embeddings: a bias of the head too.
     before = {name: len(p) for name, p in base_parameters(model) if p.dim()}
     required = {name: p.requires_grad for name, p in base_paths(model)}
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices):
+        # transformers' mean_resizing draws from a distribution; the plain mean below needs no seed.
         call(rows, mean_resizing=False)
     old_rows: dict[str, int] = {}
     for name, parameter in base_parameters(model):
@@ -227,6 +229,7 @@ def add_tokens(
             f"{type(model).__name__} names no input embedding to add tokens to. Leave add_tokens"
             " out."
         )
+    # Before the tokens are added: afterwards each text is one token.
     pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
     tokenizer.add_tokens(list(tokens))
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(tokens))
@@ -235,7 +238,7 @@ def add_tokens(
     layers: dict[int, str] = {}
     for path, module in embeddings(model).items():
         weight = module._parameters["weight"]
-        if weight is None or id(weight) in layers:
+        if weight is None or id(weight) in layers:  # tied to an embedding that is done
             continue
         layers[id(weight)] = path
         for token, split in zip(ids, pieces, strict=True):

@@ -5,8 +5,8 @@ subtracted again as a frozen start, W' = W + s (BA − B₀A₀), so that the mo
 The saved file is an ordinary LoRA of rank 2r: [A; A₀] and [B, −B₀].
 
 If the base is quantized together with the injection (inject(..., pack=names)), pissa, olora and
-loftq absorb what rounding loses: Q = W − sB₀A₀ in NF4 lies beneath, W' = Q + sBA, and no start is
-subtracted. The model then begins nearer to W than W in NF4 would be.
+loftq absorb what rounding loses: the base becomes Q = W − sB₀A₀ in NF4, W' = Q + sBA, and no start
+is subtracted. The model then begins nearer to W than W in NF4 would be.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def by_layer(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 class _File(Filed):
-    """How a low-rank update stands in PEFT's file."""
+    """How a low-rank update is written in PEFT's file."""
 
     peft_type = "LORA"
     neutral: ClassVar = {

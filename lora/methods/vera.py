@@ -71,6 +71,7 @@ class VeRA(Shares, Fast, Adapter):
         "another_seed_other_bits": "its only random values are seeded by projection_prng_key"
     }
 
+    # Shares registers these on every layer, as one parameter for all of them.
     vera_A: Tensor  # noqa: N815
     vera_B: Tensor  # noqa: N815
 

@@ -103,9 +103,9 @@ def _start(config: MethodConfig, case: Case, seed: int, noise: int) -> dict[str,
 
 def another_seed_other_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
     """Another seed changes at least one saved tensor, unless each starts as a constant."""
-    one, other = (_stored(config, case, seed) for seed in (0, 1))
-    constant = all(bool((t == t.flatten()[0]).all()) for t in one.values())
-    differs = any(not torch.equal(one[n], other[n]) for n in one)
+    first, second = (_stored(config, case, seed) for seed in (0, 1))
+    constant = all(bool((t == t.flatten()[0]).all()) for t in first.values())
+    differs = any(not torch.equal(first[name], second[name]) for name in first)
     require(constant or differs, "the seed changes nothing")
 
 
