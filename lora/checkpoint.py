@@ -273,7 +273,8 @@ def read_adapter(
     _drop_copies(planned, stored)
     planned = replace(planned, carried=_carried(model, planned, stored))
     notes += [
-        f"{name} is the file's, not the base's, until eject() brings the base's back." for name in planned.carried
+        f"{name} is the file's, not the base's, until eject() brings the base's back."
+        for name in planned.carried
     ]
     check_mix(model, name, planned)
     if trainable:
