@@ -76,14 +76,14 @@ def probability(field: str, value: object) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig:
-    """The settings of a method. Fields bear the names of PEFT's adapter_config.json."""
+    """The settings of a method. Field names are those of PEFT's adapter_config.json."""
 
     training_only: ClassVar[frozenset[str]] = frozenset()
     """Fields that do not change what a saved adapter computes."""
     unsaved: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that PEFT's file does not know."""
+    """The training_only fields that PEFT's file has no key for."""
     written: ClassVar[frozenset[str]] = frozenset()
-    """Fields that a save fills, and no user."""
+    """Fields that saving fills in; users do not set them."""
 
     def __post_init__(self) -> None:
         for name, kind in declared(type(self)).items():
@@ -99,7 +99,7 @@ class PartialConfig(MethodConfig):
     """The settings of a method that leaves most of the base frozen."""
 
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained as a whole and saved with the adapter, such as a new head."""
+    """Modules to train in full and save with the adapter, such as a new head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,14 +113,15 @@ class AdapterConfig(PartialConfig):
     """The settings of a method that wraps layers."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers to adapt: names or their dotted endings, a regular expression, all-linear,
-    attention (its projections, of the architectures that are known), or input-embedding."""
+    """Layers to adapt: names, dotted endings of names, a regular expression, all-linear, attention
+    (the attention projections of known architectures), or input-embedding."""
     exclude_modules: str | tuple[str, ...] | None = None
-    """Layers to leave alone, in the same forms."""
+    """Layers not to adapt, given in the same ways."""
     layers_to_transform: tuple[int, ...] = ()
-    """Numbers of the blocks to adapt, from 0; for names in target_modules. Default: all."""
+    """Numbers of the blocks to adapt, from 0, if target_modules is a list of names. Default:
+    all."""
     layers_pattern: tuple[str, ...] = ()
-    """Names of the lists that the blocks are numbered in, such as layers or h. Default: any."""
+    """Names of the module lists that hold the blocks, such as layers or h. Default: any."""
 
     def __post_init__(self) -> None:
         for field in ("layers_to_transform", "layers_pattern"):

@@ -1,4 +1,4 @@
-"""The console command. Each verb's room loads when the verb is called: --help needs no torch."""
+"""The `lora` command. A verb's modules are imported when it runs, so --help does not load torch."""
 
 from __future__ import annotations
 
@@ -35,19 +35,26 @@ from lora.finetune.verbs import (
 if TYPE_CHECKING:
     from lora.finetune.source import Source
 
+DATA_USAGE = """\
+usage: lora data preview [flags of lora train]
+       lora data tasks
+
+Print training examples token by token: lora data preview --help.
+Or list the generated tasks that --data tasks/NAME takes."""
+
 VERBS = {
-    "train": "train one method on one data set",
-    "plan": "say what a run would take: a dry run, no weights read",
-    "eval": "score a run on a split, or a file of predictions",
-    "predict": "label texts with a run's model",
-    "generate": "let a run's model write: a prompt, a file, or a talk in the terminal",
-    "data": "show what a run would learn from, token by token; list the tasks that are made",
-    "compare": "methods x seeds on one data set, one table",
-    "plot": "draw the curves of runs",
-    "merge": "write a run's model as a plain one, which needs no adapter",
-    "export": "hand an adapter on: GGUF for llama.cpp, or the command that serves it with vLLM",
-    "convert": "turn a checkpoint of loralib into an adapter in PEFT's format",
-    "methods": "list the methods; check one of your own",
+    "train": "fine-tune a base model on a data set with one method",
+    "plan": "estimate a run's steps and memory without reading weights",
+    "eval": "score a trained model, or a file of predictions",
+    "predict": "label texts with a trained model",
+    "generate": "answer a prompt or a file of prompts, or chat in the terminal",
+    "data": "preview training examples token by token; list the generated tasks",
+    "compare": "train several methods with several seeds, and print one table",
+    "plot": "draw loss and score curves of runs",
+    "merge": "merge an adapter into its base and save a plain model",
+    "export": "write an adapter as GGUF for llama.cpp, or print the vLLM command",
+    "convert": "convert a loralib checkpoint into an adapter in PEFT's format",
+    "methods": "list the methods, or check a method that you wrote",
 }
 
 
@@ -57,39 +64,39 @@ def usage() -> str:
         [
             "usage: lora VERB [flags]",
             "",
-            "LoRA from scratch: fine-tune, compare, and hand the adapter on.",
+            "LoRA from scratch: fine-tune models, compare methods, and export adapters.",
             "",
             *lines,
             "",
-            "Flags of a verb: lora VERB --help. Start with: lora train",
+            "Run lora VERB --help for a verb's flags. To start: lora train",
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 done, 2 asked for what cannot be, 130 and 143 stopped by SIGINT and
-    SIGTERM."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    verb = given[0] if given else ""
-    if sys.stderr is None:  # closed: `lora ... 2>&-`; its number would be the next file's
+    """Run a verb. Exit codes: 0 success, 2 error, 130 stopped by SIGINT, 141 closed pipe, 143
+    stopped by SIGTERM."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verb = arguments[0] if arguments else ""
+    if sys.stderr is None:  # closed by `2>&-`: the next opened file would take its number
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a sign shows its number
+        if isinstance(stream, io.TextIOWrapper):  # print an escape for what it cannot encode
             stream.reconfigure(errors="backslashreplace")
     try:
-        _run_verb(verb, given)
-        if sys.stdout is not None:  # None where it was closed: `lora ... >&-`
+        _run_verb(verb, arguments)
+        if sys.stdout is not None:  # None if closed by `>&-`
             sys.stdout.flush()
     except StoppedError as stop:
-        if os.environ.get("RANK", "0") == "0":  # every rank stops, and one says so
+        if os.environ.get("RANK", "0") == "0":  # every rank stops, only rank 0 prints
             print(f"stopped: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except LoraError as error:
         rank = os.environ.get("RANK")
-        where = f"[rank {rank}] " if rank else ""
-        print(f"{where}{type(error).__name__}: {in_flags(error)}", file=sys.stderr)
+        prefix = f"[rank {rank}] " if rank else ""
+        print(f"{prefix}{type(error).__name__}: {in_flags(error)}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader has seen enough: `lora predict ... | head`
+    except BrokenPipeError:  # the reader closed the pipe: `lora predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
@@ -106,12 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted.", file=sys.stderr)
         return 130
-    return 0 if given else 2
+    return 0 if arguments else 2
 
 
 def in_flags(error: LoraError) -> str:
-    """The message with flags for the fields that it names as Python does: target_modules=('a',)
-    becomes --target-modules ('a',). Keys of files stay as they are."""
+    """Returns the message with field names rewritten as flags: target_modules=('a',) becomes
+    --target-modules ('a',). Keys of files are not rewritten."""
     if isinstance(error, SettingError):
         return error.about(as_flag(error.field))
     if isinstance(error, FileError) or not isinstance(error, ConfigError | TargetError):
@@ -122,15 +129,15 @@ def in_flags(error: LoraError) -> str:
     return re.sub(pattern, _flag_of, str(error)) if names else str(error)
 
 
-def _flag_of(found: re.Match[str]) -> str:
-    return as_flag(found[1]) + " " * found[0].endswith("=")
+def _flag_of(match: re.Match[str]) -> str:
+    return as_flag(match[1]) + " " * match[0].endswith("=")
 
 
-def _run_verb(verb: str, given: list[str]) -> None:
-    for argument in given:
+def _run_verb(verb: str, arguments: list[str]) -> None:
+    for argument in arguments:
         try:
             argument.encode()
-        except UnicodeEncodeError:  # what is not of the system's encoding arrives as surrogates
+        except UnicodeEncodeError:  # Python turns bytes that it cannot decode into surrogates
             raise ConfigError(
                 f"argument {argument!r} is not in this system's encoding. Write it in UTF-8, and"
                 " set PYTHONUTF8=1."
@@ -140,9 +147,9 @@ def _run_verb(verb: str, given: list[str]) -> None:
     elif verb == "--version":
         print(__version__)
     elif verb in VERBS:
-        globals()[f"_{verb}"](given[1:])
+        globals()[f"_{verb}"](arguments[1:])
     else:
-        raise ConfigError(f"no verb {verb!r}. Found: {', '.join(VERBS)}. Run lora --help.")
+        raise ConfigError(f"there is no verb {verb!r}. Verbs: {', '.join(VERBS)}. Run lora --help.")
 
 
 def _train(arguments: list[str]) -> None:
@@ -156,8 +163,8 @@ def _train(arguments: list[str]) -> None:
         method, others = take(others, "--method", "FILE.py:CLASS")
         if others:
             raise ConfigError(
-                "--resume takes its settings from the run. Only --base and --method go with it, to"
-                f" say where those files are now. Remove {others[0]}."
+                "--resume takes the settings from the run. It can be combined only with --nproc"
+                f" and, if those files have moved, --base and --method. Remove {others[0]}."
             )
     config = parse_run(arguments) if directory is None else None
     if count is not None:
@@ -168,8 +175,12 @@ def _train(arguments: list[str]) -> None:
 
     keep_freed_memory()
     summary = run(config) if config is not None else resume(Path(directory or ""), base, method)
-    if os.environ.get("RANK", "0") != "0":  # rank 0 says it
-        return
+    if os.environ.get("RANK", "0") == "0":
+        _print_summary(summary)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    """Print a run's scores on the held-out split, its folder and the next command."""
     metrics, baseline = summary["metrics"], summary.get("baseline")
     head = f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}"
     if any("/" in name for name in metrics) or baseline:
@@ -177,13 +188,13 @@ def _train(arguments: list[str]) -> None:
 
         print(head + "\n" + markdown(by_task(metrics)), end="")
         if baseline:
-            print("the base, its adapter off\n" + markdown(by_task(baseline)), end="")
+            print("with the adapter disabled\n" + markdown(by_task(baseline)), end="")
     else:
         print(head + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
     print(f"recorded in {summary['run_dir']}")
     run = summary["run_dir"]
-    asks = ("generate", run) if summary["task"] == "text" else ("predict", run, "--text", "...")
-    print(f"next: {command('lora', *asks)}")
+    verb = ("generate", run) if summary["task"] == "text" else ("predict", run, "--text", "...")
+    print(f"next: {command('lora', *verb)}")
 
 
 def _train_on(
@@ -194,7 +205,7 @@ def _train_on(
     base: str | None,
     method: str | None,
 ) -> None:
-    """Run `lora train` in `count` processes. This process has checked the flags before."""
+    """Run `lora train` in `count` processes. This process has already checked the flags."""
     if not count.isdecimal() or not 1 <= int(count[:9]) <= 1024:
         raise ConfigError(
             f"--nproc must be a whole number from 1 to 1,024, found {count[:80]}. Set --nproc."
@@ -203,7 +214,7 @@ def _train_on(
     from lora.finetune.distributed import launch, launched
 
     if launched():
-        raise ConfigError("--nproc starts the processes, and torchrun did. Leave --nproc out.")
+        raise ConfigError("torchrun has already started the processes. Remove --nproc.")
     from lora.finetune.run_folder import default_directory, resumable
 
     if directory is not None:
@@ -216,7 +227,7 @@ def _train_on(
         code = launch(int(count), ["train", *arguments])
     except TrainingError as error:
         again = command("lora", "train", "--resume", directory)
-        raise TrainingError(f"{error} Go on with {again}") from None
+        raise TrainingError(f"{error} Resume with {again}") from None
     if code:
         raise SystemExit(code)
 
@@ -224,14 +235,14 @@ def _train_on(
 def _plan(arguments: list[str]) -> None:
     from lora.finetune.config import parse, parse_run
 
-    own, rest = parse(PlanConfig, arguments, "lora plan", return_unknown_args=True)
-    config = parse_run(_with_config(own.config, rest), "lora plan")
+    flags, rest = parse(PlanConfig, arguments, "lora plan", return_unknown_args=True)
+    config = parse_run(_with_config(flags.config, rest), "lora plan")
     import json
 
     from lora.finetune.plan import plan
 
-    found = plan(config, own.nproc)
-    print(json.dumps(found.as_dict(), indent=2) if own.json else found)
+    estimate = plan(config, flags.nproc)
+    print(json.dumps(estimate.as_dict(), indent=2) if flags.json else estimate)
 
 
 def _compare(arguments: list[str]) -> None:
@@ -252,8 +263,8 @@ def _compare(arguments: list[str]) -> None:
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
 
 
-_ABOUT_DATA = ("text_column", "pair_column", "label_column", "header", "skip_bad_lines")
-"""Flags that say how to read --data."""
+_DATA_FLAGS = ("text_column", "pair_column", "label_column", "header", "skip_bad_lines")
+"""Flags about how to read --data."""
 
 
 def _eval(arguments: list[str]) -> None:
@@ -261,23 +272,11 @@ def _eval(arguments: list[str]) -> None:
 
     config: EvalConfig = parse(EvalConfig, _leading(arguments, "--run"), "lora eval")
     if (config.run is None) == (config.predictions is None):
-        raise ConfigError("one of --run DIRECTORY and --predictions FILE.jsonl is needed.")
+        raise ConfigError("pass either --run DIRECTORY or --predictions FILE.jsonl.")
     if config.run is not None and config.run.is_file():
         instead = command("lora", "eval", "--predictions", config.run)
-        raise ConfigError(f"{config.run} is a file. Run {instead}.")
-    idle = [] if config.run and config.data and not config.harness else list(_ABOUT_DATA)
-    if config.harness:
-        idle += ["predictions", "data", "split", "task"]
-        beside = "--harness, which brings its own data"
-    elif config.run is not None:
-        idle += ["limit", "task"]
-        beside = "--run" if config.data is not None else "--run without --data"
-    else:
-        idle += ["limit", "base", "method", "data", "split", "resize_embeddings"]
-        beside = "--predictions"
-    for name in idle:
-        if getattr(config, name) not in (None, "auto", 0):
-            raise ConfigError(f"{as_flag(name)} has no effect with {beside}. Remove it.")
+        raise ConfigError(f"{config.run} is a file, not a folder. To score it, run {instead}.")
+    _check_eval_flags(config)
     if config.harness:
         _harness(config)
         return
@@ -300,8 +299,25 @@ def _eval(arguments: list[str]) -> None:
         print(f"{name} {value:.4f}")
 
 
+def _check_eval_flags(config: EvalConfig) -> None:
+    """Raise ConfigError for a flag that has no effect with what is scored."""
+    unused = [] if config.run and config.data and not config.harness else list(_DATA_FLAGS)
+    if config.harness:
+        unused += ["predictions", "data", "split", "task"]
+        source = "--harness, whose tasks have their own data"
+    elif config.run is not None:
+        unused += ["limit", "task"]
+        source = "--run" if config.data is not None else "--run without --data"
+    else:
+        unused += ["limit", "base", "method", "data", "split", "resize_embeddings"]
+        source = "--predictions"
+    for name in unused:
+        if getattr(config, name) not in (None, "auto", 0):
+            raise ConfigError(f"{as_flag(name)} has no effect with {source}. Remove it.")
+
+
 def _harness(config: EvalConfig) -> None:
-    """Score a run's model on tasks of the LM Evaluation Harness."""
+    """Score a trained model on tasks of the LM Evaluation Harness."""
     from lora.settings import whole_number
 
     if config.limit is not None:
@@ -331,53 +347,60 @@ def _predict(arguments: list[str]) -> None:
 def _generate(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    own: GenerateConfig = parse(GenerateConfig, _leading(arguments, "--run"), "lora generate")
+    flags: GenerateConfig = parse(GenerateConfig, _leading(arguments, "--run"), "lora generate")
     from lora.finetune.generate import Writing
     from lora.finetune.trained import answer
 
-    source = _source_of(own)
+    source = _source_of(flags)
     run = source.config
     if run.task != "text":
-        instead = command("lora", "predict", own.run)
-        raise ConfigError(f"{own.run} labels texts and writes none. Run {instead}.")
-    if own.system is not None and own.data is not None:
-        raise ConfigError("--system goes with --prompt; the rows of --data have their own.")
-    most = run.max_new_tokens if own.max_new_tokens is None else own.max_new_tokens
+        instead = command("lora", "predict", flags.run, "--text", "...")
+        raise ConfigError(
+            f"{flags.run} was trained on --task {run.task}: it labels texts and cannot generate"
+            f" any. Run {instead}."
+        )
+    if flags.system is not None and flags.data is not None:
+        raise ConfigError(
+            "--system has no effect with --data, whose rows have their own system prompts. Remove"
+            " it."
+        )
+    limit = run.max_new_tokens if flags.max_new_tokens is None else flags.max_new_tokens
     writing = Writing(
-        max_new_tokens=most, temperature=own.temperature, top_k=own.top_k, top_p=own.top_p,
-        seed=own.seed,
+        max_new_tokens=limit, temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p,
+        seed=flags.seed,
     )  # fmt: skip
-    if own.data is not None or len(own.prompt) > 1 or own.output is not None:
-        prompts = source, own.prompt, own.data, own.output
-        answer(*prompts, writing, own.adapter, own.system, own.skip_bad_lines)
+    if flags.data is not None or len(flags.prompt) > 1 or flags.output is not None:
+        prompts = source, flags.prompt, flags.data, flags.output
+        answer(*prompts, writing, flags.adapter, flags.system, flags.skip_bad_lines)
         return
     from lora.finetune.chat import chat, once
 
-    if own.prompt:
-        once(source, own.prompt[0], writing, own.adapter, own.system)
+    if flags.prompt:
+        once(source, flags.prompt[0], writing, flags.adapter, flags.system)
     else:
-        chat(source, writing, own.adapter, own.system)
+        chat(source, writing, flags.adapter, flags.system)
 
 
 def _data(arguments: list[str]) -> None:
-    what, rest = (arguments or [""])[0], arguments[1:]
-    if what == "tasks" and not rest:
+    action, rest = (arguments or [""])[0], arguments[1:]
+    if action == "tasks" and not rest:
         from lora.finetune.demo.tasks import MADE_TASKS
 
         for name, task in MADE_TASKS.items():
             print(f"tasks/{name:<12} {task.about}")
         return
-    if what != "preview":
-        print("usage: lora data preview [flags of lora train]\n       lora data tasks")
-        if what not in ("--help", "-h"):
-            raise ConfigError(f"lora data takes preview or tasks, found {what or 'nothing'}.")
+    if action != "preview":
+        print(DATA_USAGE)
+        if action not in ("--help", "-h"):
+            found = " ".join(arguments) or "nothing"
+            raise ConfigError(f"lora data takes preview or tasks, found {found}.")
         return
     from lora.finetune.config import parse, parse_run
     from lora.settings import whole_number
 
-    own, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
-    whole_number("count", own.count)
-    config = parse_run(_with_config(own.config, others), "lora data preview")
+    flags, others = parse(PreviewConfig, rest, "lora data preview", return_unknown_args=True)
+    whole_number("count", flags.count)
+    config = parse_run(_with_config(flags.config, others), "lora data preview")
     from lora.finetune.assemble import resized_for, resolve, with_tokens
     from lora.finetune.distributed import device
     from lora.finetune.inputs import corpus_to_show, show, show_labelled
@@ -385,12 +408,12 @@ def _data(arguments: list[str]) -> None:
 
     corpus = corpus_to_show(config)
     if corpus.task != "text":
-        show_labelled(corpus, own.split, own.count)
+        show_labelled(corpus, flags.split, flags.count)
         return
     base = load_skeleton(config.base, 1, "text")  # no weights are read
     base = with_tokens(base, config, "text", resized_for(config))
     config, _ = resolve(config, corpus, base, device())
-    show(config, corpus, base, own.split, own.count)
+    show(config, corpus, base, flags.split, flags.count)
 
 
 def _merge(arguments: list[str]) -> None:
@@ -399,9 +422,9 @@ def _merge(arguments: list[str]) -> None:
     config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
     from lora.finetune.trained import merge_run
 
-    how = config.dequantize, config.untie, config.dtype, config.tolerance
-    print(merge_run(_source_of(config), config.output, *how))
-    print(f"written: {config.output}. Load it with transformers' from_pretrained, or --base.")
+    options = config.dequantize, config.untie, config.dtype, config.tolerance
+    print(merge_run(_source_of(config), config.output, *options))
+    print(f"written: {config.output}. Load it with transformers' from_pretrained, or as --base.")
 
 
 def _export(arguments: list[str]) -> None:
@@ -409,11 +432,12 @@ def _export(arguments: list[str]) -> None:
     from lora.interop.export import ExportConfig, base_named, export
 
     config: ExportConfig = parse(ExportConfig, _leading(arguments, "--adapter"), "lora export")
-    print(export(config, _ends(config.adapter, base_named(config.adapter, config.base))))
+    print(export(config, _answer_ends(config.adapter, base_named(config.adapter, config.base))))
 
 
-def _ends(adapter: Path, base: str) -> Any:
-    """What ends an answer of a run that writes texts; None of all else."""
+def _answer_ends(adapter: Path, base: str) -> Any:
+    """Returns the tokens that end an answer and the template of a run with --task text; None for
+    an adapter without its run, or another task."""
     from lora.finetune.inputs import export_ends
     from lora.finetune.run_folder import config_of, run_around
 
@@ -435,7 +459,7 @@ def _plot(arguments: list[str]) -> None:
 
 
 def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:
-    """The trained model that a verb is given, on disk."""
+    """Returns the run or adapter that a verb's --run names."""
     from lora.finetune.source import open_source
 
     assert config.run is not None
@@ -443,12 +467,12 @@ def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig
 
 
 def _with_config(path: Path | None, arguments: list[str]) -> list[str]:
-    """The arguments, with the file that another parser has taken."""
+    """Returns the arguments with --config PATH put back, for the parser of the run's flags."""
     return arguments if path is None else ["--config", str(path), *arguments]
 
 
 def _leading(arguments: list[str], flag: str) -> list[str]:
-    """`lora eval RUN` is `lora eval --run RUN`."""
+    """Inserts the flag before a leading value: `lora eval RUN` means `lora eval --run RUN`."""
     return [flag, *arguments] if arguments and not arguments[0].startswith("-") else arguments
 
 
@@ -473,13 +497,13 @@ def _methods(arguments: list[str]) -> None:
     if arguments in (["--help"], ["-h"]):
         print(
             "usage: lora methods\n       lora methods check path/to/mine.py:MyMethod\n\nList the"
-            " methods: when to choose each, its learning rate, its equation.\nOr check a method of"
-            " your own against its equation: lora methods check --help."
+            " methods: when to choose each, its default learning rate, its equation.\nOr check"
+            " that a method which you wrote matches its equation: lora methods check --help."
         )
         return
     if arguments:
         raise ConfigError(
-            f"lora methods takes no {arguments[0]}. Run lora methods, or lora methods check"
+            f"lora methods does not take {arguments[0]}. Run lora methods, or lora methods check"
             " path/to/mine.py:MyMethod."
         )
     import inspect
@@ -491,10 +515,10 @@ def _methods(arguments: list[str]) -> None:
     for name, method in sorted(METHODS.items()):
         first = (inspect.getdoc(method) or "").partition("\n\n")[0]
         print(f"{name:<9} {method.when}")
-        print(f"{'':<9} rate {method.learning_rate:g}   {' '.join(first.split())}")
+        print(f"{'':<9} learning rate {method.learning_rate:g}   {' '.join(first.split())}")
     for name, (method_name, settings) in PRESETS.items():
-        given = " ".join(f"--{key} {value}" for key, value in settings.items())
-        print(f"{name:<9} is --method {method_name} {given}")
+        flags = " ".join(f"--{key} {value}" for key, value in settings.items())
+        print(f"{name:<9} Short for --method {method_name} {flags}.")
 
 
 def _check_method(arguments: list[str]) -> None:

@@ -41,19 +41,20 @@ from lora.settings import check
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What is compared. Every other flag goes to the runs, as in `lora train`; a flag that only
-    one method has goes to that method, and [methods.NAME] tables of --config likewise."""
+    """Train several methods with several seeds on one data set, and print one table. All other
+    flags are those of `lora train`. A setting that only one of the methods has goes to that method;
+    [methods.NAME] tables of --config do the same."""
 
     methods: tuple[str, ...] = ()
-    """Methods to compare. Default: the tables of --config, or lora and full."""
+    """Methods to compare. Default: the [methods.NAME] tables of --config, or lora and full."""
     seeds: tuple[int, ...] = ()
-    """Seeds of each. Default: those of --config, or 0."""
+    """Random seeds; each method is trained once with each. Default: those of --config, or 0."""
     run_dir: Path | None = None
-    """Where the runs, the table and the curves go. Default: that of --config, or runs/compare."""
+    """Folder for the runs, the table and the curves. Default: that of --config, or runs/compare."""
     dry_run: bool = False
-    """Print what would run, and stop."""
+    """Print the runs that would be made, and stop."""
     config: Path | None = None
-    """A TOML file of flags, as in lora train."""
+    """TOML file of flags, as in lora train."""
 
 
 def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConfig[Any]]]:

@@ -2,8 +2,8 @@
 
     lora train --config recipes/sst2.toml --method full --seed 1
 
-A file gives the values that the command line starts from. It may hold a table per method,
-`[methods.full]`, whose keys win over the file's own where that method is asked for.
+The file sets values that the command line can override. It may hold one table per method, such as
+`[methods.full]`: for that method, its keys override the file's other keys.
 """
 
 from __future__ import annotations
@@ -61,138 +61,149 @@ Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Distinct = AfterValidator(_distinct)
-ABOUT = "Train one method on one data set."
+ABOUT = "Fine-tune a base model on a data set with one method."
 BEFORE = {
     "lora train": ("config", "resume", "nproc"),
     "lora plan": ("config", "nproc", "json"),
     "lora compare": ("config", "methods", "seeds", "dry_run"),
     "lora data preview": ("config", "count", "split"),
 }
-"""Flags that a verb takes besides those of a run."""
+"""The flags of a verb that are not settings of a run."""
 C = TypeVar("C", bound=MethodConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Generic[C]):
-    """One training run: a base, a data set, a method, and how long and fast."""
+    """The configuration of one training run: base, data, method and hyperparameters."""
 
     base: Text = "demo"
-    """Base model: demo (embedded), demo-lm (a small LLaMA without training, for texts), a local
-    folder, or a name on the hub."""
+    """Base model: demo (built in), demo-lm (a small built-in LLaMA with random weights, for texts),
+    a local folder, or a name on the Hugging Face hub."""
     data: Annotated[tuple[Text, ...], Field(min_length=1), Distinct] = ("demo",)
-    """Data: demo (embedded), a folder with train/dev/test files, one TSV, CSV, JSONL, JSON, Parquet
-    or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, which is made (`lora data
-    tasks`). Of texts several: SOURCE or NAME=SOURCE each."""
+    """Training data: demo (built in), a folder with train, dev and test files, one TSV, CSV, JSONL,
+    JSON, Parquet or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, a generated
+    task (`lora data tasks` lists them). With --task text, several can be given, each as SOURCE or
+    NAME=SOURCE."""
     weights: dict[str, Rate] = dataclasses.field(default_factory=dict)
-    """Of several data sets, how much of each: NAME WEIGHT, times its size; 1 where not named."""
+    """Weights of several data sets, as NAME WEIGHT pairs: a data set's share of each epoch is
+    proportional to its size times its weight. Weights not given are 1."""
     temperature: Rate = 1.0
-    """Of several data sets: shares are raised to 1 / temperature. 1: by their sizes; more: nearer
-    to equal parts."""
+    """Evens out the shares of several data sets, which are raised to the power 1 / temperature. 1
+    leaves them as they are; larger values bring them closer to equal."""
     method: Text = "lora"
-    """What trains: a name that `lora methods` lists, or a class in a file of yours,
+    """Training method: a name that `lora methods` lists, or a class in your own file,
     path/to/mine.py:MyMethod."""
     adapter: Path | None = None
-    """Folder of an adapter, ours or PEFT's, that training goes on from. Its method and settings are
-    those of its file, and its base is the one that the file states, unless --base is given."""
+    """Folder of an adapter, ours or PEFT's, to continue training. Its files give the method, the
+    settings and, unless --base is given, the base."""
     resize_embeddings: bool = False
-    """Of --adapter: if its base had more tokens or fewer, give this base as many."""
+    """With --adapter: resize this base's embeddings if the adapter was trained on a base with a
+    different number of tokens."""
     add_tokens: Annotated[tuple[Text, ...], Distinct] = ()
-    """Tokens to add to the tokenizer and to the base's embeddings. Their rows train with the
-    adapter, and the tokenizer is saved beside it."""
+    """Tokens to add to the tokenizer and to the base's embeddings. Their embedding rows are trained
+    with the adapter, and the tokenizer is saved beside it."""
     text_column: Text | None = None
-    """Column of the text: a name, or a number from 0."""
+    """Column of the text: a name, or a number counted from 0. Default: found by its name."""
     pair_column: Text | None = None
-    """Column of the second text, for tasks on sentence pairs."""
+    """Column of the second text, for tasks on sentence pairs. Default: found by its name."""
     label_column: Text | None = None
-    """Column of the label."""
+    """Column of the label. Default: found by its name."""
     header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV file names its columns. auto: it is told from the rows
-    below, and asked for if they leave it open."""
+    """Whether the first row of a CSV or TSV file holds the column names. auto: decided by comparing
+    it with the rows below; if that does not decide it, an error asks for yes or no."""
     task: Task = "auto"
-    """auto: text where the data has prompts and answers or conversations, regression where the
-    labels are fractional numbers. text: a language model learns to write."""
+    """auto: text if the data has prompts and answers or conversations, regression if the labels are
+    fractional numbers, else classification. text: train a language model to write."""
     template: Text = "auto"
-    """How conversations become text: auto (the model's own, else plain), plain (User: ...
-    Assistant: ...), none (prompt and answer as they stand), or a Jinja file."""
+    """Template that turns conversations into text: auto (the model's chat template, else plain),
+    plain (User: ... Assistant: ...), none (prompt and answer unchanged), or a Jinja file."""
     loss_on: LossOn = "answers"
-    """What a text is learned from: the answers, or all of it."""
+    """Tokens that the loss is computed on: the answers only, or all tokens."""
     packing: bool = False
-    """Texts share rows of --max-length tokens, without seeing one another: no padding, the same
-    result."""
+    """Pack several texts into each row of --max-length tokens instead of padding them. Texts do not
+    attend to one another, so the result is the same."""
     skip_bad_lines: Number = 0
-    """Rows of the data that may be unusable: they are left out, counted and listed."""
+    """Number of unusable rows in the data to accept. They are skipped, counted and listed."""
     max_new_tokens: Whole = 256
-    """Tokens at most of an answer that is written on the held-out split."""
+    """Maximum tokens per answer generated on the held-out split."""
     answered: Number | None = None
-    """Prompts of each held-out data set that are answered and scored by what is written. Default:
-    all; 0: perplexity alone."""
+    """Number of prompts of each held-out data set for which answers are generated and scored. 0:
+    perplexity only. Default: all."""
     labels: Annotated[tuple[str, ...], Distinct] = ()
-    """The classes in order. Default: those of the training split, sorted."""
+    """The class names in order. Default: the labels of the training split, sorted."""
     epochs: Whole = 3
     """Passes over the training split."""
     batch_size: Whole = 16
-    """Examples per optimiser step, over all devices."""
+    """Examples per optimizer step, over all devices."""
     micro_batch_size: Whole | None = None
-    """Rows computed at a time on a device, of an example each or packed, whose gradients add up to
-    the step's. Less needs less memory and changes the result by rounding and the dropout's masks
-    only. Default: its share of batch_size."""
+    """Rows per forward and backward pass on one device (a row is an example, or several packed
+    ones); the gradients of a step are summed. Smaller values need less memory and change the result
+    only by rounding and dropout masks. Default: the device's share of --batch-size."""
     learning_rate: Rate | None = None
-    """Peak rate of AdamW. Default: the method's own (`lora methods` shows it)."""
+    """Peak learning rate of AdamW. Default: the method's (`lora methods` shows it)."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Decoupled weight decay of AdamW, on matrices only."""
+    """Decoupled weight decay of AdamW, applied to matrices only."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.06
-    """Share of the steps in which the rate rises to its peak."""
+    """Fraction of the steps during which the learning rate rises linearly to its peak."""
     schedule: Schedule = "linear"
-    """Of the rate after that: down to 0 along a line or half a cosine, or constant."""
+    """Learning rate after the warmup: linear or cosine decay to 0, or constant."""
     max_grad_norm: Rate = 1.0
-    """Norm that gradients are clipped to."""
+    """Gradients with a larger total norm are scaled down to this norm."""
     max_length: Whole | None = None
-    """Tokens per example at most; longer texts are cut. Batches are padded to their longest.
-    Default: 128; for language models 1,024, or what the model has."""
+    """Maximum tokens per example; longer texts are truncated. Batches are padded to their longest
+    example. Default: 128; with --task text 1,024; never more than the base's positions."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16: matrix products in it, and frozen matrices held in it; what trains, and the
-    optimiser, in float32. auto: bfloat16 where the processor multiplies in it, else float32."""
+    """bfloat16: compute matrix products in bfloat16 and store frozen matrices in it; trainable
+    parameters and optimizer state stay in float32. auto: bfloat16 if the hardware multiplies in it,
+    else float32."""
     quantize: Literal["none", "nf4"] = "none"
-    """nf4: hold the linear layers of the frozen base in four bits each (QLoRA)."""
+    """nf4: store the linear layers of the frozen base in 4 bits per weight (QLoRA)."""
     dense: tuple[Text, ...] = ()
-    """Layers that --quantize leaves as they are: names, or dotted endings of them. Heads,
-    embeddings and norms always stay."""
+    """Layers that --quantize skips: names, or dotted endings of names. Heads, embeddings and norms
+    are never quantized."""
     compile: bool = False
-    """torch.compile the model: minutes before the first step, which long runs win back."""
+    """Compile the model with torch.compile. The first step takes minutes longer, later steps are
+    faster: for long runs."""
     activation_checkpointing: bool = False
-    """Keep of each block its input alone, and compute the rest again for the backward pass: less
-    memory, a longer step."""
+    """Store only the input of each block and recompute its activations in the backward pass: less
+    memory, slower steps."""
     shard: bool = False
-    """Divide the frozen base among the ranks of --nproc or torchrun (FSDP2), each tensor as it is
-    read, for bases that one device does not hold."""
+    """Shard the frozen base over the processes of --nproc or torchrun (FSDP2) while it is read, for
+    bases that do not fit on one device."""
     offload: bool = False
-    """Shard, and hold the pieces in the CPU's memory: each block is fetched to the accelerator."""
+    """Shard the base, and keep the shards in CPU memory: each block is copied to the accelerator
+    when it is needed."""
     eval_steps: Whole | None = None
-    """Optimiser steps from one evaluation on dev to the next. Default: an epoch."""
+    """Optimizer steps between evaluations on the dev split. Default: one epoch."""
     save_steps: Whole | None = None
-    """Optimiser steps from one checkpoint to the next, besides those of the evaluations."""
+    """Optimizer steps between checkpoints, in addition to those saved at each evaluation. Default:
+    none in addition."""
     keep_last: Number = 1
-    """Newest checkpoints that stay; 0: one while the run is not complete."""
+    """Number of newest checkpoints to keep. 0: one while the run is in progress, none once it is
+    complete."""
     keep_best: Number = 1
-    """Best checkpoints on dev that stay, by the task's first metric and then by the loss."""
+    """Number of best checkpoints to keep, ranked on dev by the task's first metric, then by the
+    loss."""
     early_stopping: Whole | None = None
-    """Evaluations in a row without a better one after which training ends."""
+    """Stop training after this many evaluations in a row without a new best. Default: never."""
     final: Final = "last"
-    """Which adapter is scored on the held-out split and handed on."""
+    """Which checkpoint to evaluate on the held-out split (test, or dev if there is no test) and
+    save as the result."""
     baseline: bool = False
-    """Score the held-out split with the adapter off, too."""
+    """Also score the held-out split with the adapter disabled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Covers the new head, the adapter's start, dropout and the order of the data."""
+    """Random seed of the new head, the adapter's initialization, dropout and the order of the
+    data."""
     limit: Whole | None = None
-    """Use only the first N rows of every split."""
+    """Use only the first N rows of every split. Default: all."""
     note: str = ""
-    """A remark for the run's summary."""
+    """Free text for the run's summary."""
     trackers: tuple[Text, ...] = ()
-    """Show the metrics in tensorboard, wandb, mlflow or trackio too."""
+    """Also log the metrics to tensorboard, wandb, mlflow or trackio."""
     run_dir: Path | None = None
-    """Where the run is recorded. Default: runs/TIME-METHOD."""
+    """Folder for everything that the run writes. Default: runs/TIME-METHOD."""
     settings: C
-    """The method's own settings."""
+    """Settings of the method."""
 
     def __post_init__(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "settings"}
@@ -201,12 +212,13 @@ class RunConfig(Generic[C]):
         except ValidationError as problem:
             error = problem.errors(include_url=False)[0]
             field, *inner = map(str, error["loc"])
-            within = "".join(f"[{key}]" for key in inner)
-            found = f"found {documents.shown(error['input'])}."
-            raise SettingError(field, f"{within} {wanted(error)}, {found}".lstrip()) from None
+            keys = "".join(f"[{key}]" for key in inner)
+            value = documents.shown(error["input"])
+            message = f"{keys} {wanted(error)}, found {value}."
+            raise SettingError(field, message.lstrip()) from None
         object.__setattr__(self, "method", recordable(self.method))
         if len(self.labels) == 1:
-            raise SettingError("labels", f"must be two at least, found {self.labels!r}.")
+            raise SettingError("labels", f"must be at least two, found {self.labels!r}.")
         if self.dense and self.quantize == "none":
             raise ConfigError("--dense needs a quantized base. Set --quantize nf4, or remove it.")
         if self.compile and (self.shard or self.offload):
@@ -222,50 +234,52 @@ class RunConfig(Generic[C]):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags(RunConfig[C]):
-    """The flags of lora train. Those that are no setting of a run are taken before the others are
-    read; here they have their place in --help."""
+    """The flags of lora train: a run's configuration, and the flags that are read before it. The
+    latter are fields here only so that --help lists them."""
 
     config: Path | None = None
-    """A TOML file of flags, by their names with _ for -. What the command line says wins."""
+    """TOML file of flags, with _ for - in their names. Flags on the command line override it."""
     resume: Path | None = None
-    """Resume a run that was interrupted, with its own settings. Only --base and --method go with
-    it, to say where those files are now, and --nproc."""
+    """Run directory of an interrupted run to resume, with the settings it was started with. Only
+    --nproc and, if the base or the method's file has moved, --base and --method can be combined
+    with it."""
     nproc: int | None = None
-    """Train on so many processes of this machine; torchrun -m lora train on those of several."""
+    """Number of processes to train with on this machine. For several machines, use torchrun -m lora
+    train."""
 
 
 @functools.cache
 def _schema() -> type[BaseModel]:
-    """What pydantic holds the fields to, as they are annotated."""
+    """Returns the pydantic model that validates RunConfig's fields by their annotations."""
     hints = get_type_hints(RunConfig, include_extras=True)
     kinds: dict[str, Any] = {name: (kind, ...) for name, kind in hints.items()}
-    del kinds["settings"]  # its own class sees to it
+    del kinds["settings"]  # its class validates itself
     return create_model("RunFields", **kinds)
 
 
 def config_of_method(name: Any) -> type[MethodConfig]:
-    """The Config of the method that --method means. Raises ConfigError if one of its fields is
-    called as a flag that every run has."""
+    """Returns the Config of the method that --method names. Raises ConfigError if one of its fields
+    has the name of a flag that every run has."""
     kind = method_named(name).Config
     if both := {*declared(kind)} & ({*declared(TrainFlags)} - {"settings"}):
         raise ConfigError(
-            f"{kind.__name__} has a field {min(both)}, which is a flag of every run. Rename the"
-            " field."
+            f"{kind.__name__} has a field {min(both)}, but every run has a flag of that name."
+            " Rename the field."
         )
     return kind
 
 
 def field_names() -> set[str]:
-    """The names of all fields that are flags of a run, of any method."""
+    """Returns the names of all fields that are flags of a run, with any method."""
     kinds: list[Any] = [RunConfig, *(method.Config for method in METHODS.values())]
     names = {field.name for kind in kinds if is_dataclass(kind) for field in fields(kind)}
     return names - {"settings"}
 
 
 def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[Any]:
-    """The configuration that a command line, with `--config FILE` in it, asks for.
+    """Returns the configuration of a command line, which may contain `--config FILE`.
 
-    Raises ConfigError if a flag or a file is refused.
+    Raises ConfigError if a flag or the file is invalid.
     """
     path, rest = split_config(arguments)
     table = read_toml(path) if path else {}
@@ -277,7 +291,7 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
             method_named(method)
     method = value_of(rest, "--method") or method
     if method is not None:
-        method_named(method)  # first: an adapter's file may be of a method in a file of the user's
+        method_named(method)  # before the adapter's file is read: it may need the user's class
     filed = None
     if isinstance(table.get("adapter"), str):
         method, filed, table = _with_adapter(table, method)
@@ -293,15 +307,15 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
 def _with_adapter(
     table: dict[str, Any], method: str | None
 ) -> tuple[str, MethodConfig, dict[str, Any]]:
-    """The method of the adapter that training starts from, its settings, and the table with both
-    and with its base. What the table states itself stays. Raises ConfigError."""
+    """Returns the method of the adapter to continue training, its settings, and the table with
+    both and with its base added. Keys that the table has stay. Raises ConfigError."""
     folder = str(table["adapter"])
     adapter_method, filed = method_and_config(folder)
     filed = _plain_name_is_a_name(filed)
     if method is not None and method_named(method) is not adapter_method:
         raise ConfigError(
-            f"--method {method}: the adapter in {folder} is of {adapter_method.name}. Leave"
-            " --method out."
+            f"--method {method}: the adapter in {folder} was trained with"
+            f" {adapter_method.name}. Remove --method."
         )
     base = base_in(settings_in(find_folder(folder)))
     settings = {field.name: getattr(filed, field.name) for field in fields(filed)}
@@ -310,19 +324,19 @@ def _with_adapter(
 
 
 def _check_as_filed(config: RunConfig[Any], filed: MethodConfig) -> None:
-    """Raise ConfigError if a flag asks for another setting than the adapter's file states."""
+    """Raise ConfigError if a flag differs from the setting in the adapter's file."""
     for field in fields(filed):
-        asked, stated = getattr(config.settings, field.name), getattr(filed, field.name)
-        if asked != stated:
+        value, filed_value = getattr(config.settings, field.name), getattr(filed, field.name)
+        if value != filed_value:
             raise ConfigError(
-                f"{as_flag(field.name)} {asked}: the adapter in {config.adapter} has {stated}."
-                " Remove it."
+                f"{as_flag(field.name)} {value}: the adapter in {config.adapter} was trained with"
+                f" {filed_value}. Remove the flag."
             )
 
 
 def _with_flags(start: RunConfig[Any], arguments: Sequence[str], prog: str) -> RunConfig[Any]:
-    """The configuration with what the command line's flags change in it."""
-    # For a dict that is not empty tyro makes a flag per key instead of one flag.
+    """Returns the configuration with the command line's flags applied."""
+    # For a dict that is not empty, tyro makes a flag per key instead of one flag.
     filled = {
         field.name: value
         for field in fields(start.settings)
@@ -349,40 +363,41 @@ def _with_flags(start: RunConfig[Any], arguments: Sequence[str], prog: str) -> R
 
 
 def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
-    """tyro.cli, a ConfigError of ours raised as it is; a list's flag may be given several times.
+    """Parses arguments with tyro.cli. A list's flag may be given several times.
 
-    What tyro itself refuses it reports on stderr, and leaves by SystemExit 2; --help by 0.
+    Raises ConfigError for an unknown flag or an invalid value. tyro reports other errors on stderr
+    and raises SystemExit(2); for --help it raises SystemExit(0).
     """
     kinds = [get_origin(kind) or kind, *get_args(kind)]
-    known = {name: its for one in kinds for name, its in declared(one).items()}
+    known = {name: its for part in kinds for name, its in declared(part).items()}
     known.pop("settings", None)
     if not more.get("return_unknown_args"):
         _check_flags(arguments, known, prog)
     several = {name for name, its in known.items() if is_list(its) or get_origin(its) is dict}
-    given = _joined(arguments, several)
+    joined = _joined(arguments, several)
     report = io.StringIO()
     try:
         with redirect_stderr(report):
-            return tyro.cli(kind, args=given, prog=prog, **more)
+            return tyro.cli(kind, args=joined, prog=prog, **more)
     except SystemExit as stop:
-        # tyro reports a ValueError of a field's value, ours among them, in a box of its own.
-        behind: BaseException | None = stop
-        while behind is not None and not isinstance(behind, ConfigError):
-            behind = behind.__cause__ or behind.__context__
-        if behind is not None:
-            raise behind from None
+        # tyro turns every ValueError into a box on stderr. A ConfigError is one: raise it instead.
+        cause: BaseException | None = stop
+        while cause is not None and not isinstance(cause, ConfigError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            raise cause from None
         sys.stderr.write(report.getvalue())
         raise
 
 
 def _flag(argument: str) -> str | None:
-    """The field that an argument is the flag of, None if it is a value."""
-    found = re.match(r"--?([A-Za-z][^=]*)", argument)
-    return found[1].replace("-", "_") if found else None
+    """Returns the field that a flag sets, None if the argument is a value."""
+    match = re.match(r"--?([A-Za-z][^=]*)", argument)
+    return match[1].replace("-", "_") if match else None
 
 
 def _check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) -> None:
-    """Raise ConfigError at a flag that the verb does not have."""
+    """Raise ConfigError for a flag that the verb does not have."""
     for argument in arguments:
         name = _flag(argument)
         if name is None or argument in ("-h", "--help") or (name in known and argument[1] == "-"):
@@ -390,18 +405,18 @@ def _check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) 
         if name.startswith("no_") and known.get(name[3:]) is bool and argument[1] == "-":
             continue
         flag, names = argument.partition("=")[0], {*known, *BEFORE.get(prog, ())}
-        having = [m for m, method in METHODS.items() if name in declared(method.Config)]
-        if having and "method" in known:
-            said = f"It is of --method {', '.join(having)}. Pass one of them, or remove it."
+        methods = [m for m, method in METHODS.items() if name in declared(method.Config)]
+        if methods and "method" in known:
+            advice = f"It is a setting of --method {' or '.join(methods)}. Set that, or remove it."
         elif name in known:
-            said = f"Did you mean {as_flag(name)}?"
+            advice = f"Did you mean {as_flag(name)}?"
         else:
-            said = hint(name.lower(), names, as_flag)
-        raise ConfigError(f"{flag} is no flag of {prog}. {said} See {prog} --help.")
+            advice = hint(name.lower(), names, as_flag)
+        raise ConfigError(f"{prog} has no flag {flag}. {advice} See {prog} --help.")
 
 
 def _joined(arguments: Sequence[str], several: Collection[str]) -> list[str]:
-    """The arguments, the flag of a list that is given several times given once, with all values."""
+    """Returns the arguments, with repeated flags of a list joined into one with all values."""
     counts = Counter(filter(None, map(_flag, arguments)))
     values: dict[str, list[str]] = {n: [] for n in several if counts[n] > 1}
     rest: list[str] = []
@@ -414,12 +429,13 @@ def _joined(arguments: Sequence[str], several: Collection[str]) -> list[str]:
             into.append(argument)
         elif "=" in argument:
             into.append(argument.partition("=")[2])
-    return [*rest, *(one for name, found in values.items() for one in (as_flag(name), *found))]
+    flags = [argument for name in values for argument in (as_flag(name), *values[name])]
+    return [*rest, *flags]
 
 
 @contextmanager
 def stated_in(path: Path | None) -> Iterator[None]:
-    """Within, what is wrong with a configuration is said of the file that states it."""
+    """Inside, a ConfigError names the file that the configuration comes from."""
     try:
         yield
     except ConfigError as error:
@@ -427,7 +443,7 @@ def stated_in(path: Path | None) -> Iterator[None]:
 
 
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
-    """The configuration that a TOML table states for a method. Raises ConfigError."""
+    """Returns the configuration of a TOML table for a method. Raises ConfigError."""
     kind = config_of_method(method)
     tables = table.get("methods", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
@@ -437,18 +453,19 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     tables = {label(name): its for name, its in tables.items()}
     if strange := set(tables) - set(method_names()):
         raise ConfigError(
-            f"[methods.{min(strange)}] is of no method. Found: {', '.join(method_names())}."
+            f"[methods.{min(strange)}]: no method has that name. Methods:"
+            f" {', '.join(method_names())}."
         )
     values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
     values = settings_brought(method) | values
     values |= tables.get(label(method), {}) | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    own = {field.name for field in fields(kind)}
+    of_method = {field.name for field in fields(kind)}
     shared = {field.name for field in fields(RunConfig)} - {"settings"}
-    unknown = [key for key in values if key not in own | shared]
+    unknown = [key for key in values if key not in of_method | shared]
     if unknown:
-        said = hint(unknown[0], own | shared, str)
-        raise ConfigError(f"{unknown[0]} is no key of a {method} run. {said}")
+        advice = hint(unknown[0], of_method | shared, str)
+        raise ConfigError(f"a {method} run has no key {unknown[0]}. {advice}")
     for name in ("text_column", "pair_column", "label_column"):
         if type(values.get(name)) is int:
             values[name] = str(values[name])
@@ -457,13 +474,13 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     for name in ("run_dir", "adapter"):
         if isinstance(values.get(name), str):
             values[name] = Path(values[name])
-    settings = kind(**{k: v for k, v in values.items() if k in own})
+    settings = kind(**{k: v for k, v in values.items() if k in of_method})
     shared_values = {k: v for k, v in values.items() if k in shared}
     return RunConfig(settings=_plain_name_is_a_name(settings), **shared_values)
 
 
 def named(source: str) -> tuple[str, str]:
-    """The name and the place of one of --data: NAME=PLACE, or the place's last part."""
+    """Returns name and path of one --data entry: NAME=PATH, or the path's last part as the name."""
     name, sign, place = source.partition("=")
     if sign and place and re.fullmatch(r"[\w.-]+", name) and not os.path.exists(source):
         return name, place
@@ -471,7 +488,7 @@ def named(source: str) -> tuple[str, str]:
 
 
 def placed(source: str) -> str:
-    """The same with a file or folder by its whole path, so that it is found from anywhere."""
+    """Returns the --data entry with an absolute path if it is a file or folder."""
     _, place = named(source)
     if place in BUILT_IN or not os.path.exists(place):
         return source
@@ -479,21 +496,22 @@ def placed(source: str) -> str:
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The file after --config, None without one, and the other arguments."""
-    found, rest = take(arguments, "--config", "FILE.toml")
-    return (None if found is None else Path(found)), rest
+    """Returns the path after --config, or None, and the other arguments."""
+    path, rest = take(arguments, "--config", "FILE.toml")
+    return (None if path is None else Path(path)), rest
 
 
 def take(arguments: Sequence[str], flag: str, what: str) -> tuple[str | None, list[str]]:
-    """What follows a flag, None without it, and the other arguments."""
+    """Returns the value after a flag, or None, and the other arguments. Raises ConfigError if the
+    value is missing; `what` describes it."""
     rest = list(arguments)
     for index, argument in enumerate(rest):
         if argument == flag or argument.startswith(f"{flag}="):
             width = 1 if "=" in argument else 2
-            found = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
-            if not found or found.startswith("--"):
-                raise ConfigError(f"{flag} names nothing. Pass {flag} {what}.")
-            return found, rest[:index] + rest[index + width :]
+            value = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
+            if not value or value.startswith("--"):
+                raise ConfigError(f"{flag} has no value. Pass {flag} {what}.")
+            return value, rest[:index] + rest[index + width :]
     return None, rest
 
 
@@ -508,7 +526,8 @@ def value_of(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def _plain_name_is_a_name(settings: MethodConfig) -> MethodConfig:
-    """One plain word after --target-modules is a name; a string in the config is a pattern."""
+    """Turns a single plain word after --target-modules into a list of one name: a string in the
+    config would mean a regular expression."""
     plain = {
         name: (value,)
         for name, kind in declared(type(settings)).items()
@@ -526,11 +545,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
-        raise ConfigError(f"{path} cannot be read: {error}. Mend it, or pass another.") from None
+        raise ConfigError(f"{path} is not valid TOML: {error}. Fix it, or pass another.") from None
 
 
 def to_table(config: RunConfig[Any]) -> dict[str, Any]:
-    """The configuration as a TOML table that reads back to the same; None is left out."""
+    """Returns the configuration as a TOML table, from which from_table restores it. Omits None."""
     table: dict[str, Any] = {}
     for source in (config, config.settings):
         for field in fields(source):

@@ -1,7 +1,7 @@
-"""What each verb takes: one frozen dataclass per verb, every field a flag.
+"""The flags of each verb: one frozen dataclass per verb, one field per flag.
 
-The flags of lora train are those of config.RunConfig, of lora compare compare.CompareConfig, and of
-lora export and lora convert they stand beside what they do, in lora/interop.
+Elsewhere: lora train in config.RunConfig, lora compare in compare.CompareConfig, lora export and
+lora convert in lora/interop.
 """
 
 from __future__ import annotations
@@ -13,183 +13,198 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """What a run would match, train, take and need. Every other flag is one of `lora train`."""
+    """Dry run: which layers a method matches, how many parameters it trains, and the steps and
+    memory that the run needs. All other flags are those of `lora train`."""
 
     nproc: int = 1
-    """Devices to plan for, besides one: each with the whole base, and with its share of it."""
+    """Number of devices to plan for. If more than one, memory is also estimated for that many, with
+    the base copied to each and with the base sharded."""
     json: bool = False
-    """JSON, in bytes, on standard output."""
+    """Print JSON instead of a table; sizes in bytes."""
     config: Path | None = None
-    """A TOML file of flags, as in lora train."""
+    """TOML file of flags, as in lora train."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Score a run on a split of its data, or of other data; or score a file of predictions."""
+    """Score a trained model on a split of its own data or on other data, or score a file of
+    predictions."""
 
     run: Path | None = None
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say: a folder, or a name
-    on the hub."""
+    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
+    Hugging Face hub."""
     method: str | None = None
-    """path/to/mine.py:MyMethod, if the adapter is of a method of yours. Of a run only if that file
-    has moved or has changed since."""
+    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
+    is needed only if that file has moved or changed."""
     resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
+    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
+    with a different number of tokens."""
     data: str | None = None
-    """Other data than the run's own."""
+    """Data to score on, as in lora train. Default: the run's data."""
     split: Literal["test", "dev", "train"] | None = None
-    """Default: test, or dev where there is none."""
+    """Split to score on. Default: test, or dev if there is no test."""
     predictions: Path | None = None
-    """JSON lines with `prediction` and `label` or `references`; needs no model."""
+    """JSONL file to score, with `prediction` and `label` or `references` in each row. No model is
+    loaded."""
     harness: tuple[str, ...] = ()
-    """Tasks of the LM Evaluation Harness instead, by their names or YAML files."""
+    """Score on these tasks of the LM Evaluation Harness instead: task names or YAML files."""
     limit: int | None = None
-    """Of --harness: documents of each task at most."""
+    """With --harness: maximum documents per task. Default: all."""
     task: Literal["classification", "regression", "text"] | None = None
-    """What --predictions are; text is scored by exact match, BLEU and ROUGE. Default: the task of
-    the run beside the file, or classification."""
+    """With --predictions: their task. text is scored by exact match, BLEU and ROUGE. Default: the
+    task of the run in the file's folder, or classification."""
     text_column: str | None = None
-    """Column of the text in --data. Default, here and below: the run's own."""
+    """Column of the text in --data: a name, or a number counted from 0. Default: the run's."""
     pair_column: str | None = None
-    """Column of the second text."""
+    """Column of the second text in --data. Default: the run's."""
     label_column: str | None = None
-    """Column of the label."""
+    """Column of the label in --data. Default: the run's."""
     header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV in --data names its columns."""
+    """Whether the first row of a CSV or TSV file in --data holds the column names."""
     skip_bad_lines: int = 0
-    """Rows of --data that may be unusable: they are left out and listed."""
+    """Number of unusable rows in --data to accept. They are skipped and listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Label texts with a run's model; JSON lines on standard output, or in --output."""
+    """Label texts with a trained model. Prints JSON lines, or writes them to --output."""
 
     run: Path
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say."""
+    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
+    Hugging Face hub."""
     method: str | None = None
-    """path/to/mine.py:MyMethod, if the adapter is of a method of yours. Of a run only if that file
-    has moved or has changed since."""
+    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
+    is needed only if that file has moved or changed."""
     resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
+    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
+    with a different number of tokens."""
     text: tuple[str, ...] = ()
     """Texts to label."""
     pair: tuple[str, ...] = ()
-    """Their second texts, for tasks on sentence pairs."""
+    """Second texts, one for each --text, for tasks on sentence pairs."""
     data: str | None = None
-    """A file of texts, labelled or not: TSV, CSV, JSONL, JSON, Parquet or TXT."""
+    """File of texts to label: TSV, CSV, JSONL, JSON, Parquet or TXT. Labels are optional."""
     output: Path | None = None
-    """Where the predictions go."""
+    """JSONL file to write. Default: standard output."""
     text_column: str | None = None
-    """Column of the text in --data. Default, here and below: the run's own."""
+    """Column of the text in --data: a name, or a number counted from 0. Default: the run's."""
     pair_column: str | None = None
-    """Column of the second text."""
+    """Column of the second text in --data. Default: the run's."""
     label_column: str | None = None
-    """Column of the label, which is passed on beside the prediction."""
+    """Column of the label in --data, which is copied to the output beside the prediction. Default:
+    the run's."""
     header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV in --data names its columns."""
+    """Whether the first row of a CSV or TSV file in --data holds the column names."""
     skip_bad_lines: int = 0
-    """Rows of --data that may be unusable: they are left out and listed."""
+    """Number of unusable rows in --data to accept. They are skipped and listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Let a run's model write. One --prompt is answered as text, as it is written; several, or
-    those of --data, as JSON lines; without either it is a talk in the terminal."""
+    """Generate text with a trained model. One --prompt prints the answer as it is generated;
+    several, or --data, print JSON lines; neither starts a chat in the terminal."""
 
     run: Path
-    """A run directory, of --task text, or the folder of such an adapter, ours or PEFT's."""
+    """A run directory of --task text, or the folder of an adapter for a language model, ours or
+    PEFT's."""
     base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say."""
+    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
+    Hugging Face hub."""
     method: str | None = None
-    """path/to/mine.py:MyMethod, if the adapter is of a method of yours. Of a run only if that file
-    has moved or has changed since."""
+    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
+    is needed only if that file has moved or changed."""
     resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
+    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
+    with a different number of tokens."""
     prompt: tuple[str, ...] = ()
-    """What to answer."""
+    """Prompts to answer."""
     data: str | None = None
-    """A file of prompts, in any of the formats that training takes, answered there or not."""
+    """File of prompts, in any format that training reads. Answers are optional."""
     system: str | None = None
-    """What the system says first, where the template has room for it."""
+    """System prompt, if the template supports one. Default: none."""
     output: Path | None = None
-    """Where the JSON lines go."""
+    """JSONL file to write. Default: standard output."""
     skip_bad_lines: int = 0
-    """Rows of --data that may be unusable: they are left out and listed."""
+    """Number of unusable rows in --data to accept. They are skipped and listed."""
     adapter: Literal["on", "off", "both"] = "on"
-    """off: the base alone; both: one beside the other."""
+    """on: use the adapter. off: use the base alone. both: generate with each and show them side by
+    side."""
     max_new_tokens: int | None = None
-    """Tokens at most. Default: the run's own."""
+    """Maximum tokens per answer. Default: the run's."""
     temperature: float = 0.0
-    """0: the most probable token at each step; above: drawn, the more evenly the higher."""
+    """0: greedy decoding. Above 0: sample from the softmax of logits / temperature."""
     top_k: int | None = None
-    """Draw among so many of the most probable tokens alone."""
+    """Sample from the k most probable tokens only. Default: all."""
     top_p: float | None = None
-    """Draw among the fewest most probable tokens whose probabilities add up to this."""
+    """Sample from the fewest most probable tokens whose probabilities add up to at least this.
+    Default: all."""
     seed: int = 0
-    """Of what is drawn."""
+    """Random seed of the sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Print examples token by token as a run would learn them: what is masked is dimmed. Of data
-    with labels print which columns are taken, the rows of each class, and examples. Every other
-    flag is one of `lora train`."""
+    """Print examples token by token as a run would train on them; tokens outside the loss are
+    dimmed. For data with labels, print the chosen columns, the rows per class, and examples. All
+    other flags are those of `lora train`."""
 
     count: int = 3
-    """Examples of each data set."""
+    """Number of examples to print from each data set."""
     split: Literal["train", "dev", "test"] = "train"
-    """Where they are from."""
+    """Split to print from."""
     config: Path | None = None
-    """A TOML file of flags, as in lora train."""
+    """TOML file of flags, as in lora train."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
-    """Write a run's model as a plain one: W' in W's place, a folder that from_pretrained reads."""
+    """Merge an adapter into its base and save a plain model, which from_pretrained loads."""
 
     run: Path
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     base: str | None = None
-    """Where its base is, if not where it was or if the adapter does not say."""
+    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
+    Hugging Face hub."""
     method: str | None = None
-    """path/to/mine.py:MyMethod, if the adapter is of a method of yours. Of a run only if that file
-    has moved or has changed since."""
+    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
+    is needed only if that file has moved or changed."""
     resize_embeddings: bool = False
-    """Of an adapter's folder: if its base had more tokens or fewer, give this base as many."""
+    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
+    with a different number of tokens."""
     output: Path
-    """The folder to make."""
+    """Folder to write. It must not exist."""
     dequantize: bool = False
-    """Merge into the dequantised base, of a run on a base in four bits: not the one that was
-    quantised."""
+    """If the base is quantized: merge into the dequantized weights. They differ from the base's
+    original weights by the quantization error."""
     untie: bool = False
-    """Give a layer whose weight is tied to another's one of its own, where it is merged into."""
+    """If a merged layer shares its weight with another layer, give it a copy of its own first."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    """What the weights are written in: what the base's files hold, or another. They are merged in
+    """dtype of the saved weights. base: the dtype of the base's files. Weights are merged in
     float32 and rounded once."""
     tolerance: float | None = None
-    """How far the merge may move an output on the run's first texts. Default: a multiple of what
-    rounding moves it by, measured on the model."""
+    """Maximum change of an output on the run's first texts that the merge may cause. Default: a
+    multiple of the rounding error measured on the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw loss and score over the epochs from the metrics that runs recorded."""
+    """Draw loss and score over the epochs, from the metrics that runs recorded."""
 
     runs: tuple[Path, ...]
-    """Run directories."""
+    """Run directories to draw."""
     output: Path | None = None
-    """Folder of the pictures. Default: the first run's."""
+    """Folder for the pictures. Default: the first run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Check a method: that values and gradients are those of its equation, that it can be saved,
-    loaded, merged and restored, that seeds, dtypes and devices work. Prints a table of what passed
-    and what failed. Exit code: 0 if all passed, else 2."""
+    """Check a method: its values and gradients match its equation, it can be saved, loaded, merged
+    and restored, and it respects seeds, dtypes and devices. Prints a table of the checks. Exit
+    code: 0 if all passed, else 2."""
 
     method: str
-    """path/to/mine.py:MyMethod, or the name of a method that `lora methods` lists."""
+    """path/to/mine.py:MyMethod, or a name that `lora methods` lists."""

@@ -58,20 +58,22 @@ MERGE = "Merge it into the base instead: lora merge RUN --output FOLDER."
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Hand an adapter on: write it for llama.cpp, or say how vLLM serves it."""
+    """Prepare an adapter for another program: write GGUF for llama.cpp, or check it and print the
+    vLLM command."""
 
     adapter: Path
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     format: Literal["gguf", "vllm"] = "gguf"
-    """vllm reads the folder as it is: it is checked, and a run's template and the token that ends
-    its turns are written there, if they are not the base's."""
+    """gguf: write a GGUF file. vllm: check the adapter's folder and print the command that serves
+    it; if a run's template or end-of-turn token differs from the base's, they are written into the
+    folder."""
     base: str | None = None
-    """The base model: a folder with config.json, or a name on the hub. Default: the one that the
-    adapter names."""
+    """Base model: a folder with config.json, or a name on the Hugging Face hub. Default: the one
+    that the adapter names."""
     output: Path | None = None
-    """The GGUF file to make. Default: adapter.gguf in the folder."""
+    """GGUF file to write. Default: adapter.gguf in the adapter's folder."""
     dtype: Dtype = "f16"
-    """Of the GGUF's tensors."""
+    """dtype of the tensors in the GGUF file."""
 
 
 @dataclass(frozen=True)

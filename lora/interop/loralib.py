@@ -46,22 +46,23 @@ WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """Turn a checkpoint of Microsoft's loralib into an adapter that PEFT, and lora.load, read."""
+    """Convert a checkpoint of Microsoft's loralib into an adapter that PEFT and lora.load read."""
 
     checkpoint: Path
-    """What torch.save(loralib.lora_state_dict(model), FILE) wrote, alone or under one key."""
+    """File written by torch.save(loralib.lora_state_dict(model), FILE). The dict may also be nested
+    under a single key."""
     lora_alpha: float
-    """lora_alpha of the training: the file does not hold it."""
+    """lora_alpha used in training. The checkpoint does not contain it."""
     output: Path | None = None
-    """Folder of the adapter. Default: the checkpoint's name without its ending."""
+    """Folder for the adapter. Default: the checkpoint's path without its extension."""
     embeddings: tuple[str, ...] = ()
-    """Layers that are loralib.Embedding: names or their dotted endings."""
+    """Layers that are loralib.Embedding: names, or dotted endings of names."""
     merged: tuple[str, ...] = ()
     """Layers that are loralib.MergedLinear, with their enable_lora, such as c_attn=1,0,1."""
     prefix: str | None = None
-    """What to take off the front of every key: "module." of DataParallel."""
+    """Prefix to remove from every key, such as "module." from DataParallel."""
     fan_in_fan_out: bool = False
-    """The layers store (in, out), as GPT-2's do."""
+    """The layers store their weights as (in, out), as in GPT-2."""
     dry_run: bool = False
     """Print what would be written, and stop."""
 

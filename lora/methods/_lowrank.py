@@ -51,29 +51,31 @@ class LowRankConfig(AdapterConfig):
     unsaved: ClassVar[frozenset[str]] = frozenset({"use_lorafa", "loraplus_lr_ratio"})
 
     r: int = 8
-    """Rank of the update, at least 1."""
+    """Rank of the update."""
     lora_alpha: float = 8.0
     """Numerator of the scaling lora_alpha / r."""
     lora_dropout: float = 0.0
-    """Probability of dropping an element of the adapter's input in training, 0 <= p < 1."""
+    """Dropout probability of the adapter's input, 0 <= p < 1."""
     use_rslora: bool = False
-    """Scale by lora_alpha / √r, which keeps large ranks learning (arXiv:2312.03732)."""
+    """Scale by lora_alpha / √r instead of lora_alpha / r, which helps at large ranks
+    (arXiv:2312.03732)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of single layers: a name, its dotted ending or a pattern of either, then the rank."""
+    """Ranks of individual layers, as LAYER RANK pairs. LAYER is a name, its dotted ending, or a
+    regular expression that matches either."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """lora_alpha of single layers, likewise."""
+    """lora_alpha of individual layers, as LAYER ALPHA pairs, like --rank-pattern."""
     init_lora_weights: str = "default"
-    """Where training starts: default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga; on a
-    base in four bits also loftq or loftq_N."""
+    """Initialization of A and B: default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga; on
+    a base in 4 bits also loftq or loftq_N."""
     bias: Bias = "none"
-    """Biases of the base that train too: none, those of adapted layers (lora_only), or all."""
+    """Biases of the base to train: none, lora_only (those of adapted layers), or all."""
     use_lorafa: bool = False
-    """LoRA-FA: A stays as it starts and B alone trains (arXiv:2308.03303)."""
+    """LoRA-FA: freeze A and train only B (arXiv:2308.03303)."""
     loraplus_lr_ratio: float = 1.0
-    """LoRA+: B trains at this multiple of the learning rate (arXiv:2402.12354; there 16)."""
+    """LoRA+: train B at this multiple of the learning rate (arXiv:2402.12354, which uses 16)."""
     trainable_token_indices: tuple[int, ...] | dict[str, list[int]] = ()
-    """Tokens whose embeddings train as a whole: ids of the input embedding; from Python also
-    {layer: ids}. What the model's config ties to the embedding follows."""
+    """Ids of tokens whose embedding rows to train in full; from Python also {layer: ids}. Layers
+    that the model ties to the embedding are included."""
 
     def __post_init__(self) -> None:
         init: Any = self.init_lora_weights

@@ -20,9 +20,9 @@ class HiRAConfig(AdapterConfig):
 
     training_only: ClassVar[frozenset[str]] = frozenset({"hira_dropout"})
     r: int = 32
-    """Rank of the product, at least 1."""
+    """Rank of the product B A."""
     hira_dropout: float = 0.0
-    """Probability of dropping an element of the update's input in training, 0 <= p < 1."""
+    """Dropout probability of the update's input, 0 <= p < 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

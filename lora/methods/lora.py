@@ -20,7 +20,7 @@ class LoRAConfig(LowRankConfig):
     """Settings of LoRA. The update is scaled by lora_alpha / r."""
 
     lora_bias: bool = False
-    """Give B a bias, which the update adds, scaled, to the layer's own."""
+    """Give B a trainable bias. It is scaled like the update and added to the layer's output."""
 
 
 class LoRA(LowRank):

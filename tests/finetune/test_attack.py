@@ -351,7 +351,7 @@ room.Record.step = step
     ("what", "codes", "words", "left"),
     [
         ("an evaluation in which a rank is killed", [2, -9],
-         ["waited for another rank", "Go on with lora train --resume"], [3]),
+         ["waited for another rank", "Resume with lora train --resume"], [3]),
         ("an adapter without a gradient", [2, 2], ["have no gradient"], []),
         ("a signal to both", [143, 143], ["finishing the step", "after step 3 of 9"], [3]),
     ],

@@ -530,7 +530,7 @@ def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert lora("methods") == 0
     assert "BA" in capsys.readouterr().out.replace(" ", "")
     assert lora("trian") == 2
-    assert "no verb 'trian'" in capsys.readouterr().err
+    assert "there is no verb 'trian'" in capsys.readouterr().err
     assert lora() == 2
 
 
@@ -581,8 +581,8 @@ def test_a_broken_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = tmp_path / "c.toml"
     for content, words in {
         "r = ": "cannot be read",
-        "learning_rat = 1": "learning_rat is no key of a lora run. Did you mean learning_rate?",
-        "[optimizer]\nlr = 1": "optimizer is no key of a lora run",
+        "learning_rat = 1": "a lora run has no key learning_rat. Did you mean learning_rate?",
+        "[optimizer]\nlr = 1": "a lora run has no key optimizer",
         'r = "four"': "r must be a whole number",
         "epochs = 1.5": "epochs must be",
         "note = true": "note must be a text",
@@ -910,12 +910,12 @@ def test_pairs_and_single_texts_are_not_taken_for_each_other(
         assert "was trained on single texts, found pairs" in capsys.readouterr().err
 
 
-def test_flags_that_would_say_nothing_are_refused(
+def test_flags_without_effect_are_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     predictions = trained / "predictions.jsonl"
     for arguments, words in {
-        ("eval", predictions): f"is a file. Run lora eval --predictions {predictions}",
+        ("eval", predictions): f"To score it, run lora eval --predictions {predictions}",
         ("eval", trained, "--task", "text"): "--task has no effect with --run",
         (
             "eval",
@@ -924,13 +924,13 @@ def test_flags_that_would_say_nothing_are_refused(
             "x",
         ): "--text-column has no effect with --run without --data",
         ("eval", "--predictions", predictions, "--split", "dev"): "--split has no effect with",
-        ("eval", trained, "--harness", "arc_easy", "--text-column", "x"): "--harness, which brings",
+        ("eval", trained, "--harness", "arc_easy", "--text-column", "x"): "--harness, whose tasks",
         ("eval", "--predictions", predictions, "--harness", "arc_easy"): "--predictions has no",
         ("compare", "--seed", "1"): "--seed is of one run. A comparison takes --seeds",
         ("compare", "--method=full"): "--method is of one run. A comparison takes --methods",
         ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",
         ("predict", trained, "--text", "x", "--text-column", "y"): "columns are of --data",
-        ("methods", "--verbose"): "lora methods takes no --verbose",
+        ("methods", "--verbose"): "lora methods does not take --verbose",
     }.items():
         assert lora(*arguments) == 2
         assert words in capsys.readouterr().err

@@ -56,8 +56,8 @@ def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     {
-        ("--lr", "1e-3"): "--lr is no flag of lora train. Did you mean --learning-rate?",
-        ("--rank=8",): "--rank is no flag of lora train. Did you mean --r?",
+        ("--lr", "1e-3"): "lora train has no flag --lr. Did you mean --learning-rate?",
+        ("--rank=8",): "lora train has no flag --rank. Did you mean --r?",
         ("--alpha", "16"): "Did you mean --lora-alpha?",
         ("--device", "cuda"): "Set CUDA_VISIBLE_DEVICES to choose",
         ("--fp16",): "There is no float16, which overflows. Set --dtype bfloat16.",
@@ -73,9 +73,9 @@ def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
         ("--epochz", "3"): "Did you mean --epochs?",
         ("-lr", "3"): "Did you mean --learning-rate?",
         ("-epochs", "3"): "Did you mean --epochs?",
-        ("--no-epochs",): "--no-epochs is no flag of lora train.",
-        ("--method", "full", "--r", "3"): "--r is no flag of lora train. It is of --method",
-        ("--tinit", "3"): "It is of --method adalora.",
+        ("--no-epochs",): "lora train has no flag --no-epochs.",
+        ("--method", "full", "--r", "3"): "lora train has no flag --r. It is a setting of --method",
+        ("--tinit", "3"): "It is a setting of --method adalora.",
         ("--epochs", "0"): "--epochs must be at least 1, found 0. Set --epochs.",
         ("--r", "0"): "--r must be a whole number of at least 1, found 0. Set --r.",
         ("--learning-rate", "nan"): "--learning-rate must be a finite number, found nan.",
@@ -130,8 +130,8 @@ def test_a_message_keeps_the_names_of_files_and_of_what_was_typed() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lr = 1e-3", "lr is no key of a lora run. Did you mean learning_rate?"),
-        ("bf16 = true", "bf16 is no key of a lora run. Set dtype bfloat16."),
+        ("lr = 1e-3", "a lora run has no key lr. Did you mean learning_rate?"),
+        ("bf16 = true", "a lora run has no key bf16. Set dtype bfloat16."),
         ("epochs = 0", "epochs must be at least 1, found 0. Set epochs."),
         ("r = 0", "r must be a whole number of at least 1, found 0. Set r."),
         ('method = ["lora"]', "--method ['lora'] is unknown."),

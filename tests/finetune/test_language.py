@@ -322,11 +322,11 @@ def test_a_talk_without_words(
     ("flags", "says"),
     [
         (("--prompt", "a", "--max-new-tokens", 0), "--max-new-tokens must be"),
-        (("--data", "x.jsonl", "--system", "Count."), "--system goes with --prompt"),
+        (("--data", "x.jsonl", "--system", "Count."), "--system has no effect with --data"),
         (("--prompt", "a", "--top-k", 3), "temperature 0"),
     ],
 )
-def test_flags_of_generate_that_say_nothing_are_refused(
+def test_flags_of_generate_without_effect_are_refused(
     flags: Any, says: str, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert lora("generate", run, *flags) == 2

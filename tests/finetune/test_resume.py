@@ -344,8 +344,8 @@ def test_training_goes_on_from_an_adapter(
     shutil.rmtree(tmp_path / "adapter")
     assert lora("eval", run) == 0
     for more, words in {
-        ("--r", 3): "has 2. Remove it",
-        ("--method", "dora"): "is of lora. Leave --method out",
+        ("--r", 3): "was trained with 2. Remove the flag",
+        ("--method", "dora"): "was trained with lora. Remove --method",
         ("--labels", "1", "0"): "was trained on the labels 0, 1, found 1, 0",
     }.items():
         again = (*arguments, tmp_path / "other", "--adapter", whole / "adapter", *more)
