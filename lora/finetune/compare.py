@@ -1,8 +1,8 @@
-"""Methods x seeds on one base and one data set: each run a process of its own, one table.
+"""Methods x seeds on one base and one data set: one process per run, one table.
 
-A process each, so that peak memory is the run's own and no run inherits another's state. A run
-that is complete already, under the same configuration, is taken as it is, and one that was cut off
-is resumed: an interrupted comparison goes on where it stopped.
+Each run has its own process, so that its peak memory can be measured and no state leaks from the
+run before. Runs that are complete, with the same configuration, are reused. Interrupted runs are
+resumed, so the same command continues an interrupted comparison.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class CompareConfig:
 
 
 def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConfig[Any]]]:
-    """The comparison and all of its runs, every one checked before the first begins."""
+    """Returns the comparison and the configurations of all of its runs. Raises ConfigError."""
     config, rest = parse(CompareConfig, arguments, "lora compare", return_unknown_args=True)
     path = config.config
     table = read_toml(path) if path else {}
     for flag in ("--method", "--seed"):
         if any(argument == flag or argument.startswith(flag + "=") for argument in rest):
-            raise ConfigError(f"{flag} is of one run. A comparison takes {flag}s.")
+            raise ConfigError(f"{flag} applies to a single run. With lora compare, set {flag}s.")
     with stated_in(path):
         seeds, tables = config.seeds or table.get("seeds", [0]), table.get("methods", {})
         whole = isinstance(seeds, list | tuple) and all(type(seed) is int for seed in seeds)
-        check("seeds", seeds, "a list of whole numbers, one at least", whole and bool(seeds))
+        check("seeds", seeds, "a list of at least one whole number", whole and bool(seeds))
         check("methods", tables, "tables: [methods.lora], [methods.full], ...",
               type(tables) is dict)  # fmt: skip
         folder = table.get("run_dir", "runs/compare")
@@ -93,7 +93,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, list[RunConf
 
 
 def _known(method: str) -> str:
-    """One of --methods as its run records it. Raises ConfigError."""
+    """Returns one of --methods as its run records it. Raises ConfigError if there is none."""
     try:
         method_named(method)
     except ConfigError as error:
@@ -102,36 +102,37 @@ def _known(method: str) -> str:
 
 
 def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
-    """The flags less those that only other compared methods have."""
+    """Returns the flags without those that only other compared methods have."""
     names = {
         m: {field.name for field in fields(config_of_method(m))} - config_of_method(m).written
         for m in methods
     }
     others = set().union(*names.values()) - names[method]
-    kept: list[str] = []
+    flags: list[str] = []
     keep = True
     for argument in rest:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0].replace("-", "_")
             keep = name not in others and name.removeprefix("no_") not in others
         if keep:
-            kept.append(argument)
-    return kept
+            flags.append(argument)
+    return flags
 
 
 def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summary]:
-    """Run what is not complete; returns the summaries in the order of the runs."""
+    """Run what is not complete. Returns the summaries in the order of the runs, and writes the
+    table to the comparison's folder."""
     summaries: list[Summary] = []
     assert config.run_dir is not None
     with _alone(config.run_dir) as lock:
         for number, run in enumerate(runs, 1):
             assert run.run_dir is not None
-            stands = standing(run)
-            head = f"[{number}/{len(runs)}] {label(run.method)}, seed {run.seed}{SAID[stands]}"
+            state = standing(run)
+            head = f"[{number}/{len(runs)}] {label(run.method)}, seed {run.seed}{SUFFIX[state]}"
             print(head, file=sys.stderr, flush=True)
-            if stands != "complete":
-                _spawn(run, lock, stands == "cut off")
-            summaries.append(_like(summaries, run.run_dir))
+            if state != "complete":
+                _spawn(run, lock, state == "interrupted")
+            summaries.append(_comparable(summaries, run.run_dir))
         files = {
             "comparison.json": json.dumps(summaries, indent=2).encode(),
             "comparison.md": markdown(rows(summaries)).encode(),
@@ -140,12 +141,13 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summa
     return summaries
 
 
-def _like(others: Sequence[Summary], directory: Path) -> Summary:
-    """A run's result, which has the scores of those before it. Raises RunError."""
+def _comparable(others: Sequence[Summary], directory: Path) -> Summary:
+    """Returns a run's summary. Raises RunError if it lacks a score that the others have, or the
+    other way round."""
     summary = summary_of(directory)
-    wanted = (others[0] if others else summary)["metrics"].keys()
+    expected = (others[0] if others else summary)["metrics"].keys()
     for scores in (summary["metrics"], summary.get("baseline", summary["metrics"])):
-        if odd := sorted(scores.keys() ^ wanted):
+        if odd := sorted(scores.keys() ^ expected):
             raise RunError(
                 f"{directory / 'summary.json'} is damaged: its scores are {', '.join(scores)}, and"
                 f" {odd[0]} is not in both runs. Remove {directory}, and run it again."
@@ -155,10 +157,10 @@ def _like(others: Sequence[Summary], directory: Path) -> Summary:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[int]:
-    """Inside, no other comparison can work in this folder. Raises RunError if one already does.
+    """Locks the folder against other comparisons. Raises RunError if another one has locked it.
 
-    Yields the lock's file descriptor. A run that inherits it holds the folder until it ends, even
-    if the comparison is killed.
+    Yields the lock's file descriptor. A run's process inherits it, so that the folder stays locked
+    until the run ends, even if the comparison is killed.
     """
     with ExitStack() as stack:
         with writable(folder, RunError, "Pass another --run-dir."):
@@ -166,56 +168,61 @@ def _alone(folder: Path) -> Iterator[int]:
             descriptor = stack.enter_context(locked(folder / ".lock"))
         if descriptor is None:
             raise RunError(
-                f"--run-dir {folder}: another comparison is at work there. Wait, or pass another."
+                f"--run-dir {folder}: another comparison is writing there. Wait until it ends, or"
+                " pass another folder."
             )
         yield descriptor
 
 
-Standing = Literal["new", "cut off", "complete"]
-SAID: dict[Standing, str] = {
+Standing = Literal["new", "interrupted", "complete"]
+SUFFIX: dict[Standing, str] = {
     "new": "",
-    "cut off": ": was cut off, goes on",
-    "complete": ": complete, taken as it is",
+    "interrupted": ": interrupted, resuming",
+    "complete": ": already complete",
 }
+"""What is printed after a run's name."""
 
 
 def standing(run: RunConfig[Any]) -> Standing:
-    """How far the run in the directory of that name is; a damaged result is removed.
+    """Returns the state of a run by its directory, and removes a damaged summary.json.
 
-    Raises RunError where the directory holds anything else.
+    Raises RunError if the directory holds anything else than this run.
     """
     assert run.run_dir is not None
     if not run.run_dir.exists():
         return "new"
     path = run.run_dir / "config.toml"
     if not path.is_file():
-        raise RunError(f"{run.run_dir} is no run: no config.toml. Remove it, or pass another.")
+        raise RunError(
+            f"{run.run_dir} exists and is not a run: it has no config.toml. Remove it, or pass"
+            " another --run-dir."
+        )
     outside = run.method if is_outside(run.method) else None
     if outside and environment_of(run.run_dir).get("method") != digest_of(outside):
         raise RunError(
-            f"{run.run_dir} holds a run of another method, or of {outside} before it changed."
-            " Remove it, or pass another --run-dir."
+            f"{run.run_dir} holds a run with another method, or with {outside} before that file"
+            " changed. Remove it, or pass another --run-dir."
         )
-    found = to_table(config_of(run.run_dir, outside))
-    if not _same(to_table(replace(run, run_dir=None)), found):
+    recorded = to_table(config_of(run.run_dir, outside))
+    if not _same(to_table(replace(run, run_dir=None)), recorded):
         raise RunError(
-            f"{run.run_dir} holds a run of other settings. Remove it, or pass another --run-dir."
+            f"{run.run_dir} holds a run with other settings. Remove it, or pass another --run-dir."
         )
     with suppress(RunError):
         summary_of(run.run_dir)
         return "complete"
     (run.run_dir / "summary.json").unlink(missing_ok=True)
-    return "cut off"
+    return "interrupted"
 
 
-def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
-    """Whether a recorded configuration is the asked one with its open questions answered."""
-    for key in asked.keys() | found.keys():
-        wanted, value = asked.get(key), found.get(key)
-        if key == "modules_to_save":  # the new head joins what was asked
-            if not all(any(inside(one, whole) for whole in value or ()) for one in wanted or ()):
+def _same(requested: dict[str, Any], recorded: dict[str, Any]) -> bool:
+    """True if a recorded configuration is the requested one with its defaults resolved."""
+    for key in requested.keys() | recorded.keys():
+        wanted, value = requested.get(key), recorded.get(key)
+        if key == "modules_to_save":  # the run adds the new head
+            if not all(any(inside(name, saved) for saved in value or ()) for name in wanted or ()):
                 return False
-        elif key == "trainable_token_indices" and "add_tokens" in asked:  # the new tokens join them
+        elif key == "trainable_token_indices" and "add_tokens" in requested:  # adds the new tokens
             if wanted not in (None, value):
                 return False
         elif key == "data":
@@ -243,19 +250,20 @@ def _same(asked: dict[str, Any], found: dict[str, Any]) -> bool:
 
 
 def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
-    """`lora train` in a process of its own, its messages passed on.
+    """Run `lora train` in a process of its own, which prints to this one's terminal.
 
-    A Ctrl-C reaches it too, and it saves: that is waited for.
+    A Ctrl-C reaches the process too. It then saves a checkpoint, which this function waits for.
+    Raises StoppedError, or RunError if the run fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        asked = Path(folder) / "run.toml"
-        asked.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
+        file = Path(folder) / "run.toml"
+        file.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
         command = [sys.executable, "-m", "lora", "train"]
         if resumed:
             command += ["--resume", str(run.run_dir)]
         else:
-            command += ["--config", str(asked), "--run-dir", str(run.run_dir)]
-        # Windows passes no descriptors on. There the run's own lock alone keeps others away.
+            command += ["--config", str(file), "--run-dir", str(run.run_dir)]
+        # On Windows processes inherit no descriptors: only the run's own lock protects its folder.
         inherited: dict[str, Any] = {} if sys.platform == "win32" else {"pass_fds": [lock]}
         with subprocess.Popen(command, **inherited) as process:
             while process.returncode is None:
@@ -263,15 +271,15 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
                     process.wait()
         code = process.returncode
     if code in (130, 143):
-        raise StoppedError("the same command goes on with the comparison.", code - 128)
+        raise StoppedError("run the same command again to continue.", code - 128)
     if code:
         title = f"{label(run.method)}, seed {run.seed}"
-        raise RunError(f"{title} failed with exit code {code}: see above.")
+        raise RunError(f"{title} failed with exit code {code}. Its error is printed above.")
 
 
 def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """The table: a head, then a row per method, means (± standard deviation) over its seeds; of
-    several tasks a column for each. The base alone comes first where a run has scored it."""
+    """Returns the table: a head, then a row per method with means (± standard deviation) over its
+    seeds, and a column per task if there are several. If a run scored the base, it comes first."""
     if not summaries:
         return []
     metrics = summaries[0]["metrics"]
@@ -279,32 +287,33 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     shown = [metric, *(name for name in metrics if name.startswith(f"{metric}/"))]
     heads = [f"{summaries[0]['split']} {metric}", *(n.partition("/")[2] for n in shown[1:])]
     head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", "peak MiB")
-    found: list[tuple[str, ...]] = [head]
+    table: list[tuple[str, ...]] = [head]
     bases = [s["baseline"] for s in summaries if "baseline" in s]
     if bases:
         scores = (_scores([base[name] for base in bases], metric) for name in shown)
-        found.append(("(the base)", "", "", "", "", *scores, "", ""))
+        table.append(("(the base)", "", "", "", "", *scores, "", ""))
     for method in dict.fromkeys(s["method"] for s in summaries):
-        own = [s for s in summaries if s["method"] == method]
-        ends = [[e["loss"] for e in s["evaluations"]] for s in own]  # fewer of an early stop
+        seeds = [s for s in summaries if s["method"] == method]
+        first = seeds[0]
+        ends = [[e["loss"] for e in s["evaluations"]] for s in seeds]  # shorter if stopped early
         losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
-        found.append(
+        table.append(
             (
                 method,
-                f"{own[0]['trainable']:,}",
-                f"{own[0]['trainable'] / own[0]['parameters']:.2%}",
-                f"{own[0]['learning_rate']:g}",
-                " ".join(f"{statistics.mean(some):.3f}" for some in losses),
-                *(_scores([s["metrics"][name] for s in own], metric) for name in shown),
-                f"{statistics.median(s['train_seconds'] for s in own):.1f}",
-                f"{statistics.median(s['peak_bytes'] for s in own) / 2**20:,.0f}",
+                f"{first['trainable']:,}",
+                f"{first['trainable'] / first['parameters']:.2%}",
+                f"{first['learning_rate']:g}",
+                " ".join(f"{statistics.mean(epoch):.3f}" for epoch in losses),
+                *(_scores([s["metrics"][name] for s in seeds], metric) for name in shown),
+                f"{statistics.median(s['train_seconds'] for s in seeds):.1f}",
+                f"{statistics.median(s['peak_bytes'] for s in seeds) / 2**20:,.0f}",
             )
         )
-    return found
+    return table
 
 
 def _scores(values: Sequence[float], metric: str) -> str:
-    """Mean ± standard deviation; of shares in percent."""
+    """Returns mean ± standard deviation; accuracy and exact match in percent."""
     scale, places = (100, 2) if metric in ("accuracy", "exact_match") else (1, 4)
     scores = [scale * value for value in values]
     spread = f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 else ""
@@ -312,19 +321,19 @@ def _scores(values: Sequence[float], metric: str) -> str:
 
 
 def by_task(metrics: Mapping[str, float]) -> list[tuple[str, ...]]:
-    """Scores of texts of several tasks: a head, a row for all, and one for each task."""
+    """Returns the table of scores of several tasks: a head, a row for all, and one per task."""
     names = [name for name in metrics if "/" not in name]
     tasks = dict.fromkeys(name.partition("/")[2] for name in metrics)
-    found = [("task", *names)]
+    table = [("task", *names)]
     for task in tasks:
         keys = [f"{name}/{task}" if task else name for name in names]
         cells = [f"{metrics[key]:.4f}" if key in metrics else "" for key in keys]
-        found.append((task or "all", *cells))
-    return found
+        table.append((task or "all", *cells))
+    return table
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
-    """The table as GitHub shows it and as a terminal can."""
+    """Returns the table in GitHub's Markdown, with padded columns for a terminal."""
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     lines = [table[0], ["-" * width for width in widths], *table[1:]]
     return "".join(

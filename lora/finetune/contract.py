@@ -1,4 +1,4 @@
-"""`lora methods check`: the contract on a method, with a progress bar, as a table."""
+"""`lora methods check`: runs the contract on a method, with a progress bar, and prints a table."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora.testing._toys import cases
 def check_named(name: str) -> str:
     """Runs the contract on --method NAME and returns its table.
 
-    Every clause runs on every kind of layer and dtype, with the settings that the method names in
-    `example` and in each of its `variants`. Prints the table and raises ContractError if a clause
-    failed. Raises ConfigError if the method cannot be used at all.
+    Every clause runs on every kind of layer and dtype, with the settings in the method's `example`
+    and in each of its `variants`. If a clause fails, prints the table and raises ContractError.
+    Raises ConfigError if the method cannot be used at all.
     """
     method = method_named(name)
     settings = {"": method.example, **method.variants}
@@ -38,13 +38,13 @@ def check_named(name: str) -> str:
         print(table, end="")
         raise ContractError(
             f"{method.name} fails {len(failed)} of the {len(CLAUSES)} clauses: see the table above."
-            f" Fix the method, then check it again: {command('lora', 'methods', 'check', name)}."
+            f" Fix the method, then run {command('lora', 'methods', 'check', name)} again."
         )
     return table
 
 
 def clause_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The table: a head, then a row per clause."""
+    """Returns the table: a head, then a row per clause."""
     table: list[tuple[str, ...]] = [("clause", "outcome", "reason")]
     for clause in dict.fromkeys(result.clause for result in results):
         table.append((clause, *_outcome([r for r in results if r.clause == clause])))
@@ -52,8 +52,8 @@ def clause_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 
 def _outcome(results: Sequence[Result]) -> tuple[str, str]:
-    """What one clause came to on all cases, and why: the first case that failed, or the reasons of
-    exemptions."""
+    """Returns a clause's outcome over all cases, and the reason: the first failed case, or why
+    cases are exempt."""
     failed = [result for result in results if result.outcome.startswith("failed: ")]
     if failed:
         reason = " ".join(failed[0].outcome.removeprefix("failed: ").split())

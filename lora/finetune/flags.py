@@ -1,9 +1,9 @@
-"""Names that people type from other tools, and what each is called here.
+"""Suggests flags for names from other tools.
 
-    hint("lr", known)    "Did you mean --learning-rate?"
+    hint("lr", known, as_flag)    "Did you mean --learning-rate?"
 
-NEAR holds names with the same meaning; of several, the one that the verb has. HOW holds those whose
-meaning here is spread over other flags, or that have none, with the sentence that says so.
+NEAR maps a name to our name for the same thing. HOW maps a name that has no single counterpart to a
+sentence that says what to do instead.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ NEAR = {
     "num_processes": "nproc",
     "nproc_per_node": "nproc",
     "num_devices": "nproc",
-    # What is kept
+    # Files of a run
     "out": "run_dir output",
     "out_dir": "run_dir output",
     "output": "run_dir",
@@ -138,7 +138,7 @@ NEAR = {
     "tensorboard": "trackers",
     "name": "run_dir",
     "run_name": "run_dir",
-    # Asking a model
+    # Verbs on a trained model
     "run_dir": "run",
     "input": "text prompt data",
     "inputs": "text prompt data",
@@ -159,43 +159,46 @@ NEAR = {
     "tasks": "harness",
     "tokenizer": "base",
 }
-"""A name elsewhere -> its name here, or several in the order in which they are looked for."""
+"""A name elsewhere -> our names, separated by spaces: the first that the verb has is suggested."""
 
 HOW = {
     "per_device_train_batch_size": (
-        "Set --batch-size to the examples of a step over all devices, and --micro-batch-size to"
-        " those that a device computes at a time."
+        "Set --batch-size to the examples per step over all devices, and --micro-batch-size to the"
+        " examples that a device computes at a time."
     ),
-    "per_device_eval_batch_size": "Evaluation takes a batch of its own size. Remove it.",
+    "per_device_eval_batch_size": "The batch size of evaluations is fixed. Remove it.",
     "gradient_accumulation_steps": (
-        "Set --batch-size to the examples of a step, and --micro-batch-size to those that are"
-        " computed at a time: their gradients add up."
+        "Set --batch-size to the examples per step, and --micro-batch-size to the examples that are"
+        " computed at a time: gradients accumulate over them."
     ),
     "load_in_4bit": "Set --quantize nf4.",
     "use_4bit": "Set --quantize nf4.",
     "qlora": "Set --quantize nf4, or --method qlora.",
     "bnb_4bit_quant_type": "Set --quantize nf4.",
-    "load_in_8bit": "Four bits are what there is. Set --quantize nf4.",
+    "load_in_8bit": "8 bits are not supported, 4 bits are. Set --quantize nf4.",
     "bf16": "Set --dtype bfloat16.",
-    "fp16": "There is no float16, which overflows. Set --dtype bfloat16.",
-    "half": "There is no float16, which overflows. Set --dtype bfloat16.",
+    "fp16": "float16 is not supported, since it overflows. Set --dtype bfloat16.",
+    "half": "float16 is not supported, since it overflows. Set --dtype bfloat16.",
     "fp32": "Set --dtype float32.",
     "tf32": "Set --dtype bfloat16 or float32.",
-    "device": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES to choose; empty is the CPU.",
-    "cuda": "CUDA is used if it is there. Remove it.",
-    "gpu": "CUDA is used if it is there. Remove it.",
-    "cpu": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES= in front of the command.",
-    "use_cpu": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES= in front of the command.",
-    "no_cuda": "CUDA is used if it is there. Set CUDA_VISIBLE_DEVICES= in front of the command.",
-    "device_map": "Set --shard to divide the base among devices, --offload to hold it on the CPU.",
-    "warmup_steps": "Set --warmup to the share of all steps.",
-    "max_steps": "Set --epochs; --limit N uses the first N rows alone.",
-    "steps": "Set --epochs; --limit N uses the first N rows alone.",
-    "logging_steps": "Every step is in metrics.jsonl. Remove it.",
-    "logging_dir": "Set --trackers tensorboard: it writes into --run-dir.",
-    "eval_strategy": "Set --eval-steps N. It is once an epoch without it.",
-    "evaluation_strategy": "Set --eval-steps N. It is once an epoch without it.",
-    "save_strategy": "Set --save-steps N. A checkpoint follows each evaluation without it.",
+    "device": (
+        "CUDA is used if available. Set CUDA_VISIBLE_DEVICES to choose devices; empty means the"
+        " CPU."
+    ),
+    "cuda": "CUDA is used if available. Remove it.",
+    "gpu": "CUDA is used if available. Remove it.",
+    "cpu": "CUDA is used if available. To use the CPU, set CUDA_VISIBLE_DEVICES to nothing.",
+    "use_cpu": "CUDA is used if available. To use the CPU, set CUDA_VISIBLE_DEVICES to nothing.",
+    "no_cuda": "CUDA is used if available. To use the CPU, set CUDA_VISIBLE_DEVICES to nothing.",
+    "device_map": "Set --shard to shard the base over devices, --offload to keep it on the CPU.",
+    "warmup_steps": "Set --warmup to the fraction of all steps.",
+    "max_steps": "Set --epochs; --limit N uses only the first N rows.",
+    "steps": "Set --epochs; --limit N uses only the first N rows.",
+    "logging_steps": "Every step is logged to metrics.jsonl. Remove it.",
+    "logging_dir": "Set --trackers tensorboard, which writes into --run-dir.",
+    "eval_strategy": "Set --eval-steps N. The default is once per epoch.",
+    "evaluation_strategy": "Set --eval-steps N. The default is once per epoch.",
+    "save_strategy": "Set --save-steps N. The default is a checkpoint at each evaluation.",
     "load_best_model_at_end": "Set --final best.",
     "lora_target_linear": "Set --target-modules all-linear.",
     "use_dora": "Set --method dora.",
@@ -204,37 +207,37 @@ HOW = {
     "train_on_inputs": "Set --loss-on all.",
     "completion_only_loss": "Set --loss-on answers.",
     "assistant_only_loss": "Set --loss-on answers.",
-    "optim": "The optimiser is AdamW. Remove it.",
-    "optimizer": "The optimiser is AdamW. Remove it.",
-    "adam_beta1": "AdamW is at torch's defaults. Remove it.",
-    "adam_beta2": "AdamW is at torch's defaults. Remove it.",
-    "attn_implementation": "Attention is torch's own, which picks the fastest. Remove it.",
-    "use_flash_attention_2": "Attention is torch's own, which picks the fastest. Remove it.",
-    "flash_attn": "Attention is torch's own, which picks the fastest. Remove it.",
+    "optim": "The optimizer is always AdamW. Remove it.",
+    "optimizer": "The optimizer is always AdamW. Remove it.",
+    "adam_beta1": "AdamW uses torch's default betas. Remove it.",
+    "adam_beta2": "AdamW uses torch's default betas. Remove it.",
+    "attn_implementation": "torch chooses the fastest attention kernel. Remove it.",
+    "use_flash_attention_2": "torch chooses the fastest attention kernel. Remove it.",
+    "flash_attn": "torch chooses the fastest attention kernel. Remove it.",
     "trust_remote_code": "Code that comes with a model is never run. Remove it.",
-    "tokenizer_name": "The tokenizer is that of --base. Remove it.",
-    "validation_file": "Pass --data a folder with train, dev and test files.",
-    "eval_file": "Pass --data a folder with train, dev and test files.",
-    "test_file": "Pass --data a folder with train, dev and test files.",
-    "do_train": "Remove it: lora train trains, and evaluates.",
-    "do_eval": "Remove it: lora train evaluates; lora eval RUN does so again.",
+    "tokenizer_name": "The tokenizer is always that of --base. Remove it.",
+    "validation_file": "Set --data to a folder with train, dev and test files.",
+    "eval_file": "Set --data to a folder with train, dev and test files.",
+    "test_file": "Set --data to a folder with train, dev and test files.",
+    "do_train": "Remove it: lora train always trains and evaluates.",
+    "do_eval": "Remove it: lora train always evaluates; lora eval RUN does it again.",
     "do_predict": "Remove it, and run lora predict RUN.",
-    "overwrite_output_dir": "No run is written over. Pass another --run-dir, or remove the folder.",
+    "overwrite_output_dir": "Runs are never overwritten. Set another --run-dir.",
     "merge": "Run lora merge RUN --output FOLDER.",
     "merge_and_unload": "Run lora merge RUN --output FOLDER.",
-    "push_to_hub": "Nothing is sent anywhere. Run hf upload NAME RUN/adapter.",
-    "dataloader_num_workers": "Batches are made while the one before computes. Remove it.",
-    "verbose": "Remove it: what happens is in the run's folder.",
+    "push_to_hub": "Nothing is uploaded. Run hf upload NAME RUN/adapter.",
+    "dataloader_num_workers": "Batches are prepared in the background. Remove it.",
+    "verbose": "Remove it: the run's folder holds all details.",
 }
-"""A name elsewhere -> how to do the same here. The flags in it are those of `lora train`."""
+"""A name elsewhere -> how to do the same here. Flags in the sentences are those of `lora train`."""
 
 
 def hint(name: str, known: Collection[str], write: Callable[[str], str]) -> str:
-    """What to write in place of an unknown name: by its meaning, else by its letters. `write` makes
-    of a name what the user is to type."""
+    """Returns a sentence that suggests what to write for an unknown name: by meaning, else by
+    spelling. `write` turns a name of ours into what the user types: a flag, or a key."""
     if name in HOW:
-        return re.sub(r"--([a-z-]+)", lambda found: write(found[1].replace("-", "_")), HOW[name])
-    near = [one for one in NEAR.get(name, "").split() if one in known]
+        return re.sub(r"--([a-z-]+)", lambda match: write(match[1].replace("-", "_")), HOW[name])
+    near = [ours for ours in NEAR.get(name, "").split() if ours in known]
     near = near or difflib.get_close_matches(name, known, n=1)
     if near:
         return f"Did you mean {write(near[0])}?"
@@ -242,5 +245,5 @@ def hint(name: str, known: Collection[str], write: Callable[[str], str]) -> str:
 
 
 def as_flag(name: str) -> str:
-    """A field's flag."""
+    """Returns a field's flag."""
     return "--" + name.replace("_", "-")

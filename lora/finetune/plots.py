@@ -1,4 +1,4 @@
-"""Curves, drawn from what runs recorded and from nothing else."""
+"""Draws curves from the metrics that runs recorded."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lora.errors import RunError
 from lora.files import writable, write_together
 from lora.finetune.record import Evaluated, StepRow, metrics_of, summary_of
 
-# Distinct for readers who tell few colours apart (Okabe and Ito).
+# Okabe and Ito's palette, distinct for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def read_metrics(directory: Path) -> tuple[list[StepRow], list[Evaluated]]:
-    """The recorded steps and evaluations of a run."""
+    """Returns the recorded steps and evaluations of a run. Raises RunError."""
     rows = metrics_of(directory)
     steps: list[StepRow] = [row for row in rows if row["kind"] == "step"]
     epochs: list[Evaluated] = [row for row in rows if row["kind"] == "evaluation"]
     path = directory / "metrics.jsonl"
     if not epochs:
-        raise RunError(f"{path} has no finished epoch: nothing to draw. Run lora train again.")
+        raise RunError(f"{path} has no evaluation, so there is no curve to draw. Finish the run.")
     alike = all(row["dev"].keys() == epochs[0]["dev"].keys() for row in epochs)
     if not steps or steps[0]["epoch"] != 1 or not alike:
         raise RunError(f"{path} is damaged: lines are missing. Run lora train again.")
@@ -38,14 +38,18 @@ def read_metrics(directory: Path) -> tuple[list[StepRow], list[Evaluated]]:
 
 
 def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
-    """loss.png and the first metric's PNG over the epochs, runs of a method in one colour."""
+    """Draws loss.png and a picture of the first metric over the epochs, with a colour per method.
+    Returns their paths. Raises RunError."""
     runs = [(directory, *read_metrics(directory)) for directory in directories]
     if not runs:
-        raise RunError("no run to draw. Pass run directories.")
+        raise RunError("there is no run to draw. Pass run directories: lora plot --runs RUN.")
     metric = next(iter(runs[0][2][0]["dev"]))
     for directory, _, epochs in runs:
         if metric not in epochs[0]["dev"]:
-            raise RunError(f"{directory} has no {metric}: runs of two tasks share no curve.")
+            raise RunError(
+                f"{directory} has no {metric}, unlike {directories[0]}. Draw runs of different"
+                " tasks separately."
+            )
     methods = [_method(directory) for directory in directories]
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(methods))}
     pictures: dict[str, bytes] = {}
@@ -78,14 +82,14 @@ def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
 def _method(directory: Path) -> str:
     try:
         return summary_of(directory)["method"]
-    except RunError:  # cut off before its end
+    except RunError:  # the run was interrupted
         return directory.name
 
 
 def _loss(
     axes: Axes, steps: list[StepRow], epochs: list[Evaluated], colour: str, label: str | None
 ) -> None:  # fmt: skip
-    """The loss of every step, smoothed over a tenth of an epoch, and dev's at each epoch's end."""
+    """Draws the loss of every step, smoothed over a tenth of an epoch, and the dev losses."""
     per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
     width = max(1, round(per_epoch) // 10)
     losses = [step["loss"] for step in steps]
@@ -105,7 +109,8 @@ def _points(
 
 
 def _legend(axes: Axes) -> None:
-    """A legend whose texts are names as they are: $ begins no mathematics, and _ hides nothing."""
+    """Adds a legend that shows names literally: matplotlib would parse $ as mathematics and hide
+    names that begin with _."""
     lines = [line for line in axes.get_lines() if line.get_gid()]
     legend = axes.legend(lines, [str(number) for number in range(len(lines))], frameon=False)
     for text, line in zip(legend.get_texts(), lines, strict=True):

@@ -500,19 +500,19 @@ def test_compare_makes_a_table_and_takes_complete_runs_as_they_are(
     assert table["lora_alpha"] == 4
     before = (runs / "full-1" / "summary.json").read_bytes()
     assert lora(*arguments, "--lora-alpha", 4) == 0
-    assert capsys.readouterr().err.count("taken as it is") == 4
+    assert capsys.readouterr().err.count("already complete") == 4
     assert (runs / "full-1" / "summary.json").read_bytes() == before
     assert lora(*arguments, "--lora-alpha", 5) == 2
-    assert "lora-0 holds a run of other settings" in capsys.readouterr().err
+    assert "lora-0 holds a run with other settings" in capsys.readouterr().err
     # a run that was cut off goes on, to the same result
     (runs / "lora-0" / "summary.json").unlink()
     adapter = (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert lora(*arguments, "--lora-alpha", 4) == 0
-    assert "was cut off, goes on" in capsys.readouterr().err
+    assert "interrupted, resuming" in capsys.readouterr().err
     assert (runs / "lora-0" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     with locked(runs / ".lock"):
         assert lora(*arguments, "--lora-alpha", 4) == 2
-        assert "another comparison is at work there" in capsys.readouterr().err
+        assert "another comparison is writing there" in capsys.readouterr().err
     assert lora("plot", runs / "lora-0", runs / "full-0", "--output", tmp_path / "pictures") == 0
     for name in ("loss.png", "accuracy.png"):
         picture = (tmp_path / "pictures" / name).read_bytes()
@@ -539,7 +539,10 @@ BROKEN = {
     "r below 1": (("--r", "0"), "r must be a whole number of at least 1, found 0"),
     "r that is a word": (("--r", "four"), "four"),
     "an unknown flag": (("--rank", "4"), "--rank"),
-    "an unknown method": (("--method", "dropconnect"), "--method 'dropconnect' is unknown. Found"),
+    "an unknown method": (
+        ("--method", "dropconnect"),
+        "'dropconnect' is unknown. Methods",
+    ),
     "an unknown task": (("--task", "chess"), "chess"),
     "a flag of another method": (("--method", "full", "--r", "4"), "--r"),
     "no epoch": (("--epochs", "0"), "epochs must be"),
@@ -628,11 +631,11 @@ def test_a_damaged_summary_is_called_so_and_the_run_done_anew(
         assert lora("eval", "--predictions", runs / "lora-0" / "predictions.jsonl") == 2
         assert "summary.json is damaged" in capsys.readouterr().err
     assert lora(*arguments) == 0
-    assert "was cut off, goes on" in capsys.readouterr().err
+    assert "interrupted, resuming" in capsys.readouterr().err
     assert json.loads(path.read_text())["metrics"] == whole["metrics"]
     (runs / "lora-0" / "config.toml").unlink()
     assert lora(*arguments) == 2
-    assert "is no run: no config.toml" in capsys.readouterr().err
+    assert "is not a run: it has no config.toml" in capsys.readouterr().err
 
 
 def test_comparisons_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -926,8 +929,15 @@ def test_flags_without_effect_are_refused(
         ("eval", "--predictions", predictions, "--split", "dev"): "--split has no effect with",
         ("eval", trained, "--harness", "arc_easy", "--text-column", "x"): "--harness, whose tasks",
         ("eval", "--predictions", predictions, "--harness", "arc_easy"): "--predictions has no",
-        ("compare", "--seed", "1"): "--seed is of one run. A comparison takes --seeds",
-        ("compare", "--method=full"): "--method is of one run. A comparison takes --methods",
+        (
+            "compare",
+            "--seed",
+            "1",
+        ): "--seed applies to a single run. With lora compare, set",
+        (
+            "compare",
+            "--method=full",
+        ): "--method applies to a single run. With lora compare, set",
         ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",
         ("predict", trained, "--text", "x", "--text-column", "y"): "columns are of --data",
         ("methods", "--verbose"): "lora methods does not take --verbose",
@@ -961,7 +971,7 @@ def test_a_run_outlives_a_comparison_that_is_killed(tmp_path: Path) -> None:
     with _alone(tmp_path) as lock:
         child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
     try:
-        with pytest.raises(RunError, match="another comparison is at work there"), _alone(tmp_path):
+        with pytest.raises(RunError, match="another comparison is writing there"), _alone(tmp_path):
             pass
     finally:
         child.kill()

@@ -257,7 +257,7 @@ def test_a_talk_is_left_by_the_word(
     typed(monkeypatch, "1 and one?", f" {word} ", "never")
     assert lora("generate", run) == 0
     assert seen == [["1 and one?"]]
-    assert "exit, quit or Ctrl-D leaves the talk; /help lists" in capsys.readouterr().out
+    assert "Type exit, quit or Ctrl-D to leave the chat, or /help for" in capsys.readouterr().out
 
 
 def test_a_talk_has_commands_and_offers_the_system_prompt_of_the_training(
@@ -275,10 +275,10 @@ def test_a_talk_has_commands_and_offers_the_system_prompt_of_the_training(
         ["Be brief.", "/etc/hosts is?"],
     ]
     said = capsys.readouterr().out.splitlines()
-    assert said[1] == "The training had a system prompt, which /system sets here: Count."
+    assert said[1] == "The model was trained with a system prompt. /system sets it here: Count."
     assert "system: Count." in said
     assert "system: Be brief." in said
-    assert "/nothing is no command. /help lists them." in said
+    assert "There is no command /nothing. /help lists the commands." in said
     assert "\n".join(said).count(HELP) == 1
 
 
@@ -289,7 +289,7 @@ def test_what_cannot_be_answered_is_named_and_the_talk_goes_on(
     assert lora("generate", run) == 0
     said = capsys.readouterr().out.splitlines()
     assert "leaves no room" in said[2]
-    assert said[2].endswith("Or type /new, which forgets what was said.")
+    assert said[2].endswith("Or type /new to start a new conversation.")
     assert len(said) > 3
     monkeypatch.setattr(sys, "stdin", io.StringIO("long " * 400))
     assert lora("generate", run) == 2

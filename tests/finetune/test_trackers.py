@@ -129,7 +129,7 @@ def test_one_that_fails_is_left_alone(
             log(step(number))
     said = capsys.readouterr().err
     assert said == (
-        "note: --trackers wandb failed: no route to host. The run goes on without it.\n"
+        "note: --trackers wandb failed: no route to host. The run continues without it.\n"
     )
     assert [number for number, _ in wandb.runs[0].rows] == [1, 2]
     assert [number for number, _ in scalars(tmp_path / "tensorboard")["train/loss"]] == [
@@ -164,7 +164,7 @@ def test_one_that_does_not_begin_is_refused_and_of_a_resumed_run_left_alone(
     with tracking(["wandb"], tmp_path, SETTINGS) as log:
         log(step(2))
     assert len(wandb.runs) == 1
-    assert "note: --trackers wandb failed: log in. The run goes on" in capsys.readouterr().err
+    assert "note: --trackers wandb failed: log in. The run continues" in capsys.readouterr().err
 
 
 def test_trackers_end_with_the_training_and_leave_its_error(tmp_path: Path, wandb: Any) -> None:
@@ -174,11 +174,11 @@ def test_trackers_end_with_the_training_and_leave_its_error(tmp_path: Path, wand
 
 
 def test_unknown_and_absent_ones_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--trackers wandbb is unknown. Found: mlflow, "):
+    with pytest.raises(ConfigError, match="--trackers wandbb is unknown. Trackers: mlflow, "):
         check_trackers(["wandbb"])
     for absent, asked in (("trackio", "trackio"), ("accelerate", "tensorboard")):
         monkeypatch.setitem(sys.modules, absent, None)
-        with pytest.raises(ConfigError, match=f"needs {absent}, not .* Run pip install {absent}."):
+        with pytest.raises(ConfigError, match=f"needs {absent}, which .* Run pip install {absent}."):
             check_trackers([asked])
 
 
