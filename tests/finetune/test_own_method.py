@@ -140,7 +140,7 @@ def test_a_changed_file_is_not_used_unless_it_is_named(
         assert lora(*verb) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"RunError: {mine} has changed since {run} was trained with it")
-        assert f"pass --method {mine}:GatedLoRA to use it as it is now" in error
+        assert f"pass --method {mine}:GatedLoRA to use the changed one" in error
     assert not (tmp_path / "m").exists()
     assert lora("predict", *ask, "--method", f"{mine}:GatedLoRA") == 0
     ran = capsys.readouterr()
@@ -162,7 +162,7 @@ def test_a_moved_file_is_named(
     mine.unlink()
     ask = ("predict", run, "--text", "a fine film")
     assert lora(*ask) == 2
-    assert f"the file of its method, {mine}:GatedLoRA, is not there" in capsys.readouterr().err
+    assert f"the file of its method, {mine}:GatedLoRA, does not exist" in capsys.readouterr().err
     assert lora(*ask, "--method", "lora") == 2
     assert f"was trained with {mine}:GatedLoRA. Pass --method path" in capsys.readouterr().err
     assert lora(*ask, "--method", f"{file}:GatedLoRA") == 0
