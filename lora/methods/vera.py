@@ -42,7 +42,7 @@ class VeRAConfig(AdapterConfig):
         whole_number("projection_prng_key", self.projection_prng_key, least=0, most=2**63 - 1)
         start = self.d_initial
         small = is_number(start) and 0 < abs(start) <= 1e6
-        check("d_initial", start, "a number other than 0 and of at most a million", small)
+        check("d_initial", start, "a number other than 0, at most a million in size", small)
         probability("vera_dropout", self.vera_dropout)
 
 

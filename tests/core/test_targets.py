@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_named_and_the_model_left_alone(settings, kind, mat
     ("method", "settings", "match"),
     [
         ("vera", {"projection_prng_key": 10**30}, "at most 9,223"),
-        ("vera", {"d_initial": 10**30}, "a million at most"),
+        ("vera", {"d_initial": 10**30}, "at most a million"),
         ("vera", {"save_projection": "no"}, "true or false"),
         ("ia3", {"feedforward_modules": "(" * 2000}, "not a regular expression"),
         ("ia3", {"feedforward_modules": ("",)}, "list of module names"),
