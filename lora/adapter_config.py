@@ -43,6 +43,7 @@ def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
         if settings["target_modules"] in SHORTHANDS or _blocks_differ(model, planned, names):
             matching = exactly(model, names)
             settings["target_modules"] = matching if isinstance(matching, str) else list(matching)
+            # The names say it all; PEFT would apply these settings to them once more.
             for key in ("layers_to_transform", "layers_pattern"):
                 settings |= {key: None} if key in settings else {}
         if "fan_in_fan_out" in planned.method.neutral:

@@ -97,7 +97,7 @@ def save(
     arguments = arguments_of(model, planned.saved)
     files = adapter_files(stored, metadata, settings, planned.method, arguments)
     folder = Path(directory) if name == "default" else Path(directory) / name
-    if not writes:
+    if not writes:  # this process only helped to gather the tensors
         return folder
     advice = "Files of an earlier save are unchanged. Free space, or save elsewhere."
     with writable(folder, CheckpointError, advice):
@@ -279,12 +279,13 @@ def read_adapter(
     check_mix(model, name, planned)
     if trainable:
         check_statistics(model, planned)
-    check_stated_size(folder, model, planned, stored)
+    check_stated_size(folder, model, planned, stored)  # before build() allocates the adapter
     parts = build(model, planned)
     _drop_repeats(parts.adapters, stored)
     wanted = tensors(model, planned, parts)
     check_fit(folder, stored, wanted)
     ready = check_values(folder, stored, wanted)
+    # Last, since a fingerprint reads the whole base: a damaged file fails sooner.
     verified = verify(model, planned, settings, mark, folder)
     note = "\n".join(filter(None, [*notes, verified]))
     return ReadAdapter(folder, planned, parts, wanted, ready, note)

@@ -53,7 +53,7 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
 
     def matching(entries: str | tuple[str, ...] | None, names: list[str]) -> Any:
         """Returns the entries that fit at least one of the names, None if there are none."""
-        if entries is None or isinstance(entries, str):
+        if entries is None or isinstance(entries, str):  # one regular expression fits, or not
             return entries if entries and any(fits(name, entries) for name in names) else None
         return tuple(e for e in entries if any(fits(name, (e,)) for name in names)) or None
 
@@ -119,6 +119,7 @@ def in_blocks(names: Iterable[str], config: AdapterConfig) -> list[str]:
                 return int(match.groupdict()["idx"])
         return None
 
+    # PEFT does not apply layers_to_transform to a layer that is named in full.
     return [
         name
         for name in names
@@ -133,6 +134,7 @@ def exactly(model: nn.Module, names: Iterable[str]) -> str | tuple[str, ...]:
     another layer's name, which a tuple would match too.
     """
     targets = tuple(names)
+    # A tuple matches endings: "layer" would match "encoder.layer" too.
     if {name for name, _ in walk(model) if fits(name, targets)} == set(targets):
         return targets
     return "|".join(map(re.escape, targets))
