@@ -44,7 +44,7 @@ class Described:
 
 
 class Filed:
-    """How a method's settings stand in PEFT's adapter_config.json."""
+    """How a method's settings are written in PEFT's adapter_config.json."""
 
     in_peft: ClassVar[bool] = True
     """False if PEFT has no such method, or refuses its files."""

@@ -124,8 +124,8 @@ class SavedModule(nn.Module):
 class Selected:
     """Parameters of the base that train, by their names, and their frozen originals.
 
-    The originals lie on the CPU. While they act the trained ones lie aside, so that a backward
-    through either is right whatever stands in the model by then.
+    The originals are on the CPU. While they act, the trained parameters are set aside and not
+    overwritten, so that a later backward through them still finds their values.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], keeps: bool) -> None:
@@ -141,11 +141,11 @@ class Selected:
     def keep(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take the values that the parameters have now for the originals."""
         for name, parameter in parameters.items():
-            where = "meta" if parameter.is_meta else "cpu"
-            self.originals[name] = parameter.detach().to(where, copy=True)
+            device = "meta" if parameter.is_meta else "cpu"
+            self.originals[name] = parameter.detach().to(device, copy=True)
 
     def begin(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Set what trains to the originals; where those had no values yet, it has them now."""
+        """Reset the trained parameters to the originals, taken now if they had no values."""
         if any(original.is_meta for original in self.originals.values()):
             self.keep(parameters)
         for name, original in self.originals.items():
