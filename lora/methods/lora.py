@@ -68,7 +68,6 @@ class LoRA(LowRank):
         return super().size(view, config, module) + bias
 
     def kernel(self, view: View) -> LowRankKernel:
-        # The kernel takes what is added to the bias, not the new bias.
         shift = None if self.lora_B_bias is None else self.scaling * self.lora_B_bias
         return LowRankKernel(
             view, self.lora_A, self.lora_B, self.scaling, start=self.start, shift=shift
