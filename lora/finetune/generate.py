@@ -1,13 +1,13 @@
-"""Texts that a model writes, and how they score.
+"""Generates texts and scores them.
 
-    written(model, tokenizer, prompts, writing)   an answer for each prompt
-    scored(config, model, ...)                    a model on a split: its scores, and a row for each
+    written(model, tokenizer, prompts, writing)   the text that the model writes after each prompt
+    scored(config, model, ...)                    metrics of a split, and a record per row
 
-Prompts are padded on the left, so that all of a batch go on at the same position; those of an
-encoder on the right, since BART counts positions with the padding. The most probable token at each
-step (temperature 0), or one drawn from the softmax of logits / temperature, of the `top_k` most
-probable, or of the fewest whose probabilities reach `top_p`. Decoding, its cache and its streams
-are transformers' own.
+Prompts are padded on the left, so that all texts of a batch continue at the same position; those of
+an encoder are padded on the right, since BART's positions count the padding. Temperature 0 takes
+the most probable token at each step. Above 0, a token is sampled from softmax(logits / temperature)
+over the `top_k` most probable tokens, or over the fewest whose probabilities add up to `top_p`.
+transformers does the decoding, with its cache and streamers.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from lora.settings import check, whole_number
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How a text is gone on with."""
+    """Settings of generation."""
 
     max_new_tokens: int = 256
-    """Tokens at most."""
+    """The most tokens to generate."""
     temperature: float = 0.0
-    """0: the most probable token at each step; above: drawn, the more evenly the higher."""
+    """0 takes the most probable token. Above 0 samples; higher is more random."""
     top_k: int | None = None
-    """Draw among so many of the most probable tokens alone."""
+    """Sample only from this many most probable tokens."""
     top_p: float | None = None
-    """Draw among the fewest most probable tokens whose probabilities add up to this."""
+    """Sample only from the fewest tokens whose probabilities add up to this."""
     seed: int = 0
-    """Of what is drawn."""
+    """Seed of the sampling."""
 
     def __post_init__(self) -> None:
         whole_number("max_new_tokens", self.max_new_tokens)
@@ -84,107 +84,114 @@ def written(
     streamed: Callable[[str], None] | None = None,
     sharded: bool = False,
 ) -> list[str]:
-    """What the model writes after each prompt's ids, up to its end token or one of `stops`, special
-    tokens left out. Sets eval mode.
+    """Returns the text that the model writes after each prompt's ids, without special tokens.
 
-    `streamed` is told of a single prompt's answer as it is written. Batches are divided among the
-    ranks; of a `sharded` model the rows of each, and a rank that has none, or is done, computes on
-    for company: its pieces are wanted. Every rank has all in the end.
+    It ends before the end token or one of `stops`. Sets eval mode. streamed: called with each piece
+    of the text while it is generated; for a single prompt. The batches are divided among the ranks;
+    if the model is `sharded`, the rows of each batch are. Every rank gets all texts.
     """
     device = device_of(model)
     model.eval()
     check_positions(model, prompts, writing.max_new_tokens)
-    how = _decoding(model, tokenizer, writing, stops)
-    ends = {*how.eos_token_id}  # which decoding leaves out only where it takes them for special
+    settings = _decoding(model, tokenizer, writing, stops)
+    # batch_decode drops only special tokens, and a stop may not be one.
+    ends = {*settings.eos_token_id}
     order = sorted_batches([len(ids) for ids in prompts], batch_size)
     rank, ranks = distributed.rank(), distributed.size()
-    own = [rows[rank::ranks] for rows in order] if sharded else order[rank::ranks]
-    bar = progress.add_task("writing", total=len(own)) if progress else None
-    found: dict[int, str] = {}
-    for rows in own:
-        some = rows or order[0][:1]
-        batch = padded(model, [prompts[row] for row in some], tokenizer.pad_token_id, device)
-        streamer = _Stream(tokenizer, streamed, how.eos_token_id) if streamed else None
-        # A generator of its own for each batch: none depends on what was drawn before.
+    mine = [rows[rank::ranks] for rows in order] if sharded else order[rank::ranks]
+    bar = progress.add_task("writing", total=len(mine)) if progress else None
+    answers: dict[int, str] = {}
+    for rows in mine:
+        # A sharded forward needs all ranks: a rank without rows generates and drops one.
+        used = rows or order[0][:1]
+        batch = padded(model, [prompts[row] for row in used], tokenizer.pad_token_id, device)
+        streamer = _Stream(tokenizer, streamed, settings.eos_token_id) if streamed else None
+        # Each batch has its own seed, so that its samples do not depend on other batches.
         with (
             torch.random.fork_rng(), torch.inference_mode(), autocast(model), _bare(model)
         ):  # fmt: skip
-            torch.manual_seed(writing.seed + some[0])
+            torch.manual_seed(writing.seed + used[0])
             ids = model.generate(
                 **batch,
-                generation_config=how,
+                generation_config=settings,
                 streamer=streamer,
                 synced_gpus=sharded and ranks > 1,
             )
-        begun = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
-        kept = [[*takewhile(lambda i: i not in ends, row)] for row in ids[:, begun:].tolist()]
+        # Skip the prompt, or the decoder's start token.
+        start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        kept = [[*takewhile(lambda i: i not in ends, row)] for row in ids[:, start:].tolist()]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-        found |= dict(zip(rows, texts, strict=False))  # or it was for company
+        answers |= dict(zip(rows, texts, strict=False))  # rows is empty if the text is to drop
         if progress and bar is not None:
             progress.advance(bar)
     if progress and bar is not None:
         progress.remove_task(bar)
-    for others in distributed.gather(found):
-        found |= others
-    return [found[row] for row in range(len(prompts))]
+    for others in distributed.gather(answers):
+        answers |= others
+    return [answers[row] for row in range(len(prompts))]
 
 
 @contextmanager
 def _bare(model: Any) -> Iterator[None]:
-    """Within, the model has no generation_config of its own: transformers fills what it is not told
-    from there, a repetition penalty or beams, which neither training nor its scores know of."""
-    own, model.generation_config = model.generation_config, transformers.GenerationConfig()
+    """Gives the model an empty generation_config for a while.
+
+    transformers takes settings that we do not pass from the model's config, such as a repetition
+    penalty or beams. Then texts would depend on settings that the run does not record.
+    """
+    saved, model.generation_config = model.generation_config, transformers.GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = saved
 
 
 def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
-    """transformers' settings."""
-    drawn: dict[str, Any] = {}
+    """Returns the GenerationConfig of transformers."""
+    sampling: dict[str, Any] = {}
     if writing.temperature > 0:
-        # top_k is 50 where nothing is said.
-        drawn = {"temperature": writing.temperature, "top_k": writing.top_k or 0}
-        drawn["top_p"] = 1.0 if writing.top_p is None else writing.top_p
+        # transformers' default for top_k is 50; 0 is no limit.
+        sampling = {"temperature": writing.temperature, "top_k": writing.top_k or 0}
+        sampling["top_p"] = 1.0 if writing.top_p is None else writing.top_p
     return transformers.GenerationConfig(
         max_new_tokens=writing.max_new_tokens,
-        do_sample=bool(drawn),
+        do_sample=bool(sampling),
         eos_token_id=sorted({tokenizer.eos_token_id, *stops}),
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=decoder_start(model) if model.config.is_encoder_decoder else None,
         use_cache=True,
-        **drawn,
+        **sampling,
     )
 
 
 def padded(
     model: Any, prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """What the model goes on from: ids and mask (prompts, longest)."""
+    """Returns input_ids and attention_mask of the prompts, (prompts, longest) int64."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad)
-    real = torch.zeros_like(ids)
+    mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         start = 0 if model.config.is_encoder_decoder else longest - len(prompt)
         ids[row, start : start + len(prompt)] = torch.tensor(prompt)
-        real[row, start : start + len(prompt)] = 1
-    return {"input_ids": ids.to(device), "attention_mask": real.to(device)}
+        mask[row, start : start + len(prompt)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 class _Stream(transformers.TextStreamer):  # type: ignore[misc]
-    """Passes on each stretch of text once it is certain."""
+    """Calls `receive` with each piece of text that later tokens cannot change."""
 
-    def __init__(self, tokenizer: Any, told: Callable[[str], None], ends: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, receive: Callable[[str], None], ends: Sequence[int]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.told, self.ends = told, ends
+        self.receive, self.ends = receive, ends
 
     def put(self, value: Tensor) -> None:
+        """Takes the next token, but no end token: one that is not special would be shown."""
         if self.next_tokens_are_prompt or value.flatten().tolist()[-1] not in self.ends:
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.told(text)
+        """Passes a finished piece on; the base class would print it."""
+        self.receive(text)
 
 
 def scored(
@@ -196,59 +203,64 @@ def scored(
     examples: Sequence[Any],
     progress: Progress | None = None,
 ) -> tuple[Evaluation, list[dict[str, Any]]]:
-    """Loss and metrics on a split, and a row for each answer: of texts for each prompt, at most
-    `config.answered` of each data set, as the model writes them."""
-    found = evaluate(model, corpus, encoded, examples, progress=progress)
+    """Returns loss and metrics of a model on a split, and a record per prediction.
+
+    Text: the model generates an answer for the first `config.answered` prompts of each data set.
+    """
+    evaluation = evaluate(model, corpus, encoded, examples, progress=progress)
     if corpus.task != "text":
-        return found, list(records_of(corpus, examples, found.logits))
+        return evaluation, list(records_of(corpus, examples, evaluation.logits))
     asked = asked_of(config, corpus, examples)
     if not asked:  # texts without a prompt
-        return found, []
-    asked = [_without_end(one, tokenizer.eos_token) for one in asked]
+        return evaluation, []
+    asked = [_without_end(conversation, tokenizer.eos_token) for conversation in asked]
     ids, stops = prompts_of(config, tokenizer, model, asked)
     writing = Writing(max_new_tokens=config.max_new_tokens)
-    cut = config.shard or config.offload
-    texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=cut)
+    sharded = config.shard or config.offload
+    texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=sharded)
     end = thought_end(config, tokenizer)
     scores = _score_answers(
         corpus, made_metrics(config), asked, [_parts(text, end)[1] for text in texts]
     )
     several = len(corpus.tasks) > 1
     rows = [row_of(one, text, several, end) for one, text in zip(asked, texts, strict=True)]
-    return replace(found, metrics=scores | found.metrics), rows
+    return replace(evaluation, metrics=scores | evaluation.metrics), rows
 
 
-def _without_end(one: Conversation, end: str) -> Conversation:
-    """A conversation whose references do not end in the end token, as texts that are written out
-    may: it is no part of what a model writes."""
-    return replace(
-        one, references=tuple(text.removesuffix(end).rstrip() for text in one.references)
-    )
+def _without_end(conversation: Conversation, end: str) -> Conversation:
+    """Removes the end token from the references, which texts rendered by the user may have.
+
+    Generated answers never contain it.
+    """
+    references = (text.removesuffix(end).rstrip() for text in conversation.references)
+    return replace(conversation, references=tuple(references))
 
 
-def _given(one: Conversation) -> dict[str, Any]:
-    """What the template was given beside the messages, as a row has it."""
-    given = json.loads(one.given) if one.given else {}
+def _given(conversation: Conversation) -> dict[str, Any]:
+    """Returns the template's other variables under the names that a row has for them."""
+    given = json.loads(conversation.given) if conversation.given else {}
     lists = {name: given.pop(name) for name in ("tools", "documents") if name in given}
     return lists | ({"chat_template_kwargs": given} if given else {})
 
 
 def _parts(text: str, end: str) -> tuple[str, str]:
-    """What a model wrote up to the end of its reasoning, and its answer."""
-    thought, found, answer = text.rpartition(end) if end else ("", "", text)
-    return (thought + found).strip(), answer
+    """Divides a generated text into reasoning, with its end, and answer."""
+    thought, mark, answer = text.rpartition(end) if end else ("", "", text)
+    return (thought + mark).strip(), answer
 
 
 def row_of(
     one: Conversation, text: str, several: bool = False, thought_end: str = ""
 ) -> dict[str, Any]:
-    """A record of an answer, with those that count as right if they are known. The reasoning before
-    it, up to `thought_end`, is no part of it."""
+    """Returns the record of a generated text: prompt, reasoning, prediction, and references.
+
+    The reasoning ends with `thought_end` and is not part of the prediction. several: name the task.
+    """
     thought, answer = _parts(text, thought_end)
-    said = [message.fields() for message in one.prompt]
+    messages = [message.fields() for message in one.prompt]
     return {
         **({"task": one.task} if several else {}),
-        **({"prompt": said[0]["content"]} if one.raw else {"messages": said}),
+        **({"prompt": messages[0]["content"]} if one.raw else {"messages": messages}),
         **_given(one),
         **({"reasoning": thought} if thought else {}),
         "prediction": answer.strip(),
@@ -258,31 +270,32 @@ def row_of(
 
 def _score_answers(
     corpus: Corpus,
-    own: Mapping[str, Mapping[str, Callable[[str, str], float]]],
+    task_metrics: Mapping[str, Mapping[str, Callable[[str, str], float]]],
     asked: Sequence[Conversation],
     texts: Sequence[str],
 ) -> dict[str, float]:
-    """The metrics of all answers, then of each data set's where there are several, `metric/name`.
+    """Returns the metrics of all answers, and with several data sets also `metric/name` of each.
 
-    A task that is made has metrics of its own: its exact match is of the text as it stands.
+    task_metrics: the metrics of each generated data set. Its exact match does not normalise texts,
+    and replaces the usual one. A group of data sets gets the metrics that all of them have.
     """
-    found: dict[str, float] = {}
-    parts = [("", set(corpus.tasks))]
-    parts += [(f"/{name}", {name}) for name in corpus.tasks if len(corpus.tasks) > 1]
-    for end, names in parts:
-        some = [(one, text) for one, text in zip(asked, texts, strict=True) if one.task in names]
-        if not some:
+    results: dict[str, float] = {}
+    groups = [("", set(corpus.tasks))]
+    groups += [(f"/{name}", {name}) for name in corpus.tasks if len(corpus.tasks) > 1]
+    for suffix, names in groups:
+        pairs = [(one, text) for one, text in zip(asked, texts, strict=True) if one.task in names]
+        if not pairs:
             continue
-        wanted = [list(one.references) for one, _ in some]
-        scores = score("text", [text for _, text in some], wanted)
-        if names <= own.keys():
-            of = set.intersection(*(set(own[name]) for name in names))
+        references = [list(conversation.references) for conversation, _ in pairs]
+        scores = score("text", [text for _, text in pairs], references)
+        if names <= task_metrics.keys():
+            common = set.intersection(*(set(task_metrics[name]) for name in names))
             scores |= {
                 metric: fmean(
-                    max(own[one.task][metric](text, right) for right in one.references)
-                    for one, text in some
+                    max(task_metrics[one.task][metric](text, right) for right in one.references)
+                    for one, text in pairs
                 )
-                for metric in sorted(of)
+                for metric in sorted(common)
             }
-        found |= {f"{metric}{end}": value for metric, value in scores.items()}
-    return found
+        results |= {f"{metric}{suffix}": value for metric, value in scores.items()}
+    return results

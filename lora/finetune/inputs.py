@@ -1,4 +1,4 @@
-"""From a configuration's data to what a model is given: a corpus, and every split's token ids."""
+"""Reads the data of a run's configuration and makes the model's inputs: corpus and token ids."""
 
 from __future__ import annotations
 
@@ -30,55 +30,62 @@ from lora.finetune.models import Base, check_ids, writing_parts
 from lora.interop.export import Ends
 from lora.method import Calibrated
 
-MADE = "tasks/"  # before the name of a task of lora.finetune.demo.tasks
+MADE = "tasks/"  # the prefix of a data set that lora.finetune.demo.tasks generates
 
 
 def read_corpus(config: RunConfig[Any]) -> Corpus:
-    """The data set that a configuration asks for."""
+    """Returns the data set of a configuration. Raises DataError, ConfigError."""
     task = config.task
-    named_so = asked(config) != Columns() or config.labels  # as of no text that is to be written
-    if task == "auto" and not named_so and any(map(_conversational, config.data)):
+    # Column and label flags are for classification and regression, so they rule out --task text.
+    has_columns = asked(config) != Columns() or config.labels
+    if task == "auto" and not has_columns and any(map(_conversational, config.data)):
         task = "text"
     if task == "text":
         return _texts(config)
     if len(config.data) > 1:
-        raise ConfigError(f"--data takes one data set, {len(config.data)} are of --task text.")
+        raise ConfigError(
+            f"--data has {len(config.data)} data sets, but only --task text takes more than one."
+            " Pass one, or set --task text."
+        )
     parts = config.labels, config.limit, config.skip_bad_lines
     return read_examples(config.data[0], asked(config), task, *parts)
 
 
 def asked(config: Any) -> Columns:
-    """What a configuration says of the columns."""
+    """Returns the column flags of a configuration."""
     return Columns(config.text_column, config.pair_column, config.label_column, config.header)
 
 
 def _conversational(source: str) -> bool:
+    """True if a source of --data holds conversations."""
     _, place = named(source)
     if place == "demo" or place.startswith(MADE):
         return place != "demo"
     try:
         return conversations.holds_conversations(place)
-    except DataError:  # which the reader of the other tasks says in its own words, or reads
+    except DataError:  # the reader of labelled texts reads the source, or reports its own error
         return False
 
 
 def _texts(config: RunConfig[Any]) -> Corpus:
-    """The conversations of every data set of a configuration, one after the other."""
-    found: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
+    """Returns the conversations of all data sets of a configuration, concatenated."""
+    joined: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     notes, names, bad = [], [], BadRows(config.skip_bad_lines)
     for source in config.data:
         name, place = named(source)
-        splits, said = _read(place, name, bad)
+        splits, source_notes = _read(place, name, bad)
         names.append(name)
-        notes += said
-        for split, some in splits.items():
-            found[split] += some[: config.limit]
+        notes += source_notes
+        for split, rows in splits.items():
+            joined[split] += rows[: config.limit]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"--data: two are called {twice}. Write NAME=SOURCE for one of them.")
-    if strange := set(config.weights) - set(names):
-        raise ConfigError(f"--weights {min(strange)}: no data of that name, of {', '.join(names)}.")
-    train, dev, test = (tuple(found[split]) for split in ("train", "dev", "test"))
+    if unknown := set(config.weights) - set(names):
+        raise ConfigError(
+            f"--weights {min(unknown)}: --data has no such name, found {', '.join(names)}."
+        )
+    train, dev, test = (tuple(joined[split]) for split in ("train", "dev", "test"))
     return Corpus(
         " ".join(config.data), "text", (), train, dev, test, note="; ".join(notes),
         tasks=tuple(names), bad=bad,
@@ -86,21 +93,25 @@ def _texts(config: RunConfig[Any]) -> Corpus:
 
 
 def read_texts(source: str, split: str | None, skip_bad_lines: int = 0) -> tuple[Corpus, str]:
-    """Conversations to score a trained model on, as the corpus's split of the name returned."""
+    """Returns a Corpus with one split of conversations to evaluate on, and the split's name.
+
+    split: default is test, or else dev, or train.
+    """
     name, place = named(source)
     bad = BadRows(skip_bad_lines)
     if place.startswith(MADE):
         splits, _ = _read(place, name, bad)
-        there = split or "test"
-        found = splits[there]
+        chosen = split or "test"
+        rows = splits[chosen]
     else:
-        found, there = conversations.read_one_split(place, name, split, bad)
-    held = {one: tuple(found) if one == there else () for one in SPLITS}
-    parts = held["train"], held["dev"], held["test"]
-    return Corpus(source, "text", (), *parts, tasks=(name,), bad=bad), there
+        rows, chosen = conversations.read_one_split(place, name, split, bad)
+    by_split = {each: tuple(rows) if each == chosen else () for each in SPLITS}
+    parts = by_split["train"], by_split["dev"], by_split["test"]
+    return Corpus(source, "text", (), *parts, tasks=(name,), bad=bad), chosen
 
 
 def _read(place: str, name: str, bad: BadRows) -> tuple[dict[str, list[Conversation]], list[str]]:
+    """Returns the splits of one source, read or generated, and notes for the user."""
     if not place.startswith(MADE):
         return conversations.read_conversations(place, name, bad)
     made = place.removeprefix(MADE)
@@ -118,51 +129,52 @@ def _read(place: str, name: str, bad: BadRows) -> tuple[dict[str, list[Conversat
 
 
 def made_metrics(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str], float]]]:
-    """By its name the metrics of each data set that is made, (prediction, answer) -> 0 to 1."""
-    found = {}
+    """Returns the metrics of each generated data set by name: (prediction, answer) -> 0 to 1."""
+    metrics = {}
     for name, place in map(named, config.data):
         if place.startswith(MADE):
             metric = tasks.MADE_TASKS[place.removeprefix(MADE)].metric
-            own = {} if metric is tasks.exact else {metric.__name__: metric}
-            found[name] = {"exact_match": tasks.exact, **own}
-    return found
+            other = {} if metric is tasks.exact else {metric.__name__: metric}
+            metrics[name] = {"exact_match": tasks.exact, **other}
+    return metrics
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is given of a corpus."""
+    """A corpus with its token ids."""
 
-    corpus: Corpus  # less the rows that the template refuses
+    corpus: Corpus  # without the rows that the template refuses
     splits: dict[str, Encoded]
-    said: tuple[str, ...] = ()  # what the user is to know of it
+    said: tuple[str, ...] = ()  # notes for the user
 
 
 def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
-    """Every split's token ids, for training.
+    """Returns the token ids of all splits, for training.
 
-    Raises DataError if more rows cannot be used than are to be skipped, or if a prompt that is to
-    be answered afterwards leaves no room to.
+    Raises DataError if more rows are unusable than --skip-bad-lines allows, or if a prompt to
+    answer after training leaves no room for the answer: better now than when training is done.
     """
     splits = {"train": corpus.train, "dev": corpus.dev, "test": corpus.test}
-    found, said = {}, []
+    encoded, lines = {}, []
     for name, examples in splits.items():
         if examples:
-            found[name], notes = encoded_of(config, corpus, base.tokenizer, base.model, examples)
-            said += [f"{name}: {note}" for note in notes]
+            encoded[name], notes = encoded_of(config, corpus, base.tokenizer, base.model, examples)
+            lines += [f"{name}: {note}" for note in notes]
     if corpus.task == "text":
         corpus, skipped = screened(corpus)
-        said = skipped + said
-        found["train"] = _mixed(config, corpus, found["train"])
+        lines = skipped + lines
+        encoded["train"] = _mixed(config, corpus, encoded["train"])
         if later := asked_of(config, corpus, corpus.held_out[1]):
             ids, _ = prompts_of(config, base.tokenizer, base.model, later)
             check_positions(base.model, ids, config.max_new_tokens)
-    return Inputs(corpus, found, tuple(said))
+    return Inputs(corpus, encoded, tuple(lines))
 
 
 def screened(corpus: Corpus) -> tuple[Corpus, list[str]]:
-    """A corpus of texts, encoded once, without the rows that cannot be used; and a note of them.
+    """Returns a corpus of texts without its unusable rows, and a note that lists them.
 
-    Raises DataError if they are more than are to be skipped, or all.
+    Call it after encoding, which adds the rows that the template refuses. Raises DataError if they
+    are more than --skip-bad-lines allows, or if a split has no other row.
     """
     before = corpus.train, corpus.dev, corpus.test
     train, dev, test = (tuple(corpus.bad.usable(rows)) for rows in before)
@@ -171,12 +183,15 @@ def screened(corpus: Corpus) -> tuple[Corpus, list[str]]:
 
 
 def digest(encoded: Encoded) -> str:
-    """SHA-256 of what is learned from: a template may write today's date."""
-    found = hashlib.sha256()
+    """Returns the SHA-256 of ids and targets. A resumed run compares it.
+
+    The same rows may have other ids: a template may write today's date.
+    """
+    sha = hashlib.sha256()
     fields = [encoded.fields[name] for name in sorted(encoded.fields)]
     for tensor in (*fields, encoded.offsets, encoded.targets):
-        found.update(tensor.numpy().tobytes())
-    return found.hexdigest()
+        sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def encoded_of(
@@ -187,8 +202,10 @@ def encoded_of(
     examples: Sequence[Any],
     labelled: bool = True,
 ) -> tuple[Encoded, list[str]]:
-    """The token ids of some examples, and what the user is to know of them; not `labelled`, with
-    targets of no meaning."""
+    """Returns the token ids and targets of examples, and notes for the user.
+
+    labelled=False: the examples have no labels, and all targets are 0.
+    """
     assert config.max_length is not None
     if corpus.task != "text":
         targets = corpus.targets(examples) if labelled else [0.0] * len(examples)
@@ -199,42 +216,48 @@ def encoded_of(
     template = template_of(tokenizer, config.template)
     decoder = model.config.is_encoder_decoder
     if decoder:
-        found, counts = encode_pairs(template, examples, config.max_length, corpus.bad)
-        found["attention_mask"] = torch.ones_like(found["input_ids"])  # it sees behind the end
+        tensors, counts = encode_pairs(template, examples, config.max_length, corpus.bad)
+        # An encoder attends in both directions, so its padding needs a mask. A causal model's
+        # padding comes after the text, which never attends to it.
+        tensors["attention_mask"] = torch.ones_like(tensors["input_ids"])
     else:
         parts = config.max_length, config.loss_on, corpus.bad
-        found, counts = encode(template, examples, *parts)
+        tensors, counts = encode(template, examples, *parts)
     for part in ("input_ids", "labels"):
-        check_ids(model, tokenizer, found[part], corpus.source)
+        check_ids(model, tokenizer, tensors[part], corpus.source)
     numbers = {name: number for number, name in enumerate(corpus.tasks)}
     whole = Encoded(
-        fields={name: found[name] for name in ("input_ids", "attention_mask") if name in found},
-        offsets=found["offsets"],
-        targets=found["labels"],
+        fields={name: tensors[name] for name in ("input_ids", "attention_mask") if name in tensors},
+        offsets=tensors["offsets"],
+        targets=tensors["labels"],
         pad=tokenizer.pad_token_id,
-        labels=found.get("label_offsets", found["offsets"]),
-        shown=_shown(model, found["labels"], found["label_offsets"]) if decoder else None,
-        tasks=tuple(numbers[examples[row].task] for row in found["rows"].tolist()),
+        labels=tensors.get("label_offsets", tensors["offsets"]),
+        shown=_shown(model, tensors["labels"], tensors["label_offsets"]) if decoder else None,
+        tasks=tuple(numbers[examples[row].task] for row in tensors["rows"].tolist()),
     )
     note = counts.note(config.max_length)
     return whole, [note] if note else []
 
 
 def _shown(model: Any, labels: Tensor, offsets: Tensor) -> Tensor:
-    """What a decoder is shown to predict the labels: those before, after the token it starts by."""
+    """Returns the decoder's input ids: the labels shifted right, after its start token."""
     shown = labels.roll(1)
     shown[offsets[:-1]] = decoder_start(model)
     return shown
 
 
 def decoder_start(model: Any) -> int:
-    """The token that a decoder of its own starts by."""
+    """Returns the id that the decoder of an encoder-decoder model starts with."""
     start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
     return int(pad if start is None else start)
 
 
 def _mixed(config: RunConfig[Any], corpus: Corpus, train: Encoded) -> Encoded:
-    """The training split with its packing, and with the share that each data set has."""
+    """Returns the train split with its packing and the share of each data set.
+
+    The shares are proportional to (weight · size) ^ (1 / temperature). Raises ConfigError if a data
+    set gets no example in an epoch.
+    """
     if config.packing:
         train = replace(train, row=config.max_length)
     if not config.weights and config.temperature == 1:
@@ -247,70 +270,77 @@ def _mixed(config: RunConfig[Any], corpus: Corpus, train: Encoded) -> Encoded:
     mixed = replace(train, shares=tuple(weight / sum(raised) for weight in raised))
     least, name = min(zip(tokens.parts_of(sum(sizes), mixed.shares), corpus.tasks, strict=True))
     if least < 1:
-        raise ConfigError(f"--weights leave {name} without an example in an epoch. Raise its own.")
+        raise ConfigError(
+            f"--weights leave {name} without an example in an epoch. Raise its weight."
+        )
     return mixed
 
 
 def calibration(
     config: RunConfig[Any], encoded: Encoded, device: torch.device
 ) -> list[dict[str, Tensor]] | None:
-    """The first 8 batches of the training, with the labels that the model's own forward takes,
-    where the method starts from data."""
+    """Returns the first 8 train batches, with labels as the model's own forward takes them.
+
+    None if the method does not initialise from data.
+    """
     method = method_named(config.method)
     if not issubclass(method, Calibrated) or not method.needs_batches(config.settings):
         return None
     rows = drawn(encoded, config.seed, 0)
     order = batches(encoded.lengths, config.batch_size, config.seed, 0, rows)[:8]
-    found = []
-    for some in order:
-        batch, targets = collate(encoded, layout(encoded, some), device)
-        found.append({**batch, "labels": _own_labels(encoded, batch, targets)})
-    return found
+    with_labels = []
+    for rows in order:
+        batch, targets = collate(encoded, layout(encoded, rows), device)
+        with_labels.append({**batch, "labels": _model_labels(encoded, batch, targets)})
+    return with_labels
 
 
-def _own_labels(encoded: Encoded, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
-    """As transformers' models take them: a causal one predicts each from the position before."""
+def _model_labels(encoded: Encoded, batch: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Returns labels in transformers' form: (rows, length), IGNORED where nothing is learned."""
     if encoded.labels is None:
         return targets
-    shape = batch.get("decoder_input_ids", batch["input_ids"])
-    labels = torch.full_like(shape, IGNORED).flatten()
+    ids = batch.get("decoder_input_ids", batch["input_ids"])
+    labels = torch.full_like(ids, IGNORED).flatten()
     labels[targets[0]] = targets[1]
-    labels = labels.view_as(shape)
+    labels = labels.view_as(ids)
+    # Our labels are shifted by one already. transformers' causal models shift them themselves, so
+    # shift them back.
     return labels if encoded.shown is not None else labels.roll(1, dims=-1)
 
 
 def prompts_of(
     config: RunConfig[Any], tokenizer: Any, model: Any, asked: Sequence[Conversation]
 ) -> tuple[list[list[int]], tuple[int, ...]]:
-    """The ids that a model goes on from to answer each conversation, and those that end an
-    answer."""
+    """Returns the prompt ids of each conversation, and the ids that end an answer."""
     template = template_of(tokenizer, config.template)
-    encodes: bool = model.config.is_encoder_decoder
-    found = prompt_ids(template, asked, encodes)
-    for one, ids in zip(asked, found, strict=True):
-        check_ids(model, tokenizer, ids, one.place)
-    return found, ends_of(template, model.generation_config)
+    has_encoder: bool = model.config.is_encoder_decoder
+    prompts = prompt_ids(template, asked, has_encoder)
+    for conversation, ids in zip(asked, prompts, strict=True):
+        check_ids(model, tokenizer, ids, conversation.place)
+    return prompts, ends_of(template, model.generation_config)
 
 
 def thought_end(config: RunConfig[Any], tokenizer: Any) -> str:
-    """What a model writes between its reasoning and its answer; "" if it is to write none."""
+    """Returns the text between a model's reasoning and its answer; "" if the template has none."""
     return template_of(tokenizer, config.template).thought_end
 
 
 def ends_of(template: Template, base: Any) -> tuple[int, ...]:
-    """The ids that end an answer: of the template, and of the base's own generation config."""
-    return tuple(dict.fromkeys((*template.stops, *_named(base))))
+    """Returns the ids that end an answer: the template's, then those of the generation config."""
+    return tuple(dict.fromkeys((*template.stops, *_eos_ids(base))))
 
 
-def _named(generation: Any) -> list[int]:
-    """The ids that a generation config names as ends."""
-    own = generation.eos_token_id
-    return [] if own is None else [own] if isinstance(own, int) else [*own]
+def _eos_ids(generation: Any) -> list[int]:
+    """Returns eos_token_id of a generation config as a list; it may be a number, a list or None."""
+    ids = generation.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else [*ids]
 
 
 def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
-    """Give a model and its tokenizer what makes their own generate() and apply_chat_template() do
-    as the run does: its template, and all tokens that end an answer."""
+    """Sets the run's template and end tokens in the tokenizer and the model's generation config.
+
+    Then generate() and apply_chat_template() of transformers do the same as the run.
+    """
     template = template_of(tokenizer, config.template)
     model.generation_config.eos_token_id = [*ends_of(template, model.generation_config)]
     if model.generation_config.pad_token_id is None:
@@ -320,54 +350,55 @@ def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
 
 
 def export_ends(config: RunConfig[Any], base: str) -> Ends:
-    """What ends an answer of a run that writes texts, for those who read its adapter on a base."""
+    """Returns the end tokens and the template of a run, for engines that read its adapter."""
     tokenizer, generation = writing_parts(base)
-    template, own = template_of(tokenizer, config.template), tokenizer.chat_template
+    template, base_template = template_of(tokenizer, config.template), tokenizer.chat_template
     ids = ends_of(template, generation)
-    known = {tokenizer.eos_token_id, *_named(generation)}
+    known = {tokenizer.eos_token_id, *_eos_ids(generation)}
     return Ends(
         tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
         turn=next((token for token in template.stops if token not in known), None),
         generation={**generation.to_diff_dict(), "eos_token_id": [*ids]},
-        template=None if template.jinja == own else template.jinja,
+        template=None if template.jinja == base_template else template.jinja,
     )
 
 
 def asked_of(
     config: RunConfig[Any], corpus: Corpus, examples: Sequence[Conversation]
 ) -> list[Conversation]:
-    """The prompts of a split that are answered: of each data set the first `config.answered`."""
-    found: list[Conversation] = []
+    """Returns the prompts of a split to answer: the first `config.answered` of each data set."""
+    prompts: list[Conversation] = []
     for name in corpus.tasks:
-        own = grouped(one for one in examples if one.task == name and one.references)
-        found += own[: config.answered]
-    return found
+        merged = grouped(one for one in examples if one.task == name and one.references)
+        prompts += merged[: config.answered]
+    return prompts
 
 
 def check_positions(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Raise DataError where a prompt is of no token, or it and an answer of `new` tokens need more
-    positions than the model has; an encoder and its decoder have as many each."""
+    """Raises DataError if a prompt has no token, or prompt and answer exceed the model's positions.
+
+    new: the most tokens of an answer. An encoder and its decoder each have all positions.
+    """
     most = getattr(model.config, "max_position_embeddings", None)
     lengths = [len(ids) for ids in prompts]
     if not min(lengths):
-        raise DataError("a prompt is empty: there is nothing to go on from. Write one.")
+        raise DataError("a prompt is empty, so there is nothing to continue. Fill it in.")
     if most is None:
         return
     longest = max(lengths)
     left = most if model.config.is_encoder_decoder else most - longest
     if longest > most or new > left:
-        way = "Shorten it; in training, --answered N answers the first N prompts alone, 0 none."
+        advice = "Shorten it; in training, --answered N answers only the first N prompts, 0 none."
         if longest <= most and left:
-            way = f"Set --max-new-tokens {left}, or shorten it."
+            advice = f"Set --max-new-tokens {left}, or shorten it."
         raise DataError(
             f"a prompt of {longest} tokens leaves no room for {new} new ones in the model's {most}"
-            f" positions. {way}"
+            f" positions. {advice}"
         )
 
 
 def corpus_to_show(config: RunConfig[Any]) -> Corpus:
-    """The data set that a configuration asks for; texts without a label are those of --task text,
-    also if it does not say so."""
+    """Returns the data set of a configuration to print. Texts without labels imply --task text."""
     try:
         return read_corpus(config)
     except DataError:
@@ -381,18 +412,18 @@ def corpus_to_show(config: RunConfig[Any]) -> Corpus:
 
 
 def show_labelled(corpus: Corpus, split: str, count: int) -> None:
-    """Print what was taken for what, the rows of each class, and the first examples."""
+    """Prints the columns in use, the rows of each class, and the first examples."""
     for line in corpus.said:
         print(f"data: {line}")
     for line in filter(None, [corpus.note]):
         print(f"note: {line}")
-    for one in examples_of(corpus, split)[:count]:
-        pair = "" if one.pair is None else f" | {one.pair}"
-        print(f"{one.place}: {one.label}: {one.text}{pair}")
+    for example in examples_of(corpus, split)[:count]:
+        pair = "" if example.pair is None else f" | {example.pair}"
+        print(f"{example.place}: {example.label}: {example.text}{pair}")
 
 
 def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: int) -> None:
-    """Print the first examples of each data set token by token, of a configuration as resolved."""
+    """Prints the first examples of each data set token by token. The config must be resolved."""
     assert config.max_length is not None
     template = template_of(base.tokenizer, config.template)
     for name in SPLITS:
@@ -400,7 +431,7 @@ def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: 
     corpus, notes = screened(corpus)
     for line in filter(None, (corpus.note, *notes)):
         print(f"note: {line}", file=sys.stderr)
-    there = examples_of(corpus, split)
+    examples = examples_of(corpus, split)
     for name in corpus.tasks:
-        if some := [one for one in there if one.task == name]:
-            preview(template, some, config.max_length, config.loss_on, count)
+        if rows := [conversation for conversation in examples if conversation.task == name]:
+            preview(template, rows, config.max_length, config.loss_on, count)

@@ -1,7 +1,7 @@
-"""Scores: pure functions of predictions and references.
+"""Metrics: pure functions of predictions and references. score(...) gives all of a task.
 
-Accuracies, F1, correlations, ROUGE and exact match are shares in [-1, 1]; BLEU is in [0, 100], as
-sacrebleu gives it.
+Accuracy, F1, ROUGE and exact match are in [0, 1], correlations in [-1, 1], BLEU in [0, 100] as in
+sacrebleu.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from lora.errors import DataError
 from lora.finetune.data.columns import LARGEST_LABEL
 
 SCORED_TASKS = ("classification", "regression", "text")
-LOWER = ("perplexity", "mse")  # the better
+LOWER = ("perplexity", "mse")  # metrics that are better if they are lower
 
 
 def score(
     task: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """All metrics of a task by name. Each prediction has one reference or, for text, several."""
+    """Returns all metrics of a task by name. A text may have several references.
+
+    Raises DataError if there are no predictions, their number differs from the references', or, in
+    regression, a value is not a finite number.
+    """
     if len(predictions) != len(references) or not predictions:
         raise DataError(
-            f"{len(predictions)} predictions for {len(references)} references: nothing to score."
+            f"{len(predictions)} predictions for {len(references)} references. Pass one line with"
+            " both for each."
         )
     if task == "text":
         return {
@@ -42,8 +47,8 @@ def score(
         for value in itertools.chain(*numbers):
             if not abs(value) <= LARGEST_LABEL:
                 raise DataError(
-                    f"regression scores need finite numbers up to {LARGEST_LABEL:g}, as float32"
-                    f" has, found {value:g}. Mend the row, or scale the values."
+                    f"regression scores need finite numbers up to {LARGEST_LABEL:g}, the largest"
+                    f" float32, found {value:g}. Fix the row, or scale the values."
                 )
         return regression(*numbers)
     if task != "classification":
@@ -52,69 +57,72 @@ def score(
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Accuracy, macro-F1 over the classes that occur, Matthews correlation."""
+    """Returns accuracy, macro-F1 over the classes that occur, and Matthews correlation."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    one = len({*predictions, *references}) == 1  # no correlation, and sklearn warns
+    # With a single class there is no correlation, and sklearn warns.
+    single_class = len({*predictions, *references}) == 1
     return {
         "accuracy": float(accuracy_score(references, predictions)),
         "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0)),
-        "matthews": 0.0 if one else float(matthews_corrcoef(references, predictions)),
+        "matthews": 0.0 if single_class else float(matthews_corrcoef(references, predictions)),
     }
 
 
 def regression(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-    """Pearson's and Spearman's correlation, and the mean squared error.
+    """Returns Pearson's and Spearman's correlation, and the mean squared error.
 
-    A constant side has no correlation: 0, for a model that predicts one has learned nothing.
+    If the predictions or the references are constant, the correlation is undefined. It is 0 here,
+    since a model with constant predictions has learned nothing.
     """
     from scipy.stats import pearsonr, spearmanr
 
     squared = [(p - r) * (p - r) for p, r in zip(predictions, references, strict=True)]
-    flat = min(len(set(predictions)), len(set(references))) < 2
+    constant = min(len(set(predictions)), len(set(references))) < 2
     return {
-        "pearson": 0.0 if flat else float(pearsonr(predictions, references).statistic),
-        "spearman": 0.0 if flat else float(spearmanr(predictions, references).statistic),
+        "pearson": 0.0 if constant else float(pearsonr(predictions, references).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(predictions, references).statistic),
         "mse": sum(squared) / len(squared),
     }
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Corpus BLEU of sacrebleu at its defaults (13a tokens, exponential smoothing)."""
+    """Returns sacrebleu's corpus BLEU at its defaults (13a tokenizer, exponential smoothing)."""
     import sacrebleu
 
-    most = max(len(found) for found in references)
-    # sacrebleu wants the first references of all, then the second ones; None where there is none.
+    most = max(len(texts) for texts in references)
+    # sacrebleu takes the first reference of each prediction, then the second of each, ...; None if
+    # a prediction has fewer.
     streams: Any = [
-        [found[i] if i < len(found) else None for found in references] for i in range(most)
+        [texts[i] if i < len(texts) else None for texts in references] for i in range(most)
     ]
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L, F-measure with stemming, the best reference of each, mean over all.
+    """Returns the mean F-measure of ROUGE-1, -2 and -L with stemming, by the best reference.
 
-    rouge-score knows ASCII letters and digits only: text in other scripts scores 0.
+    rouge-score uses ASCII letters and digits only, so text in other scripts scores 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)
     best = [scorer.score_multi(list(r), p) for p, r in zip(predictions, references, strict=True)]
-    return {name: sum(found[name].fmeasure for found in best) / len(best) for name in names}
+    return {name: sum(scores[name].fmeasure for scores in best) / len(best) for name in names}
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """The share of predictions that equal a reference after `normalise`."""
+    """Returns the share of predictions that equal a reference after `normalise`."""
     hits = [
-        normalise(prediction) in {normalise(reference) for reference in found}
-        for prediction, found in zip(predictions, references, strict=True)
+        normalise(prediction) in {normalise(text) for text in texts}
+        for prediction, texts in zip(predictions, references, strict=True)
     ]
     return sum(hits) / len(hits)
 
 
 def normalise(text: str) -> str:
-    """SQuAD's normalisation: lower case, no ASCII punctuation, no a/an/the, single spaces.
+    """Normalises as SQuAD does: lower case, no ASCII punctuation, no a/an/the, single spaces.
 
     Rajpurkar et al. 2016, arXiv:1606.05250, the official evaluation script's order of steps.
     """

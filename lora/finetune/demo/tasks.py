@@ -1,10 +1,10 @@
-"""Small text tasks, made and not stored: generate("reverse", "train") -> prompts with answers.
+"""Generates small text tasks: generate("reverse", "train") -> prompts with answers.
 
     reverse: lanovir -> rivonal
 
-A prompt is the task's name and what it is given: words of consonants and vowels in turn, numbers,
-or a date, in ASCII. What is given belongs to one split by its hash, whatever the count and the
-seed, so that nothing that a model is tested on was given to it in training, by any task.
+A prompt is the task's name and an input: words of alternating consonants and vowels, numbers, or a
+date, in ASCII. The hash of an input decides its split, whatever the count and the seed. So no input
+of the test split occurs in training, in any task.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
 
 
 def exact(prediction: str, answer: str) -> float:
-    """1 where the texts are the same, but for space around them."""
+    """Returns 1 if the texts are equal after stripping white space, else 0."""
     return float(prediction.strip() == answer.strip())
 
 
 def number(prediction: str, answer: str) -> float:
-    """1 where both are the same number, however it is written."""
+    """Returns 1 if both are the same number, in any notation, else 0."""
     try:
         return float(float(prediction) == float(answer))
     except ValueError:
@@ -38,36 +38,38 @@ def number(prediction: str, answer: str) -> float:
 
 
 def date(prediction: str, answer: str) -> float:
-    """1 where day, month's name and year are the same, in any order: March 09, 1987."""
-    found, wanted = (re.findall("[a-z]+|[1-9][0-9]*", t.lower()) for t in (prediction, answer))
-    return float(sorted(found) == sorted(wanted))
+    """Returns 1 if day, name of the month and year are the same in any order, else 0."""
+    predicted, expected = (
+        re.findall("[a-z]+|[1-9][0-9]*", text.lower()) for text in (prediction, answer)
+    )
+    return float(sorted(predicted) == sorted(expected))
 
 
 def letters(prediction: str, answer: str) -> float:
-    """The share of letters that stand in their place; what is too much counts as wrong."""
-    found, wanted = prediction.strip(), answer.strip()
-    right = sum(one == other for one, other in zip(found, wanted, strict=False))
-    return right / max(len(found), len(wanted), 1)
+    """Returns the share of letters at the right position. Extra letters count as wrong."""
+    predicted, expected = prediction.strip(), answer.strip()
+    right = sum(letter == other for letter, other in zip(predicted, expected, strict=False))
+    return right / max(len(predicted), len(expected), 1)
 
 
 @dataclass(frozen=True)
 class Made:
-    """How an example is drawn: what is given, and the answer to it."""
+    """A generated task: how to draw an input with its answer, and how to score a prediction."""
 
     draw: Callable[[random.Random], tuple[str, str]]
     about: str
     metric: Callable[[str, str], float] = exact
-    """(prediction, answer) -> 0 to 1, beside exact match."""
+    """(prediction, answer) -> 0 to 1, reported beside exact match."""
 
 
 def word(rng: random.Random, least: int = 3, most: int = 8) -> str:
-    """Consonants and vowels in turn."""
+    """Returns a word of alternating consonants and vowels."""
     turn = rng.choice(((CONSONANTS, VOWELS), (VOWELS, CONSONANTS)))
     return "".join(rng.choice(turn[i % 2]) for i in range(rng.randint(least, most)))
 
 
 def of_word(answer: Callable[[str], str]) -> Callable[[random.Random], tuple[str, str]]:
-    """Given one word."""
+    """Returns a draw whose input is a word."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
         given = word(rng)
@@ -79,7 +81,7 @@ def of_word(answer: Callable[[str], str]) -> Callable[[random.Random], tuple[str
 def of_words(
     answer: Callable[[list[str]], str], least: int, most: int
 ) -> Callable[[random.Random], tuple[str, str]]:
-    """Given several short words."""
+    """Returns a draw whose input is several short words."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
         given = [word(rng, 2, 5) for _ in range(rng.randint(least, most))]
@@ -89,7 +91,7 @@ def of_words(
 
 
 def of_letter(answer: Callable[[str, str], str]) -> Callable[[random.Random], tuple[str, str]]:
-    """Given a word after one of its letters."""
+    """Returns a draw whose input is one letter of a word, then the word."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
         given = word(rng)
@@ -100,7 +102,7 @@ def of_letter(answer: Callable[[str, str], str]) -> Callable[[random.Random], tu
 
 
 def of_numbers(answer: Callable[[int, int], int]) -> Callable[[random.Random], tuple[str, str]]:
-    """Given two numbers of two digits, the larger one first."""
+    """Returns a draw whose input is two numbers of two digits, the larger first."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
         b, a = sorted((rng.randint(10, 99), rng.randint(10, 99)))
@@ -110,12 +112,14 @@ def of_numbers(answer: Callable[[int, int], int]) -> Callable[[random.Random], t
 
 
 def draw_replace(rng: random.Random) -> tuple[str, str]:
+    """Draws an old letter, a new letter and a word. The answer has the new letter for the old."""
     given = word(rng)
     old, new = rng.choice(given), rng.choice(VOWELS + CONSONANTS)
     return f"{old} {new} {given}", given.replace(old, new)
 
 
 def draw_date(rng: random.Random) -> tuple[str, str]:
+    """Draws a date such as 1987-03-09. The answer is 9 March 1987."""
     year, month, day = rng.randint(1900, 2099), rng.randint(1, 12), rng.randint(1, 28)
     return f"{year}-{month:02}-{day:02}", f"{day} {MONTHS[month - 1]} {year}"
 
@@ -149,30 +153,30 @@ MADE_TASKS = {
 def generate(
     name: str, split: str = "train", count: int | None = None, seed: int = 0
 ) -> list[tuple[str, str]]:
-    """So many different prompts, each with its answer: a pure function of its arguments.
+    """Returns `count` different prompts with their answers: a pure function of its arguments.
 
-    Raises DataError at an unknown task or split, and where there are not so many prompts.
+    Raises DataError if the task or split is unknown, or has fewer different prompts.
     """
     for what, asked, known in (("task", name, MADE_TASKS), ("split", split, COUNTS)):
         if asked not in known:
             raise DataError(f"no built-in {what} {asked!r}. Known: {', '.join(known)}.")
     count = COUNTS[split] if count is None else count
     rng = random.Random(f"{name}:{split}:{seed}")
-    found: dict[str, str] = {}
-    for _ in range(100 * count):
-        if len(found) == count:
+    answers: dict[str, str] = {}
+    for _ in range(100 * count):  # dev and test take 1 draw in 20 each
+        if len(answers) == count:
             break
         given, answer = MADE_TASKS[name].draw(rng)
         if split_of(given) == split:
-            found[f"{name}: {given}"] = answer
-    if len(found) < count:
+            answers[f"{name}: {given}"] = answer
+    if len(answers) < count:
         raise DataError(
             f"task {name!r}: {count:,} different prompts asked for split {split!r}, found"
-            f" {len(found):,}. Ask for fewer."
+            f" {len(answers):,}. Ask for fewer."
         )
-    return list(found.items())
+    return list(answers.items())
 
 
 def split_of(given: str) -> str:
-    """One of 20 is dev, one is test."""
+    """Returns the split of an input by its hash: 1 of 20 is dev, 1 test, the others train."""
     return {0: "test", 1: "dev"}.get(zlib.crc32(given.encode()) % 20, "train")
