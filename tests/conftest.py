@@ -28,10 +28,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+# In bfloat16 with the slow tests: a processor without its products takes several times as long.
+DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
 def auto_dtype(request: pytest.FixtureRequest) -> Iterator[str]:
-    """What `--dtype auto` means, here and in the processes that a test starts: a test that asks for
-    it runs once under either answer, whatever the machine multiplies in."""
+    """What `--dtype auto` means, here and in the processes that a test starts. A test that asks for
+    it runs once with each answer, whatever the machine multiplies in."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_BFLOAT16", str(int(request.param == "bfloat16")))
         yield request.param
