@@ -1,1 +1,1 @@
-"""To and from other tools: loralib, GGUF, vLLM, the LM Evaluation Harness, Trainer."""
+"""Connects to other tools: loralib, GGUF, vLLM, the LM Evaluation Harness, Trainer."""

@@ -1,7 +1,8 @@
-"""What a base's config.json may state.
+"""The schema of a base model's config.json.
 
-transformers takes any number and any kind there, and makes lists, tables and modules of them before
-it reads a weight. What is stated is held to this schema first.
+transformers accepts any number of any type and allocates lists, tables and modules from them before
+it reads a weight. We check the file against this schema first, so that a damaged file cannot use
+all memory.
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict
 
 MOST = {"layers?$": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
-"""The largest number, by what its key has in it."""
+"""The largest value of a key that matches the pattern. The first match counts."""
 
 
 def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
-    """Holds a number, or each of a list, within bounds; null stands for a default."""
+    """Returns a validator of an integer or a list of them. none: null, a default, is valid too."""
 
-    def held(value: Any) -> Any:
-        each = value if isinstance(value, list) else [value] * (value is not None or not none)
-        if not all(type(one) is int and least <= one <= most for one in each):
+    def check_bounds(value: Any) -> Any:
+        values = value if isinstance(value, list) else [value] * (value is not None or not none)
+        # type(), not isinstance(): True is an int too.
+        if not all(type(number) is int and least <= number <= most for number in values):
             raise ValueError(f"must be a whole number from {least} to {most:,}")
         return value
 
-    return held
+    return check_bounds
 
 
 def _refuse_counts(stated: Any) -> Any:
-    """Refuses more layers, heads, labels, ... than any model has, whatever a config calls them."""
+    """Raises ValueError if a count of layers, heads, labels, ... is larger than any model has.
+
+    It looks at parts of the keys, so it covers keys that the schema does not name.
+    """
     for key, value in stated.items():
         if isinstance(value, Mapping):
             _refuse_counts(value)
@@ -48,7 +53,7 @@ Token = Annotated[Any, AfterValidator(_whole(-1, 2**31))]
 
 
 class BaseFile(TypedDict, total=False):
-    """config.json: the keys that are read here, and the sizes that most architectures have."""
+    """config.json: the keys that we read, and the sizes that most architectures have."""
 
     model_type: str
     architectures: list[str] | None

@@ -1,9 +1,9 @@
-"""The one door for documents: a schema says what a file holds, and what it returns needs no checks.
+"""Reads JSON documents and validates them against a schema, so that callers need no checks.
 
-    summary = read(directory / "summary.json", SUMMARY, RunError, "Run it again.")
+    summary = read_document(run / "summary.json", SUMMARY, RunError, "Run it again.")
 
-A schema is a pydantic TypeAdapter, of TypedDicts for the most part. It is strict: "1" is no number
-and true is no 1. Keys that it does not name pass, so that a newer version may add some.
+A schema is a pydantic TypeAdapter, usually of TypedDicts. Validation is strict: "1" is not a number
+and true is not 1. Unknown keys are allowed, so that a newer version can add keys.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Finite = Annotated[float, Field(gt=-1e305, lt=1e305)]
-"""Room to be added up and drawn; perplexity goes to e^700 = 1e304."""
+"""Numbers that can be summed and plotted without overflow. Perplexity is at most e^700 = 1e304."""
 WORDS = {
     "string_type": "a text",
     "string_too_short": "a text of at least {min_length} character",
@@ -38,18 +38,20 @@ WORDS = {
     "less_than_equal": "at most {le:,}",
     "less_than": "less than {lt:,}",
 }
-"""pydantic's errors, by their types, in the words of this package."""
+"""pydantic's error types, in the words of this package."""
 Seconds = Annotated[float, Field(ge=0, lt=1e12)]
 
 
 def read_document(path: Path, schema: TypeAdapter[T], error: type[LoraError], then: str) -> T:
-    """The JSON file as its schema states it. Raises `error` with file, key, found and wanted, and
-    `then`, the next command."""
+    """Reads and validates a JSON file.
+
+    Raises `error` with the file, the key, what was expected and found, and `then`: what to do next.
+    """
     return decode(content(path, error, then), schema, str(path), error, then)
 
 
 def content(path: Path, error: type[LoraError], then: str) -> bytes:
-    """The file's bytes. Raises `error`."""
+    """Returns the file's bytes. Raises `error` with `then` if it cannot be read."""
     with readable(path, error, then):
         return path.read_bytes()
 
@@ -57,7 +59,7 @@ def content(path: Path, error: type[LoraError], then: str) -> bytes:
 def decode(
     payload: bytes, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str
 ) -> T:
-    """A JSON document as its schema states it; `name` is what the message calls it."""
+    """Parses and validates a JSON document. `name` is its name in the error."""
     try:
         return schema.validate_json(payload, strict=True, extra="allow")
     except pydantic.ValidationError as problem:
@@ -67,7 +69,7 @@ def decode(
 def decode_lines(
     payload: bytes, schema: TypeAdapter[T], path: Path, error: type[LoraError], then: str
 ) -> list[T]:
-    """The rows of JSON lines that were read from `path`."""
+    """Parses and validates JSON lines that were read from `path`. Empty lines are skipped."""
     return [
         decode(line, schema, f"{path}, line {number},", error, then)
         for number, line in enumerate(payload.split(b"\n"), 1)
@@ -78,7 +80,7 @@ def decode_lines(
 def validate(
     value: object, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str
 ) -> T:
-    """What another reader made of a document, as its schema states it."""
+    """Validates a value that another library parsed."""
     try:
         return schema.validate_python(value, strict=True, extra="allow")
     except pydantic.ValidationError as problem:
@@ -86,7 +88,7 @@ def validate(
 
 
 def said(problem: pydantic.ValidationError) -> str:
-    """The first thing that is wrong: its key, what was wanted, and what was found."""
+    """Describes pydantic's first error: the key, what was expected, and what was found."""
     first: Any = problem.errors(include_url=False)[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -97,13 +99,13 @@ def said(problem: pydantic.ValidationError) -> str:
 
 
 def wanted(error: Any) -> str:
-    """What one of pydantic's errors asks for: "must be a text"."""
+    """Returns what one of pydantic's errors expected: "must be a text"."""
     if error["type"] in WORDS:
         return "must be " + WORDS[error["type"]].format(**error.get("ctx", {}))
     return re.sub(r"^(Input|\w+) should ", "must ", error["msg"]).removeprefix("Value error, ")
 
 
 def shown(value: object) -> str:
-    """A value in an error, of 80 characters at most."""
-    found = repr(value)
-    return found if len(found) <= 80 else f"{found[:80]}..."
+    """Returns a value for an error, at most 80 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,7 +1,7 @@
-"""Tasks of EleutherAI's LM Evaluation Harness, through its own library: the extra "harness".
+"""Runs tasks of EleutherAI's LM Evaluation Harness with its library (the extra "harness").
 
-A task is a name of the library's (`lm_eval ls tasks` lists them), whose data comes from the hub, or
-a YAML file of one's own in its format.
+A task is a name that `lm_eval ls tasks` lists, with data from the hub, or your own YAML file in the
+library's format.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ def run_tasks(
     batch_size: int = 8,
     chat: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of a causal or sequence-to-sequence model, as the library has them.
+    """Returns {task: {metric: value}} of a causal or encoder-decoder model.
 
-    The model is taken where and as it stands, its adapters on or off, and comes back in the mode
-    that it was in. `limit`: the first examples of each task alone. `chat`: asked in the chat
-    template. A metric that the library computes behind a filter is "metric (filter)". A YAML file
-    may name code that runs (`!function`): pass such as you trust. Raises DataError where a task is
-    not known, or its data is not to be had.
+    The model keeps its device, its adapters on or off, and its train or eval mode. limit: only the
+    first examples of each task. chat: apply the chat template. A metric that the library computes
+    after a filter is named "metric (filter)". A YAML file may run code (`!function`), so pass only
+    files that you trust. Raises DataError if a task is unknown or its data cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # It reads some ten thousand files to know its own tasks' names.
+    # To know its own task names the library reads about ten thousand files. Skip that if all tasks
+    # are files.
     manager = TaskManager(include_defaults=not all(Path(task).is_file() for task in tasks))
     try:
         manager.load(list(tasks))
-    except Exception as error:  # a name, a file, its code or its data: each fails in its own way
+    except Exception as error:  # names, files, their code and data raise different errors
         raise DataError(
             f"tasks {' '.join(tasks)}: {str(error).strip().partition(chr(10))[0]} Pass names that"
             " lm_eval ls tasks lists, or YAML files."
         ) from error
     with evaluating(model), torch.random.fork_rng(devices=[]):
-        found: Any = simple_evaluate(
+        evaluation: Any = simple_evaluate(
             _Model(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
             apply_chat_template=chat,
             log_samples=False,
-            bootstrap_iters=0,  # of the errors, which starts processes
-            random_seed=None,  # Python's and numpy's are the caller's
+            bootstrap_iters=0,  # no standard errors: computing them starts processes
+            random_seed=None,  # do not reseed the caller's Python and NumPy generators
             numpy_random_seed=None,
         )
     return {
@@ -66,16 +66,17 @@ def run_tasks(
             for key, value in values.items()
             if "," in key and is_number(value)
         }
-        for task, values in found["results"].items()
+        for task, values in evaluation["results"].items()
     }
 
 
 class _Model(HFLM):  # type: ignore[misc]
-    """The library's model, whose chat template is first tried within limits."""
+    """The library's model, with the chat template tried first under limits of time and memory."""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """Renders as the library does. Raises DataError if the template exceeds a limit."""
         values = {
             **self.tokenizer.special_tokens_map,
             "messages": chat_history,
@@ -83,11 +84,12 @@ class _Model(HFLM):  # type: ignore[misc]
         }
         (tried,) = render(self.tokenizer.get_chat_template(), [values])
         if isinstance(tried, LimitError):
-            raise DataError(f"the base's chat template cannot be used: {tried}. Mend it.")
+            raise DataError(f"the base's chat template cannot be used: {tried}. Fix it.")
         text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         return text
 
 
 def _name(key: str) -> str:
-    metric, _, kept = key.partition(",")
-    return metric if kept == "none" else f"{metric} ({kept})"
+    """Returns the name of a metric for the library's key "metric,filter"."""
+    metric, _, filter_name = key.partition(",")
+    return metric if filter_name == "none" else f"{metric} ({filter_name})"

@@ -1,4 +1,4 @@
-"""A model as transformers keeps it: its config.json, its class, its tokenizer. No weights."""
+"""Loads a transformers model's config, class and tokenizer, but no weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora.interop.hub import hub_answers
 
 
 def auto_class(config: Any, task: str) -> Any:
-    """transformers' class for the task."""
+    """Returns transformers' Auto class for the task."""
     if task != "text":
         return transformers.AutoModelForSequenceClassification
     if config.is_encoder_decoder:
@@ -25,32 +25,38 @@ def auto_class(config: Any, task: str) -> Any:
 
 
 def base_config(base: str, **head: Any) -> Any:
-    """The transformers config of a folder or a name on the hub. Raises ModelError."""
+    """Returns the transformers config of a folder or a name on the hub. Raises ModelError.
+
+    head: settings of the head, from head_settings().
+    """
     _check_place(base)
     try:
         stated, _ = transformers.PretrainedConfig.get_config_dict(base)
         name, then = f"--base {base}: its config.json", "Pass the one that belongs to the weights."
         documents.validate(stated, BASE_FILE, name, ModelError, then)
-        # Never ask, in the middle of a run, whether code of the hub's shall be run.
+        # Without trust_remote_code=False, transformers would ask on the terminal whether to run
+        # code from the hub.
         return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **head)
     except LoraError:
         raise
-    except Exception as error:  # a damaged folder raises whatever its reader meets first
+    except Exception as error:  # a damaged folder may raise any error
         raise not_loaded(base, error) from error
 
 
 def skeleton_of(config: Any, task: str, device: torch.device | str = "meta") -> Any:
-    """The model of a transformers config in float32, without values on the meta device. Raises
-    ModelError."""
+    """Builds the model of a config in float32; on the meta device it has no values.
+
+    Raises ModelError if the config is not that of a model.
+    """
     try:
         with torch.device(device):
             return auto_class(config, task).from_config(config, dtype=torch.float32)
-    except Exception as error:  # a config that cannot be raises whatever its model meets first
+    except Exception as error:  # an invalid config may raise any error
         raise not_loaded(config._name_or_path, error) from error
 
 
 def _check_place(base: str) -> None:
-    """Raise ModelError where there is no such folder, or no hub that could have the name."""
+    """Raises ModelError if the folder does not exist, or the hub is needed and does not answer."""
     with readable(base, ModelError, "Pass a folder with config.json, or a name on the hub."):
         local = Path(base).is_dir()
     if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
@@ -63,14 +69,15 @@ def _check_place(base: str) -> None:
 
 
 def read_tokenizer(place: str) -> Any:
-    """The tokenizer of a folder or of a name on the hub. Raises ModelError."""
+    """Returns the tokenizer of a folder or of a name on the hub. Raises ModelError."""
     try:
         return transformers.AutoTokenizer.from_pretrained(place)
-    except Exception as error:  # a damaged folder raises whatever its reader meets first
+    except Exception as error:  # a damaged folder may raise any error
         raise not_loaded(place, error) from error
 
 
 def not_loaded(base: str, error: Exception) -> ModelError:
+    """Returns the error for a base that cannot be loaded, with the first line of its cause."""
     return ModelError(
         f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
         " Pass --base demo, a folder with config.json and weights, or a name on the hub."
@@ -78,17 +85,18 @@ def not_loaded(base: str, error: Exception) -> ModelError:
 
 
 def cached(name: str) -> bool:
+    """True if the hub's local cache has the config.json of this name."""
     import huggingface_hub
 
     try:
-        found = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that a hub could have
+        path = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a valid name on the hub
         return False
-    return isinstance(found, str)
+    return isinstance(path, str)
 
 
 def head_settings(labels: int, task: str) -> dict[str, Any]:
-    """Returns what a transformers config is told of a head of so many outputs."""
+    """Returns the settings of a transformers config for a head with this many outputs."""
     if task == "text":
         return {}
     problem = "regression" if task == "regression" else "single_label_classification"

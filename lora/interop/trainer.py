@@ -1,16 +1,16 @@
-"""An injected model in transformers.Trainer: a callback for what a plain model does not have.
+"""Trains an injected model with transformers.Trainer: add lora.AdapterCallback().
 
     lora.inject(model, lora.LoRAConfig(r=8, modules_to_save=("classifier",)))
     trainer = transformers.Trainer(model, args, ..., callbacks=[lora.AdapterCallback()])
     trainer.train()                                   # or resume_from_checkpoint=True
     lora.load(other, f"{args.output_dir}/adapter")    # or .../checkpoint-30/adapter
 
-Trainer takes an injected model for any other, but would save it whole, under the wrappers' names,
-which from_pretrained does not read; and not at all where parameters are shared (VeRA, an adapter on
-a tied head). While it trains, the callback leaves out of the model's state dict what is frozen of
-the base, and every second name of a parameter. So a checkpoint is the adapter's size, resumes a
-training of the model injected in the same way, and serves load_best_model_at_end. The adapter
-beside it, in PEFT's format, is what to keep and to hand on.
+Without the callback, Trainer would save the whole model under the wrappers' names, which
+from_pretrained cannot read; and it could not save shared parameters at all (VeRA, an adapter on a
+tied head). During training, the callback removes the frozen base weights and every second name of a
+shared parameter from the state dict. So a checkpoint has the size of the adapter, can be resumed
+with a model injected in the same way, and works with load_best_model_at_end. The folder adapter/
+beside it, in PEFT's format, is the result to keep and to share.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ ADAPTER = "adapter"
 
 
 class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
-    """Saves adapter `name` in adapter/ of every checkpoint and, at the end, of output_dir; and has
-    the method do its part: AdaLoRA's penalty, before clipping, and its allocation of ranks.
+    """Saves adapter `name` in adapter/ of every checkpoint and, after training, of output_dir.
 
-    With load_best_model_at_end what is saved at the end is the best one. The penalty is no part of
-    the loss that Trainer logs. Raises ConfigError before the first step where the method cannot be
-    trained in so many, or asks for rates that the optimiser does not have (LoRA+), and TargetError
-    before the first update at an adapter that backward did not reach.
+    It also runs the hooks of the method, such as AdaLoRA's penalty (before gradient clipping) and
+    its allocation of ranks. The penalty is not part of the loss that Trainer logs. With
+    load_best_model_at_end, the adapter saved at the end is the best one.
+    Raises ConfigError before the first step if the method needs more steps, or needs learning rates
+    that the optimizer does not have (LoRA+); TargetError before the first update if an adapter has
+    no gradient.
     """
 
     def __init__(self, name: str = "default") -> None:
@@ -47,12 +48,16 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.hooks: list[Any] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
-        self._slim(model)  # a checkpoint to resume from is loaded before on_train_begin
+        """Installs the hooks now: Trainer loads a checkpoint to resume before on_train_begin."""
+        self._slim(model)
 
     def _slim(self, model: nn.Module) -> None:
-        refuse_whole_saves(
-            model, False
-        )  # what save_pretrained is given to write is not the whole model
+        """Makes the model's state dict leave out frozen weights. Allows save_pretrained().
+
+        save_pretrained() of an injected model is an error otherwise, since it would write the
+        wrappers' names. Trainer calls it with the reduced state dict, which only Trainer reads.
+        """
+        refuse_whole_saves(model, False)
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
@@ -63,6 +68,7 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **given: Any
     ) -> None:
+        """Checks the number of steps, and that the optimizer has the method's learning rates."""
         self._slim(model)
         check_steps(model, state.max_steps)
         rates = {
@@ -70,8 +76,8 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        found = {rates.get(id(p)) for parameters, _ in param_groups(model) for p in parameters}
-        if len(param_groups(model)) > 1 and len(found) == 1:
+        used = {rates.get(id(p)) for parameters, _ in param_groups(model) for p in parameters}
+        if len(param_groups(model)) > 1 and len(used) == 1:
             raise ConfigError(
                 "the adapter trains at more than one rate, Trainer's optimizer has one. Pass"
                 " optimizers=(torch.optim.AdamW(groups(model, rate, decay)), None), with"
@@ -80,16 +86,18 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.checked = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+        """Sets the gradients to those of the penalty. backward() then adds those of the loss."""
         extra = penalty(model)
-        if extra is not None:  # the gradients are those of no loss yet
-            trained = [p for p in model.parameters() if p.requires_grad]
-            found = torch.autograd.grad(extra, trained, allow_unused=True)
-            for parameter, gradient in zip(trained, found, strict=True):
+        if extra is not None:
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            gradients = torch.autograd.grad(extra, trainable, allow_unused=True)
+            for parameter, gradient in zip(trainable, gradients, strict=True):
                 parameter.grad = gradient
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, **given: Any
     ) -> None:
+        """Raises TargetError before the first update if an adapter has no gradient."""
         if not self.checked:
             check_alive(model)
             self.checked = True
@@ -97,14 +105,17 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any, **given: Any
     ) -> None:
+        """Runs the method's work after an update. global_step is not yet increased here."""
         after_step(model, state.global_step + 1, state.max_steps)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+        """Saves the adapter beside the checkpoint."""
         if args.should_save:
             save(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / ADAPTER,
                  self.name)  # fmt: skip
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+        """Saves the adapter in output_dir and removes the hooks."""
         if args.should_save:
             save(model, Path(args.output_dir) / ADAPTER, self.name)
         for hook in self.hooks:
@@ -113,7 +124,7 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
 
 
 def _spared(model: nn.Module) -> set[str]:
-    """Names of the injected model's parameters that a checkpoint of it does without."""
+    """Returns the parameter names to leave out of a checkpoint: frozen ones and second names."""
     seen = {id(p) for _, p in base_parameters(model) if not p.requires_grad}
     spared = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -124,12 +135,14 @@ def _spared(model: nn.Module) -> set[str]:
 
 
 def _leave_out(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    if injected(model):  # else it was ejected since, and is a plain model
+    """The state dict hook. A model that was ejected in the meantime keeps all its names."""
+    if injected(model):
         for name in _spared(model):
             state.pop(prefix + name, None)
 
 
 def _do_without(model: nn.Module, incompatible: Any) -> None:
+    """The load hook: the names that a checkpoint leaves out are not missing."""
     if injected(model):
         spared = _spared(model)
         incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in spared]
