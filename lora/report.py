@@ -43,7 +43,7 @@ class Report:
         share = self.trainable / max(self.total, 1)
         head = f"{self.plan.method.name}: {self.trainable:,} of {self.total:,} parameters"
         left = ", ".join(f"{name} ×{number}" for name, number in self.left)
-        tail = [f"  left alone: {left}" if left else "", self.note]
+        tail = [f"  not adapted: {left}" if left else "", self.note]
         return "\n".join([f"{head} train ({share:.2%})", *lines, *filter(None, tail)])
 
 
@@ -67,12 +67,12 @@ def report_of(model: nn.Module, name: str, note: str = "") -> Report:
         adapter_parameters=adapter_parameters,
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=count_parameters(model),
-        left=left_alone(model, plan) if plan.targets else (),
+        left=not_adapted(model, plan) if plan.targets else (),
         note=note,
     )
 
 
-def left_alone(model: nn.Module, plan: Plan) -> tuple[tuple[str, int], ...]:
+def not_adapted(model: nn.Module, plan: Plan) -> tuple[tuple[str, int], ...]:
     """Returns the layers that the plan does not adapt, counted by the last part of their names."""
     left: Counter[str] = Counter()
     for path, module in walk(model):
@@ -102,7 +102,9 @@ def notes_on(model: nn.Module, plan: Plan) -> str:
     read = uncalled(model)
     if read and getattr(plan.config, "target_modules", None) in SHORTHANDS:
         ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in read))
-        notes.append(f"{ends} left alone: {type(model).__name__} reads their weights itself.")
+        notes.append(
+            f"{ends} not adapted: {type(model).__name__} uses their weights without calling them."
+        )
     if plan.saved:
         notes += [*_peft_notes(model, plan), *_tie_notes(model, plan)]
     return "\n".join(notes)

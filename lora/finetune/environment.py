@@ -1,4 +1,4 @@
-"""The machine that a run is on: its versions and hardware, and the memory that it takes."""
+"""Describes the machine of a run, its versions and hardware, and measures the run's memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from lora.finetune import distributed
 from lora.injection import machine_memory
 
 STATUS = Path("/proc/self/status")
-"""Linux's figures of this process."""
+"""Linux's memory statistics of this process."""
 
 
 def environment() -> dict[str, Any]:
-    """What the result may depend on besides the configuration: versions, hardware, command."""
+    """Returns what a result may depend on besides the configuration: versions, hardware, command,
+    for environment.json."""
     import transformers
 
     return {
@@ -43,7 +44,7 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name: on Linux from /proc, since platform has none there."""
+    """Returns the processor's name; on Linux from /proc, since platform.processor() is empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n")
     except OSError:
@@ -52,16 +53,16 @@ def _processor() -> str:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has: a GPU's own, or the machine's."""
+    """Returns the bytes of memory of a GPU, or for the CPU of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_memory() or int(psutil.virtual_memory().total)
 
 
 class PeakMemory:
-    """The largest private memory of the process above its value at the start, in bytes.
+    """Measures the peak of the process's private memory above its value at the start, in bytes.
 
-    Sampled every 20 ms by a thread. On CUDA the peak of torch's allocator is reported instead.
+    A thread samples it every 20 ms. On CUDA the peak of torch's allocator is reported instead.
     """
 
     def __enter__(self) -> PeakMemory:
@@ -82,12 +83,12 @@ class PeakMemory:
             self.sample()
 
     def sample(self) -> None:
-        """Read the memory now, and keep it if it is the most so far."""
+        """Read the memory now, and store it if it is the largest so far."""
         self.most = max(self.most, self.now())
 
     def now(self) -> int:
-        """Bytes of private memory: RssAnon on Linux (no mapped files, no shared libraries),
-        private bytes on Windows, the resident set elsewhere."""
+        """Returns the bytes of private memory: RssAnon on Linux (without mapped files and shared
+        libraries), private bytes on Windows, the resident set elsewhere."""
         try:
             status = STATUS.read_text(encoding="utf-8")
         except OSError:
@@ -97,7 +98,7 @@ class PeakMemory:
         return int(lines[0].split()[1]) * 1024 if lines else 0
 
     def peak(self, device: torch.device) -> int:
-        """Bytes above the start, or the peak of the GPU's allocator."""
+        """Returns the peak in bytes above the start, or on CUDA the peak of torch's allocator."""
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
         return self.most - self.start

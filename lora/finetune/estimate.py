@@ -1,4 +1,4 @@
-"""What a dry run says: batches, memory by phase and use, and whether it fits."""
+"""The result of a dry run: batches, memory by phase and use, and whether it fits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from lora.report import Report
 
 HOLES = 0.7
-"""Free bytes between the blocks of glibc's heap, per byte in use. `lora train` came to 0.59 to 0.85
-with the demo's four methods (benchmarks/results/plan.json)."""
+"""Heap fragmentation: free bytes between the blocks of glibc's heap, per byte in use. Measured for
+`lora train` with four methods on the demo: 0.59 to 0.85 (benchmarks/results/plan.json)."""
 MIB = 2**20
 
 
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. Each phase holds what lives at its peak, by use."""
+    """Bytes on one device. Each phase has the tensors that are alive at its peak, by use."""
 
     devices: int
     sharded: bool
@@ -48,7 +48,7 @@ class Memory:
     evaluation: dict[str, int]
     saving: dict[str, int]
     process: int = 0
-    mapped: int = 0  # of the base, in every phase: pages of its files, not copied
+    mapped: int = 0  # part of the base that is memory-mapped, in every phase
     on_heap: bool = False  # True on the CPU
 
     @property
@@ -59,13 +59,13 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """What a run records as peak_bytes: private memory of the process, or on a GPU the bytes
-        that its allocator gave out."""
+        """The estimate of a run's peak_bytes: private memory of the process, or on a GPU the bytes
+        that torch's allocator handed out."""
         return self.process + self.tensors + self.holes
 
     @property
     def holes(self) -> int:
-        """Bytes between the blocks of the heap."""
+        """Bytes lost to heap fragmentation."""
         return int(HOLES * self.tensors) if self.on_heap else 0
 
 
@@ -78,7 +78,7 @@ class Estimate:
     splits: dict[str, int]  # rows
     epochs: int
     steps_per_epoch: int
-    tokens: float  # mean of a step, without padding
+    tokens: float  # mean per step, without padding
     padding: float  # share of the positions of all steps
     largest: Shape  # the largest batch
     evaluated: Shape
@@ -95,8 +95,8 @@ class Estimate:
             str(self.report),
             "",
             f"data    {self.source}: {sizes}",
-            f"steps   {per_epoch:,} an epoch, {self.epochs * per_epoch:,} in all",
-            f"tokens  {self.tokens:,.0f} a step, and {self.padding:.1%} of all positions padding;"
+            f"steps   {per_epoch:,} per epoch, {self.epochs * per_epoch:,} in total",
+            f"tokens  {self.tokens:,.0f} per step; {self.padding:.1%} of all positions are padding;"
             f" the largest batch is {rows} × {longest}",
             "",
             *_table(self),
@@ -107,7 +107,7 @@ class Estimate:
         return "\n".join(lines)
 
     def verdict(self) -> str:
-        """Says for each layout whether it fits, and what to set if it does not."""
+        """Returns for each layout whether it fits, and what to set if it does not."""
         where = "the machine" if self.device == "cpu" else "the device"
         lines = []
         for memory in self.memory:
@@ -123,7 +123,7 @@ class Estimate:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """For --json: bytes, rows and tokens."""
+        """Returns the JSON of --json: bytes, rows and tokens."""
         numbers = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -167,7 +167,7 @@ def _layout(memory: Memory) -> str:
 
 
 def _table(estimate: Estimate) -> list[str]:
-    """The table of memory: a column for each layout, in MiB of one device."""
+    """Returns the table of memory: a column for each layout, in MiB per device."""
     memories = estimate.memory
     longest = estimate.largest[1]
     labels = {
@@ -187,21 +187,21 @@ def _table(estimate: Estimate) -> list[str]:
          [sum(m.evaluation.values()) for m in memories]),
         ("loading the base", [m.loading for m in memories]),
         ("saving", [sum(m.saving.values()) for m in memories]),
-        ("the largest of these", [m.tensors for m in memories]),
+        ("largest of these", [m.tensors for m in memories]),
         ("  imports, tokenizer, data", [m.process for m in memories]),
-        ("  holes of the heap", [m.holes for m in memories]),
-        ("peak of a device", [m.peak for m in memories]),
-        ("  base mapped from its files", [m.mapped for m in memories]),
+        ("  heap fragmentation", [m.holes for m in memories]),
+        ("peak per device", [m.peak for m in memories]),
+        ("  base, memory-mapped", [m.mapped for m in memories]),
     ]  # fmt: skip
-    always = ("peak of a device", "training step")
+    always = ("peak per device", "training step")
     shown = [(name, sizes) for name, sizes in lines if any(sizes) or name in always]
     heads = [_layout(m) for m in memories]
-    width = max(len("memory of a device, MiB"), *(len(name) for name, _ in shown))
+    width = max(len("memory per device, MiB"), *(len(name) for name, _ in shown))
     spans = [max(len(head), 10) for head in heads]
-    first = f"{'memory of a device, MiB':<{width}}"
+    first = f"{'memory per device, MiB':<{width}}"
     table = ["  ".join([first, *(f"{h:>{s}}" for h, s in zip(heads, spans, strict=True))])]
     for name, sizes in shown:
         cells = [f"{size / MIB:>{s},.1f}" for size, s in zip(sizes, spans, strict=True)]
         table.append("  ".join([f"{name:<{width}}", *cells]))
     counts = ", ".join(f"{m.rows} × {longest}" for m in memories)
-    return [*table, f"activations and logits are of rows × tokens at a time: {counts}"]
+    return [*table, f"activations and logits of one micro-batch, rows × tokens: {counts}"]

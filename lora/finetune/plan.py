@@ -1,18 +1,18 @@
-"""The dry run: what a run would match, train, take and need, from its configuration and its data.
+"""The dry run: computes a run's parameters, steps and memory from its configuration and its data.
 
-No weight is read. The base is built from config.json under FakeTensorMode: its tensors have a
+No weights are read. The base is built from config.json under FakeTensorMode: its tensors have a
 shape, a dtype and a device, but no values, so the adapters, the fused path, autocast and the
 attention kernels are those of the run. The run's own functions take two optimizer steps with it at
 the largest batch (the first one makes AdamW's moments), then compute the largest batch of the
 evaluation. A Ledger counts every tensor storage from the operation that makes it until it is freed.
-torch's own allocator, measured in a real step, comes to the same bytes.
+torch's allocator, measured in a real step, reports the same bytes.
 
-On a CPU a process holds more than its tensors. Each part has its own source:
+On a CPU a process needs more memory than its tensors:
 
-    process     imports, tokenizer and data: this process has them too, and is measured
-    mapped      a base in float32 files is mapped, not copied: pages of the file, not private
+    process     imports, tokenizer and data: measured, since this process has them too
+    mapped      a base in float32 files is memory-mapped, so it is no private memory
     saving      the adapter's file is in memory twice while it is written
-    holes       between the blocks of glibc's heap: HOLES times what lives at the peak
+    holes       fragmentation of glibc's heap: HOLES times the tensors at the peak
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from lora.settings import whole_number
 from lora.training import check_steps
 
 WALKED = 100_000
-"""Steps whose batches are looked at; at least those of one epoch."""
+"""Number of steps whose batches are laid out, rounded up to whole epochs."""
 
 
 def shape_of(encoded: Encoded, rows: Sequence[int]) -> Shape:
-    """The size of the batch that these examples make."""
+    """Returns the size of the batch that these examples make."""
     laid_out = layout(encoded, rows)
     longest = max(sum(encoded.lengths[row] for row in together) for together in laid_out)
     decoder_tokens = max(encoded.counts[row] for row in rows) if encoded.shown is not None else 0
@@ -66,15 +66,16 @@ def shape_of(encoded: Encoded, rows: Sequence[int]) -> Shape:
 
 
 def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
-    """The dry run of a configuration: on one device and, if there are several, on each of them.
+    """Returns the estimate for one device and, if there are several, for that number too.
 
-    Each of several devices takes its share of a batch's rows. It holds the whole base; or, sharded,
-    its share of the frozen weights and the largest block whole. Raises what `lora train` would
-    raise before its first step, and ModelError if the model cannot run without values.
+    Each of several devices computes its share of a batch's rows. It holds the whole base or, if
+    sharded, its share of the frozen weights and one whole block, the largest. Raises what
+    `lora train` raises before its first step, and ModelError if the model cannot run without
+    values.
     """
     whole_number("nproc", devices, most=1024)
-    memory, device = PeakMemory(), device_here()
-    before = memory.now()
+    meter, device = PeakMemory(), device_here()
+    before = meter.now()
     corpus = read_corpus(config)
     labels = len(corpus.labels) or 1
     bare = load_skeleton(config.base, labels, corpus.task, config.quantize, config.dense)
@@ -82,9 +83,9 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     config, note = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
     corpus, splits = inputs.corpus, inputs.splits
-    # A run imports its metrics too.
+    # A run imports its metrics too, which takes memory.
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
-    process = memory.now() - before if device.type == "cpu" else 0
+    process = meter.now() - before if device.type == "cpu" else 0
 
     batches = _batches_to_plan(config, splits)
     report, memories = _memories(config, corpus, splits["train"], batches, devices)
@@ -101,7 +102,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         dtype="nf4" if config.quantize == "nf4" else config.dtype,
         device=device.type,
         there=total_memory(device),
-        memory=tuple(dataclasses.replace(one, process=process) for one in memories),
+        memory=tuple(dataclasses.replace(memory, process=process) for memory in memories),
         notes=(
             *(f"data: {line}" for line in corpus.said),
             *(f"note: {n}" for n in (corpus.note, *inputs.said, note, batches.note) if n),
@@ -115,9 +116,9 @@ class _Batches(NamedTuple):
     largest: Shape
     typical: Shape
     evaluated: Shape  # the largest of an evaluation
-    tokens: float  # mean of a step, without padding
+    tokens: float  # mean per step, without padding
     padding: float
-    note: str  # "" if every epoch was looked at
+    note: str  # "" if the batches of every epoch were laid out
 
 
 def _batches_to_plan(config: RunConfig[Any], splits: Mapping[str, Encoded]) -> _Batches:
@@ -141,14 +142,15 @@ def _batches_to_plan(config: RunConfig[Any], splits: Mapping[str, Encoded]) -> _
         padding=1 - tokens / sum(shape.positions for shape in shapes),
         note=""
         if epochs == config.epochs
-        else f"the batches are those of the first {epochs} epochs.",
+        else f"only the batches of the first {epochs} epochs were counted.",
     )
 
 
 def _memories(
     config: RunConfig[Any], corpus: Corpus, train: Encoded, batches: _Batches, devices: int
 ) -> tuple[Report, list[Memory]]:
-    """What one device needs, and each of several: with the whole base, and with it sharded."""
+    """Returns the memory of one device, and of each of several: with the whole base, and with the
+    base sharded."""
     memories = []
     for count in dict.fromkeys((1, devices)):
         rows = batches.largest.rows
@@ -181,8 +183,9 @@ class _DryRun:
     def measure(
         self, shapes: Sequence[Shape], parts: int, evaluated: Shape
     ) -> tuple[Report, Memory]:
-        """One optimizer step of each shape, the last of them in `parts` parts; one evaluation."""
-        # Not above: a run does not import it, so it must not count as the run's memory.
+        """Takes one optimizer step with each shape, the last one in `parts` micro-batches, and one
+        evaluation. Returns the report and the memory."""
+        # Imported here, since a run does not import it: it must not count as the run's memory.
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         nf4.pairs(
@@ -232,16 +235,16 @@ class _DryRun:
         return report, memory
 
     def _injected(self) -> tuple[Base, Report]:
-        """The base with the adapters on it, wrapped as inject() does, but not filled."""
+        """Returns the base with adapters injected as inject() does, but without values."""
         config = self.config
         method, shown, packs = method_named(config.method), False, False
         if issubclass(method, Calibrated):
             shown = method.needs_batches(config.settings)
         if issubclass(method, Packs) and config.quantize == "nf4":
             packs = method.takes_up(config.settings)
-        asked = len(self.corpus.labels) or 1, self.corpus.task
+        labels = len(self.corpus.labels) or 1
         quantize = "none" if packs else config.quantize
-        base = load_skeleton(config.base, *asked, quantize, config.dense)
+        base = load_skeleton(config.base, labels, self.corpus.task, quantize, config.dense)
         base = with_tokens(base, config, self.corpus.task, resized_for(config))
         model = base.model
         names = packable(model, config.dense) if packs else ()
@@ -270,8 +273,8 @@ class _DryRun:
         """
         made: dict[int, tuple[Tensor, Tensor]] = {}
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, old in held.items():
+            for tensors in (module._parameters, module._buffers):
+                for name, old in tensors.items():
                     if old is None:
                         continue
                     if id(old) not in made:
@@ -281,7 +284,7 @@ class _DryRun:
                         if isinstance(old, nn.Parameter):
                             new = nn.Parameter(new, requires_grad=old.requires_grad)
                         made[id(old)] = old, new
-                    held[name] = made[id(old)][1]
+                    tensors[name] = made[id(old)][1]
         check_room(model)
         if self.config.activation_checkpointing:
             checkpoint_activations(model)
@@ -296,11 +299,11 @@ class _DryRun:
         self.block = max(map(_frozen, blocks), default=_frozen(model))
 
     def _count_logits(self, head: nn.Module, inputs: Any, output: Any) -> None:
-        """Forward hook of a head or a whole classifier: count its output as logits."""
+        """Forward hook of a head or a whole classifier that counts its output as logits."""
         self.ledger.enter(getattr(output, "logits", output), "logits")
 
     def _batch(self, shape: Shape) -> tuple[dict[str, Tensor], Tensor]:
-        """Inputs and targets of a shape; their values mean nothing."""
+        """Returns inputs and targets of a shape, with arbitrary values."""
         names, task = list(self.encoded.fields), self.corpus.task
         ones = torch.ones(shape.rows, shape.longest, dtype=torch.long, device=self.device)
         batch = {name: ones.clone() for name in names}
@@ -313,10 +316,10 @@ class _DryRun:
         return batch, torch.zeros(size, dtype=dtype, device=self.device)
 
     def _step(self, model: Any, optimizer: torch.optim.Optimizer, shape: Shape, parts: int) -> None:
-        """What train.fit() does in a step, in its order."""
+        """Does what a step of train.fit() does, in the same order."""
         ledger, task = self.ledger, self.corpus.task
         model.train()
-        for _ in range(min(parts, 2)):  # a third part would find what the second one found
+        for _ in range(min(parts, 2)):  # a third micro-batch needs what the second one needed
             ledger.use = "activations"
             batch, targets = self._batch(shape)
             add_gradients(model, Part(batch, targets), task, shape.targets, penalized=True)
@@ -326,7 +329,7 @@ class _DryRun:
         optimizer.zero_grad(set_to_none=True)
 
     def _evaluate(self, model: Any, shape: Shape) -> None:
-        """What evaluate.predict() does with a batch."""
+        """Does what evaluate.predict() does with a batch."""
         model.eval()
         batch, targets = self._batch(shape)
         with torch.inference_mode(), autocast(model):
@@ -336,7 +339,8 @@ class _DryRun:
                 model(**batch).logits.float()
 
     def _mapped(self, base: Base) -> int:
-        """Bytes of the base that stay in its files: frozen weights in float32, here and there."""
+        """Returns the bytes of the base that are memory-mapped: frozen weights that are float32
+        both in the files and in the run."""
         if self.device.type != "cpu" or base.stored != torch.float32 or _quantized(base.model):
             return 0
         return sum(
@@ -346,17 +350,18 @@ class _DryRun:
         )
 
     def _loading(self, base: Base, report: Report, at_start: Mapping[str, int]) -> int:
-        """The peak before training begins."""
+        """Returns the peak before training begins."""
         quantized, loaded = _quantized(base.model), sum(at_start.values())
-        if quantized and self.config.base != "demo":  # quantized one by one, as they are read
+        if quantized and self.config.base != "demo":  # each layer is quantized when it is read
             return loaded
         if base.stored == torch.float32:
             return loaded - self._mapped(base)
-        # All of it in float32, and then beside it the quantized weights, or the adapters.
+        # The whole base in float32, and beside it the quantized weights or the adapters.
         return 4 * report.total + (loaded if quantized else loaded - _frozen(base.model))
 
     def sharded(self, memory: Memory) -> Memory:
-        """The same if each device holds its share of the frozen base, and one block whole."""
+        """Returns the memory if each device holds its share of the frozen base and one whole
+        block."""
         whole = memory.mapped + memory.training.get("base", 0)
         share = -(-whole // memory.devices) + self.block
 
@@ -375,7 +380,7 @@ class _DryRun:
 
 
 def _frozen(module: nn.Module) -> int:
-    """Bytes of the frozen parameters."""
+    """Returns the bytes of the frozen parameters."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
 
 

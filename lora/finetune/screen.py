@@ -1,4 +1,4 @@
-"""What a run shows while it works: a progress bar on a terminal, elsewhere lines on stderr."""
+"""Shows a run's progress: a bar on a terminal, otherwise lines on stderr."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from lora.finetune.record import Step
 
 
 def progress_bar() -> Progress:
-    """A bar on a terminal; elsewhere nothing but the printed lines, on stderr. Only rank 0 shows
-    anything."""
+    """Returns a bar for a terminal; without a terminal it shows only the printed lines, on stderr.
+    Only rank 0 shows anything."""
     first = distributed.rank() == 0
     console = rich.get_console() if sys.stderr.isatty() else rich.console.Console(file=sys.stderr)
     console = console if first else rich.console.Console(quiet=True)
@@ -43,11 +43,11 @@ def progress_bar() -> Progress:
 
 @contextmanager
 def reading(progress: Progress) -> Iterator[Callable[[int, int], None]]:
-    """Inside, a bar without an end: nobody knows how long data and base take to load.
+    """Shows a bar without a total while data and base are loaded.
 
-    Yields a function to call with (layers quantized, layers in all) while the base is quantized.
+    Yields a function to call with (layers quantized, all layers) while the base is quantized.
     """
-    task = progress.add_task("reading data and base", total=None)
+    task = progress.add_task("loading data and base", total=None)
     description = "quantizing the base, layer by layer"
     yield lambda done, layers: progress.update(
         task, total=layers, completed=done, description=description
@@ -56,13 +56,13 @@ def reading(progress: Progress) -> Iterator[Callable[[int, int], None]]:
 
 
 def say(progress: Progress, text: str) -> None:
-    """Print a line above the bar, exactly as it is: rich would wrap it and color numbers."""
+    """Print a line above the bar unchanged: by default rich would wrap it and color numbers."""
     progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 class TrainingScreen:
-    """Shows a training: a bar on a terminal; elsewhere a line every 30 seconds, and each
-    evaluation."""
+    """Shows the progress of training: a bar on a terminal, otherwise a line every 30 seconds; and
+    a line for each evaluation."""
 
     EVERY = 30.0  # seconds
 
@@ -73,13 +73,13 @@ class TrainingScreen:
         self.printed = time.monotonic()
 
     def step(self, step: Step) -> None:
-        """Show a step's loss and rate, and the speed over the last 20 steps."""
+        """Show a step's loss and learning rate, and the speed over the last 20 steps."""
         self.recent.append(step)
         seconds = sum(s.seconds for s in self.recent)
         tokens = sum(s.tokens for s in self.recent)
         positions = sum(s.tokens / (1 - s.padding) for s in self.recent)
         text = (
-            f"epoch {step.epoch}/{self.epochs} loss {step.loss:.3f} rate {step.learning_rate:.1e}"
+            f"epoch {step.epoch}/{self.epochs} loss {step.loss:.3f} lr {step.learning_rate:.1e}"
             f" {tokens / seconds:,.0f} tokens/s padding {1 - tokens / positions:.0%}"
         )
         self.progress.update(self.bar, completed=step.step, description=text)
@@ -91,7 +91,8 @@ class TrainingScreen:
             say(self.progress, f"step {step.step}/{step.steps} {text} left {clock}")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Print an evaluation: its scores, and the first metric of each task if there are tasks."""
+        """Print an evaluation: its scores and, if there are several tasks, each one's first
+        metric."""
         scores = "  ".join(
             f"{name} {value:.4f}" for name, value in row["dev"].items() if "/" not in name
         )

@@ -1,8 +1,8 @@
-"""What the verbs on a trained model are given: a run directory, or the folder of an adapter alone.
+"""Opens a trained model's folder: a run directory, or the folder of an adapter without its run.
 
-A run states all in its config.toml. An adapter alone, PEFT's or a download, states its task and its
-base in adapter_config.json; what it does not state is read from the base's config.json, from the
-tokenizer, and from the shape of the head that it saves.
+A run's config.toml has the whole configuration. An adapter without its run, such as PEFT's or a
+downloaded one, has its task and its base in adapter_config.json. The rest is read from the base's
+config.json, the tokenizer, and the shape of the saved head.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ TASK_OF: dict[str, Task] = {
     "CAUSAL_LM": "text",
     "SEQ_2_SEQ_LM": "text",
 }
-"""PEFT's task_type -> --task; of one label it is regression."""
+"""PEFT's task_type -> --task. SEQ_CLS with one label is regression."""
 PROBE = 7919
-"""So many labels: a size that nothing else in a model has, by which its head is known."""
+"""A number of labels that no other size in a model equals: it identifies the head's tensors."""
 
 
 @dataclass(frozen=True)
 class Source:
     """A trained model on disk."""
 
-    directory: Path  # as it was given
+    directory: Path  # as the user gave it
     adapter: Path  # the folder with adapter_config.json
-    config: RunConfig[Any]  # its base as it is to be loaded
+    config: RunConfig[Any]  # its base is the path to load
     alone: bool = False  # an adapter without its run
-    resizes: bool = False  # its base is to have as many tokens as the adapter's had
+    resizes: bool = False  # resize the base's embeddings to the adapter's number of tokens
 
     def settle(self, model: Any, tokenizer: Any) -> RunConfig[Any]:
-        """The configuration with what an adapter alone leaves to its model and tokenizer."""
+        """Returns the configuration; for an adapter without its run, max_length and template come
+        from its model and tokenizer."""
         if not self.alone:
             return self.config
-        most = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-        length = min(most, tokenizer.model_max_length)
-        length = length if length < 10**9 else 1024  # of a tokenizer that has no limit
+        limit = tokenizer.model_max_length
+        length = min(getattr(model.config, "max_position_embeddings", None) or limit, limit)
+        length = length if length < 10**9 else 1024  # tokenizers without a limit state 10^30
         return replace(
             self.config,
             max_length=length,
@@ -64,13 +65,13 @@ class Source:
 def open_source(
     directory: Path, base: str | None = None, resizes: bool = False, method: str | None = None
 ) -> Source:
-    """The run or the adapter in a folder; `base` is where its base is now, if not where it was.
-    With `resizes` the base of an adapter alone gets as many tokens as the adapter's had. `method`
-    is what --method names: it defines the method of an adapter alone, if that is the user's own,
-    and says where the file of a run's method is now.
+    """Opens the run or the adapter in a folder.
 
+    base     new path of the base, if it has moved or the adapter does not name it
+    resizes  for an adapter without its run: resize the base's embeddings to the adapter's tokens
+    method   --method: a user's class that an adapter needs, or the new path of a run's method file
     Raises RunError, CheckpointError, ConfigError or ModelError if the folder is neither, or its
-    base is not stated or not there.
+    base is not named or missing.
     """
     with readable(directory, RunError, "Pass the folder of a run or of an adapter."):
         run = run_around(directory)
@@ -88,8 +89,8 @@ def open_source(
             f" {command('lora', 'train', '--base', directory)}."
         )
     raise RunError(
-        f"{directory} is no run directory (no config.toml) and no adapter's folder (no {CONFIG})."
-        " Run lora train first, or pass another."
+        f"{directory} is neither a run directory (no config.toml) nor an adapter's folder (no"
+        f" {CONFIG}). Run lora train first, or pass another folder."
     )
 
 
@@ -97,14 +98,14 @@ def _of_run(directory: Path, base: str | None, method: str | None) -> Source:
     config = at_base(config_of(directory, method), base, directory)
     adapter = directory / "adapter"
     if not (adapter / CONFIG).is_file() and not (directory / "summary.json").is_file():
-        # The run is not complete: the adapter is that of its newest checkpoint.
+        # The run is not complete: use the adapter of its newest checkpoint.
         path, _ = state.find(directory / CHECKPOINTS)
         if path is None:
             raise RunError(
-                f"{directory}: the run ended before its first checkpoint. Go on with"
+                f"{directory}: the run was interrupted before its first checkpoint. Resume it with"
                 f" {command('lora', 'train', '--resume', directory)}."
             )
-        print(f"note: {directory} is not complete: the adapter is that of {path}.", file=sys.stderr)
+        print(f"note: {directory} is not complete: using the adapter of {path}.", file=sys.stderr)
         adapter = path / "adapter"
     return Source(directory, adapter, config, resizes=config.resize_embeddings)
 
@@ -112,10 +113,12 @@ def _of_run(directory: Path, base: str | None, method: str | None) -> Source:
 def _of_adapter(directory: Path, folder: Path, base: str | None, given: str | None) -> Source:
     settings = settings_in(folder)
     if given is not None:
-        method_named(given)  # defines it, so that the file can be of it
+        method_named(given)  # imports the class, so that method_and_config knows it
     method, filed = method_and_config(folder)
     if given is not None and method_named(given) is not method:
-        raise ConfigError(f"--method {given}: {folder} is an adapter of {method.name}. Remove it.")
+        raise ConfigError(
+            f"--method {given}: the adapter in {folder} was trained with {method.name}. Remove it."
+        )
     stated = base_in(settings)
     if base is None and stated is None:
         raise RunError(f"{folder / CONFIG} does not name its base. Pass --base FOLDER or NAME.")
@@ -127,46 +130,47 @@ def _of_adapter(directory: Path, folder: Path, base: str | None, given: str | No
     )
     config = at_base(config, base, directory)
     built_in = BUILT_IN.get(config.base)
-    told = None if built_in else base_config(config.base)
-    task: Task = TASK_OF[built_in or _task(folder, settings, told)]
-    most = getattr(told, "max_position_embeddings", None) or 2 * config.max_new_tokens
-    config = replace(config, max_new_tokens=min(config.max_new_tokens, max(1, most // 2)))
+    model_config = None if built_in else base_config(config.base)
+    task: Task = TASK_OF[built_in or _task(folder, settings, model_config)]
+    positions = getattr(model_config, "max_position_embeddings", None) or 2 * config.max_new_tokens
+    config = replace(config, max_new_tokens=min(config.max_new_tokens, max(1, positions // 2)))
     if task == "classification":
-        count, labels = _classes_of_head(folder, config.base, told)
+        count, labels = _classes_of_head(folder, config.base, model_config)
         task = "regression" if count == 1 else task
         config = replace(config, labels=labels)
     return Source(directory, folder, replace(config, task=task), alone=True)
 
 
-def _task(folder: Path, settings: Mapping[str, Any], told: Any) -> str:
-    """The task_type: as stated, or by the class that the adapter or its base names."""
+def _task(folder: Path, settings: Mapping[str, Any], model_config: Any) -> str:
+    """Returns the task_type that the file states, or that the class name of its base implies.
+    Raises CheckpointError if there is none, or if it is not one of TASK_OF."""
     task, mapping = settings.get("task_type"), settings.get("auto_mapping")
     names = [mapping.get("base_model_class")] if isinstance(mapping, dict) else []
-    names += getattr(told, "architectures", None) or []
+    names += getattr(model_config, "architectures", None) or []
     if task is None:
         task = next(filter(None, (task_of(str(name)) for name in names)), None)
     if not isinstance(task, str) or task not in TASK_OF:
-        found = f"task_type {task!r}" if task else "no task_type, and a base that tells none"
+        problem = f"task_type {task!r} is not supported" if task else "it has no task_type"
         raise CheckpointError(
-            f"{folder / CONFIG}: {found}. Known: {', '.join(TASK_OF)}. Set it there, or load the"
+            f"{folder / CONFIG}: {problem}. Set it to one of {', '.join(TASK_OF)}, or load the"
             " adapter with PEFT."
         )
     return str(task)
 
 
-def _classes_of_head(folder: Path, base: str, told: Any) -> tuple[int, tuple[str, ...]]:
-    """How many outputs the classifier has, and the names of its classes: as an adapter of ours
-    files them, or its base names them, else numbers; () for one output."""
+def _classes_of_head(folder: Path, base: str, model_config: Any) -> tuple[int, tuple[str, ...]]:
+    """Returns the classifier's number of outputs and the class names: those that our adapter file
+    holds, else those of the base's config.json, else numbers. One output has no names."""
     stored, mark = read_tensors(folder)
     skeleton = load_skeleton(base, PROBE, "classification").model
     head = [n for n, p in skeleton.named_parameters() if PROBE in p.shape[:1]]
     sizes = {len(stored[name]) for name in head if name in stored and stored[name].dim()}
-    count = sizes.pop() if len(sizes) == 1 else getattr(told, "num_labels", 2)
-    names = getattr(told, "id2label", None) or {}
-    of_base = tuple(str(name) for name in names.values())
-    if all(name.startswith("LABEL_") for name in of_base):  # which nobody gave
-        of_base = ()
-    for labels in (filed_labels(mark), of_base):
+    count = sizes.pop() if len(sizes) == 1 else getattr(model_config, "num_labels", 2)
+    names = getattr(model_config, "id2label", None) or {}
+    base_labels = tuple(str(name) for name in names.values())
+    if all(name.startswith("LABEL_") for name in base_labels):  # transformers' placeholders
+        base_labels = ()
+    for labels in (filed_labels(mark), base_labels):
         if len(set(labels)) == len(labels) == count > 1:
             return count, labels
     return count, tuple(map(str, range(count))) if count > 1 else ()

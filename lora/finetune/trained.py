@@ -1,4 +1,4 @@
-"""From a run, or an adapter alone, back to its model: eval, predict, merge."""
+"""Loads the model of a run or of an adapter's folder: eval, predict, generate and merge."""
 
 from __future__ import annotations
 
@@ -62,29 +62,29 @@ WrittenDtype = Literal["base", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A model and all that its answers need."""
+    """A model and everything needed to run it on texts."""
 
     config: RunConfig[Any]
     model: Any
     tokenizer: Any
     device: torch.device
-    stored: torch.dtype  # of the base's files
+    stored: torch.dtype  # dtype of the base's files
 
 
 def reopen(source: Source | Path, base: str | None = None) -> Trained:
-    """The model of a run directory, or of an adapter's folder: its base with its adapter on, held
-    as it is trained. `base` is where the base is now, if not where it was."""
+    """Loads the model of a run directory or of an adapter's folder: the base with the adapter, in
+    the dtype that training uses. `base` is the new path of the base if it has moved."""
     trained = _reopened(source if isinstance(source, Source) else open_source(source, base))
     hold(trained.model, trained.config.dtype)
     return trained
 
 
 def _reopened(source: Source) -> Trained:
-    """The same in the dtype of its base."""
+    """Loads the same model in the dtype of its base."""
     config = source.config
-    fits = source.adapter if source.resizes else None
-    base = build_base(config, config.labels, config.task, adapter=fits)
-    if quantizes_later(config):  # the same start again, so that the base is quantized as it was
+    resized_by = source.adapter if source.resizes else None
+    base = build_base(config, config.labels, config.task, adapter=resized_by)
+    if quantizes_later(config):  # initialize again, so that the base is quantized as in training
         add_adapter(config, base)
         eject(base.model)
     report = load(base.model, source.adapter, resize_embeddings=source.resizes)
@@ -103,15 +103,15 @@ def _reopened(source: Source) -> Trained:
 
 
 def newest_runs(folder: Path = Path("runs")) -> list[Path]:
-    """The newest complete run of each method under a folder."""
-    found = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    """Returns the newest complete run of each method under a folder. Raises RunError."""
+    summaries = sorted(folder.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
     newest: dict[str, Path] = {}
-    for path in found:
-        with suppress(RunError):  # a damaged run is no reason to hide the others
+    for path in summaries:
+        with suppress(RunError):  # skip a damaged run, show the others
             newest[summary_of(path.parent)["method"]] = path.parent
     if not newest:
         raise RunError(
-            f"no complete run under {folder}/. Run python scripts/train_lora_distilbert.py."
+            f"{folder}/ has no complete run. Run python scripts/train_lora_distilbert.py."
         )
     return list(newest.values())
 
@@ -123,10 +123,12 @@ def rescore(
     columns: Columns,
     skip_bad_lines: int = 0,
 ) -> dict[str, float]:
-    """A model's scores on a split of its run's own data or of other data."""
+    """Returns a model's scores on a split of its run's data or of other data."""
     directory = source.directory
     if data is None and source.alone:
-        raise ConfigError(f"{directory} is an adapter alone, without data of its own. Pass --data.")
+        raise ConfigError(
+            f"{directory} is an adapter without its run, so it does not name any data. Pass --data."
+        )
     with progress_bar() as progress:
         with reading(progress):
             trained = reopen(source)
@@ -137,8 +139,8 @@ def rescore(
                 known = (directory / "environment.json").is_file()
                 if known and environment_of(directory)["data"] != corpus.digest():
                     progress.console.print(
-                        f"note: {corpus.source} is not as it was when {directory} was trained: rows"
-                        f" of {name} may be among those that it learned from.",
+                        f"note: {corpus.source} has changed since {directory} was trained: rows"
+                        f" of {name} may be rows that the model was trained on.",
                         soft_wrap=True, markup=False,
                     )  # fmt: skip
             elif config.task == "text":
@@ -163,8 +165,8 @@ def rescore(
                 examples, notes = examples_of(corpus, name), [*notes, *skipped]
             _say(progress, *corpus.said, *filter(None, notes))
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
-        found, _ = scored(config, *parts, progress)
-    return {"loss": found.loss, **found.metrics}
+        result, _ = scored(config, *parts, progress)
+    return {"loss": result.loss, **result.metrics}
 
 
 def predict_texts(
@@ -176,21 +178,24 @@ def predict_texts(
     columns: Columns,
     skip_bad_lines: int = 0,
 ) -> None:
-    """Label texts, or the rows of a file, with a model; one that writes answers them."""
+    """Label texts, or the rows of a file, with a model. A language model answers them instead."""
     config = source.config
     if config.task == "text":
         if pairs or columns != Columns():
             raise ConfigError(
-                f"{source.directory} answers prompts: --pair and columns say nothing there."
+                f"{source.directory} is a language model: --pair, --header and the column flags"
+                " have no effect with it. Remove them."
             )
         writing = Writing(max_new_tokens=config.max_new_tokens)
         return answer(source, texts, data, output, writing, skip_bad_lines=skip_bad_lines)
     if (data is None) == (not texts):
-        raise DataError("one of --text and --data FILE is needed.")
+        raise DataError("pass either --text TEXT or --data FILE.")
     if data is None and columns != Columns():
-        raise ConfigError("columns are of --data. Leave --text-column and its like out.")
+        raise ConfigError("--header and the column flags have no effect with --text. Remove them.")
     if pairs and len(pairs) != len(texts):
-        raise DataError(f"{len(texts)} texts and {len(pairs)} pairs. Pass one --pair per --text.")
+        raise DataError(
+            f"found {len(texts)} texts and {len(pairs)} pairs. Pass one --pair for each --text."
+        )
     _check_output(output)
     with progress_bar() as progress:
         with reading(progress):
@@ -219,19 +224,21 @@ def _say(progress: Progress, *lines: str) -> None:
 
 
 def _check_output(output: Path | None) -> None:
-    """Raise RunError where a file could not be made."""
+    """Raise RunError if the file exists or could not be created."""
     if output is None:
         return
     with writable(output, RunError, "Pass another --output."):
-        there = output.exists()
-    if there:
+        exists = output.exists()
+    if exists:
         raise RunError(f"--output {output} exists. Pass another, or remove it.")
     if not output.absolute().parent.is_dir():
-        raise RunError(f"--output {output}: {output.parent} is no folder. Make it first.")
+        raise RunError(
+            f"--output {output}: the folder {output.parent} does not exist. Create it first."
+        )
 
 
 def _put_out(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
-    """Into the file, or as JSON lines on standard output."""
+    """Write the rows to the file, or print them as JSON lines."""
     if output is not None:
         write_lines(output, rows)
         return
@@ -249,65 +256,65 @@ def answer(
     system: str | None = None,
     skip_bad_lines: int = 0,
 ) -> None:
-    """Answer prompts, or those of a file, with a model: a row each, and of a model with its
-    adapter on and off the answer of the base beside the other."""
+    """Answer prompts, or those of a file, with a model, one row per prompt. With `adapter` "both"
+    each row also has the base's answer."""
     if (data is None) == (not prompts):
-        raise DataError("one of --text (of lora generate: --prompt) and --data FILE is needed.")
+        raise DataError("pass either --prompt (lora predict: --text) or --data FILE.")
     _check_output(output)
     with progress_bar() as progress:
         with reading(progress):
             trained = reopen(source)
             if data is None:
-                asked = [conversation(trained, [Message("user", one)], system) for one in prompts]
+                talks = [conversation(trained, [Message("user", p)], system) for p in prompts]
             else:
                 bare = trained.config.template == "none"
-                # A prompt without an answer does not say how it is meant: as those of the run.
+                # A row with only a prompt could be a text or a turn: it is read as in training.
                 bad = BadRows(skip_bad_lines)
-                asked = [one if one.references else replace(one, raw=bare and one.raw)
-                         for one in read_prompts(data, bad=bad)]  # fmt: skip
-                refuse_prompts(template_of(trained.tokenizer, trained.config.template), asked, bad)
-                asked = bad.usable(asked)
-                _say(progress, *bad.judge(left=bool(asked)))
-        texts = answers(trained, asked, writing, adapter, progress)
+                talks = [talk if talk.references else replace(talk, raw=bare and talk.raw)
+                         for talk in read_prompts(data, bad=bad)]  # fmt: skip
+                refuse_prompts(template_of(trained.tokenizer, trained.config.template), talks, bad)
+                talks = bad.usable(talks)
+                _say(progress, *bad.judge(left=bool(talks)))
+        texts = answers(trained, talks, writing, adapter, progress)
     end = thought_end(trained.config, trained.tokenizer)
-    found = {
-        acts: [row_of(one, text, thought_end=end) for one, text in zip(asked, some, strict=True)]
-        for acts, some in texts.items()
+    results = {
+        acts: [row_of(talk, text, thought_end=end) for talk, text in zip(talks, side, strict=True)]
+        for acts, side in texts.items()
     }
-    rows = found["off" if adapter == "off" else "on"]
+    rows = results["off" if adapter == "off" else "on"]
     if adapter == "both":
-        beside = [row["prediction"] for row in found["off"]]
-        rows = [row | {"base": text} for row, text in zip(rows, beside, strict=True)]
+        base_answers = [row["prediction"] for row in results["off"]]
+        rows = [row | {"base": text} for row, text in zip(rows, base_answers, strict=True)]
     _put_out(rows, output)
 
 
 def conversation(
     trained: Trained, messages: Sequence[Message], system: str | None = None
 ) -> Conversation:
-    """Messages as the run's model was trained on them."""
+    """Returns the messages as a conversation of the kind that the model was trained on."""
     raw = trained.config.template == "none"
-    said = (Message("system", system),) if system else ()
-    return Conversation((*said, *messages), place="the prompt", raw=raw)
+    first = (Message("system", system),) if system else ()
+    return Conversation((*first, *messages), place="the prompt", raw=raw)
 
 
 def answers(
     trained: Trained,
-    asked: Sequence[Conversation],
+    conversations: Sequence[Conversation],
     writing: Writing,
     adapter: Acts = "on",
     progress: Progress | None = None,
     streamed: Callable[[str], None] | None = None,
 ) -> dict[str, list[str]]:
-    """What the model writes to each, by "on" and "off" as the adapter is."""
+    """Returns the model's answers, with the adapter "on" and "off" as `adapter` says."""
     model, tokenizer = trained.model, trained.tokenizer
-    ids, stops = prompts_of(trained.config, tokenizer, model, asked)
-    found = {}
+    ids, stops = prompts_of(trained.config, tokenizer, model, conversations)
+    results = {}
     for acts in ("on", "off") if adapter == "both" else (adapter,):
         with nullcontext() if acts == "on" else disabled(model):
-            found[acts] = written(
+            results[acts] = written(
                 model, tokenizer, ids, writing, stops, progress=progress, streamed=streamed
             )
-    return found
+    return results
 
 
 def _encoded(
@@ -318,14 +325,14 @@ def _encoded(
 
 
 def _check_pairs(source: Source, examples: Sequence[Example]) -> None:
-    """Raise DataError where pairs go to a model of single texts, or the other way round; an adapter
-    alone does not tell which it is of."""
-    found, config = any(example.pair is not None for example in examples), source.config
-    if not source.alone and found != (config.pair_column is not None):
+    """Raise DataError if a run on single texts gets pairs, or the other way round. An adapter
+    without its run does not record which it was trained on."""
+    paired, config = any(example.pair is not None for example in examples), source.config
+    if not source.alone and paired != (config.pair_column is not None):
         was = "pairs" if config.pair_column else "single texts"
         raise DataError(
             f"{source.directory} was trained on {was}, found"
-            f" {'pairs' if found else 'single texts'}. Pass what it was trained on: --pair for a"
+            f" {'pairs' if paired else 'single texts'}. Pass what it was trained on: --pair for a"
             " pair's second text, and in a file --text-column and --pair-column."
         )
 
@@ -338,8 +345,8 @@ def merge_run(
     dtype: WrittenDtype = "base",
     tolerance: float | None = None,
 ) -> str:
-    """Write a model as a plain one into a new folder; what was merged, and how far that, and the
-    rounding to the dtype that it is written in, moved the logits of the run's first texts."""
+    """Merge a model and save it as a plain one in a new folder. Returns a report: what was merged,
+    and how far merging and rounding moved the logits on the run's first texts."""
     check_free(output, "--output", "model")
     directory = source.directory
     with progress_bar() as progress, reading(progress):
@@ -348,65 +355,68 @@ def merge_run(
         packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
         if packed and not dequantize:
             raise RunError(
-                f"{directory} has its base in NF4, whose 16 levels cannot hold a merged weight."
-                f" Run {command('lora', 'merge', directory, '--dequantize')}: into the dequantised"
-                " base."
+                f"{directory} has a base in NF4, whose 16 levels cannot represent a merged weight."
+                " To merge into the dequantized base, run"
+                f" {command('lora', 'merge', directory, '--dequantize')}."
             )
         if dequantize and not packed:
-            raise ConfigError(f"--dequantize: {directory} has no base in NF4. Leave it out.")
-        said = f"into the base {trained.config.base}"
+            raise ConfigError(
+                f"--dequantize has no effect: the base of {directory} is not quantized. Remove it."
+            )
+        report = f"into the base {trained.config.base}"
         if packed:
             nf4.dequantize_layers(model)
-            said = f"into {packed} dequantised layers, not the original ones of the base"
+            report = f"into {packed} dequantized layers, not the base's original weights"
         if method_named(trained.config.method).keeps_base:
-            said = f"{merge(model, untie, probe, tolerance)}; {said}"
+            report = f"{merge(model, untie, probe, tolerance)}; {report}"
         else:
-            said = f"nothing to merge: {trained.config.method} trained the base itself"
+            report = f"nothing to merge: {trained.config.method} trained the base itself"
         eject(model)
-        said += f"; {_round(model, trained.stored, dtype, probe)}"
+        report += f"; {_round(model, trained.stored, dtype, probe)}"
         if trained.config.task == "text":
             hand_on(trained.config, trained.tokenizer, model)
-        making = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+        temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
         try:
             with writable(output, RunError):
-                model.save_pretrained(making)
-                trained.tokenizer.save_pretrained(making)
-                making.rename(output)
+                model.save_pretrained(temporary)
+                trained.tokenizer.save_pretrained(temporary)
+                temporary.rename(output)
         finally:
-            shutil.rmtree(making, ignore_errors=True)
-    return said
+            shutil.rmtree(temporary, ignore_errors=True)
+    return report
 
 
-def _round(model: Any, stored: torch.dtype, asked: WrittenDtype, probe: dict[str, Tensor]) -> str:
-    """Round a model in float32 to the dtype that it is to be written in; what that did to its
-    outputs."""
-    dtype = stored if asked == "base" else getattr(torch, asked)
+def _round(model: Any, stored: torch.dtype, to: WrittenDtype, probe: dict[str, Tensor]) -> str:
+    """Round a float32 model to the dtype that it is saved in. Returns a report: the dtype, and how
+    far rounding moved the outputs. Raises MergeError if a weight overflows."""
+    dtype = stored if to == "base" else getattr(torch, to)
     short = str(dtype).removeprefix("torch.")
-    said = f"written in {short}, {'as asked' if asked != 'base' else 'as the base is'}"
+    report = f"saved in {short}{', the dtype of the base' if to == 'base' else ''}"
     if dtype != torch.float32:
         before = output_on(model, probe)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(dtype).float()
             if not parameter.isfinite().all():
                 raise MergeError(
-                    f"merge: {name} holds numbers that {short} cannot. Pass --dtype float32, or"
-                    " bfloat16."
+                    f"merge: {name} holds numbers outside the range of {short}. Set --dtype float32"
+                    " or bfloat16."
                 )
         moved = float((output_on(model, probe) - before).abs().max())
-        said += f": rounding moved the outputs by {moved:.3g}"
+        report += f"; rounding moved the outputs by at most {moved:.3g}"
     model.to(dtype)
-    return said
+    return report
 
 
 def _probe_batch(trained: Trained, directory: Path) -> dict[str, Tensor]:
-    """The first texts that the run answered, as one batch; before its end, a text."""
+    """Returns the first texts of the run's predictions.jsonl as one batch; without that file, a
+    single text."""
     path = directory / "predictions.jsonl"
     config, task = trained.config, trained.config.task
     rows = answers_of(directory, task, 8) or [{"text": "a", "prompt": "a"}]
     corpus = Corpus(str(path), task, (), (), (), ())
     if task == "text":
-        asked = [one for row in rows for one in from_row(row, str(path), answered=False)]
-        ids, _ = prompts_of(config, trained.tokenizer, trained.model, asked)
+        talks = [talk for row in rows for talk in from_row(row, str(path), answered=False)]
+        ids, _ = prompts_of(config, trained.tokenizer, trained.model, talks)
         model = trained.model
         batch = padded(model, ids, trained.tokenizer.pad_token_id, trained.device)
         if model.config.is_encoder_decoder:
@@ -418,9 +428,9 @@ def _probe_batch(trained: Trained, directory: Path) -> dict[str, Tensor]:
 
 
 def system_of(directory: Path) -> str | None:
-    """The system prompt that a run's conversations began with, the most frequent if there are
-    several; None if they had none, or the run did not come to its end."""
+    """Returns the most frequent system prompt of a run's conversations; None if they have none or
+    the run is not complete."""
     rows = answers_of(directory, "text", 100)
     first = [from_row(row, str(directory), answered=False)[0].messages[0] for row in rows]
-    found = Counter(one.content for one in first if one.role == "system")
-    return found.most_common(1)[0][0] if found else None
+    prompts = Counter(message.content for message in first if message.role == "system")
+    return prompts.most_common(1)[0][0] if prompts else None

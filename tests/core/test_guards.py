@@ -170,7 +170,7 @@ STATES: dict[str, Any] = {
     "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8,
     "mamba_expand": 2, "mamba_chunk_size": 8,
 }  # fmt: skip
-# model_type: (settings, layers that are left alone)
+# model_type: (settings, layers that are not adapted)
 MIXERS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "mamba": (SMALL | {"state_size": 8}, {"dt_proj", "out_proj"}),
     "falcon_mamba": (SMALL | {"state_size": 8}, {"dt_proj", "out_proj"}),
@@ -203,7 +203,7 @@ def test_layers_whose_weights_a_model_reads_itself_are_left_alone(name: str) -> 
     model = state_space(name)
     report = lora.inject(model, lora.LoRAConfig(r=2))
     assert left.isdisjoint(path.rpartition(".")[2] for path in report.plan.targets)
-    assert not left or f"{', '.join(sorted(left))} left alone" in str(report)
+    assert not left or f"{', '.join(sorted(left))} not adapted" in str(report)
     output = model.train()(input_ids=tokens(), labels=tokens())
     output.loss.backward()
     lora.training.check_alive(model)

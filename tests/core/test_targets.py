@@ -217,9 +217,9 @@ def test_topk_counts_blocks_and_not_experts() -> None:
     assert len(selected) == 16
 
 
-def test_the_report_says_what_was_left_alone() -> None:
+def test_the_report_lists_layers_that_are_not_adapted() -> None:
     report = lora.inject(gpt2(), lora.LoRAConfig(r=2, target_modules=("c_attn",)))
-    assert "left alone: wte ×1, wpe ×1, c_proj ×4, c_fc ×2, lm_head ×1" in str(report)
+    assert "not adapted: wte ×1, wpe ×1, c_proj ×4, c_fc ×2, lm_head ×1" in str(report)
 
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")])

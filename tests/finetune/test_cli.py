@@ -226,7 +226,7 @@ def test_merge_writes_a_plain_model(
         assert not out.exists()
     assert lora("merge", run, "--output", out, *how) == 0
     said = capsys.readouterr().out
-    assert {"full": "nothing to merge", "qlora": "12 dequantised layers"}.get(
+    assert {"full": "nothing to merge", "qlora": "12 dequantized layers"}.get(
         method, f"into the base {base}"
     ) in said
     assert ("outputs moved by" in said) == (method != "full")
@@ -670,7 +670,7 @@ def test_run_directories_that_cannot_be(
     for verb in ("eval", "predict", "plot"):
         extra = ("--text", "x") if verb == "predict" else ()
         assert lora(verb, tmp_path / "nowhere", *extra) == 2
-        assert "is no run directory" in capsys.readouterr().err
+        assert "run directory" in capsys.readouterr().err
 
 
 def test_a_damaged_adapter_in_a_run_is_named(
@@ -938,8 +938,15 @@ def test_flags_without_effect_are_refused(
             "compare",
             "--method=full",
         ): "--method applies to a single run. With lora compare, set",
-        ("predict", trained, "--text", "x", "--output", tmp_path / "no" / "x"): "is no folder",
-        ("predict", trained, "--text", "x", "--text-column", "y"): "columns are of --data",
+        (
+            "predict",
+            trained,
+            "--text",
+            "x",
+            "--output",
+            tmp_path / "no" / "x",
+        ): "Create it first",
+        ("predict", trained, "--text", "x", "--text-column", "y"): "have no effect with --text",
         ("methods", "--verbose"): "lora methods does not take --verbose",
     }.items():
         assert lora(*arguments) == 2

@@ -123,7 +123,7 @@ def test_an_adapter_alone_needs_its_file_named(
     assert lora("predict", trained, *ask) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(answer)
     assert lora("predict", alone, *ask, "--method", "lora") == 2
-    assert "is an adapter of gated_lora. Remove it." in capsys.readouterr().err
+    assert "was trained with gated_lora. Remove it." in capsys.readouterr().err
     flags = ("--adapter", alone, "--limit", 8, "--epochs", 1, "--run-dir", tmp_path / "further")
     forget()
     assert lora("train", *flags) == 2

@@ -247,6 +247,6 @@ def test_epochs_without_end_are_planned_from_the_first(
     assert many.epochs * many.steps_per_epoch == (2**31 - 1) * few.steps_per_epoch
     assert (many.largest, many.tokens, many.padding) == (few.largest, few.tokens, few.padding)
     assert few.memory[0].training == many.memory[0].training
-    assert "note: the batches are those of the first 4 epochs." in many.notes
+    assert "note: only the batches of the first 4 epochs were counted." in many.notes
     with pytest.raises(ConfigError, match="epochs must be at most 2,147,483,647"):
         asked(bare, epochs=2**31)

@@ -229,8 +229,11 @@ class TestAnAdapterAlone:
         [
             ({"base_model_name_or_path": None}, "does not name its base. Pass --base"),
             ({"base_model_name_or_path": "/gone/base"}, "base /gone/base is not there any more"),
-            ({"task_type": "TOKEN_CLS"}, "task_type 'TOKEN_CLS'. Known: SEQ_CLS"),
-            ({"task_type": 5}, "task_type 5. Known: SEQ_CLS"),
+            (
+                {"task_type": "TOKEN_CLS"},
+                "'TOKEN_CLS' is not supported. Set it to one of SEQ_CLS",
+            ),
+            ({"task_type": 5}, "task_type 5 is not supported. Set it to one of SEQ_CLS"),
             ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),
         ],
     )
@@ -262,14 +265,14 @@ class TestAnAdapterAlone:
         base = save_base(tmp_path / "base", "distilbert")
         save_adapter(base, tmp_path / "adapter")
         assert lora("eval", tmp_path / "adapter") == 2
-        assert "without data of its own. Pass --data" in capsys.readouterr().err
+        assert "so it does not name any data. Pass --data" in capsys.readouterr().err
         assert lora("eval", tmp_path / "base") == 2
         err = capsys.readouterr().err
         assert "is a plain model (config.json), not a run or an adapter" in err
         (tmp_path / "empty").mkdir()
         assert lora("eval", tmp_path / "empty") == 2
         err = capsys.readouterr().err
-        assert "no run directory (no config.toml) and no adapter's folder" in err
+        assert "neither a run directory (no config.toml) nor an adapter's folder" in err
 
 
 def train(base: object, folder: Path, *flags: object) -> Path:

@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_in_its_run_of_the_tracker(tmp_path: Path, wandb: 
     assert json.loads((tmp_path / "two" / "trackers.json").read_text()) == {"wandb": "run2"}
 
 
-def test_one_that_fails_is_left_alone(
+def test_one_that_fails_is_dropped(
     tmp_path: Path, wandb: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tracking(["wandb", "tensorboard"], tmp_path, SETTINGS) as log:
@@ -137,7 +137,7 @@ def test_one_that_fails_is_left_alone(
     ]  # fmt: skip
 
 
-def test_one_that_does_not_begin_is_refused_and_of_a_resumed_run_left_alone(
+def test_one_that_does_not_begin_is_refused_and_of_a_resumed_run_dropped(
     tmp_path: Path,
     wandb: Any,
     monkeypatch: pytest.MonkeyPatch,
