@@ -113,7 +113,10 @@ def _with_new_head(settings: Any, config: RunConfig[Any], base: Base) -> tuple[A
     ]
     settings = replace(settings, modules_to_save=tuple(dict.fromkeys((*others, *heads))))
     names = ", ".join(settings.modules_to_save)
-    return settings, f"the head is new: {names} is fully trained, as part of modules_to_save"
+    return (
+        settings,
+        f"new head: {names} will be trained in full and saved with the adapter (modules_to_save)",
+    )
 
 
 def _max_length(config: RunConfig[Any], corpus: Corpus, base: Base) -> int:
@@ -202,7 +205,7 @@ def _tokenizer_for(adapter: Path, config: RunConfig[Any]) -> Path | None:
     """The folder of an adapter's tokenizer, None if none was saved beside it.
 
     A checkpoint has none: it uses the tokenizer of the adapter that its run started from. Raises
-    RunError if that adapter is not there any more.
+    RunError if that adapter does not exist any more.
     """
     folder, start = _tokenizer_beside(adapter), resized_for(config)
     if folder is not None or start is None:
@@ -210,7 +213,7 @@ def _tokenizer_for(adapter: Path, config: RunConfig[Any]) -> Path | None:
     if not start.is_dir():
         raise RunError(
             f"{adapter} has no tokenizer beside it, and the adapter that its run started from,"
-            f" {start}, is not there any more. Bring it back."
+            f" {start}, does not exist any more. Restore it."
         )
     return _tokenizer_beside(start)
 

@@ -176,7 +176,7 @@ def summary_of(directory: Path) -> Summary:
 def environment_of(directory: Path) -> Environment:
     """What the run started with. Raises RunError."""
     return documents.read_document(
-        directory / "environment.json", ENVIRONMENT, RunError, "Bring it back, or run anew."
+        directory / "environment.json", ENVIRONMENT, RunError, "Restore it, or start a new run."
     )
 
 
@@ -186,7 +186,9 @@ def metrics_of(directory: Path) -> list[RecordedRow]:
     with readable(path, RunError, "Pass a run directory."):
         exists = path.exists()
     if not exists:
-        raise RunError(f"{directory} is no run directory: no metrics.jsonl. Run lora train.")
+        raise RunError(
+            f"{directory} is not a run directory: it has no metrics.jsonl. Run lora train."
+        )
     payload = documents.content(path, RunError, "Run lora train again.")
     whole = payload[: payload.rfind(b"\n") + 1]
     return documents.decode_lines(whole, ROW, path, RunError, "Run lora train again.")
@@ -199,7 +201,7 @@ def metrics_at(directory: Path, mark: Mark, step: int) -> tuple[list[RecordedRow
     """
     if step == 0:
         return [], b""
-    path, advice = directory / "metrics.jsonl", "Bring it back, or run anew."
+    path, advice = directory / "metrics.jsonl", "Restore it, or start a new run."
     payload = documents.content(path, RunError, advice)[: mark[0]]
     if hashlib.sha256(payload).hexdigest() != mark[1]:
         raise RunError(f"{path} is damaged: it is not as it was at its checkpoint. {advice}")
@@ -211,7 +213,7 @@ def metrics_at(directory: Path, mark: Mark, step: int) -> tuple[list[RecordedRow
 
 def answers_of(directory: Path, task: str, most: int) -> list[Any]:
     """The first rows of predictions.jsonl; none before the run is complete. Raises RunError."""
-    path, advice = directory / "predictions.jsonl", "Bring it back, or run anew."
+    path, advice = directory / "predictions.jsonl", "Restore it, or start a new run."
     if not path.exists():
         return []
     payload = documents.content(path, RunError, advice)

@@ -275,7 +275,7 @@ class _Loop:
                 if step.stop:
                     raise StoppedError(
                         f"{signal.Signals(step.stop).name} after step {step.step} of {self.total},"
-                        f" which is saved. Go on with {self.resume_command}",
+                        f" which is saved. Resume with {self.resume_command}",
                         step.stop,
                     )
                 if self._evaluates(step.step) and self._evaluate():
@@ -365,7 +365,7 @@ class _Loop:
             rate = f"{self.config.learning_rate:g}"
             text = f"{error} Run again with a lower --learning-rate than {rate}."
         elif isinstance(error, TrainingError):
-            text = f"{error} Go on with {self.resume_command}."
+            text = f"{error} Resume with {self.resume_command}."
         else:
             text = _memory_advice(error, "" if self.phase else f"step {step + 1}: ", self.config)
         good, _ = state.find(self.folder)

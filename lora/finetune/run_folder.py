@@ -98,7 +98,7 @@ def _damaged(path: Path) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise RunError(f"{path} is damaged: {error} Bring it back, or run anew.") from None
+        raise RunError(f"{path} is damaged: {error} Restore it, or start a new run.") from None
 
 
 def config_of(directory: Path, method: str | None = None, exact: bool = False) -> RunConfig[Any]:
@@ -110,7 +110,9 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
     with readable(directory, RunError, "Pass the folder of a run."):
         exists = path.is_file()
     if not exists:
-        raise RunError(f"{directory} is no run directory: no config.toml. Run lora train first.")
+        raise RunError(
+            f"{directory} is not a run directory: it has no config.toml. Run lora train first."
+        )
     with _damaged(path):
         table = read_toml(path)
         if "method" not in table:
@@ -121,7 +123,9 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
     missing = [key for key in ("learning_rate", "max_length") if getattr(config, key) is None]
     missing += ["dtype"] * (config.dtype == "auto")
     if missing:
-        raise RunError(f"{path} is damaged: {missing[0]} is missing. Bring it back, or run anew.")
+        raise RunError(
+            f"{path} is damaged: {missing[0]} is missing. Restore it, or start a new run."
+        )
     if config.task == "auto" or (config.task == "classification") != bool(config.labels):
         raise RunError(
             f"{path} names no task with its labels, so no run wrote it. Run lora train first."
@@ -131,12 +135,12 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
 
 def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunConfig[Any]:
     """The configuration with its base where it is now: at `base`, or where it was when the run in
-    `directory` started. Raises RunError if it is not there any more."""
+    `directory` started. Raises RunError if it does not exist any more."""
     if base is not None:
         return replace(config, base=placed(base))
     if os.path.isabs(config.base) and not os.path.isdir(config.base):
         raise RunError(
-            f"{directory}: its base {config.base} is not there any more. Pass its new place:"
+            f"{directory}: its base {config.base} does not exist any more. Pass its new path:"
             " --base FOLDER."
         )
     return replace(config, base=placed(config.base))
@@ -151,8 +155,8 @@ def resumable(
     if base is not None and state.find(directory / CHECKPOINTS)[0] is None:
         anew = command("lora", "train", "--config", directory / "config.toml", "--base", base)
         raise RunError(
-            f"--base {base}: {directory} has no checkpoint yet, so nothing tells whether this is"
-            f" the same base. Train anew: {anew}."
+            f"--base {base}: {directory} has no checkpoint yet, so it cannot be checked that this"
+            f" is the same base. Start a new run: {anew}."
         )
     return at_base(config, base, directory)
 
@@ -170,14 +174,14 @@ def checkpoint_to_resume(
     start, now = environment_of(directory), environment()
     if start["data"] != corpus.digest():
         raise RunError(
-            f"{directory}: {corpus.source} is not as it was when the run began. Bring it back, or"
-            f" run anew: {anew}."
+            f"{directory}: {corpus.source} has changed since the run began. Restore it, or"
+            f" start a new run: {anew}."
         )
     if start["tokens"] != tokens:
         raise RunError(
             f"{directory}: the same data gives other tokens than when the run began. The tokenizer"
-            " changed, or the chat template writes today's date. Bring the tokenizer back, or run"
-            f" anew with a --template FILE that writes no date: {anew}."
+            " changed, or the chat template writes today's date. Restore the tokenizer, or"
+            f" start a new run with a --template FILE that writes no date: {anew}."
         )
     for key in SAME:
         if start.get(key) != now[key]:
@@ -185,13 +189,14 @@ def checkpoint_to_resume(
     path, notes = state.find(directory / CHECKPOINTS)
     for note in notes:
         say(f"note: {note}")
-    with readable(directory, RunError, "Bring its files back, or run anew."):
+    with readable(directory, RunError, "Restore its files, or start a new run."):
         if (
             path
             and (path / state.CONFIG_FILE).read_bytes() != (directory / "config.toml").read_bytes()
         ):
             raise RunError(
-                f"{directory / 'config.toml'} is not the one of {path}. Bring it back, or run anew."
+                f"{directory / 'config.toml'} is not the one of {path}. Restore it, or start a new"
+                " run."
             )
     return path, start["note"]
 
@@ -199,4 +204,4 @@ def checkpoint_to_resume(
 def _check_incomplete(directory: Path) -> None:
     if (directory / "summary.json").is_file():
         score = command("lora", "eval", directory)
-        raise RunError(f"{directory} is complete. Run {score}, or train anew.")
+        raise RunError(f"{directory} is complete. Run {score}, or start a new run.")

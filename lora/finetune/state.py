@@ -178,7 +178,7 @@ def steps(folder: Path) -> list[int]:
 def find(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a note for each newer one that is not whole."""
     said = [
-        f"{path} was being written when the run stopped: passed over."
+        f"{path} was being written when the run stopped: skipped."
         for path in sorted(folder.glob(".step-*"))
         if path.suffix != REMOVED
     ]
@@ -187,7 +187,7 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
         wrong = damage(path)
         if not wrong:
             return path, said
-        said.append(f"{path} is damaged, passed over: {wrong}.")
+        said.append(f"{path} is damaged, skipped: {wrong}.")
     return None, said
 
 

@@ -256,7 +256,7 @@ def test_a_run_from_a_resized_adapter_keeps_its_tokens_at_every_step(
     cut_at(3, ["train", *flags, "--run-dir", str(tmp_path / "cut")], monkeypatch)
     shutil.rmtree(given.parent)
     assert reopen(run).tokenizer.convert_tokens_to_ids("<call>") == 259  # complete: its own
-    with pytest.raises(RunError, match=r"started from, .*given.* is not there any more"):
+    with pytest.raises(RunError, match=r"started from, .*given.* does not exist any more"):
         reopen(tmp_path / "cut")
 
 

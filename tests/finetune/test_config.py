@@ -104,7 +104,7 @@ def test_a_damaged_configuration_of_a_run_is_named(
 ) -> None:
     table = {key: value for key, value in (RESOLVED | changes).items() if value is not None}
     (tmp_path / "config.toml").write_text(tomli_w.dumps(table))
-    with pytest.raises(RunError, match=rf"{tmp_path}/config.toml is damaged: {words}.*Bring it"):
+    with pytest.raises(RunError, match=rf"{tmp_path}/config.toml is damaged: {words}.*Restore it"):
         config_of(tmp_path)
 
 

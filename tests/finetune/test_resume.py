@@ -133,7 +133,7 @@ def test_resume_says_what_it_cannot(
     assert lora("train", "--resume", whole) == 2
     assert "is complete" in capsys.readouterr().err
     assert lora("train", "--resume", tmp_path) == 2
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
     assert lora("train", "--resume", whole, "--epochs", 5) == 2
     assert "--resume takes its settings from the run" in capsys.readouterr().err
     run = cut(whole, tmp_path / "run", 6)
@@ -151,14 +151,14 @@ def test_resume_says_what_it_cannot(
     around = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps(around | {"data": "other"}))
     assert lora("train", "--resume", run) == 2
-    assert "is not as it was when the run began" in capsys.readouterr().err
+    assert "has changed since the run began" in capsys.readouterr().err
     (run / "environment.json").write_text(json.dumps(around | {"torch": "1.0"}))
     for path in (run / "checkpoints").iterdir():
         (path / "training.safetensors").write_bytes(b"")
     assert lora("train", "--resume", run) == 0
     err = " ".join(capsys.readouterr().err.split())
     assert "torch was 1.0, is" in err
-    assert "is damaged, passed over: training.safetensors is not as it was written" in err
+    assert "is damaged, skipped: training.safetensors is not as it was written" in err
     assert "resuming" in err
     assert "anew." in err
     assert result(run) == result(whole)

@@ -228,7 +228,7 @@ class TestAnAdapterAlone:
         ("settings", "says"),
         [
             ({"base_model_name_or_path": None}, "does not name its base. Pass --base"),
-            ({"base_model_name_or_path": "/gone/base"}, "base /gone/base is not there any more"),
+            ({"base_model_name_or_path": "/gone/base"}, "base /gone/base does not exist any more"),
             (
                 {"task_type": "TOKEN_CLS"},
                 "'TOKEN_CLS' is not supported. Set it to one of SEQ_CLS",
@@ -346,7 +346,7 @@ class TestABaseThatMoved:
         for verb, given in verbs.items():
             assert lora(verb, *given) == 2
             err = " ".join(capsys.readouterr().err.split())
-            assert f"its base {tmp_path / 'base'} is not there any more" in err
+            assert f"its base {tmp_path / 'base'} does not exist any more" in err
             assert "--base FOLDER" in err
             assert lora(verb, *given, "--base", "../moved") == 0
             out = capsys.readouterr().out
@@ -371,7 +371,7 @@ class TestABaseThatMoved:
         base.rename(tmp_path / "moved")
         given = ("generate", tmp_path / "adapter", "--prompt", "a", "--max-new-tokens", 3)
         assert lora(*given) == 2
-        assert "is not there any more" in capsys.readouterr().err
+        assert "does not exist any more" in capsys.readouterr().err
         assert lora(*given, "--base", tmp_path / "moved") == 0
 
 
@@ -396,7 +396,7 @@ class TestARunIsResumedOnIt:
     ) -> None:
         run, wanted = cut
         assert lora("train", "--resume", run) == 2
-        assert "is not there any more. Pass its new place: --base" in capsys.readouterr().err
+        assert "does not exist any more. Pass its new path: --base" in capsys.readouterr().err
         assert lora("train", "--resume", run, "--base", tmp_path / "moved") == 0
         assert (run / "adapter/adapter_model.safetensors").read_bytes() == wanted
         summary = json.loads((run / "summary.json").read_text())

@@ -167,7 +167,7 @@ def test_a_document_that_cannot_be_opened_is_named(run: Path) -> None:
 
 def test_a_note_that_is_a_number_is_named(run: Path) -> None:
     (run / "environment.json").write_text(json.dumps(ENVIRONMENT | {"note": 5}))
-    with pytest.raises(RunError, match="note must be a text, found 5. Bring it back"):
+    with pytest.raises(RunError, match="note must be a text, found 5. Restore it"):
         environment_of(run)
 
 
