@@ -290,10 +290,10 @@ def _eval(arguments: list[str]) -> None:
             task = summary_of(config.predictions.parent)["task"]
         metrics = score(task, *read_predictions(config.predictions))
     else:
-        from lora.finetune.inputs import asked
+        from lora.finetune.inputs import columns_in
         from lora.finetune.trained import rescore
 
-        parts = config.data, config.split, asked(config), config.skip_bad_lines
+        parts = config.data, config.split, columns_in(config), config.skip_bad_lines
         metrics = rescore(_source_of(config), *parts)
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
@@ -337,10 +337,10 @@ def _predict(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
     config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
-    from lora.finetune.inputs import asked
+    from lora.finetune.inputs import columns_in
     from lora.finetune.trained import predict_texts
 
-    parts = config.data, config.output, asked(config), config.skip_bad_lines
+    parts = config.data, config.output, columns_in(config), config.skip_bad_lines
     predict_texts(_source_of(config), config.text, config.pair, *parts)
 
 

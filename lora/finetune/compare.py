@@ -42,8 +42,8 @@ from lora.settings import check
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """Train several methods with several seeds on one data set, and print one table. All other
-    flags are those of `lora train`. A setting that only one of the methods has goes to that method;
-    [methods.NAME] tables of --config do the same."""
+    flags are those of `lora train`. A setting that only some of the methods have is passed to
+    those; a [methods.NAME] table of --config sets values for one method."""
 
     methods: tuple[str, ...] = ()
     """Methods to compare. Default: the [methods.NAME] tables of --config, or lora and full."""

@@ -369,12 +369,12 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     and raises SystemExit(2); for --help it raises SystemExit(0).
     """
     kinds = [get_origin(kind) or kind, *get_args(kind)]
-    known = {name: its for part in kinds for name, its in declared(part).items()}
+    known = {name: annotation for part in kinds for name, annotation in declared(part).items()}
     known.pop("settings", None)
     if not more.get("return_unknown_args"):
         _check_flags(arguments, known, prog)
-    several = {name for name, its in known.items() if is_list(its) or get_origin(its) is dict}
-    joined = _joined(arguments, several)
+    lists = {n for n, kind in known.items() if is_list(kind) or get_origin(kind) is dict}
+    joined = _joined(arguments, lists)
     report = io.StringIO()
     try:
         with redirect_stderr(report):

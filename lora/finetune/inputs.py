@@ -37,7 +37,7 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
     """Returns the data set of a configuration. Raises DataError, ConfigError."""
     task = config.task
     # Column and label flags are for classification and regression, so they rule out --task text.
-    has_columns = asked(config) != Columns() or config.labels
+    has_columns = columns_in(config) != Columns() or config.labels
     if task == "auto" and not has_columns and any(map(_conversational, config.data)):
         task = "text"
     if task == "text":
@@ -48,10 +48,10 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
             " Pass one, or set --task text."
         )
     parts = config.labels, config.limit, config.skip_bad_lines
-    return read_examples(config.data[0], asked(config), task, *parts)
+    return read_examples(config.data[0], columns_in(config), task, *parts)
 
 
-def asked(config: Any) -> Columns:
+def columns_in(config: Any) -> Columns:
     """Returns the column flags of a configuration."""
     return Columns(config.text_column, config.pair_column, config.label_column, config.header)
 

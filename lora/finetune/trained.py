@@ -35,7 +35,7 @@ from lora.finetune.data.tokens import Encoded, collate, layout
 from lora.finetune.evaluate import EVALUATED, predict, records_of
 from lora.finetune.generate import Writing, padded, row_of, scored, written
 from lora.finetune.inputs import (
-    asked,
+    columns_in,
     decoder_start,
     encoded_of,
     hand_on,
@@ -150,7 +150,7 @@ def rescore(
                 corpus, name = read_split(
                     data,
                     columns,
-                    asked(config),
+                    columns_in(config),
                     (config.task, config.labels),
                     split,
                     skip_bad_lines,
@@ -203,7 +203,7 @@ def predict_texts(
             config = trained.config
             if data is not None:
                 examples, notes = unlabelled(
-                    data, columns, asked(config), config.labels, skip_bad_lines
+                    data, columns, columns_in(config), config.labels, skip_bad_lines
                 )
                 _say(progress, *notes)
             else:

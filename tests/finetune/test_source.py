@@ -418,7 +418,7 @@ class TestARunIsResumedOnIt:
         shutil.rmtree(run / "checkpoints")
         from lora.finetune.run_folder import resumable
 
-        with pytest.raises(RunError, match="no checkpoint yet, by which its base would be known"):
+        with pytest.raises(RunError, match="no checkpoint yet, so it cannot be checked"):
             resumable(run, str(tmp_path / "moved"))
 
 
