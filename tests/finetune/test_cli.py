@@ -583,14 +583,14 @@ def test_bad_input_is_named_and_leaves_nothing(
 def test_a_broken_config_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.toml"
     for content, words in {
-        "r = ": "cannot be read",
+        "r = ": "is not valid TOML",
         "learning_rat = 1": "a lora run has no key learning_rat. Did you mean learning_rate?",
         "[optimizer]\nlr = 1": "a lora run has no key optimizer",
         'r = "four"': "r must be a whole number",
         "epochs = 1.5": "epochs must be",
         "note = true": "note must be a text",
         "methods = 3": "methods must be tables",
-        "x = " + "[" * 100_000: "cannot be read",
+        "x = " + "[" * 100_000: "is not valid TOML",
     }.items():
         path.write_text(content)
         assert lora("train", "--config", path, "--run-dir", tmp_path / "run") == 2
@@ -641,10 +641,10 @@ def test_a_damaged_summary_is_called_so_and_the_run_done_anew(
 def test_comparisons_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "c.toml"
     for content, words in {
-        "seeds = []": "seeds must be a list of whole numbers, one at least",
+        "seeds = []": "seeds must be a list of at least one whole number",
         "seeds = 3": "seeds must be a list",
         "methods = 3": "methods must be tables",
-        "r = " + "9" * 5000: "cannot be read",
+        "r = " + "9" * 5000: "is not valid TOML",
     }.items():
         path.write_text(content)
         assert lora("compare", "--config", path, "--run-dir", tmp_path / "runs") == 2
