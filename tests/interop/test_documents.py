@@ -198,7 +198,7 @@ def test_metrics_at_a_checkpoint_end_with_its_step(run: Path) -> None:
 def training_state() -> dict[str, Any]:
     found = state.random_state()
     return {
-        "step": 3, "random": [found], "methods": {}, "read_together": {}, "base": {"w": "a"},
+        "step": 3, "random": [found], "methods": {}, "base": {"w": "a"},
         "recorded": [0, "b"],
     }  # fmt: skip
 
@@ -231,7 +231,7 @@ def test_a_state_that_passes_can_be_set(tmp_path: Path) -> None:
     assert refused >= 100
 
 
-@pytest.mark.parametrize("key", ["step", "random", "methods", "read_together", "base", "recorded"])
+@pytest.mark.parametrize("key", ["step", "random", "methods", "base", "recorded"])
 def test_a_key_of_training_json_is_named(key: str, tmp_path: Path) -> None:
     path = tmp_path / "training.json"
     path.write_text(json.dumps(training_state() | {key: 0.5}))

@@ -131,13 +131,8 @@ def read_examples(
         examples[name] = _labelled(rows, labels, bad)
     train, dev, test = (tuple(examples.get(name, ())) for name in SPLITS)
     if not dev:
-        train, dev = _hold_out(train, 0.1)
+        train, dev = _dev_of(data, train, bad)
         notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
-        if len(train) < 1:
-            bad.judge()
-            raise DataError(
-                f"--data {data}: too few rows to hold one out as dev. Pass a dev split."
-            )
     if limit is not None:
         train, dev, test = train[:limit], dev[:limit], test[:limit]
     if task == "auto":
@@ -156,6 +151,17 @@ def read_examples(
         raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
     corpus = replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note="; ".join(notes))
     return replace(corpus, said=(_taken(data, header.seen, taken), *_class_counts(corpus)))
+
+
+def _dev_of(
+    data: str, train: tuple[Example, ...], bad: BadRows
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Returns train without every tenth row, and those as dev. Raises DataError if none is left."""
+    kept, dev = _hold_out(train, 0.1)
+    if not kept:
+        bad.judge()  # the rows that cannot be used are the better explanation
+        raise DataError(f"--data {data}: too few rows to hold one out as dev. Pass a dev split.")
+    return kept, dev
 
 
 def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
