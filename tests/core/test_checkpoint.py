@@ -279,6 +279,7 @@ def test_a_loaded_adapter_trains_only_if_asked(saved: Path) -> None:
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_adapter_whole(tmp_path: Path) -> None:
     """The limit on a file's size stands in for the full disk."""
     code = f"""

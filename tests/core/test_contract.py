@@ -24,11 +24,16 @@ from lora.testing import CLAUSES, cases, check_method, run_clause
 CASES = cases()
 
 
+# The variants of a method run with the slow tests; its own settings run with every change.
+LABELS = [
+    pytest.param(label, marks=pytest.mark.slow) if " " in label else label
+    for label in methods.settings()
+]
 CELLS = methods.read_cells(methods.PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("clause", list(CLAUSES))
-@pytest.mark.parametrize("label", list(methods.settings()))
+@pytest.mark.parametrize("label", LABELS)
 def test_every_method_keeps_every_clause(label: str, clause: str) -> None:
     found = methods.outcomes(label, clause)
     assert not [outcome for outcome in found if outcome.startswith("failed")]

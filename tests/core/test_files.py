@@ -99,6 +99,7 @@ def test_a_full_disk_in_merge_leaves_nothing(run_of_demo: Path, tmp_path: Path) 
     merge_run(open_source(run_of_demo), tmp_path / "out", dequantize=False, untie=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [0, 300, 1500, 6000, 20_000, 60_000])
 def test_a_full_disk_at_any_write_of_a_run(
     room: int,

@@ -76,6 +76,7 @@ def named(length: int) -> nn.Module:
 EXPONENTIAL = "(a|aa)+[b-d]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

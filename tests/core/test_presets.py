@@ -105,11 +105,15 @@ def test_attention_is_narrowed_like_all_linear() -> None:
 
 def test_an_architecture_without_an_entry_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(lora.TargetError, match="(?s)known of llama.*no model_type.*Try --target-m"):
+    with pytest.raises(
+        lora.TargetError, match="(?s)works for model_type llama.*no model_type.*Try --target-m"
+    ):
         lora.inject(model, lora.LoRAConfig(target_modules="attention"))
     other = build("llama")
     other.config.model_type = "newest"
-    with pytest.raises(lora.TargetError, match="is of 'newest'.\n.*--target-modules q_proj"):
+    with pytest.raises(
+        lora.TargetError, match="this model has 'newest'.\n.*--target-modules q_proj"
+    ):
         lora.inject(other, lora.LoRAConfig(target_modules="attention"))
     with pytest.raises(lora.TargetError, match="all-linear or attention"):
         lora.inject(distilbert(), lora.LoRAConfig(target_modules=("typo",)))

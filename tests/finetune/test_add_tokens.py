@@ -225,6 +225,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(folder / "run" / "adapter", folder / "alone" / "adapter"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", [True, False], ids=["its folder", "the folder around it"])
 def test_a_run_from_a_resized_adapter_keeps_its_tokens_at_every_step(
     inner: bool, grown: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

@@ -54,6 +54,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_a_later_step_pushes_no_whole_one_out(
     flags: tuple[Any, ...], whole: Path, tmp_path: Path
 ) -> None:
@@ -291,7 +292,7 @@ def test_what_a_run_guessed_of_its_data_stays_in_its_summary(
     train_until(5, *flags[:2], "--data", folder, *flags[4:], "--run-dir", run)
     assert lora("train", "--resume", run) == 0
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["note"] == "the labels are fractional numbers: a regression"
+    assert summary["note"] == "the labels are fractional numbers, so the task is regression"
 
 
 def test_two_tables_of_patterns_have_flags_of_their_own(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_a_damaged_configuration_of_a_run_is_named(
         config_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_no_table_lets_through_anything_but_an_error_of_ours(tmp_path: Path) -> None:
     path, refused, keys = tmp_path / "config.toml", 0, [f.name for f in fields(RunConfig)]
     keys += [field.name for field in fields(lora.LoRAConfig)] + ["methods", "seeds"]

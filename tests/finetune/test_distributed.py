@@ -165,6 +165,7 @@ def test_a_start_that_needs_the_whole_base_is_refused(start: str, folder: Path) 
         lora.inject(base.model, config, **more)
 
 
+@pytest.mark.slow
 def test_torchrun_ends_the_ranks_when_one_is_killed(folder: Path) -> None:
     command = [*TORCHRUN, *WORKER, "die", str(folder)]
     began = time.monotonic()
@@ -174,6 +175,7 @@ def test_torchrun_ends_the_ranks_when_one_is_killed(folder: Path) -> None:
     assert "SIGKILL" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_says_that_another_is_gone(folder: Path) -> None:
     """With nobody there to end it."""
     with socket.socket() as free:
@@ -246,6 +248,7 @@ def test_launch_wants_an_accelerator_for_each_rank(monkeypatch: pytest.MonkeyPat
         distributed.launch(2, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_launch_tells_each_rank_once(number: signal.Signals, stub: Path) -> None:
     code = f"""

@@ -736,7 +736,7 @@ def test_every_row_that_cannot_be_used_is_found_in_one_pass_and_skipped(
     assert len(lines(run / "predictions.jsonl")) == summary_of(run)["rows"] == 5
     assert lora("eval", run) == 0
     said = capsys.readouterr()
-    assert "not as it was" not in said.err
+    assert "has changed since" not in said.err
     assert f"loss {summary_of(run)['loss']:.4f}" in said.out
     assert lora("plan", *flags) == 0
     assert lora("data", "preview", *flags) == 0
@@ -871,7 +871,7 @@ class TestBadInput:
         [
             ({"messages": []}, "an empty conversation"),
             ({"messages": [{"role": "wizard", "content": "x"}]}, "has the role 'wizard'"),
-            ({"messages": [{"role": "user", "content": "x"}]}, "not the assistant's"),
+            ({"messages": [{"role": "user", "content": "x"}]}, "must be the assistant's answer"),
         ],
     )
     def test_a_row_that_is_no_conversation(
@@ -968,7 +968,7 @@ class TestBadInput:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         said = self.refused(capsys, tmp_path, "--limit", 20, "--packing")
-        assert "--packing is of --task text" in said
+        assert "--packing has no effect with --task classification" in said
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(

@@ -131,6 +131,7 @@ def load_base_of(folder: Path, quantize: str) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_the_estimate_grows_with_what_costs_memory(bare: Path) -> None:
     small = one(bare)
     assert one(bare, batch_size=32).training["activations"] > 1.5 * small.training["activations"]

@@ -135,7 +135,7 @@ def test_resume_says_what_it_cannot(
     assert lora("train", "--resume", tmp_path) == 2
     assert "is not a run directory" in capsys.readouterr().err
     assert lora("train", "--resume", whole, "--epochs", 5) == 2
-    assert "--resume takes its settings from the run" in capsys.readouterr().err
+    assert "--resume takes the settings from the run" in capsys.readouterr().err
     run = cut(whole, tmp_path / "run", 6)
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(text.replace("epochs = 3", "epochs = 4"))
@@ -236,6 +236,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     assert int(newest.name[5:]) == steps_recorded(run)
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once_and_a_kill_is_survived(
     flags: tuple[Any, ...], whole: Path, tmp_path: Path
 ) -> None:
@@ -273,12 +274,12 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
     """No file may be larger than metrics.jsonl grows, nor hold a second checkpoint's tensors."""
     run = tmp_path / "run"
     code = (
-        "import resource, signal, sys; import lora.finetune.state as s; real = s.save\n"
+        "import resource, signal, sys; import lora.finetune.state as s; real = s.save_training\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "def save(training, *rest):\n"
         "    if training.step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
         "    return real(training, *rest)\n"
-        "s.save = save; from lora.finetune.cli import main; sys.exit(main(sys.argv[1:]))"
+        "s.save_training = save; from lora.finetune.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "train", *map(str, flags), "--run-dir", str(run)],

@@ -90,6 +90,7 @@ def packed_layers(model: nn.Module, kind: type[nn.Module] = NF4Linear) -> dict[s
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("make", [distilbert, gpt2, llama])
 def test_a_model_is_held_bit_for_bit(
@@ -126,6 +127,7 @@ def test_a_model_is_held_bit_for_bit(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["packed", "dense"])
 @pytest.mark.parametrize("make", [distilbert, gpt2, llama])
 def test_pieces_are_cuts_of_what_is_read(make: Any, place: str, tmp_path: Path) -> None:
@@ -222,6 +224,7 @@ def test_layers_that_bitsandbytes_left_alone_stay_dense(tmp_path: Path) -> None:
         assert torch.equal(found, dense)
 
 
+@pytest.mark.slow
 def test_it_needs_no_bitsandbytes(tmp_path: Path) -> None:
     save(distilbert(), tmp_path)
     wanted = read(tmp_path)(input_ids=IDS).logits
@@ -261,7 +264,7 @@ def test_a_run_on_it_comes_back_and_merges(
     assert cli("merge", run, "--output", out) == 2
     assert f"lora merge {run} --dequantize" in capsys.readouterr().err
     assert cli("merge", run, "--output", out, "--dequantize") == 0
-    assert "into 12 dequantised layers" in capsys.readouterr().out
+    assert "into 12 dequantized" in capsys.readouterr().out
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     plain, _ = plain_scores(out, [row["text"] for row in rows])
     for row, score in zip(rows, plain.tolist(), strict=True):

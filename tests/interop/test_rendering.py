@@ -106,6 +106,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     rendering._renderer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="of memory only Linux has a limit")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("what", BEYOND)
@@ -189,6 +190,7 @@ def alive(pid: int) -> bool:
     return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", [None, signal.SIGKILL])
 def test_no_process_is_left_behind(end: signal.Signals | None) -> None:

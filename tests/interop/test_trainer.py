@@ -102,6 +102,7 @@ def test_it_learns_and_ours_and_peft_load_what_it_saved(tmp_path: Path) -> None:
     assert not torch.equal(logits(half), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "packed"),
     [
