@@ -169,10 +169,10 @@ def activate(model: nn.Module, *names: str) -> None:
         layer.active = tuple(name for name in names if name in layer.adapters)
     for keeper in saved.values():
         keeper.active = tuple(name for name in names if name in keeper.copies)
-    for part, selected in selections(model):
-        if part is model:
-            selected.active = bool(names)
-            act(model, selected, selected.active and selected.enabled)
+    selected = model.__dict__.get("lora_selected")
+    if selected is not None:
+        selected.active = bool(names)
+        act(model, selected, selected.active and selected.enabled)
     for name, plan in injected(model).items():
         for parameter in owned(model, name).trained(plan):
             parameter.requires_grad_(name in names and plan.trainable)

@@ -6,8 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
-from lora.declared import declared, fitted, words
-from lora.declared import is_number as is_number
+from lora.declared import declared, fitted, is_number, words
 from lora.errors import ConfigError, SettingError
 from lora.patterns import BLOCKS, check_pattern
 
