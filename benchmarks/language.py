@@ -2,13 +2,13 @@
 
 python -m benchmarks.language [--quick] [--json FILE] [--seeds N]
 
-The model of `make demo-lm` (base demo-lm, random weights, which cost what trained ones do), LoRA,
-r = 16, on all linears, on the demonstration's tasks, a batch of 32 texts, float32, AdamW, a linear
-schedule. Each contender is a process on one thread, as the demonstration is, and times its epoch
-from the first step to the last; they take turns, in an order that rotates with the seed. "trainer"
-is Trainer at its defaults with peft: texts in random order, each batch padded to its longest,
-labels -100 where the prompt is. "trainer, best" groups texts of a length. "ours, packed" is
-`--packing`. The loss on dev afterwards says that all have learned about the same.
+The model of `make demo-lm-tiny` (base demo-lm-tiny, random weights, which cost what trained ones
+do), LoRA, r = 16, on all linears, on the demonstration's tasks, a batch of 32 texts, float32,
+AdamW, a linear schedule. Each contender is a process on one thread, as the demonstration is, and
+times its epoch from the first step to the last; they take turns, in an order that rotates with the
+seed. "trainer" is Trainer at its defaults with peft: texts in random order, each batch padded to
+its longest, labels -100 where the prompt is. "trainer, best" groups texts of a length. "ours,
+packed" is `--packing`. The loss on dev afterwards says that all have learned about the same.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def config_of(seed: int, limit: int | None, folder: str, packed: bool) -> Any:
     from lora.methods.lora import LoRAConfig
 
     return RunConfig(
-        base="demo-lm", data=TASKS, task="text", epochs=1, batch_size=BATCH, learning_rate=RATE,
-        warmup=WARMUP, seed=seed, limit=limit, packing=packed, max_length=LENGTH, answered=0,
-        dtype="float32", run_dir=Path(folder) / "run", settings=LoRAConfig(r=16, lora_alpha=16),
+        base="demo-lm-tiny", data=TASKS, task="text", epochs=1, batch_size=BATCH,
+        learning_rate=RATE, warmup=WARMUP, seed=seed, limit=limit, packing=packed,
+        max_length=LENGTH, answered=0, dtype="float32", run_dir=Path(folder) / "run",
+        settings=LoRAConfig(r=16, lora_alpha=16),
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def trainer(seed: int, limit: int | None, folder: str, best: bool) -> dict[str, 
     from lora.finetune.models import load_base
 
     config = config_of(seed, limit, folder, packed=False)
-    corpus, base = read_corpus(config), load_base("demo-lm", 1, "text", seed)
+    corpus, base = read_corpus(config), load_base("demo-lm-tiny", 1, "text", seed)
     encoded, _ = encoded_of(config, corpus, base.tokenizer, base.model, corpus.train)
     transformers.set_seed(seed)
     settings = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")

@@ -28,7 +28,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
-    texts = {name: markdown(comparison(name)) for name in ("demo", "demo-lm", "sst2")}
+    texts = {name: markdown(comparison(name)) for name in ("demo", "demo-lm-tiny", "sst2")}
     measured = {
         "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),

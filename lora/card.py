@@ -19,8 +19,10 @@ from torch import nn
 
 from lora.targets import walk
 
-BUILT_IN = {"demo": "SEQ_CLS", "demo-lm": "CAUSAL_LM"}
+BUILT_IN = {"demo": "SEQ_CLS", "demo-lm-tiny": "CAUSAL_LM"}
 """The bases that this package contains, which need no files, with PEFT's task_type."""
+FORMER_NAMES = {"demo-lm": "demo-lm-tiny"}
+"""The name that older adapters and run folders give a built-in base -> its name."""
 BUILT_IN_PREFIX = "lora-from-scratch:"
 """The prefix of their names in adapter_config.json, which no model on a hub can have."""
 
@@ -88,7 +90,12 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
 def base_in(settings: Mapping[str, Any]) -> str | None:
     """Returns the base that a file states, in the form that --base takes; None if there is none."""
     base = settings.get("base_model_name_or_path")
-    return base.removeprefix(BUILT_IN_PREFIX) or None if isinstance(base, str) else None
+    if not isinstance(base, str):
+        return None
+    if base.startswith(BUILT_IN_PREFIX):
+        base = base.removeprefix(BUILT_IN_PREFIX)
+        base = FORMER_NAMES.get(base, base)
+    return base or None
 
 
 def labels_of(model: nn.Module) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from torch import nn
 
 import lora
 from lora.finetune import cli
+from lora.finetune.source import open_source
 from lora.finetune.trained import reopen
 
 FIXTURE = ROOT / "tests" / "fixtures" / "first_house"
@@ -72,3 +73,15 @@ def test_a_run_that_was_cut_off_is_resumed(tmp_path: Path) -> None:
     whole = json.loads((FIXTURE / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["loss"] == pytest.approx(whole["loss"], abs=1e-5)
     assert summary["step"] == whole["step"] == 4
+
+
+def test_the_base_demo_lm_is_now_called_demo_lm_tiny(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = moved(tmp_path, "run")
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    for folder in (run, adapter):
+        assert open_source(folder).config.base == "demo-lm-tiny"
+    for flags in (["train", "--base", "demo-lm"], ["eval", str(run), "--base", "demo-lm"]):
+        assert cli.main(flags) == 2
+        assert "demo-lm is now called demo-lm-tiny. Pass --base" in capsys.readouterr().err

@@ -287,7 +287,7 @@ def test_the_default_rates_are_the_better_ones_of_those_tried() -> None:
 
 
 def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
-    summaries = json.loads((RESULTS / "demo-lm" / "comparison.json").read_text())
+    summaries = json.loads((RESULTS / "demo-lm-tiny" / "comparison.json").read_text())
     score = {s["method"]: s["metrics"]["exact_match"] for s in summaries}
     (base,) = [s["baseline"]["exact_match"] for s in summaries if "baseline" in s]
     assert score["lora"] - base >= 0.60
@@ -317,7 +317,7 @@ def test_the_e2e_recipe_takes_a_small_model_as_it_says() -> None:
     flags = text.partition("gpt2-e2e.toml --base")[2].partition("\nbase")[0]
     words = ("--base" + flags).replace("\\\n#", " ").split()
     config = parse_run(["--config", str(path), *words])
-    assert (config.base, config.method, config.max_length) == ("demo-lm", "full", 512)
+    assert (config.base, config.method, config.max_length) == ("demo-lm-tiny", "full", 512)
 
 
 def test_e2e_is_as_the_page_says() -> None:

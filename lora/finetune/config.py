@@ -27,7 +27,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 
 from lora.adapter_config import method_and_config
 from lora.adapter_file import find_folder, settings_in
-from lora.card import BUILT_IN, base_in
+from lora.card import BUILT_IN, FORMER_NAMES, base_in
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
@@ -77,8 +77,8 @@ class RunConfig(Generic[C]):
     """The configuration of one training run: base, data, method and hyperparameters."""
 
     base: Text = "demo"
-    """Base model: demo (built in), demo-lm (a small built-in LLaMA with random weights, for texts),
-    a local folder, or a name on the Hugging Face hub."""
+    """Base model: demo (built in), demo-lm-tiny (a small built-in LLaMA with random weights, for
+    texts), a local folder, or a name on the Hugging Face hub."""
     data: Annotated[tuple[Text, ...], Field(min_length=1), Distinct] = ("demo",)
     """Training data: demo (built in), a folder with train, dev and test files, one TSV, CSV, JSONL,
     JSON, Parquet or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, a generated
@@ -217,6 +217,9 @@ class RunConfig(Generic[C]):
             message = f"{keys} {wanted(error)}, found {value}."
             raise SettingError(field, message.lstrip()) from None
         object.__setattr__(self, "method", recordable(self.method))
+        if self.base in FORMER_NAMES:
+            name = FORMER_NAMES[self.base]
+            raise ConfigError(f"--base {self.base} is now called {name}. Pass --base {name}.")
         if len(self.labels) == 1:
             raise SettingError("labels", f"must be at least two, found {self.labels!r}.")
         if self.dense and self.quantize == "none":

@@ -15,6 +15,7 @@ from typing import Any
 
 import tomli_w
 
+from lora.card import FORMER_NAMES
 from lora.errors import ConfigError, RunError, command
 from lora.files import locked, readable, writable, write_together
 from lora.finetune import state
@@ -117,6 +118,8 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
         table = read_toml(path)
         if "method" not in table:
             raise ConfigError("method is missing.")
+        if isinstance(base := table.get("base"), str):
+            table["base"] = FORMER_NAMES.get(base, base)
     table["method"] = reopened(directory, table["method"], method, exact)
     with _damaged(path):
         config = from_table(table, table["method"])

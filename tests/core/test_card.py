@@ -112,7 +112,7 @@ def test_the_code_in_the_readme_loads_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(logits(theirs.eval(), "bert"), logits(model, "bert"))
 
 
-@pytest.mark.parametrize(("base", "task"), [("demo", "classification"), ("demo-lm", "text")])
+@pytest.mark.parametrize(("base", "task"), [("demo", "classification"), ("demo-lm-tiny", "text")])
 def test_a_built_in_base_is_said_to_be_one(base: str, task: str, tmp_path: Path) -> None:
     model = load_base(base, 2, task, 0).model
     lora.inject(model, lora.LoRAConfig(r=2, target_modules="attention"))

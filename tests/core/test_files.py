@@ -184,7 +184,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "skeleton": lambda path: models.load_skeleton(str(path), 2, "classification"),
     "data": lambda path: list(read_source(str(path))),
     "conversations": lambda path: read_prompts(str(path)),
-    "template": lambda path: template_of(models.load_base("demo-lm", 1, "text", 0), str(path)),
+    "template": lambda path: template_of(models.load_base("demo-lm-tiny", 1, "text", 0), str(path)),
     "a recipe": lambda path: config.parse_run(["--config", str(path)]),
 }
 

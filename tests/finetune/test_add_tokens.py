@@ -30,8 +30,8 @@ NEW = ["<call>", "<end>"]
 
 
 def untied() -> tuple[Any, Any]:
-    """A LLaMA with a head of its own, and the tokenizer of demo-lm, which has 259 tokens."""
-    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    """A LLaMA with a head of its own, and the tokenizer of demo-lm-tiny, which has 259 tokens."""
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -100,7 +100,7 @@ def test_a_run_adds_tokens_and_every_verb_knows_them(
     data, run = tmp_path / "d.jsonl", tmp_path / "run"
     rows = [{"prompt": f"say {n}", "response": f"<call>{n}<end>"} for n in range(10)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--base", "demo-lm", "--data", str(data), "--add-tokens", *NEW, "--epochs", "1",
+    flags = ["--base", "demo-lm-tiny", "--data", str(data), "--add-tokens", *NEW, "--epochs", "1",
              "--batch-size", "4", "--max-new-tokens", "4", "--dtype", "float32"]  # fmt: skip
     assert cli.main(["plan", *flags]) == 0
     assert "embed_tokens  ×1    261 -> 128" in capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_a_run_adds_tokens_and_every_verb_knows_them(
     ids = torch.randint(1, 261, (3, 11), generator=torch.Generator().manual_seed(1))
 
     # PEFT's user has the tokenizer beside the adapter, resizes the base by it, and loads
-    theirs = load_base("demo-lm", 1, "text", 0).model
+    theirs = load_base("demo-lm-tiny", 1, "text", 0).model
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "adapter")
     theirs.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with warnings.catch_warnings():
@@ -139,7 +139,7 @@ def test_a_run_adds_tokens_and_every_verb_knows_them(
     assert found("<end>", add_special_tokens=False)["input_ids"] == [260]
 
     # Training goes on from it
-    further = ["train", "--adapter", str(alone), "--base", "demo-lm", "--data", str(data),
+    further = ["train", "--adapter", str(alone), "--base", "demo-lm-tiny", "--data", str(data),
                "--epochs", "1", "--batch-size", "4", "--max-new-tokens", "4",
                "--dtype", "float32"]  # fmt: skip
     assert cli.main([*further, "--run-dir", str(tmp_path / "no")]) == 2
@@ -193,7 +193,7 @@ def texts(path: Path) -> list[str]:
     """Flags of a tiny run on texts with both tokens."""
     rows = [{"prompt": f"say {n}", "response": f"<call>{n}<end>"} for n in range(10)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    return ["--base", "demo-lm", "--data", str(path), "--epochs", "2", "--batch-size", "4",
+    return ["--base", "demo-lm-tiny", "--data", str(path), "--epochs", "2", "--batch-size", "4",
             "--max-new-tokens", "4", "--dtype", "float32", "--save-steps", "1"]  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def test_flags_that_do_not_go_together(
     data = tmp_path / "d.jsonl"
     rows = [{"prompt": f"say {n}", "response": f"{n}"} for n in range(10)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    given = ["train", "--base", "demo-lm", "--data", str(data), *flags]
+    given = ["train", "--base", "demo-lm-tiny", "--data", str(data), *flags]
     assert cli.main([*given, "--run-dir", str(tmp_path / "run")]) == 2
     assert match in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -560,7 +560,7 @@ def use(path: Path, draw: random.Random) -> None:
         skip = draw.choice((0, 0, 2))
         table = {"data": [str(path)], "base": "demo", "task": task, "skip_bad_lines": skip}
         if task == "text":
-            table["base"] = "demo-lm"
+            table["base"] = "demo-lm-tiny"
         elif draw.random() < 0.3:
             table |= {"text_column": draw.choice(("text", "0", "1")), "label_column": "label"}
         corpus = read_corpus(config.from_table(table, "lora"))
@@ -641,7 +641,7 @@ def talks(folder: Path) -> Read:
 
 @reader(400)
 def chat_templates(folder: Path) -> Read:
-    base = load_base("demo-lm", 1, "text", 0)
+    base = load_base("demo-lm-tiny", 1, "text", 0)
     known = base.tokenizer.chat_template.encode()
     talk = [one for row in TALKS[:4] for one in from_row(row, "a place")]
     pieces = (b"{% for i in range(10**9) %}x{% endfor %}", b"{{ '%999999999d' % 1 }}", b"{{ 1/0 }}",

@@ -53,7 +53,10 @@ def test_scores_by_task() -> None:
 
 def test_a_run_that_resolved_what_was_asked_is_the_same_run() -> None:
     for flags, settings in (
-        (["--base", "demo-lm", "--add-tokens", "<x>"], {"trainable_token_indices": {"e": [5]}}),
+        (
+            ["--base", "demo-lm-tiny", "--add-tokens", "<x>"],
+            {"trainable_token_indices": {"e": [5]}},
+        ),
         (["--modules-to-save", "classifier.out"], {"modules_to_save": ("classifier",)}),
     ):
         asked = parse_run(flags)

@@ -47,7 +47,7 @@ def saved(folder: Path, name: str, template: str | None = None) -> str:
     shape = config()
     shape.max_position_embeddings = 512
     make(shape).save_pretrained(folder)
-    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -369,7 +369,7 @@ def test_what_is_padded_goes_on_as_it_would_alone(name: str) -> None:
 def test_a_token_that_ends_an_answer_is_none_of_it() -> None:
     """Also one that the tokenizer does not take for special, and decodes."""
     model = build("llama")
-    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
     tokenizer.add_tokens([AddedToken("<end>", special=False)])
     ends = tokenizer.convert_tokens_to_ids("<end>")
     model.get_output_embeddings().weight.data[ends] *= 1.4
@@ -387,7 +387,7 @@ def test_a_token_that_ends_an_answer_is_none_of_it() -> None:
 @pytest.mark.parametrize("name", ["llama", "bart"])
 def test_a_bases_own_generation_config_decides_nothing(name: str) -> None:
     model = build(name)
-    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12]]
 
     def write() -> list[str]:
@@ -931,7 +931,7 @@ class TestBadInput:
     ) -> None:
         data = pairs(tmp_path / "x.jsonl")
         said = self.refused(capsys, tmp_path, "--data", data, *FLAGS)
-        assert "Pass --base demo-lm or another" in said
+        assert "Pass --base demo-lm-tiny or another" in said
 
     @pytest.mark.parametrize(
         ("flags", "says"),
@@ -1036,7 +1036,7 @@ def test_preview_is_of_what_training_would_make(
     long.write_text(
         "".join(json.dumps({"prompt": f"{i}", "completion": "b" * 600}) + "\n" for i in range(20))
     )
-    assert lora("data", "preview", "--base", "demo-lm", "--data", long, "--count", 1) == 0
+    assert lora("data", "preview", "--base", "demo-lm-tiny", "--data", long, "--count", 1) == 0
     assert "--max-length 512 and truncated" in capsys.readouterr().out
     asked = tmp_path / "asked.jsonl"
     asked.write_text(
@@ -1052,7 +1052,9 @@ def test_preview_is_of_what_training_would_make(
 def test_a_made_task_is_asked_as_it_was_learned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ("--base", "demo-lm", "--data", "tasks/copy", "--method", "full", "--max-length", 64)
+    flags = (
+        "--base", "demo-lm-tiny", "--data", "tasks/copy", "--method", "full", "--max-length", 64,
+    )  # fmt: skip
     assert lora("data", "preview", *flags[:4], "--count", 1) == 0
     shown = capsys.readouterr().out
     assert "masked  <s>│c│o│p│y│:│ │" in shown
@@ -1070,7 +1072,7 @@ def test_a_made_task_is_asked_as_it_was_learned(
 
 
 def test_the_demos_tokenizer_is_of_bytes() -> None:
-    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
     text = "Ünï 漢字\n\t x  y"
     start, *ids = tokenizer(text)["input_ids"]
     assert start == tokenizer.bos_token_id

@@ -22,7 +22,7 @@ from lora.finetune.models import load_base, load_skeleton
 def saved(folder: Path, name: str, size: str = "30KB") -> str:
     """A small model in several files, with a byte-level tokenizer of 260 tokens."""
     build(name).save_pretrained(folder, max_shard_size=size)
-    load_base("demo-lm", 1, "text", 0).tokenizer.save_pretrained(folder)
+    load_base("demo-lm-tiny", 1, "text", 0).tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -91,7 +91,7 @@ def test_rows_of_zeros_and_16_bits_are_taken(tmp_path: Path) -> None:
         model.model.embed_tokens.weight[5:] = 0
         model.model.layers[0].mlp.up_proj.weight.zero_()
     model.save_pretrained(tmp_path)
-    load_base("demo-lm", 1, "text", 0).tokenizer.save_pretrained(tmp_path)
+    load_base("demo-lm-tiny", 1, "text", 0).tokenizer.save_pretrained(tmp_path)
     found = load_base(str(tmp_path), 1, "text", 0).model
     assert torch.equal(found.model.embed_tokens.weight, model.model.embed_tokens.weight.float())
 
@@ -115,7 +115,7 @@ def smaller(folder: Path, name: str, rows: int) -> str:
     model = build(name)
     model.resize_token_embeddings(rows)
     model.save_pretrained(folder)
-    load_base("demo-lm", 1, "text", 0).tokenizer.save_pretrained(folder)
+    load_base("demo-lm-tiny", 1, "text", 0).tokenizer.save_pretrained(folder)
     return str(folder)
 
 

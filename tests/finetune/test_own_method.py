@@ -379,8 +379,9 @@ def test_a_language_model_generates_with_it(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    flags = ("--base", "demo-lm", "--data", "tasks/reverse", "--limit", 8, "--epochs", 1, "--r", 2)
-    more = ("--answered", 2, "--max-new-tokens", 4, "--dtype", "float32", "--run-dir", run)
+    flags = ("--base", "demo-lm-tiny", "--data", "tasks/reverse", "--limit", 8, "--epochs", 1)
+    more = ("--r", 2, "--answered", 2, "--max-new-tokens", 4, "--dtype", "float32")
+    more = (*more, "--run-dir", run)
     assert lora("train", "--method", f"{file}:GatedLoRA", *flags, *more) == 0
     forget()
     capsys.readouterr()

@@ -46,7 +46,7 @@ def save_base(folder: Path, name: str, template: str | None = None, **more: Any)
     model.config.update(more)
     model.config.max_position_embeddings = 64
     model.save_pretrained(folder)
-    tokenizer = load_base("demo-lm", 1, "text", 0).tokenizer
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder

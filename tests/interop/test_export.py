@@ -443,7 +443,7 @@ def test_an_adapter_of_a_resized_base_names_the_merge_that_works(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = str(tmp_path / "base")
-    found = load_base("demo-lm", 1, "text", 0)
+    found = load_base("demo-lm-tiny", 1, "text", 0)
     found.model.save_pretrained(place)
     found.tokenizer.save_pretrained(place)
     model = load_base(place, 1, "text", 0).model

@@ -1,4 +1,4 @@
-"""Builds the two built-in bases: `demo`, a classifier, and `demo-lm`, a language model."""
+"""Builds the two built-in bases: `demo`, a classifier, and `demo-lm-tiny`, a language model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def build_demo(
 ) -> tuple[Any, Any, tuple[str, ...]]:
     """Returns the model, its tokenizer, and the modules with fresh weights: the head.
 
-    weights: read MiniLM's weights for `demo`. The weights of `demo-lm` are always random.
+    weights: read MiniLM's weights for `demo`. The weights of `demo-lm-tiny` are always random.
     Raises ModelError if the base cannot do the task.
     """
-    if (task == "text") != (base == "demo-lm"):
+    if (task == "text") != (base == "demo-lm-tiny"):
+        another = "demo-lm-tiny or another" if task == "text" else "demo"
         raise ModelError(
             f"--base {base} is {'no' if task == 'text' else 'a'} language model, so it cannot do"
-            f" --task {task}. Pass --base {'demo-lm or another' if task == 'text' else 'demo'}."
+            f" --task {task}. Pass --base {another}."
         )
-    if base == "demo-lm":
+    if base == "demo-lm-tiny":
         model, tokenizer = _language_model()
         return model.eval(), tokenizer, ()
     model, tokenizer = _classifier(labels, task)
@@ -57,7 +58,7 @@ def _classifier(labels: int, task: str) -> tuple[Any, Any]:
 def _language_model() -> tuple[Any, Any]:
     """Returns a small LLaMA with random weights, and its tokenizer of bytes."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**language.LLAMA))
-    model.config._name_or_path = f"{BUILT_IN_PREFIX}demo-lm"
+    model.config._name_or_path = f"{BUILT_IN_PREFIX}demo-lm-tiny"
     pad, start, end = language.SPECIAL
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(language.tokenizer_json()),

@@ -1,7 +1,8 @@
 """Defines the demo language model: a small LLaMA with one token per byte, and no weights.
 
-`--base demo-lm` is built from this configuration with weights from the run's seed. `make demo-lm`
-pretrains it on a part of lora.finetune.demo.tasks before adapters are trained on others.
+`--base demo-lm-tiny` is built from this configuration with weights from the run's seed.
+`make demo-lm-tiny` pretrains it on a part of lora.finetune.demo.tasks before adapters are trained
+on others.
 """
 
 from __future__ import annotations
