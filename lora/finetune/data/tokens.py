@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
-import platformdirs
 import safetensors
 import safetensors.torch
 import torch
@@ -38,6 +37,7 @@ from torch import Tensor
 
 from lora.errors import DataError
 from lora.files import writable, write_whole
+from lora.finetune import cache
 from lora.finetune.data.corpus import Example
 
 # Examples tokenized at a time. Their ids are Python integers, which take much memory.
@@ -145,13 +145,7 @@ def _cache_file(tokenizer: Any, examples: Sequence[Example], length: int) -> Pat
         for text in (example.text, example.pair):
             # The length separates texts: ("ab", "c") and ("a", "bc") have different digests.
             digest.update(b"-" if text is None else f"{len(text)}:{text}".encode())
-    return folder() / f"{digest.hexdigest()}.safetensors"
-
-
-def folder() -> Path:
-    """Returns the folder of the cache: $LORA_CACHE, or the user's cache folder."""
-    given = os.environ.get("LORA_CACHE")
-    return Path(given) if given else platformdirs.user_cache_path("lora-from-scratch")
+    return cache.folder() / f"{digest.hexdigest()}.safetensors"
 
 
 @contextmanager
