@@ -1,15 +1,16 @@
-"""Renders chat templates in a process of their own, with limits of time and memory.
+"""Renders chat templates in a separate process, with limits of time and memory.
 
-    render(template, values)    a text for each, character for character as transformers renders it
+    render(template, values)    one text per values, the same characters that transformers renders
 
-A chat template is a Jinja program that comes with a model. Jinja's sandbox keeps it from files and
-from Python's internals, and not from looping for hours or asking for all memory. So this file is
-also a program: it imports Jinja alone, renders what it is sent, and is ended when a text takes too
-long. One process serves all templates; it ends with the process that started it.
+A chat template is a Jinja program that comes with a model. Jinja's sandbox denies it files and
+Python's internals, but does not stop an endless loop or a huge allocation. A thread cannot be
+stopped either, so this file is also a program: it imports only Jinja, renders the requests that it
+reads, and exits if a text takes too long. One process serves all templates. It ends with the
+process that started it.
 
-    a request, one line of JSON      [template, [values, ...]]
-    for each values a line of JSON   {"text": ...}, {"error": ...} if the template raised one,
-                                     {"limit": ...} past a limit, {"missing": ...} without Jinja
+    request: one line of JSON           [template, [values, ...]]
+    answer: one line of JSON per values {"text": ...}, {"error": ...} if the template raised one,
+                                        {"limit": ...} past a limit, {"missing": ...} without Jinja
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from pathlib import Path
 from typing import IO, Any
 
 TIME_LIMIT = 10
-"""A text may take so long. The longest conversations of real templates take milliseconds."""
+"""Seconds for one text. Real templates take milliseconds for the longest conversations."""
 MEMORY = 1 << 30
 """Bytes of address space that the process may use, if the system has such a limit (Linux does)."""
-ROOM = 1 << 20
-"""A text may have so many characters more than ten times those of what it is made from."""
+EXTRA_LENGTH = 1 << 20
+"""A text may be ten times as long as its request, and this many characters more."""
 
 
 class RenderError(Exception):
@@ -42,70 +43,70 @@ class RenderError(Exception):
 
 
 class LimitError(RenderError):
-    """The template needed more than a text may."""
+    """The template exceeded a limit of time, memory or length."""
 
 
 def render(template: str, values: Sequence[Mapping[str, Any]]) -> list[str | RenderError]:
-    """For each values, of JSON's types, the text that a template makes of them, or what it did
-    instead.
+    """Returns the text of each values, or the error that the template raised for them.
 
-    Raises ImportError if Jinja is not installed.
+    Each values maps the template's variables to JSON values. Raises ImportError if Jinja is not
+    installed.
     """
     return _renderer.render(template, values)
 
 
 class _Renderer:
-    """The process, started at the first text and again after one that ended it."""
+    """The process. It starts at the first text, and again after a text that ended it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
         if hasattr(os, "register_at_fork"):  # a fork would read its parent's answers
-            os.register_at_fork(after_in_child=self._forget)
+            os.register_at_fork(after_in_child=self._reset)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self.process, self.lock = None, threading.Lock()
 
     def render(self, template: str, values: Sequence[Mapping[str, Any]]) -> list[str | RenderError]:
         texts: list[str | RenderError] = []
         with self.lock:
             while len(texts) < len(values):
-                texts += self._attempt(template, values[len(texts) :])
+                texts += self._render_some(template, values[len(texts) :])
         return texts
 
-    def _attempt(
+    def _render_some(
         self, template: str, values: Sequence[Mapping[str, Any]]
     ) -> list[str | RenderError]:
-        """What the process makes of values, up to the first that it does not survive."""
+        """Returns the texts up to and including the first one that ends the process."""
         texts: list[str | RenderError] = []
         try:
             try:
                 request = json.dumps([template, values]).encode()
             except RecursionError:
-                if len(values) > 1:
-                    return self._attempt(template, values[:1])
+                if len(values) > 1:  # find out which of them is nested too deeply
+                    return self._render_some(template, values[:1])
                 return [RenderError("it is nested too deeply")]
-            answers = self._ask(request + b"\n")
+            answers = self._send(request + b"\n")
             for _ in values:
                 line = answers.readline()
                 if not line:
                     self.close()
-                    return [*texts, LimitError(_beyond(f"{TIME_LIMIT} seconds"))]
+                    return [*texts, LimitError(_limits(f"{TIME_LIMIT} seconds"))]
                 answer: dict[str, str] = json.loads(line)
                 if "missing" in answer:
                     raise ImportError(answer["missing"])
                 texts.append(_result(answer))
-        except BaseException:  # as Ctrl-C: the next request would be given what is left of this one
+        except BaseException:  # Ctrl-C too: else the next request would read this one's answers
             self.close()
             raise
         return texts
 
-    def _ask(self, request: bytes) -> IO[bytes]:
-        """Send a request; what the answers are read from. Starts the process if there is none."""
+    def _send(self, request: bytes) -> IO[bytes]:
+        """Sends a request. Returns the stream of its answers. Starts the process if none runs."""
         if self.process is not None and self.process.poll() is not None:
             self.close()  # something else ended it
         if self.process is None:
-            # -P: this file's folder, lora, is no place to import from.
+            # -P: do not import from this file's folder, whose modules could hide Jinja's imports.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(Path(__file__).resolve()), str(TIME_LIMIT), str(MEMORY)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -113,22 +114,23 @@ class _Renderer:
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(OSError):  # it has ended: there will be no answer
+        with contextlib.suppress(OSError):  # it has ended; then reading an answer reports it
             process.stdin.write(request)
             process.stdin.flush()
         return process.stdout
 
     def close(self) -> None:
-        """End the process and wait until it has ended."""
+        """Kills the process and waits for its end."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            with contextlib.suppress(OSError):  # of a request that was not sent whole
+            with contextlib.suppress(OSError):  # if only a part of the request was sent
                 process.communicate()
 
 
-def _beyond(more: str = "") -> str:
-    limits = f"{more} or {MEMORY >> 20} MiB of memory" if more else f"{MEMORY >> 20} MiB of memory"
+def _limits(time_limit: str = "") -> str:
+    memory = f"{MEMORY >> 20} MiB of memory"
+    limits = f"{time_limit} or {memory}" if time_limit else memory
     return f"it needed more than {limits} for one text"
 
 
@@ -143,10 +145,11 @@ atexit.register(_renderer.close)
 
 
 def _serve() -> None:
-    """Answer each line of the input until it ends."""
+    """Answers each line of stdin until it ends."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal
+    # Ctrl-C reaches every process of the terminal. The parent decides what to do with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         _environment()
     except ImportError as error:
@@ -155,35 +158,40 @@ def _serve() -> None:
         missing = ""
         _limit_memory()
     for line in sys.stdin.buffer:
-        template, several = json.loads(line)
-        most = ROOM + 10 * len(line)
-        with _watched() as at_work:
-            for values in several:
-                at_work()
-                answer = {"missing": missing} if missing else _rendered(template, values, most)
+        template, all_values = json.loads(line)
+        max_length = EXTRA_LENGTH + 10 * len(line)
+        with _watchdog() as restart:
+            for values in all_values:
+                restart()
+                answer = (
+                    {"missing": missing} if missing else _rendered(template, values, max_length)
+                )
                 sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
                 sys.stdout.buffer.flush()
 
 
 @contextlib.contextmanager
-def _watched() -> Iterator[Callable[[], None]]:
-    """Within, the process ends SECONDS after the last call of what is yielded, also in the middle
-    of one long operation: the watch is a thread outside Python's lock."""
-    begun = 0.0
+def _watchdog() -> Iterator[Callable[[], None]]:
+    """Yields a function that restarts the time limit. If it runs out, the process exits.
 
-    def at_work() -> None:
-        nonlocal begun
-        if time.monotonic() - begun > 0.5:  # the watch costs more than most texts
-            begun = time.monotonic()
-            faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=nowhere)
+    faulthandler's thread does not need the GIL, so it also interrupts one long operation in C, such
+    as 10 ** 10 ** 9.
+    """
+    started = 0.0
 
-    with open(os.devnull, "w") as nowhere:
-        yield at_work
+    def restart() -> None:
+        nonlocal started
+        if time.monotonic() - started > 0.5:  # restarting takes longer than most texts
+            started = time.monotonic()
+            faulthandler.dump_traceback_later(TIME_LIMIT, exit=True, file=null)
+
+    with open(os.devnull, "w") as null:
+        yield restart
         faulthandler.cancel_dump_traceback_later()
 
 
 def _limit_memory() -> None:
-    """Limits this process to MEMORY bytes. Windows has no such limit; there SECONDS alone holds."""
+    """Limits this process to MEMORY bytes. Windows has no such limit, only the limit of time."""
     try:
         import resource
     except ImportError:
@@ -192,18 +200,18 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def _rendered(template: str, values: dict[str, Any], most: int) -> dict[str, str]:
-    """The answer for one text."""
+def _rendered(template: str, values: dict[str, Any], max_length: int) -> dict[str, str]:
+    """Returns the answer for one text."""
     try:
         text = _compiled(template).render(**values)
     except MemoryError:
-        return {"limit": _beyond()}
+        return {"limit": _limits()}
     except RecursionError:
-        return {"limit": "it calls itself without end"}
-    except Exception as error:  # a template raises what it likes
+        return {"limit": "it calls itself endlessly"}
+    except Exception as error:  # a template can raise any exception
         return {"error": str(error) or type(error).__name__}
-    if len(text) > most:
-        return {"limit": f"it wrote {len(text)} characters, {most} at most are taken"}
+    if len(text) > max_length:
+        return {"limit": f"it wrote {len(text):,} characters, at most {max_length:,} are allowed"}
     return {"text": text}
 
 
@@ -213,7 +221,7 @@ def _compiled(template: str) -> Any:
 
 
 class _Dict:
-    """dict, without the attributes that lead from a class to Python's internals."""
+    """Calls dict, but lacks the attributes of a class that lead to Python's internals."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -238,7 +246,10 @@ def _environment() -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}, whose body is written as it is."""
+        """{% generation %} ... {% endgeneration %} renders its body unchanged.
+
+        transformers marks the trained tokens with it. A parser that lacks it rejects the template.
+        """
 
         tags = {"generation"}
 
@@ -247,7 +258,7 @@ def _environment() -> Any:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     class Namespace(jinja2.utils.Namespace):
-        """Jinja's, without names that begin with an underscore."""
+        """Jinja's Namespace, but names that begin with an underscore are an error."""
 
         def __init__(*args: Any, **kwargs: Any) -> None:  # so that namespace(self=...) works
             self, rest = args[0], args[1:]
@@ -263,7 +274,7 @@ def _environment() -> Any:
     def _check_name(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
             raise jinja2.exceptions.SecurityError(
-                f"a namespace has no attribute {name!r}, which begins with an underscore"
+                f"a namespace cannot have {name!r}, which begins with an underscore"
             )
 
     def raise_exception(message: str) -> None:

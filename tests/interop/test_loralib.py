@@ -20,14 +20,14 @@ from torch import nn
 
 import lora
 from lora.finetune.cli import main
-from lora.interop.loralib import ConvertConfig, _layers, convert
+from lora.interop.loralib import ConvertConfig, _converted_layers, convert
 
 ENABLED = [True, False, True]
 SHARED = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}
 
 
 def put(model: nn.Module, end: str, make) -> None:
-    """loralib's layer in the place of each of that name, with its weights, its update moved."""
+    """Replaces each layer of that name by loralib's, with the same weights and a random update."""
     for name, module in list(model.named_modules()):
         if name.endswith("." + end):
             parent, _, leaf = name.rpartition(".")
@@ -63,7 +63,7 @@ def theirs_gpt2() -> nn.Module:
 
 
 def bert() -> nn.Module:
-    """With weights large enough for what one layer adds to show."""
+    """Weights large enough that the update of one layer changes the logits."""
     return distilbert(initializer_range=0.2)
 
 
@@ -88,7 +88,7 @@ def save(model: nn.Module, path: Path, bias: str = "none", wrap: bool = False) -
 
 @torch.no_grad()
 def check(theirs: nn.Module, build, folder: Path) -> None:
-    """peft and we compute from the folder what loralib does."""
+    """PEFT and our library compute the same logits from the folder as loralib."""
     wanted = theirs(tokens()).logits
     bound = 1e-5 * max(1.0, float(wanted.abs().max()))
     assert float((build()(tokens()).logits - wanted).abs().max()) > 100 * bound
@@ -111,16 +111,16 @@ def test_gpt2_with_a_merged_projection_and_an_embedding(wrap: bool, tmp_path: Pa
     assert not (tmp_path / "gpt2").exists()
     assert "would be written" in capsys.readouterr().out
     assert main(["convert", str(path), *flags, "--fan-in-fan-out"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("MergedLinear") == 2
-    assert "(96, 6)" in said
+    table = capsys.readouterr().out
+    assert table.count("MergedLinear") == 2
+    assert "(96, 6)" in table
     check(theirs, gpt2, tmp_path / "gpt2")
     assert main(["convert", str(path), *flags]) == 2
-    assert "is not written over" in capsys.readouterr().err
+    assert "would be overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_distilbert_with_ranks_of_its_own_and_trained_biases(bias: str, tmp_path: Path) -> None:
+def test_distilbert_with_several_ranks_and_trained_biases(bias: str, tmp_path: Path) -> None:
     theirs = theirs_distilbert({"q_lin": 3, "v_lin": 3, "lin2": 2})
     if bias != "none":
         with torch.no_grad():
@@ -137,15 +137,16 @@ def test_distilbert_with_ranks_of_its_own_and_trained_biases(bias: str, tmp_path
 
 
 @pytest.mark.parametrize("blocks", ["1,0,1", "0,1,0", "1,1,0,0", "1,1,1"])
-def test_a_merged_projection_is_what_loralib_makes_of_it(blocks: str, tmp_path: Path) -> None:
+def test_a_merged_projection_equals_loralibs(blocks: str, tmp_path: Path) -> None:
     enabled = [block == "1" for block in blocks.split(",")]
     layer = loralib.MergedLinear(8, 12, r=2, lora_alpha=7, enable_lora=enabled)
     nn.init.normal_(layer.lora_B)
     config = ConvertConfig(checkpoint=tmp_path, lora_alpha=7, merged=(f"a={blocks}",))
-    (one,) = _layers({"a.lora_A": layer.lora_A, "a.lora_B": layer.lora_B}, config).values()
-    assert one.r == 2 * sum(enabled)
+    state = {"a.lora_A": layer.lora_A, "a.lora_B": layer.lora_B}
+    (ours,) = _converted_layers(state, config).values()
+    assert ours.r == 2 * sum(enabled)
     wanted = layer.scaling * layer.merge_AB()
-    assert torch.allclose(one.alpha / one.r * (one.B @ one.A), wanted, atol=1e-6)
+    assert torch.allclose(ours.alpha / ours.r * (ours.B @ ours.A), wanted, atol=1e-6)
 
 
 def test_a_training_checkpoint_gives_its_model(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_prefix_comes_off(prefix: str, tmp_path: Path, capsys) -> None:
     torch.save(state, tmp_path / "a.pt")
     flags = ["--lora-alpha", "7", "--output", str(tmp_path / "out")]
     assert main(["convert", str(tmp_path / "a.pt"), *flags]) == 2
-    assert "Set --prefix module., or --prefix '' where" in capsys.readouterr().err
+    assert "Set --prefix module., or --prefix '' if" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "a.pt"), *flags, "--prefix", "", "--dry-run"]) == 0
     assert main(["convert", str(tmp_path / "a.pt"), *flags, "--prefix", prefix]) == 0
     check(theirs, bert, tmp_path / "out")
@@ -180,44 +181,44 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "flags", "match"),
     [
-        (Evil(), [], "it holds (builtins.)?print, no tensor"),
-        (nn.Linear(2, 2), [], "it holds torch.nn.modules.linear.Linear, no tensor"),
-        (b"nothing", [], "it is damaged, or none of torch.save"),
-        (b"", [], "it is damaged, or none of torch.save"),
+        (Evil(), [], "it contains (builtins.)?print, which is not a tensor"),
+        (nn.Linear(2, 2), [], "contains torch.nn.modules.linear.Linear, which is not a"),
+        (b"nothing", [], "is damaged, or torch.save did not write it"),
+        (b"", [], "is damaged, or torch.save did not write it"),
         (None, [], "No such file"),
-        ([1, 2], [], "holds a list, not tensors by name"),
+        ([1, 2], [], "contains a list, not tensors by name"),
         ({}, [], "not tensors by name"),
         ({"a.lora_A": 3}, [], "not tensors by name"),
         ({"a.weight": torch.ones(2)}, [], "a.weight: 1 of 1 keys are not LAYER.lora_A"),
         ({"a.bias": torch.ones(2)}, [], "no lora_A and lora_B"),
-        ({"a.lora_A": torch.ones(2, 4)}, [], "a has lora_A alone"),
-        ({"model": PAIR, "ema": PAIR}, [], "holds several models: model, ema"),
+        ({"a.lora_A": torch.ones(2, 4)}, [], "a has only lora_A"),
+        ({"model": PAIR, "ema": PAIR}, [], "contains several models: model, ema"),
         (PAIR | {"a.conv.bias": torch.ones(4)}, [], "a is a loralib.ConvLoRA"),
-        (PAIR | {"a.bias": torch.ones(3)}, [], r"\(3,\): a bias is finite, \(8,\)"),
-        (PAIR | {"b.bias": torch.ones(1, 1, 4, 4).bool()}, [], "b.bias is bool .*one number per"),
-        (PAIR | {"b.bias": torch.ones(3) / 0}, [], "a bias is finite"),
-        (PAIR, ["--embeddings", "a", "--merged", "a=1,1"], "by --embeddings a and by --merged a"),
+        (PAIR | {"a.bias": torch.ones(3)}, [], r"of shape \(8,\), found float32 \(3,\)"),
+        (PAIR | {"b.bias": torch.ones(1, 1, 4, 4).bool()}, [], "b.bias .* one number per output"),
+        (PAIR | {"b.bias": torch.ones(3) / 0}, [], "b.bias must be a finite tensor"),
+        (PAIR, ["--embeddings", "a", "--merged", "a=1,1"], "a matches --embeddings a and --me"),
         (PAIR, ["--merged", "a=1,1", "a=1,0"], "--merged a is given twice"),
         ({"a.lora_A": torch.ones(3, 4), "a.lora_B": torch.ones(8, 2)}, [], "no layer of loralib"),
-        ({k: t.to_sparse() for k, t in PAIR.items()}, [], "no finite, dense"),
-        ({k: t.to(torch.float8_e4m3fn) for k, t in PAIR.items()}, [], "of a floating dtype"),
-        ({k: t.to("meta") for k, t in PAIR.items()}, [], "no finite, dense"),
+        ({k: t.to_sparse() for k, t in PAIR.items()}, [], "must be finite, dense"),
+        ({k: t.to(torch.float8_e4m3fn) for k, t in PAIR.items()}, [], "found float8_e4m3fn"),
+        ({k: t.to("meta") for k, t in PAIR.items()}, [], "must be finite, dense"),
         ({"a.lora_A": torch.ones(4, 4), "a.lora_B": torch.ones(8, 2)}, [], "Set --merged a=1,0,1"),
         ({"a.lora_A": torch.ones(4, 4), "a.lora_B": torch.ones(8, 2)}, ["--merged", "a=1,1,1"],
-         "not of 3 blocks"),
+         "do not have 3 blocks"),
         ({"a.lora_A": torch.ones(4, 4), "a.lora_B": torch.ones(8, 2)}, ["--merged", "a"],
          "must be LAYER=1,0,1"),
         ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2)}, ["--merged", "b=1,0"],
-         "--merged 'b' is no layer"),
+         "--merged 'b' matches no layer"),
         ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2)}, ["--embeddings", "b"],
-         "--embeddings 'b' is no layer"),
+         "--embeddings 'b' matches no layer"),
         ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2)}, ["--prefix", "module."],
          "does not begin with --prefix"),
-        ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2) / 0}, [], "no finite"),
+        ({"a.lora_A": torch.ones(2, 4), "a.lora_B": torch.ones(8, 2) / 0}, [], "must be finite"),
         ({"a.lora_A": torch.ones(2), "a.lora_B": torch.ones(8, 2)}, [], "finite, dense matrices"),
     ],
 )  # fmt: skip
-def test_what_is_no_checkpoint_of_loralib_is_refused(
+def test_a_file_that_cannot_be_converted_is_an_error(
     content, flags, match: str, tmp_path: Path, capsys
 ) -> None:
     path = tmp_path / "a.pt"
@@ -270,11 +271,12 @@ def test_no_file_is_written_over(file: str, tmp_path: Path, capsys) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / file).write_text("mine")
     assert main(["convert", str(tmp_path / "a.pt"), "--lora-alpha", "8"]) == 2
-    assert f"has a {file}: it is not written over. Pass --output" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"already contains {file}, which would be overwritten. Pass another --output" in error
     assert [path.read_text() for path in (tmp_path / "a").iterdir()] == ["mine"]
 
 
-def test_places_that_cannot_be_written(tmp_path: Path, capsys) -> None:
+def test_folders_that_cannot_be_written(tmp_path: Path, capsys) -> None:
     torch.save(PAIR, tmp_path / "a.pt")
     (tmp_path / "file").write_text("mine")
     flags = ["--lora-alpha", "8", "--output", str(tmp_path / "file")]
@@ -282,10 +284,10 @@ def test_places_that_cannot_be_written(tmp_path: Path, capsys) -> None:
     assert "cannot be written: File exists. Pass another --output" in capsys.readouterr().err
     for folder in (".", "/"):
         assert main(["convert", folder, "--lora-alpha", "8"]) == 2
-        assert "would be the checkpoint itself" in capsys.readouterr().err
+        assert "would overwrite the checkpoint" in capsys.readouterr().err
 
 
-def test_a_convolution_without_biases_is_refused_where_it_is_loaded(tmp_path: Path) -> None:
+def test_a_convolution_without_biases_fails_when_it_is_loaded(tmp_path: Path) -> None:
     """Its file looks like a Linear's."""
     state = loralib.lora_state_dict(nn.Sequential(loralib.Conv2d(3, 4, 3, r=2)))
     torch.save(state, tmp_path / "a.pt")
@@ -297,7 +299,7 @@ def test_a_convolution_without_biases_is_refused_where_it_is_loaded(tmp_path: Pa
 
 
 def test_elements_that_share_memory_are_no_checkpoint(tmp_path: Path) -> None:
-    """1.5 KB that state 4 TiB: the check for finite values would take all memory."""
+    """1.5 KB that state 8 TB: the check for finite values would allocate them."""
     wide = torch.ones(1, 1).expand(2**20, 2**20)
     torch.save({"l.lora_A": wide, "l.lora_B": wide.T}, tmp_path / "a.pt")
     assert (tmp_path / "a.pt").stat().st_size < 2000
@@ -326,7 +328,7 @@ def test_compressed_records_are_refused_unread(tmp_path: Path) -> None:
 
 
 def test_records_larger_than_the_archive_are_refused(tmp_path: Path) -> None:
-    """Of several names for the same bytes each would be read."""
+    """Several names for the same bytes would each be read."""
     path = tmp_path / "a.pt"
     torch.save({f"l.{key}": tensor for key, tensor in SHARED.items()}, path)
     payload = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Templates in a process of their own: transformers' text, within limits, and nothing left."""
+"""Templates in a separate process: transformers' text, limits, and no process left behind."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"n": [1, 
 
 @pytest.mark.parametrize("opening", [False, True])
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if TEMPLATES[name]])
-def test_a_text_is_transformers_own(name: str, opening: bool) -> None:
+def test_a_text_equals_transformers(name: str, opening: bool) -> None:
     tokenizer = made("llama2")
     tokenizer.chat_template = TEMPLATES[name]
     for talk in CONVERSATIONS.values():
-        messages = [{"role": one.role, "content": one.content} for one in talk.messages]
+        messages = [{"role": m.role, "content": m.content} for m in talk.messages]
         try:
             theirs = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=opening
@@ -99,7 +99,7 @@ BEYOND = {
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process with less time."""
+    """A process with a shorter time limit."""
     rendering._renderer.close()
     monkeypatch.setattr(rendering, "TIME_LIMIT", 2)
     yield
@@ -107,7 +107,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="of memory only Linux has a limit")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("what", BEYOND)
 def test_a_template_past_a_limit_is_stopped_and_named(what: str) -> None:
@@ -115,12 +115,12 @@ def test_a_template_past_a_limit_is_stopped_and_named(what: str) -> None:
     tokenizer.chat_template = BEYOND[what]
     with pytest.raises(ConfigError, match=r"the chat template \(the tokenizer's\) cannot be used"):
         template_of(tokenizer).render(CONVERSATIONS["one turn"])
-    # The next is rendered as if nothing had been.
+    # The next text is rendered as usual.
     assert of(tokenizer, "zephyr").render(CONVERSATIONS["one turn"]).text.startswith("<|user|>")
 
 
 @pytest.mark.usefixtures("quick")
-def test_of_several_texts_the_others_are_rendered() -> None:
+def test_the_texts_beside_one_that_is_stopped_are_rendered() -> None:
     jinja = "{{ n }}{% if n == 1 %}" + ENDLESS + "{% endif %}"
     first, second, third = render(jinja, [{"n": 0}, {"n": 1}, {"n": 2}])
     assert (first, third) == ("0", "2")
@@ -128,7 +128,7 @@ def test_of_several_texts_the_others_are_rendered() -> None:
     assert "more than 2 seconds or 1024 MiB of memory" in str(second)
 
 
-def test_a_long_conversation_is_no_limit() -> None:
+def test_a_long_conversation_is_within_the_limits() -> None:
     values = [{"messages": [{"content": "né" * 1000}] * 2000, "n": n} for n in range(3)]
     texts = render("{{ n }}{% for m in messages %}{{ m.content }}{% endfor %}", values)
     assert texts == [f"{n}" + "né" * 2_000_000 for n in range(3)]
@@ -143,7 +143,7 @@ def test_a_process_that_was_ended_is_started_again() -> None:
     assert render("{{ n }}", [{"n": 2}]) == ["2"]
 
 
-def test_after_ctrl_c_no_answer_is_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_ctrl_c_the_next_request_gets_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     render("{{ n }}", [{"n": 0}])
 
     def interrupted(answer: dict[str, str]) -> str:
@@ -169,7 +169,7 @@ if child:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_fork_has_a_process_of_its_own() -> None:
+def test_a_fork_starts_its_own_process() -> None:
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
     assert sorted(done.stdout.split()) == ["['1']", "['2']", "['3']", "['4']"]
     assert done.returncode == 0
@@ -178,7 +178,7 @@ def test_a_fork_has_a_process_of_its_own() -> None:
 PROGRAM = """
 import sys
 from lora.interop import rendering
-rendering.SECONDS = 3
+rendering.TIME_LIMIT = 3
 rendering.render("{{ n }}", [{"n": 1}])
 print(rendering._renderer.process.pid, flush=True)
 rendering.render(sys.argv[1], [{}])
@@ -194,7 +194,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("end", [None, signal.SIGKILL])
 def test_no_process_is_left_behind(end: signal.Signals | None) -> None:
-    """Of a program that ends, and of one that is killed while the template loops."""
+    """By a program that ends, and by one that is killed while the template loops."""
     jinja = ENDLESS if end else "{{ 1 }}"
     command = [sys.executable, "-c", PROGRAM, jinja]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
@@ -211,7 +211,7 @@ def test_no_process_is_left_behind(end: signal.Signals | None) -> None:
     assert not alive(pid)
 
 
-def test_without_jinja_it_is_said_what_to_install(
+def test_without_jinja_the_error_names_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "jinja2.py").write_text("raise ImportError('none here')")
