@@ -145,11 +145,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int | None]:
+def locked(path: Path, wait: bool = False) -> Iterator[int | None]:
     """Locks a folder, or a file, which is created if it does not exist, inside the block.
 
-    Yields a file descriptor, or None if another process holds the lock. A child process that
-    inherits the descriptor holds the lock until it ends. File systems without locks lock nothing.
+    Yields a file descriptor, or None if another process holds the lock. If `wait`, waits for that
+    process instead. A child process that inherits the descriptor holds the lock until it ends. File
+    systems without locks lock nothing.
     """
     import filelock  # not above: torch brings it, but nothing else in the core needs it
 
@@ -163,7 +164,7 @@ def locked(path: Path) -> Iterator[int | None]:
     try:
         free = True
         with suppress(OSError):
-            free = filelock.lock_descriptor(descriptor, blocking=False)
+            free = filelock.lock_descriptor(descriptor, blocking=wait)
         yield descriptor if free else None
     finally:
         os.close(descriptor)

@@ -100,7 +100,7 @@ class Watch:
         """Clear the layers' flags, so that they record this forward."""
         if not torch.compiler.is_compiling() and model.training not in self.passed:
             for layer in self.layers.values():
-                layer.__dict__.update(was_called=False, was_read=False)
+                layer.forget_use()
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         """Raise TargetError if the model read an active layer's weight and did not call it."""
@@ -150,7 +150,7 @@ def check_alive(model: nn.Module) -> None:
     weights itself, and T5 calls its embedding by another path than `shared`. Or a reentrant
     checkpoint calls it, which computes no gradients inside if its input requires none.
 
-    It is no error if the step did not call a layer but called the same layer of another block or
+    A layer that the step did not call is fine if it called the same layer of another block or
     expert: no token was routed to it, or LayerDrop skipped its block.
     """
     layers, saved = wrappers_of(model)
@@ -171,7 +171,7 @@ def check_alive(model: nn.Module) -> None:
     ]
     dead = [path for path in dead if path not in idle]
     for layer in layers.values():
-        layer.__dict__.update(was_called=False, was_read=False)
+        layer.forget_use()
     if dead:
         flag = "--exclude-modules" if dead[0] in layers else "--modules-to-save without it"
         raise TargetError(

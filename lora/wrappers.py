@@ -34,7 +34,11 @@ class AdaptedLayer(nn.Module):
         self.enabled = True  # False inside lora.disabled()
         # The base's W and b while it is merged
         self.kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        # Whether the model called the layer, and read its weight, in this forward (training.Watch)
+        self.forget_use()
+
+    def forget_use(self) -> None:
+        """Clears what training.Watch asks: did the model call the layer, did it read its weight?"""
+        # nn.Module's own __setattr__ is slow, and torch.compile would guard on the flags.
         self.__dict__.update(was_called=False, was_read=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,8 +9,7 @@ from lora.errors import ContractError, command
 from lora.finetune.compare import markdown
 from lora.finetune.methods import method_named
 from lora.finetune.screen import progress_bar
-from lora.testing import CLAUSES, Result, run_clause
-from lora.testing._toys import cases
+from lora.testing import CLAUSES, Result, cases, run_clause
 
 
 def check_named(name: str) -> str:

@@ -6,7 +6,7 @@ lora convert in lora/interop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +26,12 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Score a trained model on a split of its own data or on other data, or score a file of
-    predictions."""
+class ModelFlags:
+    """The flags of every verb that opens a trained model.
+
+    A verb that cannot do without a model declares `run` again, as field(): a plain annotation would
+    inherit the default.
+    """
 
     run: Path | None = None
     """A run directory, or the folder of an adapter, ours or PEFT's."""
@@ -41,6 +44,13 @@ class EvalConfig:
     resize_embeddings: bool = False
     """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
     with a different number of tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(ModelFlags):
+    """Score a trained model on a split of its own data or on other data, or score a file of
+    predictions."""
+
     data: str | None = None
     """Data to score on, as in lora train. Default: the run's data."""
     split: Literal["test", "dev", "train"] | None = None
@@ -68,20 +78,10 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictConfig:
+class PredictConfig(ModelFlags):
     """Label texts with a trained model. Prints JSON lines, or writes them to --output."""
 
-    run: Path
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
-    base: str | None = None
-    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
-    Hugging Face hub."""
-    method: str | None = None
-    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
-    is needed only if that file has moved or changed."""
-    resize_embeddings: bool = False
-    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
-    with a different number of tokens."""
+    run: Path = field()
     text: tuple[str, ...] = ()
     """Texts to label."""
     pair: tuple[str, ...] = ()
@@ -104,22 +104,13 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(ModelFlags):
     """Generate text with a trained model. One --prompt prints the answer as it is generated;
     several, or --data, print JSON lines; neither starts a chat in the terminal."""
 
-    run: Path
+    run: Path = field()
     """A run directory of --task text, or the folder of an adapter for a language model, ours or
     PEFT's."""
-    base: str | None = None
-    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
-    Hugging Face hub."""
-    method: str | None = None
-    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
-    is needed only if that file has moved or changed."""
-    resize_embeddings: bool = False
-    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
-    with a different number of tokens."""
     prompt: tuple[str, ...] = ()
     """Prompts to answer."""
     data: str | None = None
@@ -174,20 +165,10 @@ class FetchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
+class MergeConfig(ModelFlags):
     """Merge an adapter into its base and save a plain model, which from_pretrained loads."""
 
-    run: Path
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
-    base: str | None = None
-    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
-    Hugging Face hub."""
-    method: str | None = None
-    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
-    is needed only if that file has moved or changed."""
-    resize_embeddings: bool = False
-    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
-    with a different number of tokens."""
+    run: Path = field()
     output: Path
     """Folder to write. It must not exist."""
     dequantize: bool = False

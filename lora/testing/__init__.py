@@ -21,8 +21,10 @@ from lora.testing import _equation, _reversal, _saving, _training
 from lora.testing._requirements import require
 from lora.testing._requirements import snapshot as snapshot
 from lora.testing._requirements import unchanged as unchanged
-from lora.testing._toys import Case, cases, trains
+from lora.testing._toys import Case as Case
+from lora.testing._toys import cases as cases
 from lora.testing._toys import perturb as perturb
+from lora.testing._toys import trains
 
 
 def check_method(method: type[Method], config: MethodConfig | None = None) -> ContractReport:

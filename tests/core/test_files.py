@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import resource
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +41,7 @@ from lora.interop.loralib import ConvertConfig, convert
 @contextmanager
 def a_full_disk(room: int = 512) -> Iterator[None]:
     """No file grows past so many bytes, whoever writes it: Python, Rust or C."""
+    resource = pytest.importorskip("resource", reason="Windows has no limit of a file's size")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
 import signal
+import sys
 import traceback
 import warnings
 from collections import Counter
@@ -43,6 +43,8 @@ from lora.interop.export import ExportConfig, export
 from lora.interop.loralib import ConvertConfig, convert
 from lora.interop.pretrained import base_config, skeleton_of
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits memory")
+resource = pytest.importorskip("resource", reason="Windows has no limits of memory and time")
 SECONDS = 60
 ROOM = 4 << 30
 

@@ -23,20 +23,19 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import filelock
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from lora.errors import DataError
-from lora.files import writable, write_whole
+from lora.files import locked, writable, write_whole
 from lora.finetune import cache
 from lora.finetune.data.corpus import Example
 
@@ -154,18 +153,13 @@ def _locked(path: Path | None) -> Iterator[bool]:
 
     Two processes that start together would else tokenize the same texts twice.
     """
-    lock = None
-    if path is not None:
-        with suppress(OSError):  # a read-only or full disk, or no home: tokenize without a cache
-            path.parent.mkdir(parents=True, exist_ok=True)
-            acquired = filelock.FileLock(path.with_suffix(".lock"))
-            acquired.acquire()
-            lock = acquired
-    try:
-        yield lock is not None
-    finally:
-        if lock is not None:
-            lock.release()
+    descriptor = None
+    with ExitStack() as stack:
+        if path is not None:
+            with suppress(OSError):  # a read-only or full disk, or no home: do without
+                path.parent.mkdir(parents=True, exist_ok=True)
+                descriptor = stack.enter_context(locked(path.with_suffix(".lock"), wait=True))
+        yield descriptor is not None
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
