@@ -23,7 +23,7 @@ from benchmarks import memory, step
 from benchmarks.machine import write
 from benchmarks.turns import median, ratio, shown, take_turns
 from lora import nf4
-from lora.finetune.memory import bfloat16_here, checkpoint_activations, hold
+from lora.finetune.memory import bfloat16_here, checkpoint_activations, set_dtype
 from lora.finetune.quantized import packable
 from lora.kernels.scratch import keep_freed_memory
 
@@ -34,7 +34,7 @@ def packed(setting: step.Setting) -> nn.Module:
     model = step.base(setting.layers)
     nf4.quantize_layers(model, packable(model))
     step.with_lora(model, step.LINEARS, r=8)
-    hold(model, setting.dtype)
+    set_dtype(model, setting.dtype)
     return model
 
 

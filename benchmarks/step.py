@@ -29,7 +29,7 @@ from torch import nn
 import lora
 from benchmarks.machine import write
 from benchmarks.turns import Rounds, median, ratio, shown, take_turns
-from lora.finetune.memory import bfloat16_here, hold
+from lora.finetune.memory import bfloat16_here, set_dtype
 from lora.kernels.scratch import keep_freed_memory
 from lora.training import after_step, penalty
 
@@ -72,7 +72,7 @@ def base(layers: int) -> Any:
 
 def limit(setting: Setting) -> nn.Module:
     model: nn.Module = base(setting.layers).requires_grad_(False)
-    hold(model, setting.dtype)
+    set_dtype(model, setting.dtype)
     return model
 
 
@@ -111,7 +111,7 @@ def embeddings_pass_gradient(model: Any) -> None:
 
 def ours(setting: Setting, dropout: float = 0.0) -> nn.Module:
     model = with_lora(base(setting.layers), LINEARS, r=8, lora_dropout=dropout)
-    hold(model, setting.dtype)
+    set_dtype(model, setting.dtype)
     return model
 
 

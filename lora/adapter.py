@@ -80,13 +80,13 @@ class Adapter(Method, nn.Module):
         dtype = torch.promote_types(view.dtype, torch.float32)
         return nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype))
 
-    def placed(self) -> dict[str, Tensor]:
+    def parameters_by_key(self) -> dict[str, Tensor]:
         """The parameters by their keys in the file; a shared one's begins with `base_model.`."""
         return {self.keys.get(name, name): p for name, p in self.named_parameters()}
 
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors to file under those keys, if they are not the parameters themselves."""
-        return self.placed()
+    def tensors_to_save(self) -> dict[str, Tensor]:
+        """The tensors to write under those keys, usually the parameters themselves."""
+        return self.parameters_by_key()
 
 
 def specification(

@@ -21,7 +21,7 @@ from lora.adapter_file import CONFIG, WEIGHTS, find_folder, settings_in, whole_n
 from lora.card import stated
 from lora.errors import CheckpointError, ConfigError
 from lora.foreign import exactly, in_blocks
-from lora.inventory import owned
+from lora.inventory import adapter_parts
 from lora.layers import fits, inside, views
 from lora.method import METHODS, Method
 from lora.settings import SHORTHANDS, AdapterConfig, MethodConfig, config_fields
@@ -36,7 +36,7 @@ INERT = {
 
 def file_config(model: nn.Module, planned: Plan, name: str) -> dict[str, Any]:
     """Returns adapter_config.json as PEFT would write it."""
-    settings = planned.method.file_settings(planned.config, owned(model, name).adapters)
+    settings = planned.method.file_settings(planned.config, adapter_parts(model, name).adapters)
     if isinstance(planned.config, AdapterConfig):
         names = [name for name in planned.targets if name not in planned.further]
         # PEFT does not know all of our words for layers. Names mean the same to both.

@@ -102,6 +102,7 @@ def labels_of(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of a classifier's classes, () if they have only transformers' defaults."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = tuple(str(names[key]) for key in sorted(names))
+    # LABEL_0, LABEL_1: transformers fills them in if nobody named the classes.
     numbered = all(label == f"LABEL_{number}" for number, label in enumerate(labels))
     sequences = task_of(type(model).__name__) == "SEQ_CLS"
     return () if numbered or not sequences or len(labels) < 2 else labels
@@ -118,6 +119,7 @@ def arguments_of(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
     names = ("num_labels", "pad_token_id")
     given = {n: value for n in names if (value := getattr(config, n, None)) is not None}
+    # The base's head may have another number of labels. The adapter's file replaces it.
     return given | ({"ignore_mismatched_sizes": True} if set(heads_of(model)) <= set(saved) else {})
 
 
@@ -126,6 +128,7 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
     base, task = settings["base_model_name_or_path"], settings["task_type"]
     lines = [
         "---",
+        # YAML reads a JSON string as it is; a path may hold a colon or a quote.
         f"base_model: {json.dumps(base or 'its base model')}",
         "library_name: peft",
         "---",

@@ -41,10 +41,10 @@ from lora.identity import fingerprint, packed_layers, verify
 from lora.injection import build, check_mix, check_name, check_statistics, wrap
 from lora.inventory import (
     Parts,
+    adapter_parts,
     check_restored,
     filed_key,
     injected,
-    owned,
     stored_tensors,
     tensors,
     with_views,
@@ -117,7 +117,7 @@ def _tensors_to_save(
     tensors = carried(model, settings) | stored_tensors(model, name)
     if planned.method.in_peft:
         tensors = dict[str, Tensor](beside_saved(model, planned)) | tensors
-    tensors = rows_beyond(model, planned, owned(model, name)) | tensors
+    tensors = rows_beyond(model, planned, adapter_parts(model, name)) | tensors
     tensors = {key: gathered(tensor) for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if tensor.is_meta:
@@ -355,7 +355,10 @@ def _drop_repeats(adapters: Mapping[str, Adapter], stored: dict[str, Tensor]) ->
     """Remove from `stored` the trained rows that PEFT saves a second time for a tied layer."""
     for path, adapter in adapters.items():
         leader = adapter.leader if isinstance(adapter, Follower) else None
-        for key in Adapter.placed(adapter) if leader and not adapter.placed() else ():
+        if not leader or adapter.parameters_by_key():
+            continue
+        # A layer that follows a leader lists no parameters itself; the base class lists them.
+        for key in Adapter.parameters_by_key(adapter):
             repeated, first = stored.get(f"{path}.{key}"), stored.get(f"{leader}.{key}")
             if repeated is not None and first is not None and _equal(repeated, first):
                 del stored[f"{path}.{key}"]

@@ -49,7 +49,7 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
     if not hasattr(config, "target_modules"):
         return config, notes
     free = [name for name in modules if not any(inside(name, path) for path in saved)]
-    wraps = isinstance(config, AdapterConfig)
+    wraps = isinstance(config, AdapterConfig)  # False for ln_tuning, whose layers have no View
 
     def matching(entries: str | tuple[str, ...] | None, names: list[str]) -> Any:
         """Returns the entries that fit at least one of the names, None if there are none."""
@@ -61,6 +61,7 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
     layers = [name for name in free if kind(modules[name]) or not wraps]
     excluded = matching(settings.exclude_modules, layers)
     free = [name for name in free if excluded is None or not fits(name, excluded)]
+    # If none fits, all stay, and plan_of() raises the error that names them.
     targets = matching(settings.target_modules, free) or settings.target_modules
     translated: Any = replace(settings, target_modules=targets, exclude_modules=excluded)
     in_listed = in_blocks(free, translated) if wraps and translated.layers_to_transform else []
@@ -74,7 +75,7 @@ def as_peft_means(model: nn.Module, config: PartialConfig) -> tuple[PartialConfi
 
 
 def check_tying(model: nn.Module, settings: Mapping[str, Any], folder: Path) -> None:
-    """Raise CheckpointError if ensure_weight_tying makes PEFT tie adapters of this model.
+    """Raises CheckpointError if ensure_weight_tying makes PEFT tie adapters of this model.
 
     PEFT does so if the model ties layers to its input embedding, and target_modules or
     modules_to_save name an embed_tokens or an lm_head. It ties trained tokens in any case.
@@ -108,7 +109,7 @@ def in_blocks(names: Iterable[str], config: AdapterConfig) -> list[str]:
     model, such as those of a GPT2Model: its pattern needs a dot before the list of blocks.
     """
     entries = config.target_modules
-    assert not isinstance(entries, str)
+    assert not isinstance(entries, str)  # PEFT refuses layers_to_transform then
     patterns = config.layers_pattern or (None,)
 
     def block(name: str) -> int | None:

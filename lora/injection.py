@@ -22,6 +22,7 @@ from lora.errors import CheckpointError, ConfigError, MergeError, TargetError
 from lora.inventory import (
     Parts,
     act,
+    adapter_parts,
     check_enabled,
     check_keeps_base,
     check_known,
@@ -29,7 +30,6 @@ from lora.inventory import (
     evaluating,
     injected,
     is_merged,
-    owned,
     selections,
     trained_in_place,
     with_views,
@@ -174,7 +174,7 @@ def activate(model: nn.Module, *names: str) -> None:
         selected.active = bool(names)
         act(model, selected, selected.active and selected.enabled)
     for name, plan in injected(model).items():
-        for parameter in owned(model, name).trained(plan):
+        for parameter in adapter_parts(model, name).trained(plan):
             parameter.requires_grad_(name in names and plan.trainable)
 
 
@@ -414,7 +414,7 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     check_seed(seed)
     check_known(model, name)
     check_restored(model, "init")
-    plan, parts, modules = injected(model)[name], owned(model, name), dict(walk(model))
+    plan, parts, modules = injected(model)[name], adapter_parts(model, name), dict(walk(model))
     if issubclass(plan.method, Calibrated) and plan.method.needs_batches(plan.config):
         raise ConfigError(f"{name!r} starts from data. Call lora.eject, and inject with batches=.")
     adapters = with_views(model, parts.adapters)

@@ -49,7 +49,7 @@ def injected(model: nn.Module) -> dict[str, Plan]:
     return adapters
 
 
-def owned(model: nn.Module, name: str) -> Parts:
+def adapter_parts(model: nn.Module, name: str) -> Parts:
     """Returns the parts of adapter `name` in the model."""
     plan = injected(model)[name]
     layers, saved = wrappers_of(model)
@@ -95,11 +95,11 @@ def filed_key(plan: Plan, name: str) -> str:
     return f"{path}.base_layer.{leaf}" if path in plan.targets else name
 
 
-def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) -> dict[str, Tensor]:
+def tensors(model: nn.Module, plan: Plan, parts: Parts, to_save: bool = False) -> dict[str, Tensor]:
     """Returns the tensors of an adapter by the keys of its file, without the prefix.
 
-    Those are the model's tensors, which a load fills. If `stored`, they are the tensors that a save
-    writes, which differ if a method stores them in another form (AdaLoRA, trained tokens).
+    Those are the model's tensors, which a load fills. With `to_save` they are the tensors that a
+    save writes. The two differ if a method saves another form (AdaLoRA, trained tokens).
     """
     result: dict[str, Tensor] = {}
     for name, parameter in parts.selected.items():
@@ -108,7 +108,8 @@ def tensors(model: nn.Module, plan: Plan, parts: Parts, stored: bool = False) ->
     if not plan.method.keeps_base:
         result |= dict(base_buffers(model))  # running statistics move with the weights
     for path, adapter in parts.adapters.items():
-        for key, tensor in (adapter.stored() if stored else adapter.placed()).items():
+        by_key = adapter.tensors_to_save() if to_save else adapter.parameters_by_key()
+        for key, tensor in by_key.items():
             if not key.startswith("base_model."):
                 result[f"{path}.{key}"] = tensor
             elif isinstance(adapter, Shares) and adapter.saves_shared(plan.config):
@@ -137,12 +138,12 @@ def _filed_names(model: nn.Module, plan: Plan, name: str) -> list[str]:
 
 def stored_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Returns the tensors that a save of adapter `name` writes, by key without the prefix."""
-    return tensors(model, injected(model)[name], owned(model, name), stored=True)
+    return tensors(model, injected(model)[name], adapter_parts(model, name), to_save=True)
 
 
 def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """Returns the parameters that adapter `name` trains, by their keys in its file."""
-    plan, parts = injected(model)[name], owned(model, name)
+    plan, parts = injected(model)[name], adapter_parts(model, name)
     trainable = {id(parameter) for parameter in parts.trained(plan)}
     return {
         key: tensor
@@ -151,7 +152,7 @@ def trained_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     }
 
 
-def held_at(model: nn.Module, path: str) -> nn.Module:
+def module_at(model: nn.Module, path: str) -> nn.Module:
     """Returns the module at a path of the original model: the wrapper, if it is wrapped."""
     module = model
     for leaf in path.split("."):
@@ -163,7 +164,7 @@ def held_at(model: nn.Module, path: str) -> nn.Module:
 
 def wrapper_at(model: nn.Module, path: str) -> AdaptedLayer:
     """Returns the AdaptedLayer at a path of the original model."""
-    wrapper = held_at(model, path)
+    wrapper = module_at(model, path)
     assert isinstance(wrapper, AdaptedLayer)
     return wrapper
 

@@ -156,7 +156,7 @@ def _tried(kind: type[nn.Linear], bias: bool) -> bool:
         layer.register_parameter("weight", nn.Parameter(W, requires_grad=False))
         layer.register_parameter("bias", None if b is None else nn.Parameter(b, False))
         y = layer.forward(x)
-    except Exception:  # a forward of other arguments, or of shapes of its own
+    except Exception:  # its forward takes other arguments or shapes
         return False
     good = isinstance(y, Tensor) and y.shape == (2, 2, 2)
     return good and torch.allclose(y, F.linear(x, W, b), rtol=0, atol=1e-12)
@@ -164,7 +164,7 @@ def _tried(kind: type[nn.Linear], bias: bool) -> bool:
 
 @functools.cache
 def _takes_ids_alone(forward: Callable[..., Any]) -> bool:
-    """Whether forward takes ids and nothing else: OPT's positions take a mask besides."""
+    """True if forward takes only ids. OPT's position embedding also takes a mask."""
     return len(inspect.signature(forward).parameters) == 2  # self and the ids
 
 
@@ -193,7 +193,7 @@ def _rare_view(layer: Any) -> View:
 
 
 def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """The module's map with W (out, in), b (out,) for its own, in W's dtype; out may be any."""
+    """The module's map with W (out, in) and b (out,), in W's dtype. `out` may be any size."""
     if view.of_ids:  # the module's own forward: it may scale
         y: Tensor = torch.func.functional_call(view.module, {"weight": W.T}, (x,))
         return y if b is None else y + b
@@ -201,18 +201,18 @@ def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
 
 
 def backbone(model: nn.Module) -> str:
-    """The path of what was pretrained, "" where that is the whole: the rest are heads."""
+    """The path of the pretrained part, "" if that is the whole model. The rest are heads."""
     prefix = getattr(model, "base_model_prefix", "")
     return prefix if prefix and prefix in model._modules else ""
 
 
 def inside(name: str, whole: str) -> bool:
-    """Whether a dotted name is `whole`, or of something within it."""
+    """True if a dotted name is `whole`, or the name of something inside it."""
     return not whole or name == whole or name.startswith(whole + ".")
 
 
 def fits(name: str, entries: str | tuple[str, ...]) -> bool:
-    """Whether a module's name fits a regular expression (whole), or names or dotted endings."""
+    """True if a name fits a regular expression as a whole, or equals an entry or ends in one."""
     if isinstance(entries, str):
         return compiled(entries).fullmatch(name) is not None
     return any(name == entry or name.endswith("." + entry) for entry in entries)

@@ -429,11 +429,11 @@ class NF4Linear(nn.Module):
         """Returns an NF4Linear with weight q to replace `layer`; it shares the layer's bias."""
         (view,) = layers.views(layer)
         replacement = cls.like(layer, q.block_size, q.double_quant)
-        replacement.hold(q)
+        replacement.set_weight(q)
         replacement.register_parameter("bias", view.parameters()[1])
         return replacement
 
-    def hold(self, q: NF4) -> None:
+    def set_weight(self, q: NF4) -> None:
         """Set the weight to q, which has this layer's shape, block_size and double_quant."""
         for name, parameter in parameters_of(q).items():
             setattr(self, name, parameter)

@@ -8,17 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora.inventory import injected, owned, with_views
+from lora.inventory import adapter_parts, injected, with_views
 from lora.layers import VIEWS, inside, kind, views
 from lora.settings import SHORTHANDS
-from lora.targets import (
-    Plan,
-    base_paths,
-    beside_saved,
-    peft_saves_too,
-    uncalled,
-    walk,
-)
+from lora.targets import Plan, base_paths, beside_saved, peft_saves_too, walk
 from lora.training import groups_of
 
 
@@ -49,7 +42,7 @@ class Report:
 
 def report_of(model: nn.Module, name: str, note: str = "") -> Report:
     """Returns the report on adapter `name` of this model."""
-    plan, parts = injected(model)[name], owned(model, name)
+    plan, parts = injected(model)[name], adapter_parts(model, name)
     sizes: dict[tuple[str, str], list[int]] = {}
     for path, (adapter, view) in with_views(model, parts.adapters).items():
         shape = f"{view.in_features} -> {view.out_features}"
@@ -99,9 +92,8 @@ def count_parameters(module: nn.Module) -> int:
 def notes_on(model: nn.Module, plan: Plan) -> str:
     """Returns what a user should know about an injection and cannot see in the table."""
     notes = []
-    read = uncalled(model)
-    if read and getattr(plan.config, "target_modules", None) in SHORTHANDS:
-        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in read))
+    if plan.uncalled and getattr(plan.config, "target_modules", None) in SHORTHANDS:
+        ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in plan.uncalled))
         notes.append(
             f"{ends} not adapted: {type(model).__name__} uses their weights without calling them."
         )

@@ -24,6 +24,8 @@ from lora.patterns import BLOCKS, compiled
 from lora.settings import SHORTHANDS, AdapterConfig, MethodConfig, PartialConfig
 from lora.wrappers import AdaptedLayer, SavedModule
 
+# An ending has as many parts as it takes to miss other layers: BERT's feed-forward has an
+# output.dense too, GPT-2's MLP a c_proj.
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
 _BERT = ("query", "key", "value", "attention.output.dense", "crossattention.output.dense")
 ATTENTION: dict[str, tuple[str, ...]] = {
@@ -73,6 +75,7 @@ class Plan:
     selected: tuple[str, ...]  # parameters of the base to train
     carried: tuple[str, ...] = ()  # frozen parameters of the base that the adapter's file replaces
     trainable: bool = True  # False if the adapter was loaded for inference
+    uncalled: tuple[str, ...] = ()  # layers that the model never calls, for methods that wrap
     further: Mapping[str, Callable[[View, Any, str], Adapter]] = field(default_factory=dict)
     """Targets whose adapter is not made by `method`, mapped to the function that makes it."""
 
@@ -97,12 +100,15 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
             yield from walk(child, f"{prefix}.{name}" if prefix else name)
 
 
-def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) -> tuple[str, ...]:
+def targets_of(
+    model: nn.Module, config: AdapterConfig, saved: tuple[str, ...], never_called: tuple[str, ...]
+) -> tuple[str, ...]:
     """Returns the names of the layers that config.target_modules matches.
 
-    Excluded layers and layers inside a saved module are never targets. If two paths reach a layer,
-    matching or excluding one of them counts for both. Raises TargetError if an entry matches
-    nothing, or matches a module that no View exists for.
+    saved: the saved modules. never_called: uncalled(model). Excluded layers and layers inside a
+    saved module are never targets. If two paths reach a layer, matching or excluding one of them
+    counts for both. Raises TargetError if an entry matches nothing, or matches a module that no
+    View exists for.
     """
     modules = {name: module for name, module in walk(model) if name}
     free, wanted = modules, config.target_modules
@@ -114,7 +120,8 @@ def targets_of(model: nn.Module, config: AdapterConfig, saved: tuple[str, ...]) 
     if wanted == "input-embedding":
         wanted = _input_embedding(model, free)
     if wanted in SHORTHANDS:
-        names = _by_word(model, modules, free, config)
+        called = {name: module for name, module in free.items() if name not in never_called}
+        names = _by_word(model, modules, called, config)
     else:
         names = _by_name(model, modules, free, config, wanted)
     if config.layers_to_transform:
@@ -145,6 +152,7 @@ def _free(
 def _input_embedding(model: nn.Module, free: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Returns the name of the input embedding, in a tuple. Raises TargetError if there is none."""
     table = input_embedding(model)
+    # One path is enough: _by_name() adds the other paths of the module.
     names = tuple(name for name, module in free.items() if module is table)[:1]
     if not names:
         raise TargetError(
@@ -157,29 +165,27 @@ def _input_embedding(model: nn.Module, free: Mapping[str, nn.Module]) -> tuple[s
 def _by_word(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    free: Mapping[str, nn.Module],
+    called: Mapping[str, nn.Module],
     config: AdapterConfig,
 ) -> tuple[str, ...]:
-    """Returns the layers that "all-linear" or "attention" matches.
+    """Returns the layers that "all-linear" or "attention" matches among those that may be adapted.
 
-    Those are linear layers of the backbone. The output head, the routers of experts, and layers
-    that the model never calls are left out.
+    Those are linear layers of the backbone. The output head and the routers of experts are left
+    out.
     """
     ends = _attention(model) if config.target_modules == "attention" else None
     trunk = backbone(model)
     # As in PEFT, all-linear leaves out the output head.
     head = getattr(model, "get_output_embeddings", lambda: None)()
     head = None if head is None else unwrapped(head)
-    never_called = uncalled(model)
     names = tuple(
         name
-        for name, module in free.items()
+        for name, module in called.items()
         if kind(module) not in (None, "Embedding")
         and (ends is None or fits(name, ends))
         and module is not head
         and inside(name, trunk)
         and not _is_router(name, modules)
-        and name not in never_called
         and _in_blocks(name, config)
     )
     if not names:
@@ -201,7 +207,7 @@ def _by_name(
 ) -> tuple[str, ...]:
     """Returns the layers that names, dotted endings or a regular expression match."""
     matched: set[int] = set()
-    for entry in _entries(wanted):
+    for entry in _entries(wanted):  # one by one, so that a misspelt entry among good ones is found
         hits = [name for name in free if fits(name, entry)]
         if not hits:
             which = "" if entry is wanted else f" (entry {entry[0]!r})"
@@ -210,6 +216,7 @@ def _by_name(
             raise TargetError(
                 f"no layer{but} matches target_modules={wanted!r}{which}.\n{_suggestion(model)}"
             )
+        # Skipping it instead would train fewer layers than asked, without notice.
         for name in hits:
             if not kind(modules[name]):
                 raise TargetError(
@@ -299,6 +306,7 @@ def _suggestion(model: nn.Module) -> str:
     listed = [f"{name} ×{count}" for name, count in (within + heads).most_common(12)]
     if not listed:
         return f"  {type(model).__name__} has no nn.Linear, no nn.Embedding and no Conv1D."
+    # A head is suggested only if there is nothing else: it is new and trains without an adapter.
     best = [name for name, _ in (within or heads).most_common(2)]
     words = "all-linear or attention" if _architecture(model) in ATTENTION else "or all-linear"
     return (
@@ -324,6 +332,7 @@ def saved_of(model: nn.Module, config: PartialConfig) -> tuple[str, ...]:
                 f" {type(model).__name__} has {children}. Set --modules-to-save."
             )
         for name in hits:
+            # Its copy would train nothing: the model calls the children of the original.
             if isinstance(modules[name], nn.ModuleList | nn.ModuleDict):
                 raise TargetError(
                     f"modules_to_save={entry!r} is {name}, a {type(modules[name]).__name__}, which"
@@ -367,6 +376,7 @@ def beside_saved(model: nn.Module, planned: Plan) -> dict[str, nn.Parameter]:
     modules, base = dict(walk(model)), dict(base_paths(model))
     for path in peft_saves_too(model, planned.saved):
         parameters = {name: p for name, p in base.items() if inside(name, path)}
+        # A buffer, or the codes of a quantized weight: PEFT would look for them in the file too.
         plain = len(parameters) == len(modules[path].state_dict()) and all(
             p.is_floating_point() for p in parameters.values()
         )
@@ -410,41 +420,43 @@ def plan_of(model: nn.Module, config: MethodConfig, strict: bool = True) -> Plan
             )
     saved: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
+    never_called: tuple[str, ...] = ()
     further: Mapping[str, Callable[[View, Any, str], Adapter]] = {}
     if isinstance(config, PartialConfig) and config.modules_to_save:
-        saved = _check_saved(model, saved_of(model, config))
+        saved = _check_saved(model, saved_of(model, config))  # first: targets leave these out
     if isinstance(config, AdapterConfig):
-        targets = targets_of(model, config, saved)
+        never_called = uncalled(model)
+        targets = targets_of(model, config, saved, never_called)
         if strict:
-            _check_targets(model, method, config, targets)
+            _check_called(model, targets, never_called)
+            if issubclass(method, ChecksTargets):
+                method.check_targets(config, targets)
         if issubclass(method, Follows):
             further = method.further(model, dict(walk(model)), config, targets)
         if further:
             _check_not_twice(further, targets, saved)
             targets = (*targets, *further)
     elif issubclass(method, Selection) and strict:
+        # It trains parameters of any kind of layer, norms too, so a setting may name any of them.
         layers = tuple(name for name, module in walk(model) if name and module._parameters)
         method.check_model(model, layers, config)
     selected: tuple[str, ...] = ()
     if issubclass(method, Selection | TrainsBase):
         selected = _selected(model, method, config, targets, saved)
-    return Plan(method, config, targets, saved, selected, further=further)
+    return Plan(method, config, targets, saved, selected, uncalled=never_called, further=further)
 
 
-def _check_targets(
-    model: nn.Module, method: type[Method], config: AdapterConfig, targets: tuple[str, ...]
+def _check_called(
+    model: nn.Module, targets: tuple[str, ...], never_called: tuple[str, ...]
 ) -> None:
-    """Raise TargetError if the model never calls a target, or a setting names layers that are not
-    targets."""
-    never_called = [name for name in uncalled(model) if name in targets]
-    if never_called:
-        raise TargetError(
-            f"target_modules matches {never_called[0]}, whose weight {type(model).__name__} reads"
-            " itself: an adapter there does nothing, on some machines or on all. Leave it out of"
-            " --target-modules."
-        )
-    if issubclass(method, ChecksTargets):
-        method.check_targets(config, targets)
+    """Raises TargetError if the model never calls a target."""
+    for name in never_called:
+        if name in targets:
+            raise TargetError(
+                f"target_modules matches {name}, whose weight {type(model).__name__} reads itself:"
+                " an adapter there does nothing, on some machines or on all. Leave it out of"
+                " --target-modules."
+            )
 
 
 def _check_not_twice(

@@ -19,7 +19,7 @@ import lora
 from lora.errors import DataError, LoraError, TrainingError
 from lora.finetune import distributed
 from lora.finetune.distributed import rank, shard, size, together, total
-from lora.finetune.memory import hold
+from lora.finetune.memory import set_dtype
 from lora.finetune.models import Base, load_base
 from lora.identity import fingerprint
 from lora.kernels import products
@@ -216,7 +216,7 @@ def casts(folder: Path) -> int:
     """How many casts of weights are left after a step in bfloat16 on a base held in it."""
     base = read(folder, "read")
     lora.inject(base.model, lora.LoRAConfig(r=4, target_modules="all-linear"))
-    hold(base.model, "bfloat16")
+    set_dtype(base.model, "bfloat16")
     shard(base.model, base.pieces)
     before = len(products._casts)
     with torch.autocast("cpu", torch.bfloat16):

@@ -19,7 +19,7 @@ from lora.card import heads_of
 from lora.checkpoint import load, rows_filed
 from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
-from lora.finetune.config import RunConfig, placed
+from lora.finetune.config import RunConfig, absolute_source
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.flags import as_flag
@@ -92,9 +92,9 @@ def resolve(
         adapter=config.adapter.resolve() if config.adapter else None,
         settings=settings,
         max_length=max_length,
-        base=placed(config.base),
-        data=tuple(map(placed, config.data)),
-        template=template if template in TEMPLATES else placed(template),
+        base=absolute_source(config.base),
+        data=tuple(map(absolute_source, config.data)),
+        template=template if template in TEMPLATES else absolute_source(template),
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
     return resolved, note

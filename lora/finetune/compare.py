@@ -24,10 +24,10 @@ from lora.errors import ConfigError, RunError, StoppedError
 from lora.files import locked, writable, write_together
 from lora.finetune.config import (
     RunConfig,
+    absolute_source,
     config_of_method,
     parse,
     parse_run,
-    placed,
     read_toml,
     stated_in,
     to_table,
@@ -226,7 +226,7 @@ def _same(requested: dict[str, Any], recorded: dict[str, Any]) -> bool:
             if wanted not in (None, value):
                 return False
         elif key == "data":
-            if [placed(source) for source in wanted or ()] != value and wanted != value:
+            if [absolute_source(source) for source in wanted or ()] != value and wanted != value:
                 return False
         elif key in ("base", "adapter", "template") and value is not None:
             auto = key == "template" and wanted in (None, "auto")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import io
 import os
 import re
@@ -33,7 +34,7 @@ from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
 from lora.finetune.data.corpus import Task
 from lora.finetune.data.templates import LossOn
-from lora.finetune.flags import as_flag, hint
+from lora.finetune.flags import as_flag, hint, reflow_help
 from lora.finetune.methods import (
     label,
     method_named,
@@ -378,6 +379,10 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
         _check_flags(arguments, known, prog)
     lists = {n for n, kind in known.items() if is_list(kind) or get_origin(kind) is dict}
     joined = _joined(arguments, lists)
+    if {"-h", "--help"} & set(arguments):
+        for part in kinds:
+            reflow_help(part)
+        more.setdefault("description", " ".join((inspect.getdoc(kinds[0]) or "").split()))
     report = io.StringIO()
     try:
         with redirect_stderr(report):
@@ -454,9 +459,9 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
             f"methods must be tables, found {tables!r}. Write [methods.lora], [methods.full], ..."
         )
     tables = {label(name): its for name, its in tables.items()}
-    if strange := set(tables) - set(method_names()):
+    if unknown_methods := set(tables) - set(method_names()):
         raise ConfigError(
-            f"[methods.{min(strange)}]: no method has that name. Methods:"
+            f"[methods.{min(unknown_methods)}]: no method has that name. Methods:"
             f" {', '.join(method_names())}."
         )
     values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
@@ -490,7 +495,7 @@ def named(source: str) -> tuple[str, str]:
     return Path(source).stem if Path(source).suffix else Path(source).name, source
 
 
-def placed(source: str) -> str:
+def absolute_source(source: str) -> str:
     """Returns the --data entry with an absolute path if it is a file or folder."""
     _, place = named(source)
     if place in BUILT_IN or not os.path.exists(place):

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lora.errors import ConfigError, LoraError, RunError, TrainingError
 from lora.injection import init
-from lora.inventory import Parts, injected, owned, wrappers_of
+from lora.inventory import Parts, adapter_parts, injected, wrappers_of
 from lora.targets import base_paths, unwrapped
 from lora.wrappers import AdaptedLayer, SavedModule
 
@@ -107,7 +107,7 @@ def together() -> Iterator[None]:
             raise
         raise TrainingError(
             f"rank {rank()} of {size()} waited for another rank, which is gone or does not answer"
-            f" ({_line(error)}). What that one said stands above, if it could say anything."
+            f" ({_line(error)}). If it could report an error, that is above."
         ) from error
 
 
@@ -148,13 +148,13 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def gather(thing: Any) -> list[Any]:
-    """What each rank passed, in the order of the ranks; it is sent pickled."""
+    """Returns what each rank passed, in the order of the ranks. It is sent pickled."""
     if size() == 1:
         return [thing]
-    found: list[Any] = [None] * size()
+    things: list[Any] = [None] * size()
     with together():
-        dist.all_gather_object(found, thing)
-    return found
+        dist.all_gather_object(things, thing)
+    return things
 
 
 @contextmanager
@@ -164,20 +164,21 @@ def alike() -> Iterator[None]:
     Rank 0 reports it once: it raises its own error, or a RunError that names the rank and its
     error. The others exit silently with code 2 once rank 0 is gone.
     """
-    own: LoraError | None = None
+    failure: LoraError | None = None
     try:
         yield
     except LoraError as error:
-        own = error
-    found = gather(own and f"{type(own).__name__}: {own}")
-    bad = [number for number, text in enumerate(found) if text is not None]
-    if not bad:
+        failure = error
+    messages = gather(failure and f"{type(failure).__name__}: {failure}")
+    failed = [number for number, message in enumerate(messages) if message is not None]
+    if not failed:
         return
     if rank() > 0:
         with suppress(TrainingError):
-            gather(None)  # never answered: rank 0 has said what there is to say when this fails
+            gather(None)  # never answered; it fails once rank 0 has reported the error and ended
         raise SystemExit(2)
-    raise own or RunError(f"rank {bad[0]} of {size()} cannot go on. {found[bad[0]]}")
+    first = failed[0]
+    raise failure or RunError(f"rank {first} of {size()} cannot continue. {messages[first]}")
 
 
 def shard(
@@ -193,7 +194,7 @@ def shard(
     Call it last: with the adapters on, in the final dtypes, with gradient checkpointing enabled.
     All else is on device(), the same on every rank: trainable parameters, adapters, what two blocks
     share, and scalars. If a bfloat16 product meets a float32 weight, FSDP2 keeps the cast of that
-    weight whole: call memory.hold() first.
+    weight whole: call memory.set_dtype() first.
 
     pieces: those of a base that models.load_base cut as it was read, by name. Each is taken out as
             it is put in, and the adapters are then filled from `seed`, as inject would have.
@@ -210,13 +211,14 @@ def shard(
     here, pieces = device(), {} if pieces is None else pieces
     if offload and here.type == "cpu":
         raise ConfigError(
-            "the base is to be offloaded to the CPU's memory, and there is no accelerator that it"
-            " would be fetched to: it lies there anyway. Leave the offloading out."
+            "--offload keeps the base in the CPU's memory, and this machine has no accelerator, so"
+            " it is there already. Remove --offload."
         )
     from_pieces = bool(pieces)
-    for part in (part for name in injected(model) for part in _modules_of(owned(model, name))):
-        if any(parameter.is_meta for parameter in part.parameters()):
-            part.to_empty(device=here)
+    for name in injected(model):
+        for part in _modules_of(adapter_parts(model, name)):
+            if any(parameter.is_meta for parameter in part.parameters()):
+                part.to_empty(device=here)
     originals = [saved.original_module for saved in wrappers_of(model)[1].values()]
     # The inner ones first.
     units = list(dict.fromkeys([*originals, *_untied_embedding(model), *_blocks(model), model]))
@@ -334,7 +336,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         available = torch.cuda.device_count()
         raise ConfigError(
-            f"--nproc {count}: each rank takes an accelerator of its own, found {available}. Set"
+            f"--nproc {count}: each rank needs its own accelerator, found {available}. Set"
             f" --nproc {available}, or CUDA_VISIBLE_DEVICES= to train on the processor."
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
@@ -362,8 +364,8 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _stop_signals_raise() -> Iterator[None]:
-    """Within, the first signal to stop raises torch's SignalException, and further ones are
-    ignored. Logging is off: a rank says itself what went wrong."""
+    """Inside, the first stop signal raises torch's SignalException, and later ones are ignored.
+    torch's logging is off, since each rank reports its own error."""
     from torch.distributed.elastic.multiprocessing import SignalException
 
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
@@ -371,8 +373,8 @@ def _stop_signals_raise() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in signals}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for one in signals:
-            signal.signal(one, signal.SIG_IGN)
+        for stop_signal in signals:
+            signal.signal(stop_signal, signal.SIG_IGN)
         raise SignalException("told to stop", signal.Signals(number))
 
     logging.disable()

@@ -84,7 +84,7 @@ class Estimate:
     evaluated: Shape
     dtype: str
     device: str
-    there: int  # bytes of memory that the machine or the GPU has
+    available: int  # bytes of memory that the machine or the GPU has
     memory: tuple[Memory, ...]
     notes: tuple[str, ...] = ()
 
@@ -112,11 +112,11 @@ class Estimate:
         lines = []
         for memory in self.memory:
             need, what = memory.peak + memory.mapped, _layout(memory)
-            if need <= self.there:
-                lines.append(f"{what}: fits, {where} has {self.there / MIB:,.0f} MiB")
+            if need <= self.available:
+                lines.append(f"{what}: fits, {where} has {self.available / MIB:,.0f} MiB")
                 continue
             lines.append(
-                f"{what}: does not fit, {where} has {self.there / MIB:,.0f} MiB. Lower"
+                f"{what}: does not fit, {where} has {self.available / MIB:,.0f} MiB. Lower"
                 " --micro-batch-size, --max-length or --r; set --activation-checkpointing, or"
                 " --quantize nf4."
             )

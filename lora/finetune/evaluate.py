@@ -20,7 +20,8 @@ from lora.finetune.losses import task_loss, token_scores
 from lora.finetune.metrics import score
 
 EVALUATED = 64  # rows per batch
-TOKENS = 2**13  # tokens per batch, with padding
+TOKENS = 2**13
+"""Tokens per batch, with padding: 64 long texts at once could exceed the memory of a step."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Evaluation:
 
 
 def autocast(model: Any) -> AbstractContextManager[Any]:
-    """Returns bfloat16 autocast if memory.hold() set it for the model, else an empty context.
+    """Returns bfloat16 autocast if memory.set_dtype() set it for the model, else an empty context.
 
     The model's forward sets it by itself. Around many forwards it is faster, since the trainable
     weights are cast only once, and it covers what is computed outside the forward.
@@ -67,7 +68,7 @@ def predict(
     results: Tensor | None = None
     order = sorted_batches(encoded.lengths, batch_size, TOKENS)
     bar = progress.add_task("evaluating", total=len(order)) if progress else None
-    unpacked = replace(encoded, row=None)
+    unpacked = replace(encoded, row=None)  # a packed row would mix the scores of several texts
     with torch.inference_mode(), autocast(model):
         shares = ([*rows[rank::ranks]] for rows in order)
         # A rank without rows computes one row and drops the result: the forward of a sharded model
@@ -92,6 +93,7 @@ def predict(
     if progress and bar is not None:
         progress.remove_task(bar)
     assert results is not None
+    # Rows of other ranks are 0 here, so the sum over the ranks is the whole result.
     total = results.clone()  # an inference tensor cannot be changed outside inference mode
     distributed.total([total])
     return total
@@ -117,9 +119,11 @@ def evaluate(
     """
     logits = predict(model, encoded, batch_size, progress)
     if corpus.task == "text":
+        # In float64: a sum over millions of tokens exceeds the 24 bits of float32.
         loss, metrics = _token_metrics(corpus, encoded, logits.double())
     else:
         loss = float(task_loss(logits, encoded.targets, corpus.task)) / len(examples)
+    # Before the metrics: the argmax of NaN is a class too, and its accuracy looks real.
     if not math.isfinite(loss):
         raise TrainingError(
             f"the loss over {len(examples)} rows is {loss}, so nothing can be scored. Check the"

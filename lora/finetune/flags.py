@@ -1,6 +1,7 @@
-"""Suggests flags for names from other tools.
+"""Suggests flags for names from other tools, and lays out the texts of --help.
 
     hint("lr", known, as_flag)    "Did you mean --learning-rate?"
+    reflow_help(TrainFlags)       its docstrings, wrapped to the terminal
 
 NEAR maps a name to our name for the same thing. HOW maps a name that has no single counterpart to a
 sentence that says what to do instead.
@@ -8,9 +9,16 @@ sentence that says what to do instead.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import difflib
+import inspect
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from types import MappingProxyType
 
 NEAR = {
     # The adapter
@@ -242,6 +250,28 @@ def hint(name: str, known: Collection[str], write: Callable[[str], str]) -> str:
     if near:
         return f"Did you mean {write(near[0])}?"
     return f"Known: {', '.join(sorted(map(write, known)))}."
+
+
+def reflow_help(kind: type) -> None:
+    """Gives each field of a dataclass its docstring in one line, which tyro wraps to the terminal.
+
+    tyro keeps the line breaks of an attribute's docstring, whose lines are indented. It prefers a
+    field's metadata, under the key "help".
+    """
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        with suppress(OSError, TypeError):  # no source: builtins, classes made at run time
+            body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0]
+            for statement, below in itertools.pairwise(getattr(body, "body", ())):
+                match statement, below:
+                    case (
+                        ast.AnnAssign(target=ast.Name(id=name)),
+                        ast.Expr(value=ast.Constant(value=str(text))),
+                    ):
+                        texts[name] = " ".join(text.split())
+    for field in dataclasses.fields(kind):
+        if field.name in texts:
+            field.metadata = MappingProxyType({**field.metadata, "help": texts[field.name]})
 
 
 def as_flag(name: str) -> str:

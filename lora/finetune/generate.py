@@ -171,6 +171,7 @@ def padded(
     ids = torch.full((len(prompts), longest), pad)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
+        # The module's docstring says why the sides differ.
         start = 0 if model.config.is_encoder_decoder else longest - len(prompt)
         ids[row, start : start + len(prompt)] = torch.tensor(prompt)
         mask[row, start : start + len(prompt)] = 1
@@ -223,7 +224,10 @@ def scored(
         corpus, made_metrics(config), asked, [_parts(text, end)[1] for text in texts]
     )
     several = len(corpus.tasks) > 1
-    rows = [row_of(one, text, several, end) for one, text in zip(asked, texts, strict=True)]
+    rows = [
+        row_of(conversation, text, several, end)
+        for conversation, text in zip(asked, texts, strict=True)
+    ]
     return replace(evaluation, metrics=scores | evaluation.metrics), rows
 
 
@@ -245,26 +249,28 @@ def _given(conversation: Conversation) -> dict[str, Any]:
 
 def _parts(text: str, end: str) -> tuple[str, str]:
     """Divides a generated text into reasoning, with its end, and answer."""
+    # The last one: a model may write </think> inside its reasoning. str.rpartition("") raises.
     thought, mark, answer = text.rpartition(end) if end else ("", "", text)
     return (thought + mark).strip(), answer
 
 
 def row_of(
-    one: Conversation, text: str, several: bool = False, thought_end: str = ""
+    conversation: Conversation, text: str, several: bool = False, thought_end: str = ""
 ) -> dict[str, Any]:
     """Returns the record of a generated text: prompt, reasoning, prediction, and references.
 
     The reasoning ends with `thought_end` and is not part of the prediction. several: name the task.
     """
     thought, answer = _parts(text, thought_end)
-    messages = [message.fields() for message in one.prompt]
+    messages = [message.fields() for message in conversation.prompt]
+    # The prompt has the names that read_prompts() reads, so the file can be generated from again.
     return {
-        **({"task": one.task} if several else {}),
-        **({"prompt": messages[0]["content"]} if one.raw else {"messages": messages}),
-        **_given(one),
+        **({"task": conversation.task} if several else {}),
+        **({"prompt": messages[0]["content"]} if conversation.raw else {"messages": messages}),
+        **_given(conversation),
         **({"reasoning": thought} if thought else {}),
         "prediction": answer.strip(),
-        **({"references": list(one.references)} if one.references else {}),
+        **({"references": list(conversation.references)} if conversation.references else {}),
     }
 
 
@@ -283,7 +289,7 @@ def _score_answers(
     groups = [("", set(corpus.tasks))]
     groups += [(f"/{name}", {name}) for name in corpus.tasks if len(corpus.tasks) > 1]
     for suffix, names in groups:
-        pairs = [(one, text) for one, text in zip(asked, texts, strict=True) if one.task in names]
+        pairs = [(c, text) for c, text in zip(asked, texts, strict=True) if c.task in names]
         if not pairs:
             continue
         references = [list(conversation.references) for conversation, _ in pairs]
@@ -292,8 +298,8 @@ def _score_answers(
             common = set.intersection(*(set(task_metrics[name]) for name in names))
             scores |= {
                 metric: fmean(
-                    max(task_metrics[one.task][metric](text, right) for right in one.references)
-                    for one, text in pairs
+                    max(task_metrics[c.task][metric](text, right) for right in c.references)
+                    for c, text in pairs
                 )
                 for metric in sorted(common)
             }

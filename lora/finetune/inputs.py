@@ -73,6 +73,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
     notes, names, bad = [], [], BadRows(config.skip_bad_lines)
     for source in config.data:
         name, place = named(source)
+        # One `bad` for all, so that --skip-bad-lines counts over the whole of --data.
         splits, source_notes = _read(place, name, bad)
         names.append(name)
         notes += source_notes
@@ -145,7 +146,7 @@ class Inputs:
 
     corpus: Corpus  # without the rows that the template refuses
     splits: dict[str, Encoded]
-    said: tuple[str, ...] = ()  # notes for the user
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def inputs_of(config: RunConfig[Any], corpus: Corpus, base: Base) -> Inputs:
@@ -241,6 +242,8 @@ def encoded_of(
 
 def _shown(model: Any, labels: Tensor, offsets: Tensor) -> Tensor:
     """Returns the decoder's input ids: the labels shifted right, after its start token."""
+    # roll() brings the last label of one example to the start of the next, where the start token
+    # then replaces it.
     shown = labels.roll(1)
     shown[offsets[:-1]] = decoder_start(model)
     return shown
@@ -286,6 +289,7 @@ def calibration(
     method = method_named(config.method)
     if not issubclass(method, Calibrated) or not method.needs_batches(config.settings):
         return None
+    # The batches of epoch 0, so that an init sees what the first steps will see.
     rows = drawn(encoded, config.seed, 0)
     order = batches(encoded.lengths, config.batch_size, config.seed, 0, rows)[:8]
     with_labels = []
@@ -369,7 +373,7 @@ def asked_of(
     """Returns the prompts of a split to answer: the first `config.answered` of each data set."""
     prompts: list[Conversation] = []
     for name in corpus.tasks:
-        merged = grouped(one for one in examples if one.task == name and one.references)
+        merged = grouped(c for c in examples if c.task == name and c.references)
         prompts += merged[: config.answered]
     return prompts
 
@@ -404,6 +408,7 @@ def corpus_to_show(config: RunConfig[Any]) -> Corpus:
     except DataError:
         if config.task != "auto" or len(config.data) > 1:
             raise
+        # If neither reading works, the first error is the better one.
         with suppress(DataError):
             corpus = read_corpus(replace(config, task="text"))
             if not corpus.bad.count:
@@ -413,7 +418,7 @@ def corpus_to_show(config: RunConfig[Any]) -> Corpus:
 
 def show_labelled(corpus: Corpus, split: str, count: int) -> None:
     """Prints the columns in use, the rows of each class, and the first examples."""
-    for line in corpus.said:
+    for line in corpus.summary:
         print(f"data: {line}")
     for line in filter(None, [corpus.note]):
         print(f"note: {line}")

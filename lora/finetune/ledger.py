@@ -27,7 +27,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.use = "base"  # the use of storages made from here on
         self.now: Counter[str] = Counter()  # bytes by use
         self.most: Counter[str] = Counter()  # the same at the peak
-        self.held: dict[Any, Tensor] = {}  # lora.kernels.scratch keeps its buffers here
+        self.scratch_blocks: dict[Any, Tensor] = {}  # used by lora.kernels.scratch
         self.known: Any = WeakIdKeyDictionary()  # storage -> [use, bytes]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

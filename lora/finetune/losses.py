@@ -54,6 +54,7 @@ def task_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
     Classification: logits (examples, classes), targets (examples,) int64.
     Regression: logits (examples, 1), targets (examples,) float32.
     """
+    # Autocast gives logits in bfloat16, whose eight bits lose small terms in a sum over a batch.
     if task == "regression":
         return F.mse_loss(logits.float().squeeze(-1), targets, reduction="sum")
     return F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -85,6 +86,7 @@ def _as_forward(model: Any, forward: Any) -> Iterator[None]:
 def _summed_loss(model: Any, targets: Tensor, **batch: Any) -> Tensor:
     """The forward of batch_loss(): the loss of a text."""
     h = _select(targets[0], features(model, batch))
+    # Autograd knows only tensors that are arguments of a Function, not those inside `model`.
     trained = [p for p in model.get_output_embeddings().parameters() if p.requires_grad]
     loss: Tensor = _Summed.apply(model, h, targets[1], *trained)  # type: ignore[no-untyped-call]
     return loss
@@ -108,6 +110,7 @@ def _select(positions: Tensor, h: Tensor) -> Tensor:
 
 def features(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Returns the input of the model's head, (rows, length, width)."""
+    # use_cache=False: in training nothing reads the keys and values that a cache would keep.
     backbone = model.base_model
     if backbone is not model:
         h: Tensor = backbone(**batch, use_cache=False).last_hidden_state
@@ -149,6 +152,8 @@ class _Summed(torch.autograd.Function):
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:])  # of h and the head
         sums = [torch.zeros_like(t) if need else None for t, need in zip((h, *trained), needed)]
         for chunk in _chunks(model, len(h)):
+            # A Function's forward runs without gradients. Each chunk has a small graph of its own,
+            # which is freed before the next chunk.
             with torch.set_grad_enabled(any(needed)):
                 x = h[chunk].detach().requires_grad_(needed[0])
                 z = logits_of(model, x).float()
@@ -181,6 +186,7 @@ def check_language(model: nn.Module, packs: bool = False) -> None:
     try:
         device = next(p for p in model.parameters()).device
         vocabulary = model_.get_input_embeddings().weight.shape[0]
+        # A prime step spreads the ids over the vocabulary: the first rows are often special.
         ids = (torch.arange(1, 17, device=device) * 7919 % vocabulary).view(2, 8)
         more = {"decoder_input_ids": ids} if model_.config.is_encoder_decoder else {}
         expected = model_(input_ids=ids, **more, use_cache=False).logits.float()
@@ -193,7 +199,7 @@ def check_language(model: nn.Module, packs: bool = False) -> None:
         eps, most = torch.finfo(_compute_dtype(model)).eps, expected.abs().max()
         with _as_forward(model, lambda m, **batch: logits_of(m, features(m, batch))):
             ours = model_(input_ids=ids, **more)
-        # "not <=" is also true for NaN.
+        # Both compute the same products, so only roundings differ. "not <=" is also true for NaN.
         if not (ours.float() - expected).abs().max() <= 16 * eps * most:
             raise ModelError(
                 f"{type(model).__name__} does more after its head than losses.logits_of computes,"

@@ -39,7 +39,7 @@ def pick_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if bfloat16_here(device) else "float32"
 
 
-def hold(model: Any, dtype: str) -> None:
+def set_dtype(model: Any, dtype: str) -> None:
     """Convert the frozen weights of linear layers to `dtype`, and run each forward under autocast.
 
     Trainable parameters stay as they are. Embeddings, norms and biases are few, and stay float32.

@@ -58,6 +58,7 @@ def score(
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Returns accuracy, macro-F1 over the classes that occur, and Matthews correlation."""
+    # Imported here, as below: each task would wait for the libraries of all others.
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     # With a single class there is no correlation, and sklearn warns.
@@ -77,6 +78,7 @@ def regression(predictions: Sequence[float], references: Sequence[float]) -> dic
     """
     from scipy.stats import pearsonr, spearmanr
 
+    # A product that is too large is inf; ** 2 would raise OverflowError.
     squared = [(p - r) * (p - r) for p, r in zip(predictions, references, strict=True)]
     constant = min(len(set(predictions)), len(set(references))) < 2
     return {
@@ -114,6 +116,7 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Returns the share of predictions that equal a reference after `normalise`."""
+    # Equal to any reference, as SQuAD scores questions with several right answers.
     hits = [
         normalise(prediction) in {normalise(text) for text in texts}
         for prediction, texts in zip(predictions, references, strict=True)

@@ -39,7 +39,7 @@ from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
 from lora.finetune.ledger import Ledger
 from lora.finetune.losses import token_scores
-from lora.finetune.memory import checkpoint_activations, hold
+from lora.finetune.memory import checkpoint_activations, set_dtype
 from lora.finetune.methods import method_named
 from lora.finetune.metrics import score
 from lora.finetune.models import Base, load_skeleton
@@ -101,11 +101,11 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         evaluated=batches.evaluated,
         dtype="nf4" if config.quantize == "nf4" else config.dtype,
         device=device.type,
-        there=total_memory(device),
+        available=total_memory(device),
         memory=tuple(dataclasses.replace(memory, process=process) for memory in memories),
         notes=(
-            *(f"data: {line}" for line in corpus.said),
-            *(f"note: {n}" for n in (corpus.note, *inputs.said, note, batches.note) if n),
+            *(f"data: {line}" for line in corpus.summary),
+            *(f"note: {n}" for n in (corpus.note, *inputs.notes, note, batches.note) if n),
         ),
     )
 
@@ -262,7 +262,7 @@ class _DryRun:
                     adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
         report = place(model, planned, parts, fresh, "default")
         check_steps(model, config.epochs * steps_per_epoch(self.encoded, config.batch_size))
-        hold(model, config.dtype)
+        set_dtype(model, config.dtype)
         return base, report
 
     def _to_device(self, model: Any) -> None:

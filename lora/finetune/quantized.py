@@ -27,11 +27,11 @@ from lora.finetune.weights import another_shape, not_finite
 from lora.layers import backbone, inside, kind, views
 from lora.methods.lora import LoRAConfig
 from lora.nf4 import NF4Linear
-from lora.targets import targets_of
+from lora.targets import targets_of, uncalled
 
 
 class Cut:
-    """One rank's pieces of what is read, and what stands in for the whole until all is read."""
+    """Keeps one rank's pieces of the tensors, and gives placeholders until all are read."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -318,7 +318,7 @@ def packable(model: Any, dense: tuple[str, ...] = ()) -> tuple[str, ...]:
     of its `wo` to the dtype of its weight.
     """
     dtype_read = [f".{name}." for name in getattr(model, "_keep_in_fp32_modules", None) or ()]
-    names = targets_of(model, LoRAConfig(exclude_modules=dense or None), ())
+    names = targets_of(model, LoRAConfig(exclude_modules=dense or None), (), uncalled(model))
     return tuple(name for name in names if not any(part in f".{name}." for part in dtype_read))
 
 

@@ -36,7 +36,7 @@ from lora.finetune.evaluate import Evaluation, autocast, evaluate
 from lora.finetune.generate import scored
 from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_corpus
 from lora.finetune.losses import check_language
-from lora.finetune.memory import checkpoint_activations, hold
+from lora.finetune.memory import checkpoint_activations, set_dtype
 from lora.finetune.methods import label
 from lora.finetune.models import Base
 from lora.finetune.record import NOTHING, Record, recorder, write_file, write_lines
@@ -157,9 +157,9 @@ def _prepare(config: RunConfig[Any], on_quantized: Callable[[int, int], None]) -
     inputs = inputs_of(config, source, base)
     report = add_adapter(config, base, calibration(config, inputs.splits["train"], device))
     training = _begin(config, base, inputs)
-    notes = config.note, inputs.corpus.note, *inputs.said, note
+    notes = config.note, inputs.corpus.note, *inputs.notes, note
     lines = (
-        *(f"data: {line}" for line in inputs.corpus.said),
+        *(f"data: {line}" for line in inputs.corpus.summary),
         *(f"note: {line}" for line in notes if line),
         str(report),
     )
@@ -177,7 +177,7 @@ def _begin(config: RunConfig[Any], base: Base, inputs: Inputs) -> Training:
     per_epoch = steps_per_epoch(inputs.splits["train"], config.batch_size)
     check_steps(model, config.epochs * per_epoch)
     check_room(model)
-    hold(model, config.dtype)
+    set_dtype(model, config.dtype)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if config.shard or config.offload:

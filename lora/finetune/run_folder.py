@@ -19,7 +19,7 @@ from lora.card import FORMER_NAMES
 from lora.errors import ConfigError, RunError, command
 from lora.files import locked, readable, writable, write_together
 from lora.finetune import state
-from lora.finetune.config import RunConfig, from_table, placed, read_toml, to_table
+from lora.finetune.config import RunConfig, absolute_source, from_table, read_toml, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.environment import environment
 from lora.finetune.methods import digest_of, label, reopened
@@ -140,13 +140,13 @@ def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunCon
     """The configuration with its base where it is now: at `base`, or where it was when the run in
     `directory` started. Raises RunError if it does not exist any more."""
     if base is not None:
-        return replace(config, base=placed(base))
+        return replace(config, base=absolute_source(base))
     if os.path.isabs(config.base) and not os.path.isdir(config.base):
         raise RunError(
             f"{directory}: its base {config.base} does not exist any more. Pass its new path:"
             " --base FOLDER."
         )
-    return replace(config, base=placed(config.base))
+    return replace(config, base=absolute_source(config.base))
 
 
 def resumable(

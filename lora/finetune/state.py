@@ -7,13 +7,13 @@
       config.toml           the run's configuration
       manifest.json         size and SHA-256 of each file above
 
-A checkpoint is written to a temporary folder, synced to disk and renamed, so it is there whole or
-not at all. If it is damaged later, its manifest shows it.
+A checkpoint is written to a temporary folder, synced to disk and renamed, so no reader ever sees a
+part of one. If it is damaged later, its manifest shows it.
 
 The schedule and the position in the data are functions of the step (train.slope, train.batch_plan),
-and need no state of their own.
+so they are not saved.
 
-Every rank holds the trainable parameters whole. So rank 0 writes them, and any number of ranks can
+Every rank holds all trainable parameters. So rank 0 writes them, and any number of ranks can
 resume. With another number of ranks only the dropout masks differ.
 """
 
@@ -90,7 +90,7 @@ class RandomState(TypedDict):
 
 
 def _tried_state(state: RandomState) -> RandomState:
-    """The state, tried out on fresh generators. Raises ValueError if they do not take it."""
+    """Returns the state. Raises ValueError if a generator rejects it, before the model changes."""
     try:
         torch.Generator().set_state(_bytes(state["torch"]))
         if "cuda" in state and torch.cuda.is_available():
@@ -120,7 +120,7 @@ CONTENTS = TypeAdapter(dict[str, tuple[Count, str]])
 
 
 def save_training(training: Training, folder: Path, config: bytes, recorded: Mark) -> Path:
-    """Write a checkpoint into `folder`. `recorded` is the mark of metrics.jsonl at this step.
+    """Writes a checkpoint into `folder`. `recorded` is the mark of metrics.jsonl at this step.
 
     Every rank calls it; rank 0 writes. Raises CheckpointError, and leaves older checkpoints as
     they were.
@@ -155,7 +155,7 @@ def _write_checkpoint(training: Training, path: Path, state: dict[str, Any], con
             )
             for written in (making / "adapter", making):
                 sync(written)
-            if path.exists():  # a damaged one, which find() has passed over
+            if path.exists():  # a damaged one, which find() skipped
                 shutil.rmtree(path)
             making.rename(path)
             for names in (folder, folder.parent):
@@ -165,19 +165,19 @@ def _write_checkpoint(training: Training, path: Path, state: dict[str, Any], con
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Returns the folder of a step's checkpoint."""
     return folder / f"step-{step:08}"
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a checkpoint, whole or damaged, in ascending order."""
+    """Returns the steps that have a checkpoint, whole or damaged, in ascending order."""
     names = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("step-*")]
     return sorted(int(name[1]) for name in names if name)
 
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a note for each newer one that is not whole."""
-    said = [
+    """Returns the newest whole checkpoint, and a note for each newer one that was skipped."""
+    notes = [
         f"{path} was being written when the run stopped: skipped."
         for path in sorted(folder.glob(".step-*"))
         if path.suffix != REMOVED
@@ -186,128 +186,135 @@ def find(folder: Path) -> tuple[Path | None, list[str]]:
         path = checkpoint_folder(folder, step)
         wrong = damage(path)
         if not wrong:
-            return path, said
-        said.append(f"{path} is damaged, skipped: {wrong}.")
-    return None, said
+            return path, notes
+        notes.append(f"{path} is damaged, skipped: {wrong}.")
+    return None, notes
 
 
 def damage(path: Path) -> str:
-    """What is wrong with a checkpoint's files, "" if they are as written."""
+    """Returns what is wrong with a checkpoint's files, "" if they are as written."""
     try:
         stated = documents.read_document(path / MANIFEST_FILE, CONTENTS, CheckpointError, "")
-        found = _contents(path)
+        actual = _contents(path)
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}{os.sep}").rstrip(". ")
-    for name in sorted(stated.keys() | found.keys()):
-        if stated.get(name) != found.get(name):
-            missing = "is missing" if name not in found else "is not as it was written"
-            return f"{name} {missing if name in stated else 'is not of it'}"
+    for name in sorted(stated.keys() | actual.keys()):
+        if stated.get(name) != actual.get(name):
+            if name not in stated:
+                return f"{name} is not in its manifest"
+            return f"{name} {'was changed' if name in actual else 'is missing'}"
     return ""
 
 
 def prune(folder: Path, kept: Iterable[int]) -> None:
-    """Remove the checkpoints of all other steps, and what interrupted writing left behind."""
-    stay = set(kept)
-    gone = [checkpoint_folder(folder, step) for step in steps(folder) if step not in stay]
-    for path in (*gone, *folder.glob(".step-*")):
+    """Removes the checkpoints of all other steps, and folders that were never completed."""
+    kept = set(kept)
+    outdated = [checkpoint_folder(folder, step) for step in steps(folder) if step not in kept]
+    for path in (*outdated, *folder.glob(".step-*")):
         # Renamed first, so that a half removed folder is not taken for a checkpoint.
-        rest = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
+        renamed = path.with_name(f".{path.name.lstrip('.')}{REMOVED}")
         with suppress(OSError):
-            path.rename(rest)
-        shutil.rmtree(rest, ignore_errors=True)
+            path.rename(renamed)
+        shutil.rmtree(renamed, ignore_errors=True)
 
 
 def restore_training(training: Training, path: Path) -> State:
-    """Load a whole checkpoint into a model with the same adapters. Returns its training.json.
+    """Loads a whole checkpoint into a model with the same adapters. Returns its training.json.
 
-    Raises CheckpointError if the two do not belong together; the model is then unchanged.
+    Raises CheckpointError if they do not fit together. The model is then unchanged.
     """
     state = documents.read_document(path / STATE_FILE, STATES, CheckpointError, ANEW)
-    stored = read_safetensors(path / TENSORS_FILE, CheckpointError, ANEW)
+    tensors = read_safetensors(path / TENSORS_FILE, CheckpointError, ANEW)
     if state["base"] != bases(training.model):
         raise CheckpointError(
-            f"{path} is of another base: its weights are not those that the training began on."
-            " Bring back the files of the base as they were, or pass their place: --base FOLDER."
+            f"{path} is of another base: the weights of the base differ from those that the"
+            " training began with. Restore the files of the base, or pass --base FOLDER."
         )
-    wanted, moments = values(training.model), {}
-    strange = {k for k in stored if not k.startswith("optimizer.")} ^ wanted.keys()
-    strange |= {k for k in wanted.keys() & stored.keys() if wanted[k].shape != stored[k].shape}
-    strange |= {k for k in stored if k.startswith("optimizer.")}
+    expected, moments = values(training.model), {}
+    saved = {key for key in tensors if not key.startswith("optimizer.")}
+    misfits = saved ^ expected.keys()
+    misfits |= {k for k in saved & expected.keys() if expected[k].shape != tensors[k].shape}
+    misfits |= tensors.keys() - saved  # less those that fit a parameter, below
     for name, parameter in training.model.named_parameters():
         prefix = f"optimizer.{name}."
-        own = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
-        strange -= {prefix + k for k, t in own.items() if t.shape in ((), parameter.shape)}
-        if own:
-            moments[parameter] = own
-    if strange:
+        moment = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        misfits -= {prefix + k for k, t in moment.items() if t.shape in ((), parameter.shape)}
+        if moment:
+            moments[parameter] = moment
+    if misfits:
         raise CheckpointError(
-            f"{path} does not fit the model: {len(strange)} tensors differ, {min(strange)} among"
+            f"{path} does not fit the model: {len(misfits)} tensors differ, {min(misfits)} among"
             " them. Resume with the version of this package that began the run."
         )
     _check_remembered(training.model, state, path)
     with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(stored[name])
-    for parameter, own in moments.items():
+        for name, tensor in expected.items():
+            tensor.copy_(tensors[name])
+    for parameter, moment in moments.items():
         training.optimizer.state[parameter] = {
+            # AdamW keeps its step, a scalar, on the CPU.
             key: tensor.to(parameter.device if tensor.dim() else tensor.device)
-            for key, tensor in own.items()
+            for key, tensor in moment.items()
         }
-    for layer, remembering in adapters(training.model).items():
-        for name in remembering.remembers:
-            setattr(remembering, name, state["methods"][layer][name])
+    for layer, adapter in adapters(training.model).items():
+        for name in adapter.remembers:
+            setattr(adapter, name, state["methods"][layer][name])
     rank = distributed.rank()
     if rank < len(state["random"]):
         set_random_state(state["random"][rank])
-    else:
+    else:  # more ranks than before: the new ones need masks that no other rank draws
         torch.manual_seed(rank_seed(state["step"]))
     training.step = state["step"]
     return state
 
 
 def _check_remembered(model: nn.Module, state: State, path: Path) -> None:
-    """Raise CheckpointError unless the methods' state in the file fits the model's layers."""
-    there = adapters(model)
-    odd = sorted(there.keys() ^ state["methods"].keys())
-    if odd:
+    """Raises CheckpointError unless the methods' state in the file fits the model's layers."""
+    layers = adapters(model)
+    misfits = sorted(layers.keys() ^ state["methods"].keys())
+    if misfits:
+        where = "the model" if misfits[0] in layers else "the file"
         raise CheckpointError(
-            f"{path / STATE_FILE} does not fit the model: {odd[0]} is another there. {ANEW}"
+            f"{path / STATE_FILE} does not fit the model: only {where} has a state for"
+            f" {misfits[0]}. {ANEW}"
         )
-    for layer, adapter in there.items():
-        kinds = get_type_hints(type(adapter))
-        own: dict[str, Any] = {name: (kinds.get(name, Any), ...) for name in adapter.remembers}
-        schema = TypeAdapter(create_model("Remembered", **own))
+    for layer, adapter in layers.items():
+        types = get_type_hints(type(adapter))
+        fields: dict[str, Any] = {name: (types.get(name, Any), ...) for name in adapter.remembers}
+        schema = TypeAdapter(create_model("Remembered", **fields))
         name = f"{path / STATE_FILE}, methods of {layer},"
         documents.validate(state["methods"][layer], schema, name, CheckpointError, ANEW)
 
 
 def training_tensors(training: Training) -> dict[str, Tensor]:
-    """What training.safetensors holds: values(), and the optimizer's state under `optimizer.`."""
-    found = dict(values(training.model))
+    """Returns the tensors of training.safetensors: values(), and the optimizer's state under
+    `optimizer.`."""
+    tensors = dict(values(training.model))
     for name, parameter in training.model.named_parameters():
         for key, tensor in training.optimizer.state.get(parameter, {}).items():
-            found[f"optimizer.{name}.{key}"] = tensor
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+            tensors[f"optimizer.{name}.{key}"] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def values(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors that a training may change, by name: what requires a gradient, the adapters whole
-    (an init computed from the base by LAPACK may differ on another machine), and the buffers. A
-    tensor that modules share is listed under its first name."""
-    found: dict[str, Tensor] = {}
+    """Returns all tensors that a training may change, by name: trainable parameters, all parameters
+    of the adapters, and the buffers. A tensor that modules share is listed under its first name."""
+    tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
+            # Frozen adapter parameters too: an init that LAPACK computes from the base may differ
+            # on another machine.
             if parameter.requires_grad or isinstance(module, Adapter):
-                found[name] = parameter
+                tensors[name] = parameter
         for name, buffer in module.named_buffers(path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                found[name] = buffer
-    first = {id(tensor): name for name, tensor in reversed(found.items())}
-    return {name: tensor for name, tensor in found.items() if first[id(tensor)] == name}
+                tensors[name] = buffer
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {name: tensor for name, tensor in tensors.items() if first[id(tensor)] == name}
 
 
 def adapters(model: nn.Module) -> dict[str, Any]:
-    """The adapters whose state is more than tensors, by path."""
+    """Returns the adapters whose state is more than tensors, by path."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -316,7 +323,7 @@ def adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Their state besides tensors, by path and attribute."""
+    """Returns the state of adapters() besides tensors, by path and attribute."""
     return {
         path: {name: getattr(adapter, name) for name in adapter.remembers}
         for path, adapter in adapters(model).items()
@@ -324,7 +331,7 @@ def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def bases(model: nn.Module) -> dict[str, str]:
-    """The base's fingerprint; {} if the method trains the base itself."""
+    """Returns the base's fingerprint, {} if the method trains the base itself."""
     plans = injected(model).values()
     if not all(plan.method.keeps_base for plan in plans):
         return {}
@@ -332,28 +339,28 @@ def bases(model: nn.Module) -> dict[str, str]:
 
 
 def rank_seed(seed: int) -> int:
-    """This rank's seed; on rank 0 it is `seed` itself."""
+    """Returns this rank's seed. On rank 0 it is `seed` itself."""
     rank = distributed.rank()
     return random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed
 
 
 def random_state() -> RandomState:
-    """The state of every generator that a training draws from."""
+    """Returns the state of every generator that a training draws from."""
     version, keys, gauss = random.getstate()
-    found: RandomState = {
+    state: RandomState = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
         "python": (version, list(keys), gauss),
     }
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
-        found["numpy"] = kind, keys.tolist(), *rest
-    return found
+        state["numpy"] = kind, keys.tolist(), *rest
+    return state
 
 
 def set_random_state(state: RandomState) -> None:
-    """Set the generators to a random_state()."""
+    """Sets the generators to a random_state()."""
     torch.set_rng_state(_bytes(state["torch"]))
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -371,12 +378,12 @@ def _bytes(state: str) -> Tensor:
 
 
 def _contents(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file but the manifest."""
-    found: dict[str, tuple[int, str]] = {}
+    """Returns size and SHA-256 of every file except the manifest."""
+    contents: dict[str, tuple[int, str]] = {}
     for path in sorted(folder.rglob("*")):
         with readable(path, CheckpointError, ""):
             if path.is_file() and path.name != MANIFEST_FILE:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                found[path.relative_to(folder).as_posix()] = path.stat().st_size, digest
-    return found
+                contents[path.relative_to(folder).as_posix()] = path.stat().st_size, digest
+    return contents

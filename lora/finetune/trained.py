@@ -45,7 +45,7 @@ from lora.finetune.inputs import (
     screened,
     thought_end,
 )
-from lora.finetune.memory import hold
+from lora.finetune.memory import set_dtype
 from lora.finetune.methods import method_named
 from lora.finetune.models import load_tokenizer
 from lora.finetune.record import answers_of, environment_of, summary_of, write_lines
@@ -75,7 +75,7 @@ def reopen(source: Source | Path, base: str | None = None) -> Trained:
     """Loads the model of a run directory or of an adapter's folder: the base with the adapter, in
     the dtype that training uses. `base` is the new path of the base if it has moved."""
     trained = _reopened(source if isinstance(source, Source) else open_source(source, base))
-    hold(trained.model, trained.config.dtype)
+    set_dtype(trained.model, trained.config.dtype)
     return trained
 
 
@@ -163,7 +163,7 @@ def rescore(
             if config.task == "text":
                 corpus, skipped = screened(corpus)
                 examples, notes = examples_of(corpus, name), [*notes, *skipped]
-            _say(progress, *corpus.said, *filter(None, notes))
+            _say(progress, *corpus.summary, *filter(None, notes))
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
         result, _ = scored(config, *parts, progress)
     return {"loss": result.loss, **result.metrics}

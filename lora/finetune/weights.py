@@ -66,14 +66,14 @@ def not_finite(base: str, name: str, tensor: Tensor) -> ModelError:
 def _damaged_file(base: str) -> str:
     """Returns " (KEY in FILE)" for the first tensor of the files that is not finite, or ""."""
     try:
-        found = transformers.utils.cached_file(base, "config.json", local_files_only=True)
-        for path in sorted(Path(str(found)).parent.glob("*.safetensors")):
+        config = transformers.utils.cached_file(base, "config.json", local_files_only=True)
+        for path in sorted(Path(str(config)).parent.glob("*.safetensors")):
             with safetensors.safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  (no iteration over the file itself)
                     tensor = file.get_tensor(key)
                     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                         return f" ({key} in {path})"
-    except (OSError, safetensors.SafetensorError):  # files of another kind, which say no more
+    except (OSError, safetensors.SafetensorError):  # files in another format cannot be searched
         pass
     return ""
 
@@ -87,6 +87,6 @@ def dtype_of_files(base: str) -> torch.dtype:
             path = cached_file(base, first)
         if path is not None:
             with safetensors.safe_open(path, framework="pt") as file:
-                found = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
-                return next((FLOATS[dtype] for dtype in found if dtype in FLOATS), torch.float32)
+                dtypes = (file.get_slice(key).get_dtype() for key in file.keys())  # noqa: SIM118
+                return next((FLOATS[dtype] for dtype in dtypes if dtype in FLOATS), torch.float32)
     return torch.float32

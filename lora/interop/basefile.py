@@ -15,7 +15,8 @@ from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict
 
 MOST = {"layers?$": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
-"""The largest value of a key that matches the pattern. The first match counts."""
+"""The largest value of a key that matches the pattern. The first match counts: num_hidden_layers
+matches two. Real models stay far below: they have at most a few hundred layers."""
 
 
 def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
@@ -31,18 +32,19 @@ def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
     return check_bounds
 
 
-def _refuse_counts(stated: Any) -> Any:
+def _check_counts(config: Any) -> Any:
     """Raises ValueError if a count of layers, heads, labels, ... is larger than any model has.
 
     It looks at parts of the keys, so it covers keys that the schema does not name.
     """
-    for key, value in stated.items():
-        if isinstance(value, Mapping):
-            _refuse_counts(value)
+    for key, value in config.items():
+        if isinstance(value, Mapping):  # text_config, vision_config and others
+            _check_counts(value)
         most = next((most for part, most in MOST.items() if re.search(part, key)), None)
+        # Floats too: JSON's 1e9 is one.
         if most is not None and isinstance(value, int | float) and value > most:
-            raise ValueError(f"states {key}={value:.6g}, at most {most:,} are taken")
-    return stated
+            raise ValueError(f"states {key}={value:.6g}, at most {most:,} are allowed")
+    return config
 
 
 LayerCount = Annotated[Any, AfterValidator(_whole(0, 4_096, none=False))]
@@ -53,7 +55,10 @@ Token = Annotated[Any, AfterValidator(_whole(-1, 2**31))]
 
 
 class BaseFile(TypedDict, total=False):
-    """config.json: the keys that we read, and the sizes that most architectures have."""
+    """config.json: the keys that we read, and the sizes that most architectures have.
+
+    Every key is optional: an architecture has its own names, and transformers has defaults.
+    """
 
     model_type: str
     architectures: list[str] | None
@@ -96,4 +101,4 @@ class BaseFile(TypedDict, total=False):
     text_config: BaseFile | None
 
 
-BASE_FILE: TypeAdapter[BaseFile] = TypeAdapter(Annotated[BaseFile, AfterValidator(_refuse_counts)])
+BASE_FILE: TypeAdapter[BaseFile] = TypeAdapter(Annotated[BaseFile, AfterValidator(_check_counts)])

@@ -9,6 +9,8 @@ and true is not 1. Unknown keys are allowed, so that a newer version can add key
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -60,10 +62,8 @@ def decode(
     payload: bytes, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str
 ) -> T:
     """Parses and validates a JSON document. `name` is its name in the error."""
-    try:
+    with _valid(name, error, then):
         return schema.validate_json(payload, strict=True, extra="allow")
-    except pydantic.ValidationError as problem:
-        raise error(f"{name} is damaged: {said(problem)}. {then}") from None
 
 
 def decode_lines(
@@ -81,15 +81,22 @@ def validate(
     value: object, schema: TypeAdapter[T], name: str, error: type[LoraError], then: str
 ) -> T:
     """Validates a value that another library parsed."""
-    try:
+    with _valid(name, error, then):
         return schema.validate_python(value, strict=True, extra="allow")
+
+
+@contextmanager
+def _valid(name: str, error: type[LoraError], then: str) -> Iterator[None]:
+    """Inside, pydantic's ValidationError becomes `error`."""
+    try:
+        yield
     except pydantic.ValidationError as problem:
-        raise error(f"{name} is damaged: {said(problem)}. {then}") from None
+        raise error(f"{name} is damaged: {describe(problem)}. {then}") from None
 
 
-def said(problem: pydantic.ValidationError) -> str:
+def describe(problem: pydantic.ValidationError) -> str:
     """Describes pydantic's first error: the key, what was expected, and what was found."""
-    first: Any = problem.errors(include_url=False)[0]
+    first: Any = problem.errors(include_url=False)[0]  # one is enough to know the file is damaged
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"{key} is missing"

@@ -37,10 +37,10 @@ def scratch(
     returned the same memory."""
     blocks = None
     # Tensors of torch.compile or of a mode such as FakeTensorMode must not stay in our table, where
-    # a later call outside would get them. A mode may have a table of its own, named `held`.
+    # a later call outside would get them. A mode may have its own table, named `scratch_blocks`.
     if torch.device(device).type == "cpu" and not torch.compiler.is_compiling():
         mode = _get_current_dispatch_mode()
-        blocks = _memory.blocks if mode is None else getattr(mode, "held", None)
+        blocks = _memory.blocks if mode is None else getattr(mode, "scratch_blocks", None)
     if blocks is None:
         return torch.empty(shape, dtype=dtype, device=device)
     count, key = math.prod(shape), (use, dtype)

@@ -191,11 +191,11 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         return init.startswith("loftq")
 
     def check_fresh(self) -> None:
-        """Raise ConfigError if the weight beneath was packed for the start that this had."""
+        """Raises ConfigError if the base's weight was quantized together with this start."""
         if self.took_up:
             raise ConfigError(
-                f"{self.module_name}: the base was packed for the start that it had. Load the base"
-                " anew, and inject into that."
+                f"{self.module_name}: the base was quantized together with the start of this"
+                " adapter. Load the base again, and inject into that."
             )
 
     def pack(self, W: Tensor, quantize: Callable[[Tensor], NF4]) -> NF4:
@@ -252,9 +252,9 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
 
     # The file and the contract
 
-    def stored(self) -> dict[str, Tensor]:
+    def tensors_to_save(self) -> dict[str, Tensor]:
         adapter: Any = self
-        tensors: dict[str, Tensor] = adapter.placed()
+        tensors: dict[str, Tensor] = adapter.parameters_by_key()
         if self.starts_away:
             tensors[self.keys["lora_A"]] = torch.cat([self.lora_A, self.start_A], dim=0)
             tensors[self.keys["lora_B"]] = torch.cat([self.lora_B, -self.start_B], dim=1)

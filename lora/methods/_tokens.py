@@ -89,8 +89,8 @@ class Tokens(Follower, Rates, Adapter):
     def param_groups(self) -> dict[float, list[nn.Parameter]]:
         return {} if self.leader else {1.0: trained(self)}
 
-    def placed(self) -> dict[str, Tensor]:
-        return {} if self.leader else super().placed()
+    def parameters_by_key(self) -> dict[str, Tensor]:
+        return {} if self.leader else super().parameters_by_key()
 
 
 def token_layers(

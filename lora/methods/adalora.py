@@ -252,9 +252,9 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
             kept = torch.tensor(self.pattern, device=self.lora_E.device)
             self.lora_E.masked_fill_(~kept[:, None], 0.0)
 
-    def stored(self) -> dict[str, Tensor]:
+    def tensors_to_save(self) -> dict[str, Tensor]:
         """Returns the tensors without the pruned ranks."""
-        tensors = super().stored()
+        tensors = super().tensors_to_save()
         if self.pattern is not None and len(self.pattern) == len(self.lora_E):
             kept = torch.tensor(self.pattern, device=self.lora_E.device)
             tensors = {

@@ -92,5 +92,6 @@ class TrainableTokens(Follows, ChecksTargets, Tokens):
     def size(cls, view: View, config: TokensConfig, module: str) -> int:
         return len(config.token_indices) * cls.shape(view)[1]
 
-    def placed(self) -> dict[str, Tensor]:
-        return Adapter.placed(self)  # of a tied layer too: PEFT saves its rows a second time
+    def parameters_by_key(self) -> dict[str, Tensor]:
+        # Also those of a tied layer: PEFT saves its rows a second time.
+        return Adapter.parameters_by_key(self)

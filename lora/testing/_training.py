@@ -64,7 +64,7 @@ def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> N
     for name, layer in wrappers_of(injected_toy(config, case))[0].items():
         actual = sum(
             p.numel()
-            for key, p in layer.adapter("default").placed().items()
+            for key, p in layer.adapter("default").parameters_by_key().items()
             if not key.startswith("base_model.")
         )
         expected = method.size(layer.view, config, name)

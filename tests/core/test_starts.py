@@ -391,7 +391,7 @@ def test_a_packed_start_is_not_made_again() -> None:
     model = distilbert()
     config = lora.LoRAConfig(r=3, init_lora_weights="pissa")
     lora.inject(model, config, pack=packable(model))
-    with pytest.raises(lora.ConfigError, match="packed for the start that it had"):
+    with pytest.raises(lora.ConfigError, match="quantized together with the start"):
         lora.init(model, 1)
 
 

@@ -133,7 +133,7 @@ def test_an_error_on_any_rank_ends_all_and_is_shown_once(found: list[dict[str, A
     assert found[0]["errors"] == {
         "()": "came out",
         "(0, 1)": "DataError: no such file, says 0.",
-        "(1,)": "RunError: rank 1 of 2 cannot go on. DataError: no such file, says 1.",
+        "(1,)": "RunError: rank 1 of 2 cannot continue. DataError: no such file, says 1.",
         "(0,)": "DataError: no such file, says 0.",
     }
     assert set(found[1]["errors"].values()) == {"came out", "left with 2"}

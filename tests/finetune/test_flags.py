@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,27 @@ def test_flags_that_are_taken_first_stand_in_the_list(capsys: pytest.CaptureFixt
             main([*verb.split(), "--help"])
         shown = capsys.readouterr().out
         assert all(re.search(rf"^\W*{flag} ", shown, re.MULTILINE) for flag in flags), verb
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_help_is_wrapped_to_the_terminal(
+    verb: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line ends only where the next word would not fit, not where a docstring's line ended."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    texts = [line[1:-1].rstrip() for line in lines if len(line) == columns]  # inside the box
+    indents = Counter(len(text) - len(text.lstrip()) for text in texts)
+    indent = max(indents, key=lambda width: indents[width] * (width > 1))  # of help texts
+    checked = 0
+    for text, below in itertools.pairwise(texts):
+        if not any(line[:indent].strip() or not line[indent:].strip() for line in (text, below)):
+            checked += 1
+            assert len(text) + 1 + len(below.split()[0]) > columns - 4, text
+    assert checked > 3
 
 
 def test_a_config_is_read_wherever_it_stands(tmp_path: Path) -> None:

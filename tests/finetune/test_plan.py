@@ -198,7 +198,7 @@ def test_what_it_says(bare: Path) -> None:
     for part in ("lora: ", "q_lin", "steps   ", "padding", "one device", "2 devices, base sharded"):
         assert part in said
     assert said.count("fits, the machine has") == 3
-    short = dataclasses.replace(found, there=2**20).verdict()
+    short = dataclasses.replace(found, available=2**20).verdict()
     for flag in ("--micro-batch-size", "--activation-checkpointing", "--quantize nf4", "--r"):
         assert flag in short
     table = json.loads(json.dumps(found.as_dict()))

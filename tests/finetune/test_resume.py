@@ -158,7 +158,7 @@ def test_resume_says_what_it_cannot(
     assert lora("train", "--resume", run) == 0
     err = " ".join(capsys.readouterr().err.split())
     assert "torch was 1.0, is" in err
-    assert "is damaged, skipped: training.safetensors is not as it was written" in err
+    assert "is damaged, skipped: training.safetensors was changed" in err
     assert "resuming" in err
     assert "anew." in err
     assert result(run) == result(whole)

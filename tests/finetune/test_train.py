@@ -17,7 +17,7 @@ import lora
 from lora.errors import ConfigError, TrainingError
 from lora.finetune.data.tokens import Encoded, batches, collate, layout
 from lora.finetune.evaluate import predict
-from lora.finetune.memory import hold
+from lora.finetune.memory import set_dtype
 from lora.finetune.record import Step
 from lora.finetune.train import Hyperparameters, batch_plan, begin, check_room, fit, slope
 
@@ -163,7 +163,7 @@ def test_predictions_drop_nothing_and_attend_to_no_padding() -> None:
     assert torch.equal(predict(model.train(), data, 8), found)
     alone = torch.cat([predict(model, _row(data, i), 1) for i in range(len(data.lengths))])
     assert torch.allclose(found, alone, atol=1e-6)
-    hold(model, "bfloat16")
+    set_dtype(model, "bfloat16")
     half = predict(model, data, 8)
     assert half.dtype == torch.float32
     assert 0 < float((half - found).abs().max()) < 0.1
@@ -215,9 +215,9 @@ def test_a_loss_that_is_no_number_stops_before_the_step() -> None:
 def test_only_frozen_matrices_are_held_in_bfloat16() -> None:
     model = adapted()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    hold(model, "float32")
+    set_dtype(model, "float32")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    hold(model, "bfloat16")
+    set_dtype(model, "bfloat16")
     for name, parameter in model.named_parameters():
         frozen_matrix = re.search(r"(_lin|lin[12]|classifier).*weight$", name)
         held = bool(frozen_matrix) and not parameter.requires_grad

@@ -76,7 +76,7 @@ def test_what_no_model_states_is_named(key: str, value: Any, wanted: str, base: 
 @pytest.mark.parametrize("key", ["num_foo_layers", "expert_count", "conv_blocks"])
 def test_counts_by_any_name_are_bounded(key: str, base: Path) -> None:
     state(base, **{key: 10**9})
-    with pytest.raises(ModelError, match=f"states {key}=1e[+]09, at most [0-9,]+ are taken"):
+    with pytest.raises(ModelError, match=f"states {key}=1e[+]09, at most [0-9,]+ are allowed"):
         base_config(str(base))
     state(base, **{key: 1, "vocab_size_per_layer_input": 262_144})  # Gemma 3n's
     assert base_config(str(base)).model_type == "llama"

@@ -230,12 +230,15 @@ def grouped(conversations: Iterable[Conversation]) -> list[Conversation]:
     In order of first occurrence. A text without a prompt stays alone.
     """
     merged: dict[object, Conversation] = {}
-    for one in conversations:
-        key = (one.task, one.raw, one.prompt, one.given) if one.prompt else len(merged)
-        first = merged.get(key)
-        merged[key] = (
-            one if first is None else replace(first, references=first.references + one.references)
-        )
+    for conversation in conversations:
+        # A number equals no other key, so a text without a prompt is never merged.
+        key: object = len(merged)
+        if conversation.prompt:
+            key = conversation.task, conversation.raw, conversation.prompt, conversation.given
+        if first := merged.get(key):
+            references = first.references + conversation.references
+            conversation = replace(first, references=references)
+        merged[key] = conversation
     return list(merged.values())
 
 
@@ -261,9 +264,10 @@ def _conversation_splits(source: str, task: str, bad: BadRows) -> dict[str, list
         except DataError as error:
             bad.add(error, place)
     if len(splits) > 1:
-        for one in splits.pop("", ()):
-            missing = f"{one.place}: no split, but other rows have one. Fill it in."
-            bad.add(DataError(missing), one.place)
+        # A guess could put a row of test into train.
+        for conversation in splits.pop("", ()):
+            missing = f"{conversation.place}: no split, but other rows have one. Fill it in."
+            bad.add(DataError(missing), conversation.place)
     return splits
 
 
@@ -275,13 +279,17 @@ def from_row(row: Row, place: str, task: str = "", answered: bool = True) -> lis
     """
     try:
         check_fields(row)
-        return [_checked(one, place, task, answered) for one in _read_row(row, answered)]
+        return [
+            _checked(conversation, place, task, answered)
+            for conversation in _read_row(row, answered)
+        ]
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
 
 
 def _form(row: Row, answered: bool = True) -> str | None:
     """Returns the format of a row: messages, conversations, instances, pair, text, or None."""
+    # Lists come first: many data sets repeat the first message in a column `prompt`.
     if listed(row.get("messages")) is not None:
         return "messages"
     if listed(row.get("conversations")) is not None:
@@ -365,6 +373,7 @@ def _history(row: Row) -> tuple[Message, ...]:
         with suppress(ValueError, RecursionError):
             value = json.loads(value)
     messages: list[Message] = []
+    # Any other value goes through the loop too, to raise the error.
     for pair in value if isinstance(value, list) else [value] if value else ():
         if not (isinstance(pair, list) and [type(text) for text in pair] == [str, str]):
             raise DataError("history must be a list of [question, answer], both texts.")
@@ -395,7 +404,7 @@ def _made(
 def _after_system(row: Row, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Returns the messages, after the system message if that has its own column."""
     systems = {_text(row, name) for name in SYSTEM if row.get(name) is not None}
-    systems = {text for text in systems if text.strip()}
+    systems = {text for text in systems if text.strip()}  # an empty cell of a table is no prompt
     inside = {message.content for message in messages if message.role == "system"}
     if len(systems) > 1 or (inside and systems - inside):
         raise DataError("two different system prompts. Remove one.")

@@ -65,7 +65,7 @@ class Corpus:
     test: tuple[Any, ...]
     columns: Columns = ANY  # the columns in use; not set if the task is text
     note: str = ""  # decisions that the user did not make, in words
-    said: tuple[str, ...] = ()  # lines for the user: the columns in use, the rows per class
+    summary: tuple[str, ...] = ()  # lines for the user: the columns in use, the rows per class
     tasks: tuple[str, ...] = ()  # names of the data sets, if the task is text
     bad: BadRows = field(default_factory=BadRows)
     """Unusable rows so far, if the task is text. The template's refusals are added later."""
@@ -101,7 +101,7 @@ def read_examples(
 ) -> Corpus:
     """Returns a data set in three splits, divided by us if it has none.
 
-    columns, labels: empty ones are recognised. limit: the first rows of each split only.
+    columns, labels: empty ones are those of train. limit: the first rows of each split only.
     task "auto": regression if the labels are fractional numbers, else classification.
     Raises DataError with the file, the row and what to do.
     """
@@ -133,7 +133,7 @@ def read_examples(
     if not dev:
         train, dev = _dev_of(data, train, bad)
         notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
-    if limit is not None:
+    if limit is not None:  # after the division, so that no limit moves a row to another split
         train, dev, test = train[:limit], dev[:limit], test[:limit]
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
@@ -150,7 +150,7 @@ def read_examples(
         empty = "dev" if parts[0] else "train"
         raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
     corpus = replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note="; ".join(notes))
-    return replace(corpus, said=(_taken(data, header.seen, taken), *_class_counts(corpus)))
+    return replace(corpus, summary=(_taken(data, header.seen, taken), *_class_counts(corpus)))
 
 
 def _dev_of(
@@ -172,9 +172,11 @@ def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Plac
         if isinstance(row, DataError):
             bad.add(row, place)
         else:
+            # A list or an object is neither a text nor a label, so its column counts as absent.
             plain = {name: value for name, value in row.items() if is_plain(value)}
             splits.setdefault(split, []).append((place, plain))
     if len(splits) > 1:
+        # A guess could put a row of test into train.
         for place, _ in splits.pop("", ()):
             bad.add(DataError(f"{place}: no split, but other rows have one. Fill it in."), place)
     return splits
@@ -258,7 +260,7 @@ def _check_classes(
             f"--data {data}: training needs at least two classes, found"
             f" {', '.join(labels) or 'none'} in {len(train)} rows. Check --label-column."
         )
-    many = 2 * len(labels) > len(train) > 4
+    many = 2 * len(labels) > len(train) > 4  # in fewer rows, different labels mean nothing
     if many and guessed is not None and guessed.strip().lower() not in LABEL:
         raise DataError(
             f"--data {data}: column {guessed} has {len(labels)} labels in {len(train)} rows, such"
@@ -297,6 +299,7 @@ def _hidden(examples: dict[str, list[Example]]) -> list[str]:
     hidden = []
     for name in set(examples) - {"train"}:
         labels = {example.label for example in examples[name]}
+        # If train has -1 too, it is a class or a value.
         minus_one = {number_of(label) for label in labels} == {-1.0} and -1.0 not in known
         if labels and (labels == {None} or minus_one):
             hidden.append(name)
@@ -344,7 +347,7 @@ def read_split(
     train, dev, test = (tuple(examples) if name == present[0] else () for name in SPLITS)
     corpus = replace(corpus, train=train, dev=dev, test=test, note="; ".join(notes))
     lines = (_taken(data, header.seen, taken), *_class_counts(corpus))
-    return replace(corpus, said=lines), present[0]
+    return replace(corpus, summary=lines), present[0]
 
 
 def unlabelled(
@@ -392,7 +395,7 @@ def _hold_out(
     train: tuple[Example, ...], share: float
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Returns train and dev: every (1/share)th example of train, at least one, is held out."""
-    step = min(round(1 / share), max(len(train), 1))
+    step = min(round(1 / share), max(len(train), 1))  # no shuffle: train stays in its order
     dev = train[step - 1 :: step]
     return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
 
@@ -431,6 +434,7 @@ def _example(place: str, row: Row, taken: Columns) -> Example:
 
 def _fractional(examples: Iterable[Example]) -> bool:
     """True if 9 labels in 10 are numbers and at least one is no integer: then it is a quantity."""
+    # The tenth may be typing errors. They become unusable rows, instead of classes.
     values = [number_of(example.label) for example in examples]
     numbers = [value for value in values if math.isfinite(value)]
     return 10 * len(numbers) >= 9 * len(values) and not all(v.is_integer() for v in numbers)
@@ -439,6 +443,7 @@ def _fractional(examples: Iterable[Example]) -> bool:
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
     """Sorts classes as integers if all are, else as texts. The order gives the class indices."""
     try:
+        # "1" and "01" are equal integers, and a set has no order to fall back on.
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     except ValueError:
         return tuple(sorted(labels))

@@ -104,6 +104,7 @@ def encode(
     Raises DataError if no example is left, and what Template.render raises.
     """
     counts: Counter[str] = Counter()
+    # int32 is enough for any vocabulary, and a large data set is mostly ids.
     parts: dict[str, list[Tensor]] = {"input_ids": [], "labels": []}
     lengths, rows = [], []
     for start in range(0, len(conversations), TEXTS_AT_ONCE):
@@ -153,7 +154,7 @@ def encode_pairs(
     rows = [
         number
         for number, conversation in enumerate(conversations)
-        if _try(lambda one: _text_alone(template, one), conversation, bad) is not None
+        if _try(lambda c: _text_alone(template, c), conversation, bad) is not None
         and conversation.messages[-1].learned
     ]
     counts: Counter[str] = Counter(examples=len(conversations))
@@ -240,6 +241,7 @@ def _answer_ids(template: Template, conversations: Sequence[Conversation]) -> li
 
 def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
     """Returns the special token ids that a tokenizer adds before and after a text."""
+    # By a trial: BERT's, T5's and BART's post-processors have no common setting for them.
     encoding = tokenizer(return_special_tokens_mask=True, **text)
     ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
     first, last = special.index(0), len(special) - special[::-1].index(0)
@@ -248,6 +250,7 @@ def _frame(tokenizer: Any, **text: str) -> tuple[list[int], list[int]]:
 
 def _cut(ids: list[int], length: int, tokenizer: Any) -> list[int]:
     """Truncates to `length` ids. If they end with the end token, it is kept."""
+    # Encoders were trained with it at the end of every text.
     ended = ids[-1:] if ids[-1] == tokenizer.eos_token_id else []
     return ids if len(ids) <= length else ids[: length - len(ended)] + ended
 
@@ -292,7 +295,7 @@ def rendered(
     for number, conversation in enumerate(conversations):
         if number % TOGETHER == 0:
             template.prepare(conversations[number : number + TOGETHER], loss_on)
-        text = _try(lambda one: template.render(one, loss_on), conversation, bad)
+        text = _try(lambda c: template.render(c, loss_on), conversation, bad)
         if text is not None:
             texts.append((number, text))
     return texts
@@ -328,6 +331,7 @@ def tokenized(
             offsets=offsets,
             learned=[stretch for stretch, _ in stretches],
             straddling=any(straddling for _, straddling in stretches),
+            # Such as a token across the border, which no generation produces.
             unlike=ids[: len(prompt)] != prompt,
             special=template.has_special(conversation),
             unthought=any(thought.strip() not in written.text for thought in conversation.thoughts),
@@ -355,6 +359,7 @@ def _stretch(text: str, offsets: Sequence[Span], span: Span) -> tuple[Span, bool
     A token that has only white space outside the span, as special tokens may, is not counted.
     """
     start, end = span
+    # Offsets ascend, so two binary searches find the range, also in a text of many turns.
     first = bisect_right(offsets, start, key=lambda token: token[1])
     last = bisect_left(offsets, end, key=lambda token: token[0])
     if first < last and offsets[first][0] < start and not text[start : offsets[first][1]].strip():

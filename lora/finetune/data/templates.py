@@ -134,6 +134,7 @@ class Template:
         answered = conversation.messages[-1].role == "assistant"
         prompt = "".join(message.content for message in conversation.prompt)
         answer = conversation.messages[-1].content if answered else ""
+        # The user's own program may have rendered these texts, with a base's template.
         begin, end = self.start, _end_token(self.tokenizer)
         if begin and (prompt or answer).lstrip().startswith(begin):
             prompt, answer, begin = prompt.lstrip(), answer if prompt else answer.lstrip(), ""
@@ -151,6 +152,7 @@ class Template:
         """The token ids that end an answer: the end token, and the template's end of a turn."""
         ids = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         last = self.core.encode(self.closing, add_special_tokens=False).ids[-1]
+        # An ordinary token, such as a line break, also occurs inside answers.
         if last in self.tokenizer.added_tokens_decoder and last not in ids:
             ids.append(last)
         return tuple(ids)
@@ -167,7 +169,7 @@ class Template:
                 f"{type(self.tokenizer).__name__} has no fast backend, which is needed for the"
                 " offsets of tokens in the text. Save the base with a tokenizer.json."
             )
-        core = copy.deepcopy(backend)
+        core = copy.deepcopy(backend)  # the tokenizer itself must keep adding its tokens
         core.post_processor = None
         core.no_truncation()
         core.no_padding()
@@ -176,6 +178,7 @@ class Template:
     @cached_property
     def start(self) -> str:
         """The token (BOS) that the tokenizer adds before a text, or ""."""
+        # By a trial: the tokenizers have no common setting for it.
         bos = self.tokenizer.bos_token_id
         added = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
         return str(self.tokenizer.bos_token) if added else ""
@@ -189,6 +192,7 @@ class Template:
         if self.jinja is None:
             return _end_token(self.tokenizer)
         after = self._around(_one_turn(Message("assistant", CONTENT_MARK)), 1)[1]
+        # What follows that token may be the start of the next turn.
         ends = [after.find(token) + len(token) for token in self._special if token in after]
         closing = after[: min(ends)] if ends else after.rstrip()
         if not closing:
@@ -290,6 +294,7 @@ class Template:
             if not self._bare(conversation):
                 messages, given = conversation.messages, conversation.given
                 numbers = _to_find(messages, loss_on)
+                # Rare texts, as around tool calls, are left to _text().
                 keys.append((messages, given, False))
                 keys += [(messages[:number], given, True) for number in numbers if number]
                 keys += [(_marked(messages, number), given, False) for number in numbers]
@@ -343,7 +348,7 @@ class Template:
             messages = [{"role": "user", "content": "x"}, answer]
             values.append({**self.tokenizer.special_tokens_map, "messages": messages})
         object_, text = render(str(self.jinja), values)
-        if isinstance(object_, RenderError):
+        if isinstance(object_, RenderError):  # such as a template that concatenates them to a text
             return isinstance(text, str)
         return "{'x': 'y'}" in object_
 
@@ -374,7 +379,9 @@ class Template:
         marked = (*messages[:number], _called(messages[number]))
         alone = replace(conversation, messages=marked)
         whole = replace(conversation, messages=(*marked, *messages[number + 1 :]))
-        tails = [self._text(one).split(CONTENT_MARK)[1:] for one in (alone, whole)]
+        texts = [self._text(conversation) for conversation in (alone, whole)]
+        tails = [text.split(CONTENT_MARK)[1:] for text in texts]
+        # A template that escapes or repeats the arguments leaves no mark, or two.
         if [len(tail) for tail in tails] == [1, 1]:
             (tail,), (rest,) = tails
             last = self.closing.strip()
@@ -459,6 +466,7 @@ class Template:
                 raise self._unwritten(conversation.place, lost)
         given: dict[str, Any] = json.loads(conversation.given) if conversation.given else {}
         for name in given:
+            # chat_template_kwargs may change nothing in this conversation, but tools must.
             rest = json.dumps({key: value for key, value in given.items() if key != name})
             without = replace(conversation, given=rest)
             if name not in str(self.jinja) or (

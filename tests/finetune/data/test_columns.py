@@ -58,7 +58,7 @@ def test_columns_of_the_training_find_their_way(
     corpus, name = read_split(data, Columns(), trained, KIND, None)
     assert name == "test"
     assert [(row.text, row.label) for row in corpus.test] == TEXTS
-    assert corpus.said[0] == said
+    assert corpus.summary[0] == said
 
 
 @pytest.mark.parametrize("trained", [BY_NAME, BY_NUMBER, Columns()])

@@ -285,17 +285,17 @@ def test_the_classes_are_those_of_the_rows(names: str, end: str, tmp_path: Path)
     assert sorted((e.text, str(e.label)) for e in examples) == sorted(map(tuple, rows))
     text, label = names.split(",")
     assert (
-        corpus.said[0]
+        corpus.summary[0]
         == f"{data}: a header, the text in column {text}, the label in column {label}"
     )
     counts = [sum(e.label == name for e in corpus.train) for name in SENTIMENTS]
-    assert corpus.said[1] == (
+    assert corpus.summary[1] == (
         f"train: 48 rows, by class: negative {counts[0]}, positive {counts[1]}"
     )
     bare = saved(tmp_path / f"y.{end}", rows)
     corpus = read_examples(bare)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 60
-    assert corpus.said[0] == f"{bare}: no header, the text in column 0, the label in column 1"
+    assert corpus.summary[0] == f"{bare}: no header, the text in column 0, the label in column 1"
 
 
 def test_the_label_may_come_first_under_any_name_or_none(tmp_path: Path) -> None:
