@@ -19,8 +19,8 @@ from torch import nn
 
 from lora.targets import walk
 
-BUILT_IN = {"demo": "SEQ_CLS", "demo-lm-tiny": "CAUSAL_LM"}
-"""The bases that this package contains, which need no files, with PEFT's task_type."""
+BUILT_IN = {"demo": "SEQ_CLS", "demo-lm-tiny": "CAUSAL_LM", "smollm2": "CAUSAL_LM"}
+"""The bases that this package builds or fetches by their names, with PEFT's task_type."""
 FORMER_NAMES = {"demo-lm": "demo-lm-tiny"}
 """The name that older adapters and run folders give a built-in base -> its name."""
 BUILT_IN_PREFIX = "lora-from-scratch:"
@@ -68,13 +68,13 @@ def heads_of(model: nn.Module) -> tuple[str, ...]:
 def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
     """Returns task_type, auto_mapping and base_model_name_or_path of an adapter.
 
-    `saved` are its modules_to_save. A base in a local folder is written as an absolute path, so
-    that it can be loaded from any working directory.
+    `saved` are its modules_to_save. A base in a local folder or GGUF file is written as an absolute
+    path, so that it can be loaded from any working directory.
     """
     kind = type(model)
     config: Any = getattr(model, "config", None)
     base = getattr(config, "_name_or_path", None) or None
-    if base and os.path.isdir(base):
+    if base and (os.path.isdir(base) or (base.endswith(".gguf") and os.path.isfile(base))):
         base = str(Path(base).resolve())
     task = task_of(kind.__name__)
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
@@ -149,6 +149,14 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
             "Its base is built into lora-from-scratch: no folder and no hub has it. It is",
             "",
             f'    lora.finetune.models.load_base("{name}", {labels or 1}, "{kind}", seed=0).model',
+        ]
+    elif base is not None and base.endswith(".gguf"):
+        auto = f"AutoModelFor{AUTO[task]}" if task else "AutoModelForSequenceClassification"
+        lines += [
+            "",
+            "Its base is a GGUF file:",
+            "",
+            f"    transformers.{auto}.from_pretrained(FOLDER, gguf_file=NAME{given})",
         ]
     elif peft and base is not None and (task or settings["auto_mapping"]):
         kind = f"For{AUTO[task]}" if task else ""

@@ -79,7 +79,8 @@ class RunConfig(Generic[C]):
 
     base: Text = "demo"
     """Base model: demo (built in), demo-lm-tiny (a small built-in LLaMA with random weights, for
-    texts), a local folder, or a name on the Hugging Face hub."""
+    texts), smollm2 (SmolLM2-135M-Instruct, after `lora data fetch smollm2`), a local folder, a GGUF
+    file, or a name on the Hugging Face hub."""
     data: Annotated[tuple[Text, ...], Field(min_length=1), Distinct] = ("demo",)
     """Training data: demo (built in), a folder with train, dev and test files, one TSV, CSV, JSONL,
     JSON, Parquet or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, a generated

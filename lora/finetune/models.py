@@ -1,10 +1,11 @@
-"""Loads a base model and its tokenizer: built in, from a local folder, or from the hub."""
+"""Loads a base model and its tokenizer: built in, from a folder, a GGUF file, or the hub."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ import transformers
 from torch import Tensor
 
 from lora import nf4
-from lora.card import BUILT_IN
+from lora.card import BUILT_IN, BUILT_IN_PREFIX
 from lora.errors import DataError, LoraError, ModelError
-from lora.finetune.demo import bases
+from lora.finetune.demo import bases, fetch
 from lora.finetune.quantized import (
     BaseReading,
     Cut,
@@ -26,9 +27,12 @@ from lora.finetune.quantized import (
 from lora.finetune.weights import (
     another_shape,
     check_config_size,
+    check_size,
     check_weights_finite,
     dtype_of_files,
 )
+from lora.interop.gguf_base import check_tensors_placed, gguf_model
+from lora.interop.gguf_file import gguf_in, read_header
 from lora.interop.pretrained import (
     auto_class,
     base_config,
@@ -57,6 +61,14 @@ class Base:
     """The dtype of its files, by config.json or else by their first weight; None without files."""
     added: dict[str, list[int]] = field(default_factory=dict)
     """Ids of the tokens that were added to it, by the layers whose rows are trained for them."""
+    gguf: str = ""
+    """Of a GGUF file: the type of its weights and its path. All are in memory as float32 before the
+    first layer is packed."""
+
+    @property
+    def note(self) -> str:
+        """What to tell the user about the base, "" if nothing."""
+        return f"base: {self.gguf}, dequantized to float32" if self.gguf else ""
 
 
 def load_base(
@@ -78,27 +90,51 @@ def load_base(
     backbone, dense in the head.
 
     With part = (rank, size) each matrix of the files, dense or packed, is cut as it is read, and
-    only that rank's piece is kept, for distributed.shard(). Biases, norms, new weights and the
-    demo bases stay whole.
+    only that rank's piece is kept, for distributed.shard(). Biases, norms, new weights, the demo
+    bases and those of GGUF files stay whole.
 
     Raises ModelError if the base is not there, is packed in another way, if its weights do not
     fill the backbone or are not finite, or if its tokenizer has a token past the embedding.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if base in BUILT_IN:
+        if base in bases.BUILT:
             built = Base(*bases.build_demo(base, labels, task, weights=True))
             if quantize == "nf4":
                 nf4.quantize_layers(built.model, packable(built.model, dense))
             return built
+        place = place_of(base)
+        file = gguf_in(place)
+        if file is not None:
+            whole = _named(_from_gguf(file, labels, task), base)
+            if quantize == "nf4":
+                nf4.quantize_layers(whole.model, packable(whole.model, dense))
+            return whole
         cut = None if part is None else Cut(*part)
         reading = BaseReading(quantize == "nf4", dense, packed, cut)
         return _from_files(base, labels, task, reading)
 
 
+def place_of(base: str) -> str:
+    """Returns where a base is read from: the file of one that was fetched, else --base itself.
+
+    Raises ModelError if it has not been fetched.
+    """
+    return str(fetch.path(base)) if base in BUILT_IN and base not in bases.BUILT else base
+
+
+def _named(base: Base, name: str) -> Base:
+    """Returns a base whose model names itself as --base does, if it is built in."""
+    if name in BUILT_IN:
+        base.model.config._name_or_path = f"{BUILT_IN_PREFIX}{name}"
+    return base
+
+
 def writing_parts(base: str) -> tuple[Any, Any]:
     """Returns the tokenizer and the generation config of a language model. Reads no weights."""
     skeleton = load_skeleton(base, 1, "text")
+    if skeleton.gguf:
+        return skeleton.tokenizer, skeleton.model.generation_config
     try:
         return skeleton.tokenizer, transformers.GenerationConfig.from_pretrained(base)
     except OSError:  # it has none
@@ -204,6 +240,43 @@ def _from_files(base: str, labels: int, task: str, reading: BaseReading) -> Base
     return Base(model.eval(), tokenizer, new, reading.pieces, stored)
 
 
+def _from_gguf(file: Path, labels: int, task: str) -> Base:
+    """Returns the base of a GGUF file, with all its weights dequantized to float32.
+
+    transformers dequantizes the file as a whole, so that its layers can be packed only afterwards.
+    """
+    skeleton = _skeleton_of_gguf(file, labels, task, "meta")  # checks the sizes
+    config = base_config(str(file), **head_settings(labels, task))
+    try:
+        model, loading = gguf_model(file, config, auto_class(config, task))
+    except LoraError:
+        raise
+    except Exception as error:  # a damaged file raises whatever its reader meets first
+        raise not_loaded(str(file), error) from error
+    model.config.pad_token_id = skeleton.model.config.pad_token_id
+    shapes = {key: (filed, ours) for key, filed, ours in loading["mismatched_keys"]}
+    missing = sorted({*loading["missing_keys"], *shapes})
+    _check_missing(str(file), backbone(model), task, missing, shapes)
+    check_weights_finite(str(file), model, {})
+    new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
+    return replace(skeleton, model=model.eval(), new=new)
+
+
+def _skeleton_of_gguf(file: Path, labels: int, task: str, device: torch.device | str) -> Base:
+    """Returns the base of a GGUF file without values. Raises ModelError if the file does not hold
+    the model that its metadata states."""
+    filed, header = base_config(str(file)), read_header(file)
+    config = base_config(str(file), **head_settings(labels, task))
+    check_size(str(file), config, task, 4 * sum(tensor.size for tensor in header.tensors))
+    check_tensors_placed(file, skeleton_of(filed, "text"))
+    model = skeleton_of(config, task, device)
+    tokenizer = load_tokenizer(str(file), model, task)
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(header.weight_type, torch.float32)
+    gguf = f"{header.weight_type} weights of {file}"
+    new = _new_modules(model, filed, labels)
+    return Base(model.eval(), tokenizer, new, stored=stored, gguf=gguf)
+
+
 def _check_packed(base: str, model: Any, unexpected: Sequence[str]) -> None:
     """Raise ModelError unless files that state bitsandbytes hold layers in its 4 bits."""
     odd = [key for key in unexpected if ".weight." in key]
@@ -249,17 +322,19 @@ def load_skeleton(
     dense: tuple[str, ...] = (),
     device: torch.device | str = "meta",
 ) -> Base:
-    """Returns what load_base would, without values: reads config.json and the tokenizer, but no
-    weights. Call it for the meta device, or under FakeTensorMode.
+    """Returns what load_base would, without values: reads config.json, or the header of a GGUF
+    file, and the tokenizer, but no weights. Call it for the meta device, or under FakeTensorMode.
 
     The config, not the files, says if the head is new: it is if the config names another class or
     another number of labels. A pooler is new if the config names a masked language model. Raises
     ModelError as load_base does if there is no such base.
     """
     packs = quantize == "nf4"
-    if base in BUILT_IN:
+    if base in bases.BUILT:
         with torch.device(device):
             skeleton = Base(*bases.build_demo(base, labels, task, weights=False))
+    elif (file := gguf_in(place_of(base))) is not None:
+        skeleton = _named(_skeleton_of_gguf(file, labels, task, device), base)
     else:
         filed, config = base_config(base), base_config(base, **head_settings(labels, task))
         packs = saved_by_bitsandbytes(base, config, dense) or packs

@@ -105,6 +105,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         memory=tuple(dataclasses.replace(memory, process=process) for memory in memories),
         notes=(
             *(f"data: {line}" for line in corpus.summary),
+            *([bare.note] if bare.note else []),
             *(f"note: {n}" for n in (corpus.note, *inputs.notes, note, batches.note) if n),
         ),
     )
@@ -340,8 +341,9 @@ class _DryRun:
 
     def _mapped(self, base: Base) -> int:
         """Returns the bytes of the base that are memory-mapped: frozen weights that are float32
-        both in the files and in the run."""
-        if self.device.type != "cpu" or base.stored != torch.float32 or _quantized(base.model):
+        both in the files and in the run. Those of a GGUF file are copies."""
+        copied = base.stored != torch.float32 or bool(base.gguf) or _quantized(base.model)
+        if copied or self.device.type != "cpu":
             return 0
         return sum(
             p.numel() * p.element_size()
@@ -352,9 +354,9 @@ class _DryRun:
     def _loading(self, base: Base, report: Report, at_start: Mapping[str, int]) -> int:
         """Returns the peak before training begins."""
         quantized, loaded = _quantized(base.model), sum(at_start.values())
-        if quantized and self.config.base != "demo":  # each layer is quantized when it is read
-            return loaded
-        if base.stored == torch.float32:
+        if quantized and self.config.base != "demo" and not base.gguf:
+            return loaded  # each layer is quantized when it is read
+        if base.stored == torch.float32 and not base.gguf:
             return loaded - self._mapped(base)
         # The whole base in float32, and beside it the quantized weights or the adapters.
         return 4 * report.total + (loaded if quantized else loaded - _frozen(base.model))

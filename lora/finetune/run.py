@@ -160,6 +160,7 @@ def _prepare(config: RunConfig[Any], on_quantized: Callable[[int, int], None]) -
     notes = config.note, inputs.corpus.note, *inputs.notes, note
     lines = (
         *(f"data: {line}" for line in inputs.corpus.summary),
+        *([base.note] if base.note else []),
         *(f"note: {line}" for line in notes if line),
         str(report),
     )

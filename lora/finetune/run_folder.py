@@ -141,7 +141,7 @@ def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunCon
     `directory` started. Raises RunError if it does not exist any more."""
     if base is not None:
         return replace(config, base=absolute_source(base))
-    if os.path.isabs(config.base) and not os.path.isdir(config.base):
+    if os.path.isabs(config.base) and not os.path.exists(config.base):
         raise RunError(
             f"{directory}: its base {config.base} does not exist any more. Pass its new path:"
             " --base FOLDER."

@@ -21,9 +21,10 @@ from lora.files import readable
 from lora.finetune import distributed, state
 from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Task
+from lora.finetune.demo import bases
 from lora.finetune.memory import pick_dtype
 from lora.finetune.methods import method_named
-from lora.finetune.models import load_skeleton
+from lora.finetune.models import load_skeleton, place_of
 from lora.finetune.run_folder import CHECKPOINTS, at_base, config_of, run_around
 from lora.interop.pretrained import base_config
 
@@ -129,8 +130,8 @@ def _of_adapter(directory: Path, folder: Path, base: str | None, given: str | No
         settings=filed,
     )
     config = at_base(config, base, directory)
-    built_in = BUILT_IN.get(config.base)
-    model_config = None if built_in else base_config(config.base)
+    built_in = BUILT_IN[config.base] if config.base in bases.BUILT else None
+    model_config = None if built_in else base_config(place_of(config.base))
     task: Task = TASK_OF[built_in or _task(folder, settings, model_config)]
     positions = getattr(model_config, "max_position_embeddings", None) or 2 * config.max_new_tokens
     config = replace(config, max_new_tokens=min(config.max_new_tokens, max(1, positions // 2)))

@@ -84,6 +84,8 @@ def _reopened(source: Source) -> Trained:
     config = source.config
     resized_by = source.adapter if source.resizes else None
     base = build_base(config, config.labels, config.task, adapter=resized_by)
+    if base.note:
+        print(base.note, file=sys.stderr)
     if quantizes_later(config):  # initialize again, so that the base is quantized as in training
         add_adapter(config, base)
         eject(base.model)

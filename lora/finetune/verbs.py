@@ -36,8 +36,8 @@ class ModelFlags:
     run: Path | None = None
     """A run directory, or the folder of an adapter, ours or PEFT's."""
     base: str | None = None
-    """Base model, if the adapter does not name it or it has moved: a folder, or a name on the
-    Hugging Face hub."""
+    """Base model, if the adapter does not name it or it has moved: a folder, a GGUF file, or a name
+    on the Hugging Face hub."""
     method: str | None = None
     """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
     is needed only if that file has moved or changed."""

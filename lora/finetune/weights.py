@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from lora.errors import ModelError
+from lora.interop.gguf_file import gguf_in
 from lora.interop.pretrained import skeleton_of
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
@@ -34,8 +35,14 @@ def check_config_size(base: str, config: Any, task: str) -> None:
     config_file = transformers.utils.cached_file(base, "config.json", local_files_only=True)
     files = Path(config_file).parent.iterdir()
     size = sum(path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin"))
+    if size:
+        check_size(base, config, task, size)
+
+
+def check_size(base: str, config: Any, task: str, size: int) -> None:
+    """Raise ModelError if the config states a model that is far larger than `size` bytes."""
     stated = sum(parameter.numel() for parameter in skeleton_of(config, task).parameters())
-    if size and stated > LARGEST_NEW + 4 * size:  # in four bits a parameter is half a byte
+    if stated > LARGEST_NEW + 4 * size:  # in four bits a parameter is half a byte
         raise ModelError(
             f"--base {base}: its config.json states {stated:,} parameters, and its weights are"
             f" {size:,} bytes. Pass the config.json that belongs to the weights."
@@ -65,6 +72,8 @@ def not_finite(base: str, name: str, tensor: Tensor) -> ModelError:
 
 def _damaged_file(base: str) -> str:
     """Returns " (KEY in FILE)" for the first tensor of the files that is not finite, or ""."""
+    if gguf_in(base) is not None:
+        return ""
     try:
         config = transformers.utils.cached_file(base, "config.json", local_files_only=True)
         for path in sorted(Path(str(config)).parent.glob("*.safetensors")):

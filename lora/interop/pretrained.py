@@ -1,4 +1,4 @@
-"""Loads a transformers model's config, class and tokenizer, but no weights."""
+"""Loads a base's config, class and tokenizer, but no weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from lora.errors import LoraError, ModelError
 from lora.files import readable
 from lora.interop import documents
 from lora.interop.basefile import BASE_FILE
+from lora.interop.gguf_base import gguf_config, gguf_tokenizer
+from lora.interop.gguf_file import gguf_in
 from lora.interop.hub import hub_answers
 
 
@@ -25,10 +27,14 @@ def auto_class(config: Any, task: str) -> Any:
 
 
 def base_config(base: str, **head: Any) -> Any:
-    """Returns the transformers config of a folder or a name on the hub. Raises ModelError.
+    """Returns the transformers config of a folder, a GGUF file or a name on the hub. Raises
+    ModelError.
 
     head: settings of the head, from head_settings().
     """
+    file = gguf_in(base)
+    if file is not None:
+        return gguf_config(file, **head)
     _check_place(base)
     try:
         stated, _ = transformers.PretrainedConfig.get_config_dict(base)
@@ -60,7 +66,10 @@ def _check_place(base: str) -> None:
     with readable(base, ModelError, "Pass a folder with config.json, or a name on the hub."):
         local = Path(base).is_dir()
     if not local and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        raise ModelError(f"--base {base}: no such folder. Pass a folder with config.json.")
+        raise ModelError(
+            f"--base {base}: no such folder or file. Pass a folder with config.json, or a GGUF"
+            " file."
+        )
     if not local and not hub_answers() and not cached(base):
         raise ModelError(
             f"--base {base} is a name on the hub, which does not answer, and it is not in the"
@@ -69,7 +78,10 @@ def _check_place(base: str) -> None:
 
 
 def read_tokenizer(place: str) -> Any:
-    """Returns the tokenizer of a folder or of a name on the hub. Raises ModelError."""
+    """Returns the tokenizer of a folder, a GGUF file or a name on the hub. Raises ModelError."""
+    file = gguf_in(place)
+    if file is not None:
+        return gguf_tokenizer(file)
     try:
         return transformers.AutoTokenizer.from_pretrained(place)
     except Exception as error:  # a damaged folder may raise any error
@@ -80,7 +92,8 @@ def not_loaded(base: str, error: Exception) -> ModelError:
     """Returns the error for a base that cannot be loaded, with the first line of its cause."""
     return ModelError(
         f"--base {base} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
-        " Pass --base demo, a folder with config.json and weights, or a name on the hub."
+        " Pass --base demo, a folder with config.json and weights, a GGUF file, or a name on the"
+        " hub."
     )
 
 

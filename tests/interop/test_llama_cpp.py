@@ -11,71 +11,17 @@ from typing import Any
 import pytest
 import torch
 from architectures import VOCAB, build
+from gguf_bases import bytes_of_sentencepiece, write_base
 from torch import Tensor
 
 import lora
-from lora.interop.export import ARCHITECTURES, EOT, export_gguf
+from lora.interop.export import export_gguf
 from lora.testing import perturb
 
 gguf = pytest.importorskip("gguf")
 engine = pytest.importorskip("xllamacpp")
 
 IDS = [260, 17, 5, 99, 280, 41, 12]
-HEADS, GROUPS, SIZE = 4, 2, 8
-
-
-def converted(model: Any, name: str, parameter: Tensor) -> Tensor:
-    """A weight or bias in the order of rows that convert_hf_to_gguf.py gives it."""
-    kind, layer = model.config.model_type, name.rpartition(".")[0]
-    if kind == "llama" and layer.endswith(("q_proj", "k_proj")):
-        heads = HEADS if layer.endswith("q_proj") else GROUPS
-        return parameter.reshape(heads, 2, SIZE // 2, -1).swapaxes(1, 2).reshape(parameter.shape)
-    if layer.endswith("query_key_value"):
-        parts = parameter.reshape(HEADS, 3, SIZE, *parameter.shape[1:])
-        return torch.cat([parts[:, i].flatten(0, 1) for i in range(3)])
-    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-        return parameter.T
-    return parameter
-
-
-def write_base(model: Any, path: Path, turn: int | None = None) -> None:
-    """The model as a GGUF file, in float32, with a vocabulary of bytes and numbered tokens, one of
-    which ends a turn."""
-    config = model.config
-    architecture = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(64)
-    writer.add_embedding_length(32)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(128 if architecture == "gpt2" else 48)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or HEADS)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", 1e-5))
-    writer.add_parallel_residual(True)
-    writer.add_rope_dimension_count(SIZE // 2 if architecture == "gptneox" else SIZE)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_scaling_orig_ctx_len(4096)
-    writer.add_sliding_window(0)
-    writer.add_tokenizer_model("llama")
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    names += [f"t{number}" for number in range(VOCAB - len(names))]
-    writer.add_token_list(names)
-    writer.add_token_scores([-float(number) for number in range(VOCAB)])
-    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (VOCAB - 259)])
-    writer.add_add_bos_token(False)
-    if turn is not None:  # as --override-kv sets it
-        writer.add_uint32(EOT, turn)
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    targets = gguf.get_tensor_name_map(kinds[architecture], 2)
-    for name, parameter in model.named_parameters():
-        layer, _, leaf = name.rpartition(".")
-        values = converted(model, name, parameter.detach()).contiguous()
-        writer.add_tensor(f"{targets.get_name(layer)}.{leaf}", values.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def settings(base: Path) -> Any:
@@ -160,7 +106,8 @@ def test_the_engine_stops_at_the_token_that_export_names(tmp_path: Path) -> None
         if len(free) == 12 and end is not None:
             break
     assert end is not None
-    write_base(model, tmp_path / "ended.gguf", end)
+    ended = {**bytes_of_sentencepiece(VOCAB), "eot_token_id": end}  # as --override-kv sets it
+    write_base(model, tmp_path / "ended.gguf", ended)
     stopped = written(tmp_path / "ended.gguf", [*IDS, first])
     assert stopped[: free.index(end)] == free[: free.index(end)]
     assert len(stopped) <= free.index(end) + 1

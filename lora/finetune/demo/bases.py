@@ -13,6 +13,9 @@ from lora.finetune import demo
 from lora.finetune.demo import language
 from lora.interop.pretrained import head_settings
 
+BUILT = ("demo", "demo-lm-tiny")
+"""The names of --base that build_demo() takes."""
+
 
 def build_demo(
     base: str, labels: int, task: str, weights: bool
