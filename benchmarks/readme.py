@@ -18,7 +18,7 @@ from typing import Any
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
-from lora.finetune.compare import markdown, rows
+from lora.finetune.compare import markdown, notes, rows
 from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
     texts = {name: markdown(comparison(name)) for name in ("demo", "demo-lm-tiny", "sst2")}
+    texts["demo"] += f"\n{notes(summaries('demo'))}"
     measured = {
         "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
@@ -41,11 +42,16 @@ def tables() -> dict[str, str]:
 
 def comparison(name: str) -> list[tuple[str, ...]]:
     """The table of a `lora compare` whose summaries are in results/."""
-    table = rows(json.loads((RESULTS / name / "comparison.json").read_text()))
+    table = rows(summaries(name))
     if name == "sst2":  # its runs shared the processor in pairs, so their times mean nothing
         column = table[0].index("train s")
         table = [row[:column] + row[column + 1 :] for row in table]
     return table
+
+
+def summaries(name: str) -> Any:
+    """The summaries of a `lora compare` in results/."""
+    return json.loads((RESULTS / name / "comparison.json").read_text())
 
 
 def startup() -> list[tuple[str, ...]]:

@@ -17,10 +17,14 @@ import torch
 import transformers
 from torch import nn
 
+from lora.finetune import cache
+from lora.finetune.demo.fetch import is_here
+
 torch.set_num_threads(1)
 # A test that does not ask for auto_dtype computes alike on every machine.
 os.environ.setdefault("LORA_BFLOAT16", "0")
-# No test leaves anything in the user's cache, nor finds it there.
+# No test leaves anything in the user's cache. Only tests of the real reviews read it.
+USERS_CACHE = cache.folder()
 os.environ["LORA_CACHE"] = tempfile.mkdtemp(prefix="lora-cache-")
 atexit.register(shutil.rmtree, os.environ["LORA_CACHE"], ignore_errors=True)
 
@@ -52,6 +56,14 @@ def needs_shared(folder: str) -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not here: outside data, never part of the tree")
     return path
+
+
+@pytest.fixture
+def downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's downloads, or a skip that says how to get them."""
+    monkeypatch.setenv("LORA_CACHE", str(USERS_CACHE))
+    if not is_here("films"):
+        pytest.skip(f"NO FILM REVIEWS in {USERS_CACHE}: run lora data fetch reviews")
 
 
 def distilbert(seed: int = 0, **kwargs: object) -> nn.Module:

@@ -19,7 +19,7 @@ from lora.card import heads_of
 from lora.checkpoint import load, rows_filed
 from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
-from lora.finetune.config import RunConfig, absolute_source
+from lora.finetune.config import RunConfig, absolute_source, recorded_source
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.flags import as_flag
@@ -93,7 +93,7 @@ def resolve(
         settings=settings,
         max_length=max_length,
         base=absolute_source(config.base),
-        data=tuple(map(absolute_source, config.data)),
+        data=tuple(map(recorded_source, config.data)),
         template=template if template in TEMPLATES else absolute_source(template),
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )

@@ -249,7 +249,7 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from lora.finetune.compare import compare, markdown, parse_compare, rows
+    from lora.finetune.compare import compare, markdown, notes, parse_compare, rows
 
     config, runs = parse_compare(arguments)
     if config.dry_run:
@@ -261,7 +261,7 @@ def _compare(arguments: list[str]) -> None:
     from lora.finetune.plots import draw_curves
 
     pictures = draw_curves([run.run_dir for run in runs if run.run_dir], config.run_dir)
-    print(markdown(rows(summaries)), end="")
+    print(f"{markdown(rows(summaries))}\n{notes(summaries)}", end="")
     drawn = ", ".join(path.name for path in pictures)
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
 
@@ -396,7 +396,9 @@ def _data(arguments: list[str]) -> None:
         _fetch(rest)
         return
     if action != "preview":
-        print(DATA_USAGE)
+        from lora.finetune.data.included import listing
+
+        print(f"{DATA_USAGE}\n\n{listing()}")
         if action not in ("--help", "-h"):
             found = " ".join(arguments) or "nothing"
             raise ConfigError(f"lora data takes preview, fetch or tasks, found {found}.")

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,17 +24,20 @@ from lora.errors import ConfigError, RunError, StoppedError
 from lora.files import locked, writable, write_together
 from lora.finetune.config import (
     RunConfig,
-    absolute_source,
     config_of_method,
     parse,
     parse_run,
     read_toml,
+    recorded_source,
     stated_in,
     to_table,
 )
+from lora.finetune.data.corpus import read_predictions
+from lora.finetune.data.included import resolved, resolved_with_note
 from lora.finetune.methods import digest_of, is_outside, label, method_named, recordable
 from lora.finetune.record import Summary, environment_of, summary_of
 from lora.finetune.run_folder import config_of
+from lora.finetune.significance import difference, interval, mcnemar
 from lora.layers import inside
 from lora.settings import check
 
@@ -124,6 +127,11 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summa
     table to the comparison's folder."""
     summaries: list[Summary] = []
     assert config.run_dir is not None
+    stand_ins = [note for run in runs for each in run.data for note in resolved_with_note(each)[1]]
+    for note in dict.fromkeys(stand_ins):
+        print(f"note: {note}.", file=sys.stderr)
+    # All runs train on the same data, even if `demo` gets another meaning meanwhile.
+    runs = [replace(run, data=tuple(map(resolved, run.data))) for run in runs]
     with _alone(config.run_dir) as lock:
         for number, run in enumerate(runs, 1):
             assert run.run_dir is not None
@@ -133,9 +141,11 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summa
             if state != "complete":
                 _spawn(run, lock, state == "interrupted")
             summaries.append(_comparable(summaries, run.run_dir))
+        summaries = _against_full(summaries, [run.run_dir for run in runs if run.run_dir])
+        table = f"{markdown(rows(summaries))}\n{notes(summaries)}"
         files = {
             "comparison.json": json.dumps(summaries, indent=2).encode(),
-            "comparison.md": markdown(rows(summaries)).encode(),
+            "comparison.md": table.encode(),
         }
         write_together(config.run_dir, files)
     return summaries
@@ -226,7 +236,7 @@ def _same(requested: dict[str, Any], recorded: dict[str, Any]) -> bool:
             if wanted not in (None, value):
                 return False
         elif key == "data":
-            if [absolute_source(source) for source in wanted or ()] != value and wanted != value:
+            if [recorded_source(source) for source in wanted or ()] != value and wanted != value:
                 return False
         elif key in ("base", "adapter", "template") and value is not None:
             auto = key == "template" and wanted in (None, "auto")
@@ -279,37 +289,123 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
 
 def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Returns the table: a head, then a row per method with means (± standard deviation) over its
-    seeds, and a column per task if there are several. If a run scored the base, it comes first."""
+    seeds, and a column per task if there are several. The base and the most frequent class come
+    first, if they were scored."""
     if not summaries:
         return []
-    metrics = summaries[0]["metrics"]
+    split, metrics = summaries[0]["split"], summaries[0]["metrics"]
     metric = next(iter(metrics))
     shown = [metric, *(name for name in metrics if name.startswith(f"{metric}/"))]
-    heads = [f"{summaries[0]['split']} {metric}", *(n.partition("/")[2] for n in shown[1:])]
+    extra = _certainty_columns(summaries)
+    heads = [f"{split} {metric}", *extra, *(n.partition("/")[2] for n in shown[1:])]
     head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", "peak MiB")
     table: list[tuple[str, ...]] = [head]
     bases = [s["baseline"] for s in summaries if "baseline" in s]
     if bases:
-        scores = (_scores([base[name] for base in bases], metric) for name in shown)
+        scores = [_scores([base[name] for base in bases], metric) for name in shown]
+        scores[1:1] = [""] * len(extra)
         table.append(("(the base)", "", "", "", "", *scores, "", ""))
+    if constant := [s["majority"][split] for s in summaries if split in s.get("majority", {})]:
+        scores = [_scores(constant[:1], metric), *[""] * (len(extra) + len(shown) - 1)]
+        table.append(("(most frequent class)", "", "", "", "", *scores, "", ""))
     for method in dict.fromkeys(s["method"] for s in summaries):
         seeds = [s for s in summaries if s["method"] == method]
-        first = seeds[0]
-        ends = [[e["loss"] for e in s["evaluations"]] for s in seeds]  # shorter if stopped early
-        losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
-        table.append(
-            (
-                method,
-                f"{first['trainable']:,}",
-                f"{first['trainable'] / first['parameters']:.2%}",
-                f"{first['learning_rate']:g}",
-                " ".join(f"{statistics.mean(epoch):.3f}" for epoch in losses),
-                *(_scores([s["metrics"][name] for s in seeds], metric) for name in shown),
-                f"{statistics.median(s['train_seconds'] for s in seeds):.1f}",
-                f"{statistics.median(s['peak_bytes'] for s in seeds) / 2**20:,.0f}",
-            )
-        )
+        scores = [_scores([s["metrics"][name] for s in seeds], metric) for name in shown]
+        scores[1:1] = [cell(seeds[0]) for cell in extra.values()]
+        table.append(_method_row(seeds, scores))
     return table
+
+
+def _method_row(seeds: Sequence[Summary], scores: Sequence[str]) -> tuple[str, ...]:
+    """Returns the table's row of a method with these scores."""
+    first = seeds[0]
+    ends = [[e["loss"] for e in s["evaluations"]] for s in seeds]  # shorter if stopped early
+    losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
+    return (
+        first["method"],
+        f"{first['trainable']:,}",
+        f"{first['trainable'] / first['parameters']:.2%}",
+        f"{first['learning_rate']:g}",
+        " ".join(f"{statistics.mean(epoch):.3f}" for epoch in losses),
+        *scores,
+        f"{statistics.median(s['train_seconds'] for s in seeds):.1f}",
+        f"{statistics.median(s['peak_bytes'] for s in seeds) / 2**20:,.0f}",
+    )
+
+
+def _certainty_columns(summaries: Sequence[Summary]) -> dict[str, Callable[[Summary], str]]:
+    """Returns the columns that say how sure an accuracy is: head -> cell of a run.
+
+    There are none if a method has several seeds, whose spread the table shows instead.
+    """
+    several_seeds = len({s["method"] for s in summaries}) < len(summaries)
+    if several_seeds or "accuracy" not in summaries[0]["metrics"]:
+        return {}
+    columns: dict[str, Callable[[Summary], str]] = {"95 % interval": _interval_cell}
+    if any("against_full" in s for s in summaries):
+        columns["against full"] = _against_cell
+    return columns
+
+
+def _interval_cell(summary: Summary) -> str:
+    low, high = interval(summary["metrics"]["accuracy"], summary["rows"])
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _against_cell(summary: Summary) -> str:
+    result = summary.get("against_full")
+    if result is None:
+        return ""
+    return difference(summary["method"], "full", result["points"], result["p"])
+
+
+def notes(summaries: Sequence[Summary]) -> str:
+    """Returns what the table's columns mean, in words, and on how many rows they were measured."""
+    if not summaries:
+        return ""
+    split, extra = summaries[0]["split"], _certainty_columns(summaries)
+    lines = [f"Measured on {summaries[0]['rows']:,} {split} rows of {summaries[0]['data']}."]
+    if extra:
+        lines.append(
+            f"Each method was trained once. The interval (Wilson) covers the choice of the {split}"
+            " rows. It does not cover the seed."
+        )
+    if "against full" in extra:
+        lines.append(
+            f"against full: McNemar's exact test on the {split} rows that only one of the two"
+            " methods has right."
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _against_full(summaries: Sequence[Summary], folders: Sequence[Path]) -> list[Summary]:
+    """Returns the summaries, with the result of a test of each classifier against the run of full
+    fine-tuning with the same seed, if there is one. Raises RunError or DataError."""
+    right = {
+        (s["method"], s["seed"]): _right(folder)
+        for s, folder in zip(summaries, folders, strict=True)
+        if s["task"] == "classification"
+    }
+    tested: list[Summary] = []
+    for summary, folder in zip(summaries, folders, strict=True):
+        ours, full = (right.get((name, summary["seed"])) for name in (summary["method"], "full"))
+        if ours is None or full is None or summary["method"] == "full":
+            tested.append(summary)
+            continue
+        if len(ours) != len(full):
+            raise RunError(
+                f"{folder / 'predictions.jsonl'} has {len(ours):,} rows, that of full fine-tuning"
+                f" {len(full):,}. Remove {folder}, and run it again."
+            )
+        points = 100 * (sum(ours) - sum(full)) / len(ours)
+        tested.append({**summary, "against_full": {"points": points, "p": mcnemar(ours, full)}})
+    return tested
+
+
+def _right(folder: Path) -> list[bool]:
+    """Returns whether each prediction of a run is right."""
+    predictions, references = read_predictions(folder / "predictions.jsonl")
+    return [text in texts for text, texts in zip(predictions, references, strict=True)]
 
 
 def _scores(values: Sequence[float], metric: str) -> str:

@@ -33,6 +33,7 @@ from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
 from lora.finetune.data.corpus import Task
+from lora.finetune.data.included import is_included, resolved
 from lora.finetune.data.templates import LossOn
 from lora.finetune.flags import as_flag, hint, reflow_help
 from lora.finetune.methods import (
@@ -82,9 +83,10 @@ class RunConfig(Generic[C]):
     texts), smollm2 (SmolLM2-135M-Instruct, after `lora data fetch smollm2`), a local folder, a GGUF
     file, or a name on the Hugging Face hub."""
     data: Annotated[tuple[Text, ...], Field(min_length=1), Distinct] = ("demo",)
-    """Training data: demo (built in), a folder with train, dev and test files, one TSV, CSV, JSONL,
-    JSON, Parquet or TXT file, a data set on the hub such as glue/sst2, or tasks/NAME, a generated
-    task (`lora data tasks` lists them). With --task text, several can be given, each as SOURCE or
+    """Training data: a folder with train, dev and test files, one TSV, CSV, JSONL, JSON, Parquet or
+    TXT file, a data set on the hub such as glue/sst2, or an included data set (`lora data` lists
+    them). demo: real film reviews if `lora data fetch` has downloaded them, else 1,000 sentences
+    written for this project. With --task text, several can be given, each as SOURCE or
     NAME=SOURCE."""
     weights: dict[str, Rate] = dataclasses.field(default_factory=dict)
     """Weights of several data sets, as NAME WEIGHT pairs: a data set's share of each epoch is
@@ -497,11 +499,17 @@ def named(source: str) -> tuple[str, str]:
 
 
 def absolute_source(source: str) -> str:
-    """Returns the --data entry with an absolute path if it is a file or folder."""
+    """Returns a base or a --data entry with an absolute path if it is a file or folder."""
     _, place = named(source)
     if place in BUILT_IN or not os.path.exists(place):
         return source
     return source.removesuffix(place) + str(Path(place).resolve())
+
+
+def recorded_source(source: str) -> str:
+    """Returns a --data entry as a run records it: it means the same in any folder, later too."""
+    _, place = named(source)
+    return resolved(source) if is_included(place) else absolute_source(source)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -36,7 +36,7 @@ from lora.finetune.inputs import (
     asked_of,
     check_positions,
     decoder_start,
-    made_metrics,
+    metrics_of_answers,
     prompts_of,
     thought_end,
 )
@@ -221,7 +221,7 @@ def scored(
     texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=sharded)
     end = thought_end(config, tokenizer)
     scores = _score_answers(
-        corpus, made_metrics(config), asked, [_parts(text, end)[1] for text in texts]
+        corpus, metrics_of_answers(config), asked, [_parts(text, end)[1] for text in texts]
     )
     several = len(corpus.tasks) > 1
     rows = [
@@ -282,8 +282,8 @@ def _score_answers(
 ) -> dict[str, float]:
     """Returns the metrics of all answers, and with several data sets also `metric/name` of each.
 
-    task_metrics: the metrics of each generated data set. Its exact match does not normalise texts,
-    and replaces the usual one. A group of data sets gets the metrics that all of them have.
+    task_metrics: the metrics of each included data set, whose exact match replaces the usual one. A
+    group of data sets gets the metrics that all of them have.
     """
     results: dict[str, float] = {}
     groups = [("", set(corpus.tasks))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,18 +19,21 @@ from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, grouped
 from lora.finetune.data.corpus import Corpus, examples_of, read_examples
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids, refuse
-from lora.finetune.data.messages import Message
+from lora.finetune.data.included import (
+    MADE,
+    answer_metrics,
+    included_texts,
+    is_included,
+    resolved,
+)
 from lora.finetune.data.previews import preview
 from lora.finetune.data.rows import SPLITS, BadRows
 from lora.finetune.data.templates import Template, template_of
 from lora.finetune.data.tokens import IGNORED, Encoded, batches, collate, drawn, layout
-from lora.finetune.demo import tasks
 from lora.finetune.methods import method_named
 from lora.finetune.models import Base, check_ids, writing_parts
 from lora.interop.export import Ends
 from lora.method import Calibrated
-
-MADE = "tasks/"  # the prefix of a data set that lora.finetune.demo.tasks generates
 
 
 def read_corpus(config: RunConfig[Any]) -> Corpus:
@@ -59,8 +62,8 @@ def columns_in(config: Any) -> Columns:
 def _conversational(source: str) -> bool:
     """True if a source of --data holds conversations."""
     _, place = named(source)
-    if place == "demo" or place.startswith(MADE):
-        return place != "demo"
+    if is_included(place):
+        return place.startswith(MADE)
     try:
         return conversations.holds_conversations(place)
     except DataError:  # the reader of labelled texts reads the source, or reports its own error
@@ -71,7 +74,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
     """Returns the conversations of all data sets of a configuration, concatenated."""
     joined: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     notes, names, bad = [], [], BadRows(config.skip_bad_lines)
-    for source in config.data:
+    for source in map(resolved, config.data):
         name, place = named(source)
         # One `bad` for all, so that --skip-bad-lines counts over the whole of --data.
         splits, source_notes = _read(place, name, bad)
@@ -98,9 +101,9 @@ def read_texts(source: str, split: str | None, skip_bad_lines: int = 0) -> tuple
 
     split: default is test, or else dev, or train.
     """
-    name, place = named(source)
+    name, place = named(resolved(source))
     bad = BadRows(skip_bad_lines)
-    if place.startswith(MADE):
+    if is_included(place):
         splits, _ = _read(place, name, bad)
         chosen = split or "test"
         rows = splits[chosen]
@@ -112,32 +115,18 @@ def read_texts(source: str, split: str | None, skip_bad_lines: int = 0) -> tuple
 
 
 def _read(place: str, name: str, bad: BadRows) -> tuple[dict[str, list[Conversation]], list[str]]:
-    """Returns the splits of one source, read or generated, and notes for the user."""
-    if not place.startswith(MADE):
-        return conversations.read_conversations(place, name, bad)
-    made = place.removeprefix(MADE)
-    splits = {}
-    for split in SPLITS:
-        pairs = tasks.generate(made, split)
-        splits[split] = [
-            Conversation(
-                (Message("user", prompt), Message("assistant", answer)), (answer,), name,
-                f"{place}, {split} {number}",
-            )
-            for number, (prompt, answer) in enumerate(pairs, 1)
-        ]  # fmt: skip
-    return splits, []
+    """Returns the splits of one source, included or the user's, and notes for the user."""
+    if is_included(place):
+        return included_texts(place, name), []
+    return conversations.read_conversations(place, name, bad)
 
 
-def made_metrics(config: RunConfig[Any]) -> dict[str, dict[str, Callable[[str, str], float]]]:
-    """Returns the metrics of each generated data set by name: (prediction, answer) -> 0 to 1."""
-    metrics = {}
-    for name, place in map(named, config.data):
-        if place.startswith(MADE):
-            metric = tasks.MADE_TASKS[place.removeprefix(MADE)].metric
-            other = {} if metric is tasks.exact else {metric.__name__: metric}
-            metrics[name] = {"exact_match": tasks.exact, **other}
-    return metrics
+def metrics_of_answers(
+    config: RunConfig[Any],
+) -> dict[str, Mapping[str, Callable[[str, str], float]]]:
+    """Returns the metrics of each included data set by name: (prediction, answer) -> 0 to 1."""
+    metrics = {name: answer_metrics(place) for name, place in map(named, config.data)}
+    return {name: each for name, each in metrics.items() if each}
 
 
 @dataclass(frozen=True)

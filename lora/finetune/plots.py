@@ -6,6 +6,7 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
@@ -17,10 +18,14 @@ from matplotlib.ticker import MaxNLocator
 
 from lora.errors import RunError
 from lora.files import writable, write_together
-from lora.finetune.record import Evaluated, StepRow, metrics_of, summary_of
+from lora.finetune.record import Evaluated, StepRow, Summary, metrics_of, summary_of
 
 # Okabe and Ito's palette, distinct for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+SHARES = ("accuracy", "macro_f1", "exact_match", "token_accuracy")  # metrics from 0 to 1
+NARROWEST = 0.3  # the least that the axis of a share covers
 
 
 def read_metrics(directory: Path) -> tuple[list[StepRow], list[Evaluated]]:
@@ -53,8 +58,10 @@ def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
     methods = [_method(directory) for directory in directories]
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(dict.fromkeys(methods))}
     pictures: dict[str, bytes] = {}
+    subject, constant = _title(directories), _majority_on_dev(directories, metric)
     for name in ("loss", metric):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        axes.set_title(subject, fontsize="medium", parse_math=False)
         shown: set[str] = set()
         for (_, steps, epochs), method in zip(runs, methods, strict=True):
             label = method if method not in shown else None
@@ -66,6 +73,8 @@ def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
         axes.set_xlabel("epoch")
         axes.set_ylabel("loss" if name == "loss" else f"dev {metric}", parse_math=False)
         axes.set_xlim(left=0)
+        if name != "loss":
+            _readable_axis(axes, metric, constant)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         _legend(axes)
@@ -84,6 +93,40 @@ def _method(directory: Path) -> str:
         return summary_of(directory)["method"]
     except RunError:  # the run was interrupted
         return directory.name
+
+
+def _summaries(directories: Sequence[Path]) -> list[Summary]:
+    """Returns the summaries of the runs that are complete."""
+    summaries = []
+    for directory in directories:
+        with suppress(RunError):
+            summaries.append(summary_of(directory))
+    return summaries
+
+
+def _title(directories: Sequence[Path]) -> str:
+    """Returns what the runs have in common: their data and their base."""
+    summaries = _summaries(directories)
+    pairs = {f"{s['data']}, base {s['base']}" for s in summaries}
+    return pairs.pop() if len(pairs) == 1 else f"{len(directories)} runs"
+
+
+def _majority_on_dev(directories: Sequence[Path], metric: str) -> float | None:
+    """Returns the accuracy of the most frequent class, if all runs have the same."""
+    values = {s.get("majority", {}).get("dev") for s in _summaries(directories)}
+    return values.pop() if metric == "accuracy" and len(values) == 1 else None
+
+
+def _readable_axis(axes: Axes, metric: str, constant: float | None) -> None:
+    """Draws the most frequent class as a line, and widens the axis: on one that covers only the
+    curves, a difference of 0.01 would look like a cliff."""
+    if constant is not None:
+        axes.axhline(constant, color="grey", lw=1, ls=":", gid="most frequent class")
+    low, high = axes.get_ylim()
+    if metric in SHARES and high - low < NARROWEST:
+        middle = (low + high) / 2
+        low = min(max(0.0, middle - NARROWEST / 2), 1 - NARROWEST)
+        axes.set_ylim(low, low + NARROWEST)
 
 
 def _loss(

@@ -126,6 +126,13 @@ class Written(TypedDict, total=False):
     messages: list[Turn]
 
 
+class Against(TypedDict):
+    """A run beside full fine-tuning with the same seed, on the same rows."""
+
+    points: Finite  # of accuracy, in percent: above 0 if the run is better
+    p: Finite  # McNemar's exact test
+
+
 class Summary(TypedDict):
     method: str
     task: ScoredTask
@@ -144,6 +151,8 @@ class Summary(TypedDict):
     loss: Finite
     metrics: Scores
     baseline: NotRequired[Scores]
+    majority: NotRequired[dict[Split, Finite]]  # accuracy of the most frequent class, by split
+    against_full: NotRequired[Against]  # in comparison.json only
     train_seconds: Seconds
     seconds: Seconds
     peak_bytes: Count

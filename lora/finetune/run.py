@@ -52,6 +52,7 @@ from lora.finetune.run_folder import (
 from lora.finetune.screen import TrainingScreen, progress_bar, reading, say
 from lora.finetune.selection import best_step, divergence, evaluations_since_best, kept
 from lora.finetune.signals import stopping
+from lora.finetune.significance import majority
 from lora.finetune.state import Training
 from lora.finetune.train import Hyperparameters, begin, check_room, fit, steps_per_epoch
 from lora.injection import disabled
@@ -412,10 +413,22 @@ def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
         "loss": result.final.loss,
         "metrics": result.final.metrics,
         **({} if result.baseline is None else {"baseline": result.baseline}),
+        **({"majority": _majority(corpus)} if corpus.task == "classification" else {}),
         "train_seconds": sum(row["seconds"] for row in record.evaluations),
         "seconds": 0.0,
         "peak_bytes": 0,
         "dtype": config.dtype,
+    }
+
+
+def _majority(corpus: Corpus) -> dict[str, float]:
+    """The accuracy of the most frequent class of train on the other splits."""
+    train = [str(example.label) for example in corpus.train]
+    others = {"dev": corpus.dev, "test": corpus.test}
+    return {
+        name: majority(train, [str(example.label) for example in rows])
+        for name, rows in others.items()
+        if rows
     }
 
 

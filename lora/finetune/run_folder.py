@@ -21,6 +21,7 @@ from lora.files import locked, readable, writable, write_together
 from lora.finetune import state
 from lora.finetune.config import RunConfig, absolute_source, from_table, read_toml, to_table
 from lora.finetune.data.corpus import Corpus
+from lora.finetune.data.included import TINY
 from lora.finetune.environment import environment
 from lora.finetune.methods import digest_of, label, reopened
 from lora.finetune.record import environment_of
@@ -120,6 +121,9 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
             raise ConfigError("method is missing.")
         if isinstance(base := table.get("base"), str):
             table["base"] = FORMER_NAMES.get(base, base)
+        # A run records what `demo` means. One that records `demo` is older: it meant the stand-in.
+        if table.get("data") in ("demo", ["demo"]):
+            table["data"] = [TINY]
     table["method"] = reopened(directory, table["method"], method, exact)
     with _damaged(path):
         config = from_table(table, table["method"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from lora.finetune.compare import _same, by_task, markdown, rows
+import pytest
+
+from lora.errors import RunError
+from lora.finetune.compare import _against_full, _same, by_task, markdown, notes, rows
 from lora.finetune.config import parse_run, to_table
 
 
@@ -39,6 +44,55 @@ def test_tasks_have_a_column_each_and_the_base_comes_first() -> None:
 def test_other_metrics_are_no_share() -> None:
     found = rows([summary("lora", 0, {"pearson": 0.51239})])
     assert found[1][5] == "0.5124"
+
+
+def test_an_accuracy_has_its_interval_and_a_test_against_full() -> None:
+    """Of one seed. With several, the table shows their spread."""
+    more = {"rows": 200, "data": "opinions/films", "majority": {"dev": 0.6, "test": 0.55}}
+    against = {"points": -2.5, "p": 0.0123}
+    runs: Any = [
+        summary("lora", 0, {"accuracy": 0.8}, against_full=against, **more),
+        summary("full", 0, {"accuracy": 0.825}, **more),
+    ]
+    table = rows(runs)
+    assert table[0][5:8] == ("test accuracy", "95 % interval", "against full")
+    assert table[1][0] == "(most frequent class)"
+    assert table[1][5:8] == ("55.00 %", "", "")
+    assert table[2][5:8] == (
+        "80.00 %", "73.9 to 85.0 %", "full is better by 2.5 points, p = 0.012",
+    )  # fmt: skip
+    assert table[3][5:8] == ("82.50 %", "76.6 to 87.1 %", "")
+    assert len({len(row) for row in table}) == 1
+    words = notes(runs)
+    assert "200 test rows of opinions/films" in words
+    assert "does not cover the seed" in words
+    assert "McNemar" in words
+    several = rows([*runs, summary("lora", 1, {"accuracy": 0.7}, **more)])
+    assert several[0][6] == "train s"
+    assert "interval" not in notes([*runs, runs[0]])
+
+
+def test_runs_are_tested_against_full_with_the_same_seed(tmp_path: Path) -> None:
+    """Row by row, on their predictions."""
+
+    def run(method: str, right: int, seed: int = 0) -> Any:
+        folder = tmp_path / f"{method}-{seed}"
+        folder.mkdir(parents=True)
+        lines = [{"prediction": "a" if n < right else "b", "label": "a"} for n in range(20)]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (folder / "predictions.jsonl").write_text(text)
+        return summary(method, seed, {"accuracy": right / 20}, task="classification")
+
+    runs = [run("lora", 12), run("full", 18), run("lora", 15, seed=1)]
+    folders = [tmp_path / name for name in ("lora-0", "full-0", "lora-1")]
+    lora, full, other_seed = _against_full(runs, folders)
+    assert lora["against_full"]["points"] == pytest.approx(-30)
+    assert lora["against_full"]["p"] == pytest.approx(2 * 0.5**6)
+    assert "against_full" not in full
+    assert "against_full" not in other_seed
+    (tmp_path / "lora-0" / "predictions.jsonl").write_text('{"prediction": "a", "label": "a"}\n')
+    with pytest.raises(RunError, match="has 1 rows, that of full fine-tuning 20"):
+        _against_full(runs, folders)
 
 
 def test_scores_by_task() -> None:

@@ -79,3 +79,31 @@ def test_a_folder_that_cannot_be_made_is_named(output: str, tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         draw_curves([a_run(tmp_path / "run")], tmp_path / output)
+
+
+def test_the_axis_shows_the_most_frequent_class_and_no_cliffs(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    """A difference of 0.01 is a small part of the axis."""
+    draw_curves([a_run(tmp_path / "alone")], tmp_path / "out")
+    low, high = figures[-1].axes[0].get_ylim()
+    assert high - low == pytest.approx(0.3)
+    assert low < 0.7 < high <= 1
+    run = a_run(tmp_path / "run")
+    result = {
+        "method": "lora", "task": "classification", "base": "demo", "data": "opinions/films",
+        "seed": 0, "note": "", "trainable": 1, "adapter_parameters": 1, "parameters": 2,
+        "learning_rate": 1e-3, "step": 2, "split": "test", "rows": 10, "loss": 0.5,
+        "metrics": {"accuracy": 0.7}, "train_seconds": 1.0, "seconds": 1.0, "peak_bytes": 1,
+        "majority": {"dev": 0.52, "test": 0.51},
+        "evaluations": [
+            {"step": 1, "epoch": 1.0, "loss": 1.0, "first_loss": 1.0, "seconds": 1.0,
+             "padding": 0.0, "dev_loss": 1.0, "dev": {"accuracy": 0.7}},
+        ],
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(result))
+    draw_curves([run], tmp_path / "out")
+    axes = figures[-1].axes[0]
+    (line,) = [line for line in axes.get_lines() if line.get_gid() == "most frequent class"]
+    assert line.get_ydata()[0] == 0.52
+    assert axes.get_title() == "opinions/films, base demo"

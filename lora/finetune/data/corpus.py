@@ -34,6 +34,7 @@ from lora.finetune.data.columns import (
     names_of,
     number_of,
 )
+from lora.finetune.data.included import RATED, TINY, labelled_rows, resolved_with_note
 from lora.finetune.data.rows import SPLITS, BadRows, Row, is_plain, read_rows, read_source, text_in
 
 Task = Literal["auto", "classification", "regression", "text"]
@@ -106,8 +107,8 @@ def read_examples(
     Raises DataError with the file, the row and what to do.
     """
     bad, header = BadRows(skip_bad_lines), Header(columns)
+    data, notes = resolved_with_note(data)
     splits = _read_splits(data, header, bad)
-    notes = []
     if "" in splits:
         notes.append(f"{data} has no column 'split': divided 80/10/10 into train, dev and test")
     if not splits.get("train") and not splits.get(""):
@@ -167,8 +168,9 @@ def _dev_of(
 def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
     """Returns the rows of each split; "" for rows without a split. Unusable rows go to `bad`."""
     splits: dict[str, list[Placed]] = {}
-    source = str(demo.REVIEWS) if data == "demo" else data
-    for split, place, row in read_source(source, header):
+    source = str(demo.REVIEWS) if data == TINY else data
+    rows = labelled_rows(data) if data.startswith(RATED) else read_source(source, header)
+    for split, place, row in rows:
         if isinstance(row, DataError):
             bad.add(row, place)
         else:
@@ -323,6 +325,7 @@ def read_split(
     """
     task, labels = kind
     bad, header = BadRows(skip_bad_lines), Header(columns, trained, labels)
+    data, stand_in = resolved_with_note(data)
     splits = _read_splits(data, header, bad)
     if "" in splits:
         splits = {split or "test": splits[""]}
@@ -343,7 +346,7 @@ def read_split(
     examples = _labelled(_examples(rows, taken, bad), labels, bad)
     corpus = Corpus(data, task, labels, (), (), (), taken)
     examples = _fitting(corpus, examples, bad)
-    notes = bad.judge(left=bool(examples))
+    notes = stand_in + bad.judge(left=bool(examples))
     train, dev, test = (tuple(examples) if name == present[0] else () for name in SPLITS)
     corpus = replace(corpus, train=train, dev=dev, test=test, note="; ".join(notes))
     lines = (_taken(data, header.seen, taken), *_class_counts(corpus))

@@ -234,7 +234,7 @@ def _download(package: Package, temporary: Path) -> Path:
 
 def _last_lines(printed: str) -> str:
     """Returns the last lines that pip printed, without empty ones, indented."""
-    lines = [line.rstrip() for line in printed.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in printed.split("\n") if line.strip()]
     return "\n".join(f"  {line[:300]}" for line in lines[-8:]) or "  (it printed no error)"
 
 
