@@ -85,7 +85,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = {
-            f"demo, {method}": ["--config", "recipes/demo.toml", "--method", method]
+            f"demo, {method}": ["--config", "recipes/demo.toml", "--data", "demo-tiny", "--method", method]
             + (["--epochs", "1"] if given.quick else [])
             for method in DEMO
         }

@@ -221,7 +221,7 @@ def test_it_is_compared_with_others(
     assert f"{mine}:GatedLoRA, seed 0 -> {tmp_path}/runs/gated_lora-0" in capsys.readouterr().out
     assert lora(*ask) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:4]] == ["lora", "gated_lora"]
+    assert [line.split("|")[1].strip() for line in table[3:5]] == ["lora", "gated_lora"]
     forget()
     assert lora(*ask) == 0  # complete, and taken as they are
     assert capsys.readouterr().err.count("already complete") == 2
