@@ -33,6 +33,7 @@ LARGE = {
     "1 GB, lora on nf4": ["--dtype", "float32", "--quantize", "nf4"],
     "1 GB, lora bfloat16": ["--dtype", "bfloat16"],
 }
+RECIPE = ("--config", "recipes/demo.toml", "--data", "demo-tiny")
 
 
 def make(folder: Path) -> list[str]:
@@ -85,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = {
-            f"demo, {method}": ["--config", "recipes/demo.toml", "--data", "demo-tiny", "--method", method]
+            f"demo, {method}": [*RECIPE, "--method", method]
             + (["--epochs", "1"] if given.quick else [])
             for method in DEMO
         }
