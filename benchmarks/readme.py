@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +56,23 @@ def summaries(name: str) -> Any:
 
 def startup() -> list[tuple[str, ...]]:
     """Seconds until the command line and the library answer."""
-    seconds = read("startup")["seconds"]
+    result = read("startup")
+    rounds, injections = result["rounds"], result["injections"]
+    core, torch = "import torch, lora and all its core", "import torch"
     shown = {
-        "`lora --help`": seconds["lora --help"],
-        "`lora train --help`": seconds["lora train --help"],
+        "`lora --help`": [times["lora --help"] for times in rounds],
+        "`lora train --help`": [times["lora train --help"] for times in rounds],
         "`import lora` with all of the core, beyond `import torch`":
-            seconds["import lora and all its core, added"],
+            [times[core] - times[torch] for times in rounds],
         "`lora.inject`, r = 16 on Llama-2-7B's shape without weights":
-            seconds["inject into Llama-2-7B's shape"],
-        "the same in PEFT": seconds["peft, the same"],
+            [times["inject into Llama-2-7B's shape"] for times in injections],
+        "the same in PEFT": [times["peft, the same"] for times in injections],
     }  # fmt: skip
-    return [("start-up", "seconds"), *((what, f"{value:.2f}") for what, value in shown.items())]
+    table: list[tuple[str, ...]] = [("start-up", "seconds")]
+    for what, seconds in shown.items():
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        table.append((what, spread({"low": low, "median": middle, "high": high})))
+    return table
 
 
 def tree() -> str:
@@ -103,9 +109,14 @@ def language() -> list[tuple[str, ...]]:
     }  # fmt: skip
     rows: list[tuple[str, ...]] = [("", "texts/s", *others.values())]
     for name in names:
-        rate = statistics.median(row[name]["rate"] for row in result["seeds"])
-        ratios = (result.get(f"{name} / {other}") for other in others)
-        rows.append((shown[name], f"{rate:.0f}", *(f"{r:.2f}" if r else "" for r in ratios)))
+        rate = extremes([row[name]["rate"] for row in result["seeds"]], 0)
+        ratios = (
+            extremes([row[name]["rate"] / row[other]["rate"] for row in result["seeds"]], 2)
+            if f"{name} / {other}" in result
+            else ""
+            for other in others
+        )
+        rows.append((shown[name], rate, *ratios))
     return rows
 
 
@@ -128,6 +139,14 @@ def spread(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
+def extremes(values: Sequence[float], places: int) -> str:
+    """The median, the least and the most of several seeds: "601 [590, 664]"."""
+    low, middle, high = (
+        f"{value:.{places}f}" for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle} [{low}, {high}]"
+
+
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -146,7 +165,7 @@ def steps() -> list[tuple[str, ...]]:
 
 
 def epochs() -> list[tuple[str, ...]]:
-    """Median seconds of an epoch, relative to ours, and the mean accuracy after it."""
+    """Seconds of an epoch, relative to ours, and the accuracy after it (± standard deviation)."""
     result = read("epoch")
     best = "bfloat16, " if result["bfloat16 in hardware"] else ""
     table: list[tuple[str, ...]] = [("one epoch", "seconds", "relative to ours", "test accuracy")]
@@ -155,9 +174,17 @@ def epochs() -> list[tuple[str, ...]]:
         ("transformers.Trainer with PEFT, defaults", "trainer"),
         (f"the same with its best settings: {best}rows grouped by length", "trainer, best"),
     ):
-        seconds = statistics.median(seed[name]["seconds"] for seed in result["seeds"])
-        ratio = f"{result[f'{name} / ours']:.2f}" if name != "ours" else ""
-        table.append((shown, f"{seconds:.0f}", ratio, f"{result[f'{name} accuracy']:.2%}"))
+        seeds = result["seeds"]
+        ratios = [seed[name]["seconds"] / seed["ours"]["seconds"] for seed in seeds]
+        scores = [100 * seed[name]["accuracy"] for seed in seeds]
+        table.append(
+            (
+                shown,
+                extremes([seed[name]["seconds"] for seed in seeds], 0),
+                extremes(ratios, 2) if name != "ours" else "",
+                f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} %",
+            )
+        )
     return table
 
 
