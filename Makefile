@@ -52,7 +52,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 quick: $(READY)
-	$(BIN)/pytest -n 2 -m "not slow" -q
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow" -q
 
 slow: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile -m slow -q

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.readme import family
 from lora.finetune.compare import markdown
 from lora.method import METHODS, Method
-from lora.testing import CLAUSES, WRAPPING, cases, run_clause
+from lora.testing import CLAUSES, WRAPPING, Case, cases, run_clause
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 
@@ -37,11 +37,12 @@ def settings() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
     }
 
 
-def outcomes(label: str, clause: str) -> list[str]:
-    """The distinct outcomes of a clause over all cases: "held", "exempt: REASON"."""
+def outcomes(label: str, clause: str, chosen_cases: Sequence[Case] | None = None) -> list[str]:
+    """The distinct outcomes of a clause over the cases (all by default): held, exempt: REASON."""
     method, chosen = settings()[label]
     config = method.Config(**chosen)
-    return sorted({run_clause(clause, method, config, case).outcome for case in cases()})
+    every = cases() if chosen_cases is None else chosen_cases
+    return sorted({run_clause(clause, method, config, case).outcome for case in every})
 
 
 def cell(outcomes: list[str]) -> str:

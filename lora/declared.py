@@ -6,6 +6,7 @@ same everywhere. They read annotations with and without `from __future__ import 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,8 +26,13 @@ _WORDS = {
 }
 
 
-def declared(config: type) -> dict[str, Any]:
+def declared(config: type) -> Mapping[str, Any]:
     """Returns the type of each field of a dataclass. Raises ConfigError if one cannot be read."""
+    return _resolved(config)
+
+
+@functools.cache  # get_type_hints compiles the text of every annotation, and configs are many
+def _resolved(config: type) -> Mapping[str, Any]:
     try:
         hints = get_type_hints(config)
     except Exception as error:  # whatever evaluating an annotation's text raises

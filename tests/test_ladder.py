@@ -118,18 +118,20 @@ def test_help_needs_no_torch() -> None:
     assert "train" in run(code)
 
 
-@pytest.mark.parametrize(("verb", "flag"), [("train", "--lora-alpha"), ("convert", "--merged")])
-def test_a_verbs_help_needs_no_transformers(verb: str, flag: str) -> None:
-    code = f"""
+def test_a_verbs_help_needs_no_transformers() -> None:
+    code = """
 import sys
 from lora.finetune.cli import main
-try:
-    main(["{verb}", "--help"])
-except SystemExit as stop:
-    assert stop.code == 0
-assert "transformers" not in sys.modules
+for verb in ("train", "convert"):
+    try:
+        main([verb, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+    assert "transformers" not in sys.modules, verb
 """
-    assert flag in run(code)
+    shown = run(code)
+    assert "--lora-alpha" in shown
+    assert "--merged" in shown
 
 
 def test_the_core_needs_torch_and_safetensors_only(tmp_path: Path) -> None:

@@ -19,23 +19,35 @@ from lora.kernels.products import possible
 from lora.layers import View
 from lora.method import METHODS
 from lora.methods.lora import LoRA, LoRAConfig
-from lora.testing import CLAUSES, cases, check_method, run_clause
+from lora.testing import CLAUSES, Case, cases, check_method, run_clause
 
 CASES = cases()
 
 
+# Every kind of layer, every dtype, with and without a bias, packed and not: each pair of these that
+# has a branch of its own in the code. The slow tests run every case.
+QUICK = [
+    Case("Linear", True, torch.float32),
+    Case("Linear", False, torch.bfloat16),
+    Case("Linear", True, torch.float16),
+    Case("NF4Linear", True, torch.float32),
+    Case("NF4Linear", False, torch.bfloat16),
+    Case("Embedding", False, torch.float32),
+    Case("Conv1D", True, torch.bfloat16),
+]
 # The variants of a method run with the slow tests; its own settings run with every change.
-LABELS = [
-    pytest.param(label, marks=pytest.mark.slow) if " " in label else label
+RUNS = [(label, QUICK) for label in methods.settings() if " " not in label]
+RUNS += [
+    pytest.param(label, CASES, marks=pytest.mark.slow, id=f"{label}, all cases")
     for label in methods.settings()
 ]
 CELLS = methods.read_cells(methods.PAGE.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("clause", list(CLAUSES))
-@pytest.mark.parametrize("label", LABELS)
-def test_every_method_keeps_every_clause(label: str, clause: str) -> None:
-    found = methods.outcomes(label, clause)
+@pytest.mark.parametrize(("label", "chosen"), RUNS)
+def test_every_method_keeps_every_clause(label: str, chosen: list[Case], clause: str) -> None:
+    found = methods.outcomes(label, clause, chosen)
     assert not [outcome for outcome in found if outcome.startswith("failed")]
     assert CELLS[label, clause] == methods.cell(found), "run python -m benchmarks.methods"
     if "held" not in found:

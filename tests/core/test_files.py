@@ -65,14 +65,14 @@ def run_of_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete run on a tiny base."""
     import transformers
 
-    from lora.finetune.models import load_base
+    from lora.finetune.models import load_skeleton
 
     folder = tmp_path_factory.mktemp("run")
     config = transformers.DistilBertConfig(
         dim=32, n_layers=1, n_heads=2, hidden_dim=64, vocab_size=30522
     )
     transformers.DistilBertModel(config).save_pretrained(folder / "base")
-    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder / "base")
+    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder / "base")
     rows = "".join(f"a text {n}\t{n % 2}\n" for n in range(40))
     (folder / "train.tsv").write_text("text\tlabel\n" + rows)
     given = ["--base", folder / "base", "--data", folder / "train.tsv", "--epochs", 1]

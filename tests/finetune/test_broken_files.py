@@ -269,7 +269,7 @@ def base_folder(folder: Path) -> Path:
         dim=8, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=30522
     )
     transformers.DistilBertModel(stated).save_pretrained(folder)
-    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder)
+    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -31,7 +31,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     one, and a rank has none."""
     import transformers
 
-    from lora.finetune.models import load_base
+    from lora.finetune.models import load_skeleton
 
     folder = tmp_path_factory.mktemp("nproc")
     torch.manual_seed(0)
@@ -40,7 +40,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
         attention_dropout=0.0, seq_classif_dropout=0.0, initializer_range=0.1,
     )  # fmt: skip
     transformers.DistilBertModel(config).save_pretrained(folder / "base")
-    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder / "base")
+    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder / "base")
     return ("--base", folder / "base", "--data", data(folder / "data", 26), *FLAGS)
 
 

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT
 from test_resume import StoppedError
 
 from lora.finetune.cli import main
 from lora.finetune.methods import is_outside, method_named, recordable
+from lora.finetune.models import load_skeleton
 from lora.method import METHODS
 
 GATED = ROOT / "examples/gated_lora.py"
@@ -53,10 +55,23 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(file: Path) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DistilBERT of 2 layers of 32, with weights so large that what a layer adds shows."""
+    folder = tmp_path_factory.mktemp("base")
+    config = transformers.DistilBertConfig(
+        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=30522, initializer_range=0.2
+    )
+    torch.manual_seed(0)
+    transformers.DistilBertModel(config).save_pretrained(folder)
+    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(file: Path, base: Path) -> Path:
     """A complete run, which later tests copy."""
-    run = file.parent / "run"
-    assert lora("train", "--method", f"{file}:GatedLoRA", *FLAGS, "--run-dir", run) == 0
+    run, method = file.parent / "run", f"{file}:GatedLoRA"
+    assert lora("train", "--base", base, "--method", method, *FLAGS, "--run-dir", run) == 0
     forget()
     return run
 
@@ -83,8 +98,6 @@ def test_a_run_records_its_methods_file(trained: Path, file: Path) -> None:
 def test_eval_predict_and_merge_compute_what_the_run_did(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import transformers
-
     summary = json.loads((trained / "summary.json").read_text())
     assert lora("eval", trained) == 0
     scores = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -176,6 +189,7 @@ def test_a_moved_file_is_named(
 def test_a_run_that_was_cut_off_is_resumed(
     trained: Path,
     file: Path,
+    base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -191,12 +205,13 @@ def test_a_run_that_was_cut_off_is_resumed(
 
     run, mine = tmp_path / "run", Path(shutil.copy(file, tmp_path / "mine.py"))
     monkeypatch.setattr(room.Record, "step", stop)
+    method = f"{mine}:GatedLoRA"
     with pytest.raises(StoppedError):
-        lora("train", "--method", f"{mine}:GatedLoRA", *FLAGS, "--run-dir", run)
+        lora("train", "--base", base, "--method", method, *FLAGS, "--run-dir", run)
     monkeypatch.setattr(room.Record, "step", real)
     forget()
     mine.write_text(file.read_text() + "# a remark\n")
-    for named in ((), ("--method", f"{mine}:GatedLoRA")):
+    for named in ((), ("--method", method)):
         assert lora("train", "--resume", run, *named) == 2
         assert "Restore the file, or start a new run: lora train --config" in (
             capsys.readouterr().err
@@ -209,19 +224,22 @@ def test_a_run_that_was_cut_off_is_resumed(
 
 
 def test_it_is_compared_with_others(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    file: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     from lora.finetune import compare, run
 
     monkeypatch.setattr(compare, "_spawn", lambda config, lock, resumed: run.run(config))
     mine = Path(shutil.copy(file, tmp_path / "mine.py"))
     ask = ("compare", "--methods", "lora", f"{mine}:GatedLoRA", "--limit", 8, "--epochs", 1,
-           "--r", 2, "--lora-dropout", 0.1, "--run-dir", tmp_path / "runs")  # fmt: skip
+           "--r", 2, "--lora-dropout", 0.1, "--base", base,
+           "--run-dir", tmp_path / "runs")  # fmt: skip
     assert lora(*ask, "--dry-run") == 0
     assert f"{mine}:GatedLoRA, seed 0 -> {tmp_path}/runs/gated_lora-0" in capsys.readouterr().out
     assert lora(*ask) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in table[3:5]] == ["lora", "gated_lora"]
+    names = [line.split("|")[1].strip() for line in table if line.startswith("|")]
+    assert names[-2:] == ["lora", "gated_lora"]
     forget()
     assert lora(*ask) == 0  # complete, and taken as they are
     assert capsys.readouterr().err.count("already complete") == 2
@@ -368,8 +386,10 @@ def test_a_file_is_recorded_by_its_absolute_path(
     assert recordable("dora") == "dora"
 
 
-def test_plan_and_preview_take_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    named = ("--method", f"{file}:GatedLoRA", "--limit", 8)
+def test_plan_and_preview_take_it(
+    file: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = ("--base", base, "--method", f"{file}:GatedLoRA", "--limit", 8)
     assert lora("plan", *named) == 0
     assert "gated_lora" in capsys.readouterr().out
     assert lora("data", "preview", *named) == 0

@@ -18,7 +18,7 @@ import lora.finetune.run
 from lora.errors import ConfigError, LoraError, ModelError, TargetError
 from lora.finetune.config import from_table
 from lora.finetune.estimate import Estimate, Memory
-from lora.finetune.models import load_base
+from lora.finetune.models import load_skeleton
 from lora.finetune.plan import plan
 from lora.finetune.train import Hyperparameters, begin, fit
 
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.manual_seed(0)
     transformers.DistilBertForMaskedLM(config).save_pretrained(folder)
-    load_base("demo", 2, "classification", 0).tokenizer.save_pretrained(folder)
+    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -61,8 +61,9 @@ def one(base: Path, method: str = "lora", **more: Any) -> Memory:
         ("lora", {"r": 3, "lora_dropout": 0.1}),
         ("lora", {"init_lora_weights": "eva"}),
         ("lora", {"init_lora_weights": "loftq", "quantize": "nf4"}),
-        ("qlora", {"init_lora_weights": "pissa"}),
-        ("dora", {}),
+        # Like loftq above and vera below, in what a run and a plan count.
+        pytest.param("qlora", {"init_lora_weights": "pissa"}, marks=pytest.mark.slow),
+        pytest.param("dora", {}, marks=pytest.mark.slow),
         ("bitfit", {}),
         ("full", {}),
         ("vera", {}),
@@ -122,7 +123,6 @@ def test_it_counts_the_bytes_that_torchs_allocator_gives_out(bare: Path, method:
 def load_base_of(folder: Path, quantize: str) -> Any:
     """The folder's model with random weights, as load_base holds it."""
     from lora import nf4
-    from lora.finetune.models import load_skeleton
     from lora.finetune.quantized import packable
 
     found = load_skeleton(str(folder), 2, "classification", device="cpu")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
+from test_files import a_full_disk
 
 from lora.finetune import state
 
@@ -78,25 +80,25 @@ class StoppedError(Exception):
     """What stands for a process's end."""
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 9])
-def test_a_run_goes_on_to_the_same_bytes(
-    at: int, flags: tuple[Any, ...], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_continues_to_the_same_bytes(
+    flags: tuple[Any, ...], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off in the middle of step `at`, with all that was recorded until then."""
+    """Cut off five times, each in the middle of a step, with all that was recorded until then."""
     import lora.finetune.run as room
 
-    real = room.Record.step
+    real, cuts = room.Record.step, [1, 2, 3, 5, 9]
 
     def stop(self: Any, step: Any) -> None:
         real(self, step)
-        if step.step == at:
+        if cuts and step.step == cuts[0]:
+            del cuts[0]
             raise StoppedError
 
     run = tmp_path / "run"
     monkeypatch.setattr(room.Record, "step", stop)
-    with pytest.raises(StoppedError):
-        lora("train", *flags, "--run-dir", run)
-    monkeypatch.setattr(room.Record, "step", real)
+    while cuts:
+        with pytest.raises(StoppedError):
+            lora("train", *(("--resume", run) if run.exists() else (*flags, "--run-dir", run)))
     assert lora("train", "--resume", run) == 0
     assert result(run) == result(whole)
 
@@ -218,22 +220,47 @@ def until(true: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
-    number: signal.Signals, code: int, flags: tuple[Any, ...], tmp_path: Path
+def check_stopped(run: Path, number: signal.Signals, err: str) -> None:
+    """The step was finished and saved, and the message says how to resume."""
+    assert f"{number.name}: finishing the step and saving" in err
+    assert f"lora train --resume {run}" in err
+    newest, notes = state.find(run / "checkpoints")
+    assert newest is not None
+    assert not notes
+    assert int(newest.name[5:]) == steps_recorded(run)
+
+
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_resume(
+    flags: tuple[Any, ...], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     process = start((*flags, "--epochs", 3000, "--run-dir", run))
     until(lambda: steps_recorded(run) >= 3, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert f"{number.name}: finishing the step and saving" in err
-    assert f"lora train --resume {run}" in err
-    newest, said = state.find(run / "checkpoints")
-    assert newest is not None
-    assert not said
-    assert int(newest.name[5:]) == steps_recorded(run)
+    assert process.returncode == 130, err
+    check_stopped(run, signal.SIGINT, err)
+
+
+def test_sigterm_ends_the_step_saves_and_says_how_to_resume(
+    flags: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    import lora.finetune.run as room
+
+    real = room.Record.step
+
+    def step(self: Any, step: Any) -> None:
+        real(self, step)
+        if step.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(room.Record, "step", step)
+    run = tmp_path / "run"
+    assert lora("train", *flags, "--epochs", 3000, "--run-dir", run) == 143
+    check_stopped(run, signal.SIGTERM, capfd.readouterr().err)
 
 
 @pytest.mark.slow
@@ -269,25 +296,22 @@ def test_a_second_signal_ends_at_once_and_a_kill_is_survived(
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before(
-    flags: tuple[Any, ...], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No file may be larger than metrics.jsonl grows, nor hold a second checkpoint's tensors."""
-    run = tmp_path / "run"
-    code = (
-        "import resource, signal, sys; import lora.finetune.state as s; real = s.save_training\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "def save(training, *rest):\n"
-        "    if training.step == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
-        "    return real(training, *rest)\n"
-        "s.save_training = save; from lora.finetune.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", *map(str, flags), "--run-dir", str(run)],
-        capture_output=True, text=True, check=False, cwd=ROOT, env=one_thread(),
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    flags: tuple[Any, ...], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """While step 4 is saved, no file may grow as large as a checkpoint's tensors."""
+    run, real = tmp_path / "run", state.save_training
+
+    def save(training: Any, *rest: Any) -> Path:
+        with a_full_disk(9000) if training.step == 4 else nullcontext():
+            return real(training, *rest)
+
+    monkeypatch.setattr(state, "save_training", save)
+    assert lora("train", *flags, "--run-dir", run) == 2
+    monkeypatch.setattr(state, "save_training", real)
+    err = capsys.readouterr().err
+    assert "cannot be written" in err
+    assert "Traceback" not in err
     assert state.find(run / "checkpoints") == (run / "checkpoints" / "step-00000003", [])
     assert lora("train", "--resume", run) == 0
     assert result(run) == result(whole)

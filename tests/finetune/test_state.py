@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -52,12 +53,18 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     return {name: t.detach().numpy().tobytes() for name, t in state.values(model).items()}
 
 
+@functools.cache
+def whole_training(method: str) -> tuple[list[float], Training]:
+    """An uninterrupted training, done once for all tests that compare with it."""
+    training_ = training(method)
+    return go(training_), training_
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("at", [1, 7])
 def test_a_training_goes_on_bit_for_bit(method: str, at: int, tmp_path: Path) -> None:
     """From the middle of an epoch, into a model that was made anew, whatever was drawn between."""
-    whole = training(method)
-    losses = go(whole)
+    losses, whole = whole_training(method)
     cut = training(method)
     assert go(cut, at) == losses[:at]
     path = state.save_training(cut, tmp_path, b"", (7, "f"))

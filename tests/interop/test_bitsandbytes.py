@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 import lora
 from lora import nf4
 from lora.errors import ModelError, TargetError
-from lora.finetune.models import load_base
+from lora.finetune.models import load_base, load_skeleton
 from lora.finetune.quantized import BaseReading, _Take
 from lora.identity import fingerprint
 from lora.nf4 import NF4Linear, dequantize, from_bitsandbytes
@@ -56,7 +56,7 @@ def save(model: Any, folder: Path, load: Any = None, dtype: Any = torch.float32,
     found.save_pretrained(folder / "packed", max_shard_size="9KB")
     assert len(list((folder / "packed").glob("*.safetensors"))) > 1
     for place in ("dense", "packed"):
-        words = load_base("demo", 2, "classification", 0).tokenizer
+        words = load_skeleton("demo", 2, "classification").tokenizer
         fits = model.config.vocab_size >= len(words)
         (words if fits else tokenizer()).save_pretrained(folder / place)
     return found

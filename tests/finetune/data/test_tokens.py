@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lora.finetune.data import tokens
 from lora.finetune.data.corpus import Example
 from lora.finetune.data.tokens import Encoded, ahead, batches, collate, sorted_batches, tokenize
-from lora.finetune.models import load_base
+from lora.finetune.models import load_skeleton
 
 TEXTS = ["a good film", "not a wasted frame", "dull", "", "a good film"]
 
@@ -65,7 +65,7 @@ def test_collate_pads_to_the_longest_of_the_batch() -> None:
 
 
 def test_a_mask_is_made_where_the_tokenizer_leaves_it_out() -> None:
-    tokenizer = load_base("demo", 2, "classification", 0).tokenizer
+    tokenizer = load_skeleton("demo", 2, "classification").tokenizer
     tokenizer.model_input_names = ["input_ids"]
     found = tokenize(tokenizer, [Example("a good film", None, None)], [0.0], "classification", 16)
     assert found.fields["attention_mask"].tolist() == [1] * 5
@@ -79,7 +79,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tokenizer() -> Any:
-    return load_base("demo", 2, "classification", 0).tokenizer
+    return load_skeleton("demo", 2, "classification").tokenizer
 
 
 def encoded(tokenizer: Any, texts: list[str] = TEXTS, length: int = 16, pair: str | None = None,
@@ -272,7 +272,7 @@ def _slowly(folder: str, began: Any, made: Any) -> None:
         return original(*arguments)
 
     tokens._tokenize = slow
-    encoded(load_base("demo", 2, "classification", 0).tokenizer)
+    encoded(load_skeleton("demo", 2, "classification").tokenizer)
 
 
 def test_a_second_process_waits_for_the_first(cache: Path) -> None:
