@@ -14,7 +14,9 @@ import inspect
 import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -385,7 +387,10 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     if {"-h", "--help"} & set(arguments):
         for part in kinds:
             reflow_help(part)
-        more.setdefault("description", " ".join((inspect.getdoc(kinds[0]) or "").split()))
+        text = more.get("description") or inspect.getdoc(kinds[0]) or ""
+        # tyro does not wrap it, and joins lines unless they begin with a space.
+        lines = textwrap.wrap(" ".join(text.split()), shutil.get_terminal_size().columns - 1)
+        more["description"] = "\n".join(f" {line}" for line in lines)
     report = io.StringIO()
     try:
         with redirect_stderr(report):

@@ -183,6 +183,7 @@ def test_help_is_wrapped_to_the_terminal(
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == columns
     texts = [line[1:-1].rstrip() for line in lines if len(line) == columns]  # inside the box
     indents = Counter(len(text) - len(text.lstrip()) for text in texts)
     indent = max(indents, key=lambda width: indents[width] * (width > 1))  # of help texts
