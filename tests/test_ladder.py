@@ -41,9 +41,9 @@ LADDER = [
 PACKAGE = ROOT / "lora"
 # What imports transformers; the core knows its classes by name, and testing builds a Conv1D.
 TRANSFORMERS = {
-    "foreign", "testing._toys", "interop.gguf_base", "interop.pretrained", "interop.trainer",
-    "finetune.generate", "finetune.demo.bases", "finetune.memory", "finetune.models",
-    "finetune.quantized", "finetune.environment", "finetune.weights",
+    "foreign", "testing._toys", "interop.gguf_base", "interop.llama_cpp", "interop.pretrained",
+    "interop.trainer", "finetune.generate", "finetune.demo.bases", "finetune.memory",
+    "finetune.models", "finetune.quantized", "finetune.environment", "finetune.weights",
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from lora.finetune.flags import as_flag
 from lora.finetune.verbs import (
     CheckConfig,
     EvalConfig,
+    ExportConfig,
     FetchConfig,
     GenerateConfig,
     MergeConfig,
@@ -55,7 +56,7 @@ VERBS = {
     "compare": "train several methods with several seeds, and print one table",
     "plot": "draw loss and score curves of runs",
     "merge": "merge an adapter into its base and save a plain model",
-    "export": "write an adapter as GGUF for llama.cpp, or print the vLLM command",
+    "export": "write an adapter or a merged model as GGUF, or print the vLLM command",
     "convert": "convert a loralib checkpoint into an adapter in PEFT's format",
     "methods": "list the methods, or check a method that you wrote",
 }
@@ -437,7 +438,7 @@ def _merge(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
     config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
-    from lora.finetune.trained import merge_run
+    from lora.finetune.merged import merge_run
 
     options = config.dequantize, config.untie, config.dtype, config.tolerance
     print(merge_run(_source_of(config), config.output, *options))
@@ -446,23 +447,11 @@ def _merge(arguments: list[str]) -> None:
 
 def _export(arguments: list[str]) -> None:
     from lora.finetune.config import parse
-    from lora.interop.export import ExportConfig, base_named, export
 
     config: ExportConfig = parse(ExportConfig, _leading(arguments, "--adapter"), "lora export")
-    print(export(config, _answer_ends(config.adapter, base_named(config.adapter, config.base))))
+    from lora.finetune.export import export
 
-
-def _answer_ends(adapter: Path, base: str) -> Any:
-    """Returns the tokens that end an answer and the template of a run with --task text; None for
-    an adapter without its run, or another task."""
-    from lora.finetune.inputs import export_ends
-    from lora.finetune.run_folder import config_of, run_around
-
-    run = run_around(adapter)
-    if run is None:
-        return None
-    config = config_of(run)
-    return export_ends(config, base) if config.task == "text" else None
+    print(export(config))
 
 
 def _plot(arguments: list[str]) -> None:

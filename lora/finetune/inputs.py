@@ -30,9 +30,10 @@ from lora.finetune.data.previews import preview
 from lora.finetune.data.rows import SPLITS, BadRows
 from lora.finetune.data.templates import Template, template_of
 from lora.finetune.data.tokens import IGNORED, Encoded, batches, collate, drawn, layout
+from lora.finetune.data.turns import text_around_turns
 from lora.finetune.methods import method_named
-from lora.finetune.models import Base, check_ids, writing_parts
-from lora.interop.export import Ends
+from lora.finetune.models import Base, check_ids
+from lora.interop.answers import AnswerFormat
 from lora.method import Calibrated
 
 
@@ -342,17 +343,21 @@ def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
         tokenizer.chat_template = template.jinja
 
 
-def export_ends(config: RunConfig[Any], base: str) -> Ends:
-    """Returns the end tokens and the template of a run, for engines that read its adapter."""
-    tokenizer, generation = writing_parts(base)
+def answer_format(config: RunConfig[Any], tokenizer: Any, generation: Any) -> AnswerFormat:
+    """Returns the end tokens and the template of a run, for engines that read what it trained.
+
+    tokenizer, generation: the base's tokenizer and generation config.
+    """
     template, base_template = template_of(tokenizer, config.template), tokenizer.chat_template
     ids = ends_of(template, generation)
     known = {tokenizer.eos_token_id, *_eos_ids(generation)}
-    return Ends(
-        tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
+    return AnswerFormat(
+        ends=dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True)),
         turn=next((token for token in template.stops if token not in known), None),
         generation={**generation.to_diff_dict(), "eos_token_id": [*ids]},
         template=None if template.jinja == base_template else template.jinja,
+        turns=text_around_turns(template),
+        max_new_tokens=config.max_new_tokens,
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,11 +13,9 @@ from typing import Any, Literal
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
 
-from lora import nf4
 from lora.checkpoint import load
-from lora.errors import ConfigError, DataError, MergeError, RunError, command
+from lora.errors import ConfigError, DataError, RunError
 from lora.files import writable
 from lora.finetune import distributed
 from lora.finetune.assemble import add_adapter, build_base, check_head, quantizes_later
@@ -31,14 +27,12 @@ from lora.finetune.data.encoding import refuse_prompts
 from lora.finetune.data.messages import Message
 from lora.finetune.data.rows import BadRows
 from lora.finetune.data.templates import template_of
-from lora.finetune.data.tokens import Encoded, collate, layout
+from lora.finetune.data.tokens import Encoded
 from lora.finetune.evaluate import EVALUATED, predict, records_of
-from lora.finetune.generate import Writing, padded, row_of, scored, written
+from lora.finetune.generate import Writing, row_of, scored, written
 from lora.finetune.inputs import (
     columns_in,
-    decoder_start,
     encoded_of,
-    hand_on,
     prompts_of,
     read_corpus,
     read_texts,
@@ -46,18 +40,14 @@ from lora.finetune.inputs import (
     thought_end,
 )
 from lora.finetune.memory import set_dtype
-from lora.finetune.methods import method_named
 from lora.finetune.models import load_tokenizer
 from lora.finetune.record import answers_of, environment_of, summary_of, write_lines
-from lora.finetune.run_folder import check_free
 from lora.finetune.screen import progress_bar, reading
 from lora.finetune.source import Source, open_source
 from lora.finetune.weights import FLOATS
 from lora.injection import disabled, eject
-from lora.merging import merge, output_on
 
 Acts = Literal["on", "off", "both"]
-WrittenDtype = Literal["base", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -74,13 +64,14 @@ class Trained:
 def reopen(source: Source | Path, base: str | None = None) -> Trained:
     """Loads the model of a run directory or of an adapter's folder: the base with the adapter, in
     the dtype that training uses. `base` is the new path of the base if it has moved."""
-    trained = _reopened(source if isinstance(source, Source) else open_source(source, base))
+    opened = source if isinstance(source, Source) else open_source(source, base)
+    trained = reopen_in_base_dtype(opened)
     set_dtype(trained.model, trained.config.dtype)
     return trained
 
 
-def _reopened(source: Source) -> Trained:
-    """Loads the same model in the dtype of its base."""
+def reopen_in_base_dtype(source: Source) -> Trained:
+    """Loads the same model in the dtype of its base, to merge it."""
     config = source.config
     resized_by = source.adapter if source.resizes else None
     base = build_base(config, config.labels, config.task, adapter=resized_by)
@@ -160,7 +151,7 @@ def rescore(
             examples = examples_of(corpus, name)
             if config.task != "text":
                 _check_pairs(source, examples)
-            encoded = _encoded(trained, corpus, examples)
+            encoded = encode_examples(trained, corpus, examples)
             notes = [corpus.note] if data is not None else []
             if config.task == "text":
                 corpus, skipped = screened(corpus)
@@ -214,7 +205,7 @@ def predict_texts(
                 ]
             _check_pairs(source, examples)
             corpus = Corpus(str(data), config.task, config.labels, (), (), ())
-            encoded = _encoded(trained, corpus, examples, labelled=False)
+            encoded = encode_examples(trained, corpus, examples, labelled=False)
         logits = predict(trained.model, encoded, EVALUATED, progress)
     _put_out(records_of(corpus, examples, logits), output)
     return None
@@ -319,7 +310,7 @@ def answers(
     return results
 
 
-def _encoded(
+def encode_examples(
     trained: Trained, corpus: Corpus, examples: Sequence[Any], labelled: bool = True
 ) -> Encoded:
     parts = trained.tokenizer, trained.model, examples, labelled
@@ -337,96 +328,6 @@ def _check_pairs(source: Source, examples: Sequence[Example]) -> None:
             f" {'pairs' if paired else 'single texts'}. Pass what it was trained on: --pair for a"
             " pair's second text, and in a file --text-column and --pair-column."
         )
-
-
-def merge_run(
-    source: Source,
-    output: Path,
-    dequantize: bool = False,
-    untie: bool = False,
-    dtype: WrittenDtype = "base",
-    tolerance: float | None = None,
-) -> str:
-    """Merge a model and save it as a plain one in a new folder. Returns a report: what was merged,
-    and how far merging and rounding moved the logits on the run's first texts."""
-    check_free(output, "--output", "model")
-    directory = source.directory
-    with progress_bar() as progress, reading(progress):
-        trained = _reopened(source)
-        model, probe = trained.model, _probe_batch(trained, directory)
-        packed = sum(isinstance(module, nf4.NF4Linear) for module in model.modules())
-        if packed and not dequantize:
-            raise RunError(
-                f"{directory} has a base in NF4, whose 16 levels cannot represent a merged weight."
-                " To merge into the dequantized base, run"
-                f" {command('lora', 'merge', directory, '--dequantize')}."
-            )
-        if dequantize and not packed:
-            raise ConfigError(
-                f"--dequantize has no effect: the base of {directory} is not quantized. Remove it."
-            )
-        report = f"into the base {trained.config.base}"
-        if packed:
-            nf4.dequantize_layers(model)
-            report = f"into {packed} dequantized layers, not the base's original weights"
-        if method_named(trained.config.method).keeps_base:
-            report = f"{merge(model, untie, probe, tolerance)}; {report}"
-        else:
-            report = f"nothing to merge: {trained.config.method} trained the base itself"
-        eject(model)
-        report += f"; {_round(model, trained.stored, dtype, probe)}"
-        if trained.config.task == "text":
-            hand_on(trained.config, trained.tokenizer, model)
-        temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-        try:
-            with writable(output, RunError):
-                model.save_pretrained(temporary)
-                trained.tokenizer.save_pretrained(temporary)
-                temporary.rename(output)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return report
-
-
-def _round(model: Any, stored: torch.dtype, to: WrittenDtype, probe: dict[str, Tensor]) -> str:
-    """Round a float32 model to the dtype that it is saved in. Returns a report: the dtype, and how
-    far rounding moved the outputs. Raises MergeError if a weight overflows."""
-    dtype = stored if to == "base" else getattr(torch, to)
-    short = str(dtype).removeprefix("torch.")
-    report = f"saved in {short}{', the dtype of the base' if to == 'base' else ''}"
-    if dtype != torch.float32:
-        before = output_on(model, probe)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype).float()
-            if not parameter.isfinite().all():
-                raise MergeError(
-                    f"merge: {name} holds numbers outside the range of {short}. Set --dtype float32"
-                    " or bfloat16."
-                )
-        moved = float((output_on(model, probe) - before).abs().max())
-        report += f"; rounding moved the outputs by at most {moved:.3g}"
-    model.to(dtype)
-    return report
-
-
-def _probe_batch(trained: Trained, directory: Path) -> dict[str, Tensor]:
-    """Returns the first texts of the run's predictions.jsonl as one batch; without that file, a
-    single text."""
-    path = directory / "predictions.jsonl"
-    config, task = trained.config, trained.config.task
-    rows = answers_of(directory, task, 8) or [{"text": "a", "prompt": "a"}]
-    corpus = Corpus(str(path), task, (), (), (), ())
-    if task == "text":
-        talks = [talk for row in rows for talk in from_row(row, str(path), answered=False)]
-        ids, _ = prompts_of(config, trained.tokenizer, trained.model, talks)
-        model = trained.model
-        batch = padded(model, ids, trained.tokenizer.pad_token_id, trained.device)
-        if model.config.is_encoder_decoder:
-            batch["decoder_input_ids"] = torch.full_like(batch["input_ids"], decoder_start(model))
-        return batch
-    examples = [Example(row["text"], row.get("pair"), None) for row in rows]
-    encoded = _encoded(trained, corpus, examples, labelled=False)
-    return collate(encoded, layout(encoded, range(len(examples))), trained.device)[0]
 
 
 def system_of(directory: Path) -> str | None:

@@ -1,7 +1,7 @@
 """The flags of each verb: one frozen dataclass per verb, one field per flag.
 
-Elsewhere: lora train in config.RunConfig, lora compare in compare.CompareConfig, lora export and
-lora convert in lora/interop.
+Elsewhere: lora train in config.RunConfig, lora compare in compare.CompareConfig, lora convert in
+lora/interop.
 """
 
 from __future__ import annotations
@@ -182,6 +182,32 @@ class MergeConfig(ModelFlags):
     tolerance: float | None = None
     """Maximum change of an output on the run's first texts that the merge may cause. Default: a
     multiple of the rounding error measured on the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Export for another program: write the adapter or the merged model as GGUF for llama.cpp or
+    Ollama, or check the adapter and print the command that serves it with vLLM."""
+
+    adapter: Path
+    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    format: Literal["gguf", "ollama", "vllm"] = "gguf"
+    """gguf: write a GGUF file. ollama: write a GGUF file and a Modelfile. vllm: check the adapter's
+    folder and print the command that serves it; if a run's template or end-of-turn token differs
+    from the base's, they are written into the folder."""
+    merged: bool = False
+    """Write the whole model with the adapter merged into it, not the adapter alone. If the package
+    xllamacpp is installed, its answers to 20 prompts are compared with those of transformers."""
+    base: str | None = None
+    """Base model: a folder with config.json, a GGUF file, or a name on the Hugging Face hub.
+    Default: the one that the adapter names."""
+    output: Path | None = None
+    """GGUF file to write. Default: adapter.gguf or merged.gguf in the adapter's folder."""
+    dtype: Literal["f16", "q8_0", "bf16", "f32"] = "f16"
+    """Type of the matrices in the GGUF file. q8_0, 8 bits per weight, needs --merged."""
+    dequantize: bool = False
+    """With --merged, if the base is quantized: merge into the dequantized weights. They differ from
+    the base's original weights by the quantization error."""
 
 
 @dataclass(frozen=True, kw_only=True)

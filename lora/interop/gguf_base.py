@@ -13,6 +13,7 @@ import importlib.util
 import io
 import math
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,10 +61,8 @@ def _stated_config(header: GGUFHeader) -> dict[str, Any]:
     path = header.path
     _check_mapped(header)
     try:
-        with _quick_library(header):
-            stated, _ = transformers.PretrainedConfig.get_config_dict(
-                str(path.parent), gguf_file=path.name
-            )
+        with _quick_library(header), _only_file(path) as (folder, file):
+            stated, _ = transformers.PretrainedConfig.get_config_dict(folder, gguf_file=file)
     except Exception as error:  # a damaged file may raise any error
         raise ModelError(f"--base {path} cannot be loaded: {error}. Pass another file.") from error
     name = f"--base {path}: its metadata, as config.json,"
@@ -163,10 +162,11 @@ def gguf_tokenizer(path: Path) -> Any:
     # Before 5.23 transformers read the tokens with the reader that we replace.
     light = importlib.util.find_spec("transformers.integrations.gguf") is not None
     try:
-        with _quick_library(header) if light else contextlib.nullcontext():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(path.parent), gguf_file=path.name
-            )
+        with contextlib.ExitStack() as stack:
+            folder, file = stack.enter_context(_only_file(path))
+            if light:
+                stack.enter_context(_quick_library(header))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     except Exception as error:  # a damaged file may raise any error
         raise ModelError(
             f"--base {path}: its tokenizer cannot be loaded: {error}. Pass another file."
@@ -186,6 +186,7 @@ def gguf_tokenizer(path: Path) -> Any:
     length = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(length, int):
         tokenizer.model_max_length = length
+    tokenizer.name_or_path = str(path)
     return tokenizer
 
 
@@ -202,10 +203,13 @@ def gguf_model(path: Path, config: Any, auto: Any) -> tuple[Any, Mapping[str, An
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # not before transformers 5.23
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # The bar of transformers' GGUF reader ignores disable_progress_bar().
-    with contextlib.redirect_stderr(io.StringIO()), _quick_library(read_header(path)):
+    with contextlib.ExitStack() as stack:
+        # The bar of transformers' GGUF reader ignores disable_progress_bar().
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(_quick_library(read_header(path)))
+        folder, file = stack.enter_context(_only_file(path))
         model, loading = auto.from_pretrained(
-            str(path.parent), gguf_file=path.name, config=config, dtype=torch.float32,
+            folder, gguf_file=file, config=config, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     # The weights are dense, but the model calls itself quantized, and save_pretrained refuses.
@@ -214,6 +218,14 @@ def gguf_model(path: Path, config: Any, auto: Any) -> tuple[Any, Mapping[str, An
         quantizer.remove_quantization_config(model)
     model.config._name_or_path = str(path)
     return model, loading
+
+
+@contextlib.contextmanager
+def _only_file(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields the folder and the gguf_file with which transformers reads this file and nothing else:
+    beside it there may be a tokenizer, a config, or an adapter that names another base."""
+    with tempfile.TemporaryDirectory() as empty:
+        yield empty, str(path.resolve())
 
 
 @contextlib.contextmanager

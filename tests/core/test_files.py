@@ -28,13 +28,16 @@ from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import read_prompts
 from lora.finetune.data.rows import read_source
 from lora.finetune.data.templates import template_of
+from lora.finetune.export import export
+from lora.finetune.merged import merge_run
 from lora.finetune.plots import draw_curves
 from lora.finetune.record import write_lines
 from lora.finetune.run import resume, run
 from lora.finetune.run_folder import check_free, config_of
 from lora.finetune.source import open_source
-from lora.finetune.trained import merge_run, rescore
-from lora.interop.export import ExportConfig, export, export_gguf
+from lora.finetune.trained import rescore
+from lora.finetune.verbs import ExportConfig
+from lora.interop.gguf_adapter import write_gguf_adapter
 from lora.interop.loralib import ConvertConfig, convert
 
 
@@ -127,7 +130,7 @@ def test_a_full_disk_in_export_and_in_lines(tmp_path: Path) -> None:
     lora.inject(llama, lora.LoRAConfig(r=2))
     folder = lora.save(llama, tmp_path / "adapter")
     with a_full_disk(), pytest.raises(CheckpointError, match="cannot be written: File too large"):
-        export_gguf(folder, llama.config, tmp_path / "a.gguf")
+        write_gguf_adapter(folder, llama.config, tmp_path / "a.gguf")
     with a_full_disk(), pytest.raises(RunError, match="cannot be written: File too large"):
         write_lines(tmp_path / "lines.jsonl", [{"text": "x" * 1000}])
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}

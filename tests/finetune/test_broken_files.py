@@ -35,11 +35,12 @@ from lora.finetune import compare, config, plots, record, state
 from lora.finetune.data import encoding, templates, tokens
 from lora.finetune.data.conversations import from_row, read_prompts
 from lora.finetune.data.corpus import Columns, Example, read_predictions, unlabelled
+from lora.finetune.export import export
 from lora.finetune.inputs import read_corpus
 from lora.finetune.models import load_base, load_skeleton
 from lora.finetune.run_folder import config_of
 from lora.finetune.source import open_source
-from lora.interop.export import ExportConfig, export
+from lora.finetune.verbs import ExportConfig
 from lora.interop.loralib import ConvertConfig, convert
 from lora.interop.pretrained import base_config, skeleton_of
 

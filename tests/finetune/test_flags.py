@@ -17,7 +17,7 @@ from lora.finetune.cli import main
 from lora.finetune.compare import CompareConfig
 from lora.finetune.config import field_names, from_table, parse_run
 from lora.finetune.flags import HOW, NEAR, as_flag, hint
-from lora.interop.export import ExportConfig
+from lora.finetune.verbs import ExportConfig
 from lora.interop.loralib import ConvertConfig
 
 VERBS: dict[str, Any] = {

@@ -18,15 +18,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lora
 from lora.finetune.cli import main
+from lora.finetune.export import export
 from lora.finetune.models import load_base
-from lora.interop.export import (
-    ExportConfig,
-    check_vllm,
-    export,
-    export_gguf,
-    read_filed,
-    vllm_command,
-)
+from lora.finetune.verbs import ExportConfig
+from lora.interop.gguf_adapter import write_gguf_adapter
+from lora.interop.saved_lora import read_saved_lora
+from lora.interop.vllm import reasons_against_vllm, vllm_command
 from lora.testing import perturb
 from lora.vocabulary import resize
 
@@ -74,7 +71,7 @@ def test_every_layer_is_there_under_its_name(name: str, tmp_path: Path) -> None:
     model = build(name)
     folder = saved(model, tmp_path / "adapter")
     layers = model.lora_adapters["default"].targets
-    assert export_gguf(folder, model.config, tmp_path / "a.gguf", "f32") == len(layers)
+    assert write_gguf_adapter(folder, model.config, tmp_path / "a.gguf", "f32") == len(layers)
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields["general.type"] == "adapter"
     assert fields["adapter.type"] == "lora"
@@ -110,7 +107,7 @@ def test_attention_scores_under_the_engines_own_rotation(name: str, tmp_path: Pa
     """The scores of the updates alone: rows in an order that is wrong give others."""
     model = build(name)
     folder = saved(model, tmp_path / "adapter", target_modules="attention")
-    export_gguf(folder, model.config, tmp_path / "a.gguf", "f32")
+    write_gguf_adapter(folder, model.config, tmp_path / "a.gguf", "f32")
     fields, tensors = read(tmp_path / "a.gguf")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))  # (tokens, hidden)
     angles = torch.outer(torch.arange(5.0), 0.3 ** torch.arange(4.0))  # (tokens, d/2)
@@ -139,7 +136,7 @@ def test_attention_scores_under_the_engines_own_rotation(name: str, tmp_path: Pa
 def test_neox_has_all_queries_first(tmp_path: Path) -> None:
     model = build("gpt_neox")
     folder = saved(model, tmp_path / "adapter", target_modules="attention")
-    export_gguf(folder, model.config, tmp_path / "a.gguf", "f32")
+    write_gguf_adapter(folder, model.config, tmp_path / "a.gguf", "f32")
     fields, tensors = read(tmp_path / "a.gguf")
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     path = "gpt_neox.layers.0.attention.query_key_value"
@@ -164,7 +161,7 @@ def test_neox_has_all_queries_first(tmp_path: Path) -> None:
 def test_each_layer_keeps_its_scaling(settings: Any, alpha: float, tmp_path: Path) -> None:
     model = build("qwen2")
     folder = saved(model, tmp_path / "adapter", target_modules="attention", **settings)
-    export_gguf(folder, model.config, tmp_path / "a.gguf", "f32")
+    write_gguf_adapter(folder, model.config, tmp_path / "a.gguf", "f32")
     fields, tensors = read(tmp_path / "a.gguf")
     assert fields["adapter.lora.alpha"] == alpha
     for block in (0, 1):
@@ -177,7 +174,7 @@ def test_each_layer_keeps_its_scaling(settings: Any, alpha: float, tmp_path: Pat
 def test_embedding_and_head(tmp_path: Path) -> None:
     model = build("llama")
     folder = saved(model, tmp_path / "adapter", target_modules=("embed_tokens", "lm_head"))
-    export_gguf(folder, model.config, tmp_path / "a.gguf", "f32")
+    write_gguf_adapter(folder, model.config, tmp_path / "a.gguf", "f32")
     fields, tensors = read(tmp_path / "a.gguf")
     # llama.cpp takes rows of A by the tokens, and multiplies them by B
     A, B = (tensors[f"token_embd.weight.lora_{side}"] for side in "ab")
@@ -195,7 +192,7 @@ def test_in_sixteen_bits(dtype: Any, eps: float, tmp_path: Path) -> None:
     model = build("llama")
     folder = saved(model, tmp_path / "adapter")
     for one in ("f32", dtype):
-        export_gguf(folder, model.config, tmp_path / f"{one}.gguf", one)
+        write_gguf_adapter(folder, model.config, tmp_path / f"{one}.gguf", one)
     _, exact = read(tmp_path / "f32.gguf")
     _, found = read(tmp_path / f"{dtype}.gguf")
     for name, tensor in exact.items():
@@ -208,21 +205,21 @@ def test_in_sixteen_bits(dtype: Any, eps: float, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "match"),
     [
-        ("llama", {"modules_to_save": ("lm_head",)}, r"lm_head\S* is no part of a low-rank"),
-        ("qwen2", {"bias": "all"}, r"bias is no part of a low-rank"),
-        ("qwen2", {"lora_bias": True, "target_modules": ("q_proj",)}, r"lora_B.bias is no part"),
-        ("llama", {"trainable_token_indices": (3,)}, r"embed_tokens\S* is no part"),
-        ("gemma", {"target_modules": ("lm_head",)}, "lm_head is no tensor that llama.cpp adapts"),
-        ("gpt2", {"target_modules": ("lm_head",)}, "lm_head is tied"),
-        ("gpt2", {"target_modules": ("wte",)}, "wte is tied"),
-        ("gpt2", {"target_modules": ("wpe",)}, "wpe is no tensor that llama.cpp adapts in gpt2"),
+        ("llama", {"modules_to_save": ("lm_head",)}, r"lm_head\S* is not part of a low-rank"),
+        ("qwen2", {"bias": "all"}, r"bias is not part of a low-rank"),
+        ("qwen2", {"lora_bias": True, "target_modules": ("q_proj",)}, r"lora_B.bias is not part"),
+        ("llama", {"trainable_token_indices": (3,)}, r"embed_tokens\S* is not part"),
+        ("gemma", {"target_modules": ("lm_head",)}, "llama.cpp does not adapt lm_head"),
+        ("gpt2", {"target_modules": ("lm_head",)}, "lm_head shares its weight"),
+        ("gpt2", {"target_modules": ("wte",)}, "wte shares its weight"),
+        ("gpt2", {"target_modules": ("wpe",)}, "llama.cpp does not adapt transformer.wpe in gpt2"),
     ],
 )
 def test_what_llama_cpp_has_no_form_of(name: str, settings: Any, match: str, tmp_path) -> None:
     model = build(name)
     folder = saved(model, tmp_path / "adapter", **settings)
     with pytest.raises(lora.CheckpointError, match=f"{match}.*lora merge"):
-        export_gguf(folder, model.config, tmp_path / "a.gguf")
+        write_gguf_adapter(folder, model.config, tmp_path / "a.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
@@ -230,24 +227,24 @@ def test_another_method_base_or_file_is_named(tmp_path: Path) -> None:
     model, output = build("llama"), tmp_path / "a.gguf"
     lora.inject(model, lora.METHODS["dora"].Config(r=2))
     dora = lora.save(model, tmp_path / "dora")
-    with pytest.raises(lora.CheckpointError, match="is of dora.*lora merge"):
-        export_gguf(dora, model.config, output)
+    with pytest.raises(lora.CheckpointError, match="was trained with dora.*lora merge"):
+        write_gguf_adapter(dora, model.config, output)
     folder = saved(distilbert(), tmp_path / "other")
-    with pytest.raises(lora.ConfigError, match="'distilbert' no adapters.*llama, mistral"):
-        export_gguf(folder, distilbert().config, output)
+    with pytest.raises(lora.ConfigError, match="'distilbert', and adapters.*llama, mistral"):
+        write_gguf_adapter(folder, distilbert().config, output)
     folder = saved(build("llama"), tmp_path / "adapter")
     config = build("llama").config
     config.num_attention_heads = 24
     with pytest.raises(lora.CheckpointError, match="q_proj.lora_B.weight is .* in the file"):
-        export_gguf(folder, config, output)
+        write_gguf_adapter(folder, config, output)
     output.write_text("mine")
-    with pytest.raises(lora.ConfigError, match="stands already"):
-        export_gguf(folder, model.config, output)
+    with pytest.raises(lora.ConfigError, match="exists already"):
+        write_gguf_adapter(folder, model.config, output)
     assert output.read_text() == "mine"
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 7}))
     with pytest.raises(lora.CheckpointError, match="was edited"):
-        export_gguf(folder, model.config, tmp_path / "b.gguf")
+        write_gguf_adapter(folder, model.config, tmp_path / "b.gguf")
 
 
 def test_values_beyond_half_precision(tmp_path: Path) -> None:
@@ -258,8 +255,8 @@ def test_values_beyond_half_precision(tmp_path: Path) -> None:
         model.model.layers[0].mlp.up_proj.adapters["default"].lora_B[0, 0] = 1e6
     folder = lora.save(model, tmp_path / "adapter")
     with pytest.raises(lora.CheckpointError, match=r"ffn_up.weight.lora_b is not finite in f16"):
-        export_gguf(folder, model.config, tmp_path / "a.gguf")
-    export_gguf(folder, model.config, tmp_path / "a.gguf", "bf16")
+        write_gguf_adapter(folder, model.config, tmp_path / "a.gguf")
+    write_gguf_adapter(folder, model.config, tmp_path / "a.gguf", "bf16")
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
@@ -267,7 +264,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "adapter")
     (tmp_path / "file").write_text("")
     with pytest.raises(lora.CheckpointError, match="cannot be written: .*--output"):
-        export_gguf(folder, model.config, tmp_path / "file" / "a.gguf")
+        write_gguf_adapter(folder, model.config, tmp_path / "file" / "a.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter", "file"}
 
 
@@ -284,9 +281,9 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
     assert said == (
         f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules run={run / 'adapter'}"
     )
-    with pytest.raises(lora.ConfigError, match="writes no GGUF"):
+    with pytest.raises(lora.ConfigError, match="writes no GGUF file"):
         export(ExportConfig(adapter=run, format="vllm", output=tmp_path / "x"))
-    with pytest.raises(lora.errors.ModelError, match="none: no such folder"):
+    with pytest.raises(lora.errors.ModelError, match="none: no such folder or file"):
         export(ExportConfig(adapter=run, base=str(tmp_path / "none"), output=tmp_path / "x"))
     bare = saved(build("mistral"), tmp_path / "bare")
     with pytest.raises(lora.ConfigError, match="names no base that another engine has"):
@@ -300,7 +297,10 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
 def test_vllm_takes_it(settings: Any, tmp_path: Path) -> None:
     model = build("llama")
     assert (
-        check_vllm(read_filed(saved(model, tmp_path / "adapter", **settings), model.config)) == []
+        reasons_against_vllm(
+            read_saved_lora(saved(model, tmp_path / "adapter", **settings), model.config)
+        )
+        == []
     )
 
 
@@ -310,17 +310,21 @@ def test_vllm_takes_it(settings: Any, tmp_path: Path) -> None:
         ("llama", {"modules_to_save": ("lm_head",)}, "lm_head.*no modules_to_save"),
         ("qwen2", {"bias": "lora_only"}, "bias.*no biases"),
         ("llama", {"trainable_token_indices": (3,)}, "embed_tokens.*no trained tokens"),
-        ("llama", {"rank_pattern": {"v_proj": 2}}, "v_proj and 1 others have a rank"),
-        ("llama", {"alpha_pattern": {"v_proj": 2}}, "v_proj and 1 others have a rank"),
-        ("llama", {"r": 600, "target_modules": ("v_proj",)}, "rank 600: vLLM takes 512 at most"),
-        ("gpt2", {"target_modules": ("wte",)}, "wte: vLLM adapts no embedding but embed_tokens"),
+        ("llama", {"rank_pattern": {"v_proj": 2}}, "v_proj and 1 others have another rank"),
+        ("llama", {"alpha_pattern": {"v_proj": 2}}, "v_proj and 1 others have another rank"),
+        ("llama", {"r": 600, "target_modules": ("v_proj",)}, "rank 600: vLLM takes at most 512"),
+        (
+            "gpt2",
+            {"target_modules": ("wte",)},
+            "wte: the only embedding that vLLM adapts is embed_tokens",
+        ),
     ],
 )
 def test_what_stands_against_vllm(name: str, settings: Any, match: str, tmp_path: Path) -> None:
     model = build(name)
     folder = saved(model, tmp_path / "adapter", **settings)
     model.config.save_pretrained(tmp_path / "base")
-    assert len(check_vllm(read_filed(folder, model.config))) == 1
+    assert len(reasons_against_vllm(read_saved_lora(folder, model.config))) == 1
     with pytest.raises(lora.CheckpointError, match=f"(?s)cannot serve.*{match}.*lora merge"):
         vllm_command(folder, str(tmp_path / "base"))
 
@@ -370,7 +374,7 @@ def test_what_load_refuses_export_refuses_in_the_same_words(damage: str, tmp_pat
     with pytest.raises(lora.LoraError, match=match) as loaded:
         lora.load(build("llama"), folder)
     with pytest.raises(lora.LoraError) as exported:
-        export_gguf(folder, model.config, tmp_path / "a.gguf")
+        write_gguf_adapter(folder, model.config, tmp_path / "a.gguf")
     with pytest.raises(lora.LoraError) as served:
         vllm_command(folder, str(tmp_path / "base"))
     assert str(loaded.value) == str(exported.value) == str(served.value)
@@ -406,7 +410,7 @@ def test_an_export_that_fails_leaves_no_temporary_file(
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", fail)
     wanted = lora.CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(wanted):
-        export_gguf(folder, model.config, tmp_path / "a.gguf")
+        write_gguf_adapter(folder, model.config, tmp_path / "a.gguf")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
@@ -453,7 +457,7 @@ def test_an_adapter_of_a_resized_base_names_the_merge_that_works(
     for form in ("gguf", "vllm"):
         assert main(["export", str(folder), "--base", place, "--format", form]) == 2
         said = " ".join(capsys.readouterr().err.split())
-        assert "was made on a base with 261 tokens, found one with 259" in said
+        assert "was trained on a base with 261 tokens, found one with 259" in said
         assert "Merge it into the base instead: lora merge" in said
     _, *words = shlex.split(said[said.index("lora merge") :].removesuffix("."))
     merged = tmp_path / "FOLDER"

@@ -15,7 +15,7 @@ from gguf_bases import bytes_of_sentencepiece, write_base
 from torch import Tensor
 
 import lora
-from lora.interop.export import export_gguf
+from lora.interop.gguf_adapter import write_gguf_adapter
 from lora.testing import perturb
 
 gguf = pytest.importorskip("gguf")
@@ -67,7 +67,9 @@ def test_the_engine_computes_what_we_do(name: str, settings: Any, within: float,
     write_base(model, tmp_path / "base.gguf")
     lora.inject(model, lora.LoRAConfig(**{"r": 4, "lora_alpha": 6, **settings}))
     perturb(model)
-    export_gguf(lora.save(model, tmp_path / "adapter"), model.config, tmp_path / "a.gguf", "f32")
+    write_gguf_adapter(
+        lora.save(model, tmp_path / "adapter"), model.config, tmp_path / "a.gguf", "f32"
+    )
 
     def ours(ids: list[int]) -> Tensor:
         with torch.no_grad():

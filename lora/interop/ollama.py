@@ -1,0 +1,56 @@
+"""Writes a Modelfile, from which Ollama makes a model that answers as `lora generate` does.
+
+Ollama reads no Jinja: it compares the template in a GGUF file with a list of known ones, and takes
+the text of the prompt alone if it knows none. A template that only writes text around each message
+has an equal in Go's template language, which is written here. Of others it has to be written by
+hand.
+"""
+
+from __future__ import annotations
+
+from lora.interop.answers import AnswerFormat, Turns
+
+# Ollama's defaults sample, and lower the probability of tokens that occurred before.
+AS_GENERATED = {"temperature": 0, "repeat_penalty": 1}
+
+
+def modelfile(model: str, adapter: str | None, answer: AnswerFormat | None) -> str:
+    """Returns the Modelfile of a GGUF model, with a GGUF adapter if one is given.
+
+    model, adapter: paths as they are written into the file. A path in it is relative to the file.
+    """
+    lines = [f"FROM {model}"]
+    if adapter is not None:
+        lines.append(f"ADAPTER {adapter}")
+    if answer is None:
+        return "\n".join(lines) + "\n"
+    template = None if answer.turns is None else go_template(answer.turns)
+    if template is None:
+        lines += [
+            "# The run's chat template has no equal here. If Ollama does not know it from the GGUF",
+            "# file, write it as TEMPLATE, in Go's template language.",
+        ]
+    else:
+        lines.append(f'TEMPLATE """{template}"""')
+    system = None if answer.turns is None else answer.turns.system
+    if template is not None and system and '"""' not in system:
+        lines.append(f'SYSTEM """{system}"""')
+    for token in answer.ends:
+        quotes = '"""' if '"' in token else '"'
+        lines.append(f"PARAMETER stop {quotes}{token}{quotes}")
+    parameters = {**AS_GENERATED, "num_predict": answer.max_new_tokens}
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
+    return "\n".join(lines) + "\n"
+
+
+def go_template(turns: Turns) -> str | None:
+    """Returns the template in Go's language; None if a text in it cannot be written there."""
+    texts = [turns.head, *(text for pair in turns.around.values() for text in pair)]
+    if any("{{" in text or '"""' in text for text in texts):
+        return None
+    cases = [
+        f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ '
+        for role, (before, after) in turns.around.items()
+    ]
+    body = "else ".join(cases)
+    return f"{turns.head}{{{{ range .Messages }}}}{{{{ {body}end }}}}{{{{ end }}}}"
