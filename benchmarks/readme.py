@@ -12,6 +12,7 @@ import json
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
     texts = {name: markdown(comparison(name)) for name in ("demo", "demo-lm-tiny", "sst2")}
-    texts["demo"] += f"\n{notes(summaries('demo'))}"
+    texts["demo"] += "\n" + textwrap.fill(notes(summaries("demo")), 100) + "\n"
     measured = {
         "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
@@ -43,7 +44,7 @@ def tables() -> dict[str, str]:
 def comparison(name: str) -> list[tuple[str, ...]]:
     """The table of a `lora compare` whose summaries are in results/."""
     table = rows(summaries(name))
-    if name == "sst2":  # its runs shared the processor in pairs, so their times mean nothing
+    if name in ("demo", "sst2"):  # their runs shared the processor, so their times mean nothing
         column = table[0].index("train s")
         table = [row[:column] + row[column + 1 :] for row in table]
     return table

@@ -17,6 +17,7 @@ from benchmarks.readme import PAGES, filled
 from lora.finetune.cli import main
 from lora.finetune.compare import rows
 from lora.finetune.config import parse_run
+from lora.finetune.data.included import FILMS
 from lora.finetune.demo.tasks import MADE_TASKS
 from lora.merging import SLACK
 from lora.method import METHODS
@@ -190,7 +191,32 @@ def test_the_table_has_the_columns_that_were_asked_for() -> None:
     head = rows(summaries)[0]
     for column in ("method", "trainable", "share", "train loss", "train s", "peak MiB"):
         assert column in head
-    assert "test accuracy" in head
+    for column in ("test accuracy", "95 % interval", "against full"):
+        assert column in head
+
+
+def test_the_demo_is_measured_on_the_reviews_and_lora_is_near_full() -> None:
+    summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
+    recipe = tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
+    assert {summary["data"] for summary in summaries} == {FILMS}
+    assert all(summary["rows"] >= 2000 for summary in summaries)
+    assert recipe["limit"] >= 4000
+    assert f"{recipe['limit']:,} sentences to train on" in " ".join(README.split())
+    accuracy = {summary["method"]: summary["metrics"]["accuracy"] for summary in summaries}
+    assert set(accuracy) == {"lora", "bitfit", "full"}
+    assert min(accuracy["lora"], accuracy["full"]) >= 0.82
+    assert abs(accuracy["lora"] - accuracy["full"]) <= 0.015
+
+
+def test_the_demos_rates_are_the_best_on_dev() -> None:
+    """Of those tried, and neither the lowest nor the highest of them."""
+    tried = json.loads((RESULTS / "demo" / "rates.json").read_text())["rates"]
+    for method, scores in tried.items():
+        recipe = parse_run(["--config", str(ROOT / "recipes" / "demo.toml"), "--method", method])
+        best = max(scores, key=lambda rate: scores[rate]["dev_accuracy"])
+        assert recipe.learning_rate == float(best), method
+        rates = sorted(map(float, scores))
+        assert rates[0] < float(best) < rates[-1]
 
 
 def result(name: str) -> dict[str, Any]:
