@@ -22,8 +22,8 @@ SYSTEM_MARK, FIRST_MARK, ANSWER_MARK, SECOND_MARK = (
 
 def text_around_turns(template: Template) -> Turns | None:
     """Returns the text that a template writes around messages; None if it does anything else."""
-    if template.jinja is None:
-        return None
+    if template.jinja is None:  # the prompt alone
+        return Turns("", {"user": ("", "")}, None)
     try:
         plain = _prompt(template, user=FIRST_MARK)
         whole = _prompt(
