@@ -47,7 +47,7 @@ def read(folder: str) -> dict[str, float]:
     import torch
 
     import lora.finetune.models
-    from lora.finetune.environment import PeakMemory
+    from lora.finetune.peak import PeakMemory
     from lora.nf4 import NF4Linear
 
     with PeakMemory() as memory:

@@ -35,7 +35,7 @@ def tables() -> dict[str, str]:
         "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
-        "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(),
+        "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
     }  # fmt: skip
     texts |= {name: markdown(rows) for name, rows in measured.items()}
     return texts | parts() | {"tree": f"```\n{tree()}```\n"}
@@ -44,10 +44,15 @@ def tables() -> dict[str, str]:
 def comparison(name: str) -> list[tuple[str, ...]]:
     """The table of a `lora compare` whose summaries are in results/."""
     table = rows(summaries(name))
-    if name in ("demo", "sst2"):  # their runs shared the processor, so their times mean nothing
-        column = table[0].index("train s")
-        table = [row[:column] + row[column + 1 :] for row in table]
-    return table
+    # The runs of demo and sst2 shared the processor, so their times mean nothing. Those of sst2 and
+    # demo-lm-tiny measured the memory of the whole run, which does not depend on the method alone.
+    left_out = {
+        "demo": ("train s",),
+        "sst2": ("train s", "peak MiB of the run"),
+        "demo-lm-tiny": ("peak MiB of the run",),
+    }[name]
+    columns = [number for number, head in enumerate(table[0]) if head not in left_out]
+    return [tuple(row[number] for number in columns) for row in table]
 
 
 def summaries(name: str) -> Any:
@@ -234,6 +239,24 @@ def memory() -> list[tuple[str, ...]]:
     table.insert(2, ("LoRA on NF4", kept["ours nf4"], "", kept["ours nf4, dropout"], ""))
     table.append(("full fine-tuning", kept["full"], "", "", ""))
     table.append(("frozen model", kept["limit"], "", "", ""))
+    return table
+
+
+def peaks() -> list[tuple[str, ...]]:
+    """MiB of whole runs: the median of each number that summary.json has, and its extremes."""
+    sizes = {
+        "training_bytes": "training",
+        "peak_bytes": "private, above the start",
+        "process_bytes": "whole process",
+    }
+    table: list[tuple[str, ...]] = [("peak, MiB", "method", *sizes.values())]
+    for base, methods in read("peak")["runs"].items():
+        for method, runs in methods.items():
+            cells = []
+            for size in sizes:
+                low, middle, high = sorted(run[size] / 2**20 for run in runs)
+                cells.append(f"{middle:,.1f} [{low:,.1f}, {high:,.1f}]")
+            table.append((base, method, *cells))
     return table
 
 

@@ -49,8 +49,8 @@ def measure(folder: str, quantize: str) -> list[dict[str, float]]:
 
     import lora
     from lora.finetune import distributed
-    from lora.finetune.environment import PeakMemory
     from lora.finetune.models import load_base
+    from lora.finetune.peak import PeakMemory
 
     cpu = torch.device("cpu")
     with distributed.group():

@@ -298,7 +298,9 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     shown = [metric, *(name for name in metrics if name.startswith(f"{metric}/"))]
     extra = _certainty_columns(summaries)
     heads = [f"{split} {metric}", *extra, *(n.partition("/")[2] for n in shown[1:])]
-    head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", "peak MiB")
+    size = _measured_size(summaries)
+    memory = SIZES[size][0]
+    head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", memory)
     table: list[tuple[str, ...]] = [head]
     bases = [s["baseline"] for s in summaries if "baseline" in s]
     if bases:
@@ -312,13 +314,36 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
         seeds = [s for s in summaries if s["method"] == method]
         scores = [_scores([s["metrics"][name] for s in seeds], metric) for name in shown]
         scores[1:1] = [cell(seeds[0]) for cell in extra.values()]
-        table.append(_method_row(seeds, scores))
+        table.append(_method_row(seeds, scores, size))
     return table
 
 
-def _method_row(seeds: Sequence[Summary], scores: Sequence[str]) -> tuple[str, ...]:
+SIZES = {
+    "training_bytes": (
+        "peak MiB",
+        "peak MiB is what training needed: the model, gradients, optimizer and activations, without"
+        " imports and data.",
+    ),
+    "peak_bytes": (
+        "peak MiB of the run",
+        "peak MiB of the run is the peak of its private memory above the start.",
+    ),
+}
+"""The keys of a summary that a table can show as memory: its head, and what it means."""
+
+
+def _measured_size(summaries: Sequence[Summary]) -> Literal["training_bytes", "peak_bytes"]:
+    """Returns the key of the memory that all runs measured. Older ones lack training_bytes."""
+    measured = all("training_bytes" in summary for summary in summaries)
+    return "training_bytes" if measured else "peak_bytes"
+
+
+def _method_row(
+    seeds: Sequence[Summary], scores: Sequence[str], size: Literal["training_bytes", "peak_bytes"]
+) -> tuple[str, ...]:
     """Returns the table's row of a method with these scores."""
     first = seeds[0]
+    memory = statistics.median(summary[size] for summary in seeds) / 2**20
     ends = [[e["loss"] for e in s["evaluations"]] for s in seeds]  # shorter if stopped early
     losses = [[run[i] for run in ends if i < len(run)] for i in range(max(map(len, ends)))]
     return (
@@ -329,7 +354,7 @@ def _method_row(seeds: Sequence[Summary], scores: Sequence[str]) -> tuple[str, .
         " ".join(f"{statistics.mean(epoch):.3f}" for epoch in losses),
         *scores,
         f"{statistics.median(s['train_seconds'] for s in seeds):.1f}",
-        f"{statistics.median(s['peak_bytes'] for s in seeds) / 2**20:,.0f}",
+        f"{memory:,.0f}" if memory >= 100 else f"{memory:.1f}",
     )
 
 
@@ -375,6 +400,7 @@ def notes(summaries: Sequence[Summary]) -> str:
             f"against full: McNemar's exact test on the {split} rows that only one of the two"
             " methods has right."
         )
+    lines.append(SIZES[_measured_size(summaries)][1])
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -1,4 +1,4 @@
-"""Describes the machine of a run, its versions and hardware, and measures the run's memory."""
+"""Describes the machine of a run: versions, hardware, command, memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import platform
 import shlex
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ import torch
 from lora import __version__
 from lora.finetune import distributed
 from lora.injection import machine_memory
-
-STATUS = Path("/proc/self/status")
-"""Linux's memory statistics of this process."""
 
 
 def environment() -> dict[str, Any]:
@@ -57,48 +53,3 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return machine_memory() or int(psutil.virtual_memory().total)
-
-
-class PeakMemory:
-    """Measures the peak of the process's private memory above its value at the start, in bytes.
-
-    A thread samples it every 20 ms. On CUDA the peak of torch's allocator is reported instead.
-    """
-
-    def __enter__(self) -> PeakMemory:
-        self.start = self.most = self.now()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.02):
-            self.sample()
-
-    def sample(self) -> None:
-        """Read the memory now, and store it if it is the largest so far."""
-        self.most = max(self.most, self.now())
-
-    def now(self) -> int:
-        """Returns the bytes of private memory: RssAnon on Linux (without mapped files and shared
-        libraries), private bytes on Windows, the resident set elsewhere."""
-        try:
-            status = STATUS.read_text(encoding="utf-8")
-        except OSError:
-            memory = psutil.Process().memory_info()
-            return int(getattr(memory, "private", memory.rss))
-        lines = [line for line in status.split("\n") if line.startswith("RssAnon")]
-        return int(lines[0].split()[1]) * 1024 if lines else 0
-
-    def peak(self, device: torch.device) -> int:
-        """Returns the peak in bytes above the start, or on CUDA the peak of torch's allocator."""
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        return self.most - self.start

@@ -33,7 +33,7 @@ from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
 from lora.finetune.distributed import device as device_here
-from lora.finetune.environment import PeakMemory, total_memory
+from lora.finetune.environment import total_memory
 from lora.finetune.estimate import Estimate, Memory, Shape
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
@@ -43,6 +43,7 @@ from lora.finetune.memory import checkpoint_activations, set_dtype
 from lora.finetune.methods import method_named
 from lora.finetune.metrics import score
 from lora.finetune.models import Base, load_skeleton
+from lora.finetune.peak import private_bytes
 from lora.finetune.quantized import packable, unfilled
 from lora.finetune.train import Part, adamw, add_gradients, batch_plan, check_room, steps_per_epoch
 from lora.injection import build, place, planned_of
@@ -74,8 +75,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     values.
     """
     whole_number("nproc", devices, most=1024)
-    meter, device = PeakMemory(), device_here()
-    before = meter.now()
+    device, before = device_here(), private_bytes()
     corpus = read_corpus(config)
     labels = len(corpus.labels) or 1
     bare = load_skeleton(config.base, labels, corpus.task, config.quantize, config.dense)
@@ -85,7 +85,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     corpus, splits = inputs.corpus, inputs.splits
     # A run imports its metrics too, which takes memory.
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
-    process = meter.now() - before if device.type == "cpu" else 0
+    process = private_bytes() - before if device.type == "cpu" else 0
 
     batches = _batches_to_plan(config, splits)
     report, memories = _memories(config, corpus, splits["train"], batches, devices)

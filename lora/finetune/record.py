@@ -156,6 +156,8 @@ class Summary(TypedDict):
     train_seconds: Seconds
     seconds: Seconds
     peak_bytes: Count
+    training_bytes: NotRequired[Count]  # lora.finetune.peak says what each counts
+    process_bytes: NotRequired[Count]
     dtype: NotRequired[Literal["float32", "bfloat16"]]  # of the computation; older runs lack it
 
 

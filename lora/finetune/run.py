@@ -31,7 +31,6 @@ from lora.finetune.assemble import add_adapter, build_base, resized_for, resolve
 from lora.finetune.config import RunConfig, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded
-from lora.finetune.environment import PeakMemory
 from lora.finetune.evaluate import Evaluation, autocast, evaluate
 from lora.finetune.generate import scored
 from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_corpus
@@ -39,6 +38,7 @@ from lora.finetune.losses import check_language
 from lora.finetune.memory import checkpoint_activations, set_dtype
 from lora.finetune.methods import label
 from lora.finetune.models import Base
+from lora.finetune.peak import PeakMemory, process_peak
 from lora.finetune.record import NOTHING, Record, recorder, write_file, write_lines
 from lora.finetune.run_folder import (
     CHECKPOINTS,
@@ -115,7 +115,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             raise
         stop = stack.enter_context(stopping())
         with distributed.together():
-            result = _Loop(parts, directory, record, progress).run(stop)
+            result = _Loop(parts, directory, record, progress, memory).run(stop)
         memory.sample()
         warning = divergence(record.evaluations)
         if warning:
@@ -124,6 +124,8 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             "note": " ".join(filter(None, (parts.config.note, note, warning))),
             "seconds": time.perf_counter() - started,
             "peak_bytes": memory.peak(parts.device),
+            "training_bytes": memory.training_peak,
+            "process_bytes": process_peak(),
         }
         if first:
             _write_result(parts.config, directory, record, result, summary)
@@ -228,10 +230,18 @@ class _Result:
 class _Loop:
     """The training of a run: steps, evaluations on dev, checkpoints; then the held-out split."""
 
-    def __init__(self, parts: _Parts, directory: Path, record: Record, progress: Progress) -> None:
+    def __init__(
+        self,
+        parts: _Parts,
+        directory: Path,
+        record: Record,
+        progress: Progress,
+        memory: PeakMemory,
+    ) -> None:
         self.parts, self.config, self.training = parts, parts.config, parts.training
         self.directory, self.record, self.progress = directory, record, progress
         self.folder, self.first = directory / CHECKPOINTS, distributed.rank() == 0
+        self.memory = memory
         self.config_bytes = (directory / "config.toml").read_bytes()
         self.per_epoch = steps_per_epoch(parts.splits["train"], self.config.batch_size)
         self.total = self.config.epochs * self.per_epoch
@@ -246,7 +256,8 @@ class _Loop:
         runs out; both say how to continue.
         """
         try:
-            self._train(stop)
+            with self.memory.training(self.training.model):
+                self._train(stop)
             self._load_best()
             self._save_adapter()
             return self._score_held_out()
@@ -298,7 +309,8 @@ class _Loop:
         step, corpus = self.training.step, self.parts.corpus
         self.phase = f"evaluating after step {step}: "
         split, rows = self.parts.splits["dev"], corpus.dev
-        dev = evaluate(self.training.model, corpus, split, rows, progress=self.progress)
+        with self.memory.paused():
+            dev = evaluate(self.training.model, corpus, split, rows, progress=self.progress)
         self.phase = ""
         self.screen.evaluation(self.record.evaluation(step, step / self.per_epoch, dev))
         patience = self.config.early_stopping

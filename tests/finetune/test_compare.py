@@ -41,6 +41,19 @@ def test_tasks_have_a_column_each_and_the_base_comes_first() -> None:
     assert markdown(found).count("\n") == 5
 
 
+def test_the_memory_is_that_of_training_if_all_runs_measured_it() -> None:
+    old = [summary(method, 0, {"accuracy": 0.5}, rows=9, data="a") for method in ("lora", "full")]
+    new = [{**run, "training_bytes": 3 * 2**19} for run in old]
+    for runs, head, cell in (
+        (old, "peak MiB of the run", "1.0"),
+        ([old[0], new[1]], "peak MiB of the run", "1.0"),
+        (new, "peak MiB", "1.5"),
+    ):
+        table = rows(runs)
+        assert (table[0][-1], table[1][-1]) == (head, cell)
+        assert f"{head} is " in notes(runs)
+
+
 def test_other_metrics_are_no_share() -> None:
     found = rows([summary("lora", 0, {"pearson": 0.51239})])
     assert found[1][5] == "0.5124"

@@ -18,7 +18,7 @@ from conftest import ROOT
 
 import lora
 from lora.files import locked
-from lora.finetune import compare, distributed, environment, state
+from lora.finetune import compare, distributed, environment, peak, state
 from lora.finetune.config import RunConfig
 from lora.finetune.train import check_room
 from lora.injection import machine_memory
@@ -60,8 +60,8 @@ def test_memory_that_the_system_does_not_tell_is_not_checked(
 
 
 def test_memory_is_measured_without_proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "STATUS", tmp_path / "none")
-    with environment.PeakMemory() as memory:
+    monkeypatch.setattr(peak, "STATUS", tmp_path / "none")
+    with peak.PeakMemory() as memory:
         block = mmap.mmap(-1, 2**26)  # new pages: torch may have freed memory to give again
         block.write(b"1" * 2**26)
         memory.sample()
