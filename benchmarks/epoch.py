@@ -55,7 +55,7 @@ def trainer(seed: int, limit: int | None, folder: str, best: bool) -> dict[str, 
     from lora.finetune.memory import bfloat16_here
     from lora.finetune.models import load_base
 
-    corpus = read_examples(str(DATA), limit=limit)
+    corpus = read_examples(str(DATA), limits=dict.fromkeys(("train", "dev", "test"), limit))
     base = load_base("demo", 2, "classification", seed)
     transformers.set_seed(seed)
     model = peft.get_peft_model(

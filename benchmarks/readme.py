@@ -19,7 +19,7 @@ from typing import Any
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
-from lora.finetune.compare import markdown, notes, rows
+from lora.finetune.compare import markdown, notes, rows, task_rows
 from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,9 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
-    texts = {name: markdown(comparison(name)) for name in ("demo", "demo-lm-tiny", "sst2")}
+    texts = {name: markdown(comparison(name)) for name in ("demo", "sst2")}
+    for name in ("demo-lm", "demo-lm-tiny"):
+        texts[name] = f"{markdown(comparison(name))}\n{markdown(task_rows(summaries(name)))}"
     texts["demo"] += "\n" + textwrap.fill(notes(summaries("demo")), 100) + "\n"
     measured = {
         "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
@@ -50,7 +52,7 @@ def comparison(name: str) -> list[tuple[str, ...]]:
         "demo": ("train s",),
         "sst2": ("train s", "peak MiB of the run"),
         "demo-lm-tiny": ("peak MiB of the run",),
-    }[name]
+    }.get(name, ())
     columns = [number for number, head in enumerate(table[0]) if head not in left_out]
     return [tuple(row[number] for number in columns) for row in table]
 

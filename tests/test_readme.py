@@ -337,6 +337,22 @@ def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
     assert len(summaries) == 4
 
 
+def test_smollm2_learns_real_tasks() -> None:
+    """The demo's language model, on the four tasks of real texts with two labels."""
+    summaries = json.loads((RESULTS / "demo-lm" / "comparison.json").read_text())
+    tasks = ("films", "amazon", "tweets", "editorials")
+
+    def mean(scores: dict[str, float], metric: str) -> float:
+        return sum(scores[f"{metric}/{task}"] for task in tasks) / len(tasks)
+
+    score = {s["method"]: mean(s["metrics"], "exact_match") for s in summaries}
+    (base,) = [s["baseline"] for s in summaries if "baseline" in s]
+    assert score["lora"] >= 0.75
+    assert score["qlora"] >= score["lora"] - 0.03
+    assert mean(base, "exact_match") < 0.05
+    assert abs(mean(base, "named_label") - 0.75) < 0.05  # "right on three of four texts"
+
+
 def test_logits_are_not_held_as_a_whole() -> None:
     measured = json.loads((RESULTS / "vocabulary.json").read_text())
     assert measured["bytes"]["ours"] < measured["logits"] < measured["bytes"]["plain"] / 2

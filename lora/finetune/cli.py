@@ -250,7 +250,7 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from lora.finetune.compare import compare, markdown, notes, parse_compare, rows
+    from lora.finetune.compare import compare, parse_compare, tables
 
     config, runs = parse_compare(arguments)
     if config.dry_run:
@@ -262,7 +262,7 @@ def _compare(arguments: list[str]) -> None:
     from lora.finetune.plots import draw_curves
 
     pictures = draw_curves([run.run_dir for run in runs if run.run_dir], config.run_dir)
-    print(f"{markdown(rows(summaries))}\n{notes(summaries)}", end="")
+    print(tables(summaries), end="")
     drawn = ", ".join(path.name for path in pictures)
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
 

@@ -142,7 +142,7 @@ def compare(config: CompareConfig, runs: Sequence[RunConfig[Any]]) -> list[Summa
                 _spawn(run, lock, state == "interrupted")
             summaries.append(_comparable(summaries, run.run_dir))
         summaries = _against_full(summaries, [run.run_dir for run in runs if run.run_dir])
-        table = f"{markdown(rows(summaries))}\n{notes(summaries)}"
+        table = tables(summaries)
         files = {
             "comparison.json": json.dumps(summaries, indent=2).encode(),
             "comparison.md": table.encode(),
@@ -184,6 +184,7 @@ def _alone(folder: Path) -> Iterator[int]:
         yield descriptor
 
 
+BASE = "(the base)"  # what a table calls the base without an adapter
 Standing = Literal["new", "interrupted", "complete"]
 SUFFIX: dict[Standing, str] = {
     "new": "",
@@ -289,33 +290,77 @@ def _spawn(run: RunConfig[Any], lock: int, resumed: bool) -> None:
 
 def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
     """Returns the table: a head, then a row per method with means (± standard deviation) over its
-    seeds, and a column per task if there are several. The base and the most frequent class come
-    first, if they were scored."""
+    seeds. The base and the most frequent class come first, if they were scored."""
     if not summaries:
         return []
-    split, metrics = summaries[0]["split"], summaries[0]["metrics"]
-    metric = next(iter(metrics))
-    shown = [metric, *(name for name in metrics if name.startswith(f"{metric}/"))]
+    split, metric = summaries[0]["split"], next(iter(summaries[0]["metrics"]))
     extra = _certainty_columns(summaries)
-    heads = [f"{split} {metric}", *extra, *(n.partition("/")[2] for n in shown[1:])]
+    heads = [f"{split} {metric}", *extra]
     size = _measured_size(summaries)
     memory = SIZES[size][0]
     head = ("method", "trainable", "share", "rate", "train loss", *heads, "train s", memory)
     table: list[tuple[str, ...]] = [head]
-    bases = [s["baseline"] for s in summaries if "baseline" in s]
-    if bases:
-        scores = [_scores([base[name] for base in bases], metric) for name in shown]
-        scores[1:1] = [""] * len(extra)
-        table.append(("(the base)", "", "", "", "", *scores, "", ""))
-    if constant := [s["majority"][split] for s in summaries if split in s.get("majority", {})]:
-        scores = [_scores(constant[:1], metric), *[""] * (len(extra) + len(shown) - 1)]
-        table.append(("(most frequent class)", "", "", "", "", *scores, "", ""))
-    for method in dict.fromkeys(s["method"] for s in summaries):
-        seeds = [s for s in summaries if s["method"] == method]
-        scores = [_scores([s["metrics"][name] for s in seeds], metric) for name in shown]
-        scores[1:1] = [cell(seeds[0]) for cell in extra.values()]
+    others = {
+        BASE: [s["baseline"][metric] for s in summaries if "baseline" in s],
+        "(most frequent class)": [
+            s["majority"][split] for s in summaries if split in s.get("majority", {})
+        ][:1],
+    }
+    for name, values in others.items():
+        if values:
+            scores = [_scores(values, is_share(metric)), *[""] * len(extra)]
+            table.append((name, "", "", "", "", *scores, "", ""))
+    for seeds in _by_method(summaries).values():
+        scores = [_scores([s["metrics"][metric] for s in seeds], is_share(metric))]
+        scores += [cell(seeds[0]) for cell in extra.values()]
         table.append(_method_row(seeds, scores, size))
     return table
+
+
+def task_rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """Returns the table of the scores of several tasks: a head, then a row per task and metric with
+    a column per method, and one for the base if it was scored. [] if there is one task only.
+
+    The metrics are the first, and those that only some of the tasks have.
+    """
+    metrics = summaries[0]["metrics"] if summaries else {}
+    tasks = dict.fromkeys(name.partition("/")[2] for name in metrics if "/" in name)
+    kinds: dict[str, list[str]] = {}
+    for name in metrics:
+        kind, mark, task = name.partition("/")
+        if mark:
+            kinds.setdefault(kind, []).append(task)
+    first = next(iter(metrics), "")
+    shown = [kind for kind in kinds if kind == first or len(kinds[kind]) < len(tasks)]
+    columns = {
+        BASE: [s["baseline"] for s in summaries if "baseline" in s],
+        **{name: [s["metrics"] for s in seeds] for name, seeds in _by_method(summaries).items()},
+    }
+    columns = {name: scores for name, scores in columns.items() if scores}
+    table = [("task", "metric", *columns)]
+    for task in tasks:
+        for kind in shown:
+            if task in kinds[kind]:
+                share = kind != first or is_share(kind)  # metrics of some tasks only are shares
+                key = f"{kind}/{task}"
+                cells = [_scores([s[key] for s in scores], share) for scores in columns.values()]
+                table.append((task, kind, *cells))
+    return table if tasks else []
+
+
+def tables(summaries: Sequence[Summary]) -> str:
+    """Returns the comparison as text: the table of methods with its notes, and that of tasks."""
+    text = f"{markdown(rows(summaries))}\n{notes(summaries)}" if summaries else ""
+    table = task_rows(summaries)
+    return f"{text}\n{markdown(table)}" if table else text
+
+
+def _by_method(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Returns the summaries of each method's seeds."""
+    methods: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        methods.setdefault(summary["method"], []).append(summary)
+    return methods
 
 
 SIZES = {
@@ -434,9 +479,14 @@ def _right(folder: Path) -> list[bool]:
     return [text in texts for text, texts in zip(predictions, references, strict=True)]
 
 
-def _scores(values: Sequence[float], metric: str) -> str:
-    """Returns mean ± standard deviation; accuracy and exact match in percent."""
-    scale, places = (100, 2) if metric in ("accuracy", "exact_match") else (1, 4)
+def is_share(metric: str) -> bool:
+    """True if a general metric is a share of the rows, which tables show in percent."""
+    return metric in ("accuracy", "exact_match")
+
+
+def _scores(values: Sequence[float], share: bool) -> str:
+    """Returns mean ± standard deviation; shares in percent."""
+    scale, places = (100, 2) if share else (1, 4)
     scores = [scale * value for value in values]
     spread = f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.{places}f}{spread}" + (" %" if scale == 100 else "")

@@ -202,6 +202,10 @@ class RunConfig(Generic[C]):
     data."""
     limit: Whole | None = None
     """Use only the first N rows of every split. Default: all."""
+    dev_limit: Whole | None = None
+    """Use only the first N rows of the dev split. Default: that of --limit."""
+    test_limit: Whole | None = None
+    """Use only the first N rows of the test split. Default: that of --limit."""
     note: str = ""
     """Free text for the run's summary."""
     trackers: tuple[Text, ...] = ()
@@ -225,7 +229,10 @@ class RunConfig(Generic[C]):
         object.__setattr__(self, "method", recordable(self.method))
         if self.base in FORMER_NAMES:
             name = FORMER_NAMES[self.base]
-            raise ConfigError(f"--base {self.base} is now called {name}. Pass --base {name}.")
+            raise ConfigError(
+                f"--base {self.base} is now called {name}. Pass --base {name}, or, for the model of"
+                " make demo-lm, --base smollm2."
+            )
         if len(self.labels) == 1:
             raise SettingError("labels", f"must be at least two, found {self.labels!r}.")
         if self.dense and self.quantize == "none":

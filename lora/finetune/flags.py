@@ -70,6 +70,8 @@ NEAR = {
     "pack": "packing",
     "max_samples": "limit",
     "max_train_samples": "limit",
+    "max_eval_samples": "dev_limit",
+    "max_predict_samples": "test_limit",
     "num_samples": "limit",
     "max_seq_length": "max_length",
     "max_seq_len": "max_length",

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from lora.errors import RunError
-from lora.finetune.compare import _against_full, _same, by_task, markdown, notes, rows
+from lora.finetune.compare import (
+    _against_full,
+    _same,
+    by_task,
+    markdown,
+    notes,
+    rows,
+    tables,
+    task_rows,
+)
 from lora.finetune.config import parse_run, to_table
 
 
@@ -22,23 +31,29 @@ def summary(method: str, seed: int, metrics: dict[str, float], **more: Any) -> d
     }  # fmt: skip
 
 
-def test_tasks_have_a_column_each_and_the_base_comes_first() -> None:
+def test_tasks_have_a_row_each_and_the_base_comes_first() -> None:
     scores = {"exact_match": 0.5, "bleu": 1.0, "exact_match/a": 0.25, "exact_match/b": 0.75}
+    scores |= {"bleu/a": 1.0, "bleu/b": 1.0, "letters/b": 0.9}
     none = dict.fromkeys(scores, 0.0)
-    found = rows(
-        [
-            summary("lora", 0, scores, baseline=none),
-            summary("lora", 1, {name: value + 0.1 for name, value in scores.items()}),
-            summary("full", 0, scores),
-        ]
-    )
-    assert found[0][5:8] == ("test exact_match", "a", "b")
-    assert found[1][0] == "(the base)"
-    assert found[1][5:8] == ("0.00 %", "0.00 %", "0.00 %")
-    assert found[2][5:8] == ("55.00 ± 7.07 %", "30.00 ± 7.07 %", "80.00 ± 7.07 %")
-    assert found[3][5:8] == ("50.00 %", "25.00 %", "75.00 %")
+    runs = [
+        summary("lora", 0, scores, baseline=none, rows=4, data="a b"),
+        summary("lora", 1, {name: value + 0.1 for name, value in scores.items()}),
+        summary("full", 0, scores),
+    ]
+    found = rows(runs)
+    assert found[0][5:7] == ("test exact_match", "train s")
+    assert [row[0] for row in found] == ["method", "(the base)", "lora", "full"]
+    assert [row[5] for row in found[1:]] == ["0.00 %", "55.00 ± 7.07 %", "50.00 %"]
     assert len({len(row) for row in found}) == 1
-    assert markdown(found).count("\n") == 5
+    assert task_rows(runs) == [
+        ("task", "metric", "(the base)", "lora", "full"),
+        ("a", "exact_match", "0.00 %", "30.00 ± 7.07 %", "25.00 %"),
+        ("b", "exact_match", "0.00 %", "80.00 ± 7.07 %", "75.00 %"),
+        ("b", "letters", "0.00 %", "95.00 ± 7.07 %", "90.00 %"),
+    ]
+    assert task_rows(runs[2:])[0] == ("task", "metric", "full")
+    assert task_rows([summary("lora", 0, {"accuracy": 0.5})]) == []
+    assert markdown(task_rows(runs)) in tables(runs)
 
 
 def test_the_memory_is_that_of_training_if_all_runs_measured_it() -> None:

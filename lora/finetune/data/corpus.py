@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -97,12 +97,12 @@ def read_examples(
     columns: Columns = ANY,
     task: Task = "auto",
     labels: tuple[str, ...] = (),
-    limit: int | None = None,
+    limits: Mapping[str, int | None] = {},
     skip_bad_lines: int = 0,
 ) -> Corpus:
     """Returns a data set in three splits, divided by us if it has none.
 
-    columns, labels: empty ones are those of train. limit: the first rows of each split only.
+    columns, labels: empty ones are those of train. limits: the most rows of each split.
     task "auto": regression if the labels are fractional numbers, else classification.
     Raises DataError with the file, the row and what to do.
     """
@@ -134,8 +134,9 @@ def read_examples(
     if not dev:
         train, dev = _dev_of(data, train, bad)
         notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
-    if limit is not None:  # after the division, so that no limit moves a row to another split
-        train, dev, test = train[:limit], dev[:limit], test[:limit]
+    # After the division, so that no limit moves a row to another split.
+    train, dev = train[: limits.get("train")], dev[: limits.get("dev")]
+    test = test[: limits.get("test")]
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
         if task == "regression":

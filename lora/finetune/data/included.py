@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from lora.errors import DataError
 from lora.finetune.data.conversations import Conversation
 from lora.finetune.data.messages import Message
-from lora.finetune.data.opinions import OPINIONS, read_opinions, same_word, within_one
+from lora.finetune.data.opinions import OPINIONS, named_label, read_opinions, same_word, within_one
 from lora.finetune.data.rows import SPLITS, Read
 from lora.finetune.demo import tasks
 from lora.finetune.demo.fetch import PACKAGES, is_here
@@ -74,7 +74,10 @@ def included_texts(place: str, name: str) -> dict[str, list[Conversation]]:
     splits: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     for opinion in read_opinions(asked):
         prompt = f"{OPINIONS[asked].question}\n\n{opinion.text}"
-        splits[opinion.split].append(_conversation(prompt, opinion.answer, name, opinion.place))
+        system = Message("system", OPINIONS[asked].system)
+        splits[opinion.split].append(
+            _conversation(prompt, opinion.answer, name, opinion.place, system)
+        )
     return splits
 
 
@@ -87,10 +90,11 @@ def _generated(place: str, name: str, split: str) -> list[Conversation]:
     ]
 
 
-def _conversation(prompt: str, answer: str, name: str, place: str) -> Conversation:
-    return Conversation(
-        (Message("user", prompt), Message("assistant", answer)), (answer,), name, place
-    )
+def _conversation(
+    prompt: str, answer: str, name: str, place: str, *before: Message
+) -> Conversation:
+    messages = (*before, Message("user", prompt), Message("assistant", answer))
+    return Conversation(messages, (answer,), name, place)
 
 
 def answer_metrics(place: str) -> Mapping[str, Callable[[str, str], float]]:
@@ -105,7 +109,7 @@ def answer_metrics(place: str) -> Mapping[str, Callable[[str, str], float]]:
     if place.startswith(RATED):
         if OPINIONS[place.removeprefix(RATED)].rated:
             return {"exact_match": tasks.exact, "within_one": within_one}
-        return {"exact_match": same_word}
+        return {"exact_match": same_word, "named_label": named_label}
     return {}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from lora.finetune.data.rows import read_rows
 from lora.finetune.demo.fetch import path
 
 HIGHEST = 4  # ratings are from -4 to 4
-POLARITY = "Is this {} positive or negative? Answer with one word."
+POLARITY = "Is this {} positive or negative?"
+LABELS = ("negative", "positive")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class OpinionSet:
     about: str
     question: str  # what a language model is asked about a text
     rated: bool = False  # the label is the rating, not its sign
+
+    @property
+    def system(self) -> str:
+        """The system prompt. It is shorter than the default of most models."""
+        return f"Answer with {'a whole number' if self.rated else 'one word'}."
 
 
 OPINIONS = {
@@ -51,8 +58,7 @@ OPINIONS = {
     "rating": OpinionSet(
         "films",
         "sentences of film reviews with their ratings, from -4 to 4",
-        "How positive is this film review, from -4 (very negative) to 4 (very positive)? Answer"
-        " with a whole number.",
+        "How positive is this film review, from -4 to 4?",
         rated=True,
     ),
 }
@@ -131,6 +137,15 @@ def same_word(prediction: str, answer: str) -> float:
         text.strip().strip(".,:;!?'\"*").lower() for text in (prediction, answer)
     )
     return float(predicted == expected)
+
+
+def named_label(prediction: str, answer: str) -> float:
+    """Returns 1 if, of the two labels, the answer's alone occurs in the prediction, else 0.
+
+    It scores a model that was not trained on the task, which answers in a sentence.
+    """
+    words = re.findall("[a-z]+", prediction.lower())
+    return float([label for label in LABELS if label in words] == [answer])
 
 
 def within_one(prediction: str, answer: str) -> float:

@@ -21,6 +21,7 @@ from lora.finetune.data.corpus import read_examples, read_split
 from lora.finetune.data.included import FILMS, STAND_IN, TINY, resolved
 from lora.finetune.data.opinions import (
     OPINIONS,
+    named_label,
     read_opinions,
     same_word,
     split_by_hash,
@@ -139,7 +140,7 @@ def test_an_unknown_name_is_an_error() -> None:
 def test_they_are_read_as_labelled_texts(put: Put) -> None:
     put("films", sentences(400))
     put("amazon", sentences(400).replace("film", "lamp"))
-    corpus = read_examples("opinions/films", limit=50)
+    corpus = read_examples("opinions/films", limits={"train": 50, "test": 50})
     assert (corpus.task, corpus.labels) == ("classification", ("negative", "positive"))
     assert len(corpus.train) == len(corpus.test) == 50
     assert corpus.columns.label == "label"
@@ -157,14 +158,17 @@ def test_they_are_read_as_conversations(put: Put) -> None:
         put(name, sentences(300))
     sources = [f"opinions/{name}" for name in OPINIONS]
     config = parse_run(
-        ["--base", "demo-lm-tiny", "--task", "text", "--limit", "20", "--data", *sources]
-    )
+        ["--base", "demo-lm-tiny", "--task", "text", "--limit", "20", "--dev-limit", "3",
+         "--data", *sources]
+    )  # fmt: skip
     corpus = read_corpus(config)
     assert corpus.tasks == tuple(OPINIONS)
-    assert len(corpus.train) == len(corpus.test) == 20 * len(OPINIONS)
-    question, answer = corpus.train[0].messages
+    sizes = [len(rows) // len(OPINIONS) for rows in (corpus.train, corpus.dev, corpus.test)]
+    assert sizes == [20, 3, 20]
+    system, question, answer = corpus.train[0].messages
+    assert (system.role, system.content) == ("system", "Answer with one word.")
     head, text = question.content.split("\n\n")
-    assert head == "Is this film review positive or negative? Answer with one word."
+    assert head == "Is this film review positive or negative?"
     assert "film" in text
     assert answer.content in ("positive", "negative")
     assert corpus.train[0].references == (answer.content,)
@@ -174,6 +178,7 @@ def test_they_are_read_as_conversations(put: Put) -> None:
     metrics = metrics_of_answers(config)
     assert set(metrics) == set(OPINIONS)
     assert set(metrics["rating"]) == {"exact_match", "within_one"}
+    assert set(metrics["films"]) == {"exact_match", "named_label"}
     one, split = read_texts("words=opinions/tweets", None)
     assert (one.tasks, split, bool(one.test), bool(one.train)) == (("words",), "test", True, False)
 
@@ -181,6 +186,11 @@ def test_they_are_read_as_conversations(put: Put) -> None:
 def test_metrics_of_an_answer() -> None:
     assert same_word(" Positive.\n", "positive") == same_word('"negative"', "negative") == 1
     assert same_word("not positive", "positive") == same_word("", "positive") == 0
+    for text, right in (
+        ("This film review is positive.", 1), ("Positive", 1), ("It is negative", 0),
+        ("both positive and negative", 0), ("unpositive", 0), ("", 0),
+    ):  # fmt: skip
+        assert named_label(text, "positive") == right, text
     assert within_one("2", "3") == within_one("-0", "1") == within_one("3", "3") == 1
     assert within_one("-3", "3") == within_one("three", "3") == 0
 
