@@ -46,10 +46,9 @@ def tables() -> dict[str, str]:
 def comparison(name: str) -> list[tuple[str, ...]]:
     """The table of a `lora compare` whose summaries are in results/."""
     table = rows(summaries(name))
-    # The runs of demo and sst2 shared the processor, so their times mean nothing. Those of sst2 and
+    # The runs of sst2 shared the processor, so their times mean nothing. Those of sst2 and
     # demo-lm-tiny measured the memory of the whole run, which does not depend on the method alone.
     left_out = {
-        "demo": ("train s",),
         "sst2": ("train s", "peak MiB of the run"),
         "demo-lm-tiny": ("peak MiB of the run",),
     }.get(name, ())

@@ -107,8 +107,13 @@ def _summaries(directories: Sequence[Path]) -> list[Summary]:
 def _title(directories: Sequence[Path]) -> str:
     """Returns what the runs have in common: their data and their base."""
     summaries = _summaries(directories)
-    pairs = {f"{s['data']}, base {s['base']}" for s in summaries}
-    return pairs.pop() if len(pairs) == 1 else f"{len(directories)} runs"
+    pairs = {(s["data"], s["base"]) for s in summaries}
+    if len(pairs) != 1:
+        return f"{len(directories)} runs"
+    data, base = pairs.pop()
+    if len(data) > 60:  # as of several data sets: it would not fit the picture
+        data = f"{data[:59]}…"
+    return f"{data}, base {base}"
 
 
 def _majority_on_dev(directories: Sequence[Path], metric: str) -> float | None:

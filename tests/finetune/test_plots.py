@@ -107,3 +107,8 @@ def test_the_axis_shows_the_most_frequent_class_and_no_cliffs(
     (line,) = [line for line in axes.get_lines() if line.get_gid() == "most frequent class"]
     assert line.get_ydata()[0] == 0.52
     assert axes.get_title() == "opinions/films, base demo"
+    (run / "summary.json").write_text(json.dumps(result | {"data": "opinions/films " * 8}))
+    draw_curves([run], tmp_path / "out")
+    title = figures[-1].axes[0].get_title()
+    assert title.startswith("opinions/films opinions/films")
+    assert len(title) < 75
