@@ -51,11 +51,11 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
             f"--data has {len(config.data)} data sets, but only --task text takes more than one."
             " Pass one, or set --task text."
         )
-    parts = config.labels, _limits(config), config.skip_bad_lines
+    parts = config.labels, row_limits(config), config.skip_bad_lines
     return read_examples(config.data[0], columns_in(config), task, *parts)
 
 
-def _limits(config: RunConfig[Any]) -> dict[str, int | None]:
+def row_limits(config: RunConfig[Any]) -> dict[str, int | None]:
     """Returns the most rows of each split to use; None is all."""
     limits = {"train": None, "dev": config.dev_limit, "test": config.test_limit}
     return {split: limit or config.limit for split, limit in limits.items()}
@@ -88,7 +88,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
         names.append(name)
         notes += source_notes
         for split, rows in splits.items():
-            joined[split] += rows[: _limits(config)[split]]
+            joined[split] += rows[: row_limits(config)[split]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"--data: two are called {twice}. Write NAME=SOURCE for one of them.")

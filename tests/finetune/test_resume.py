@@ -31,7 +31,9 @@ def one_thread() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-TIMES = {"seconds", "train_seconds", "peak_bytes", "time", "command"}
+TIMES = {
+    "seconds", "train_seconds", "peak_bytes", "training_bytes", "process_bytes", "time", "command",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

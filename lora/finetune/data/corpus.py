@@ -135,8 +135,7 @@ def read_examples(
         train, dev = _dev_of(data, train, bad)
         notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
     # After the division, so that no limit moves a row to another split.
-    train, dev = train[: limits.get("train")], dev[: limits.get("dev")]
-    test = test[: limits.get("test")]
+    train, dev, test = (rows[: limits.get(name)] for name, rows in zip(SPLITS, (train, dev, test)))
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
         if task == "regression":
