@@ -81,6 +81,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
     """Returns the conversations of all data sets of a configuration, concatenated."""
     joined: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     notes, names, bad = [], [], BadRows(config.skip_bad_lines)
+    limits = row_limits(config)
     for source in map(resolved, config.data):
         name, place = named(source)
         # One `bad` for all, so that --skip-bad-lines counts over the whole of --data.
@@ -88,7 +89,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
         names.append(name)
         notes += source_notes
         for split, rows in splits.items():
-            joined[split] += rows[: row_limits(config)[split]]
+            joined[split] += rows[: limits[split]]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ConfigError(f"--data: two are called {twice}. Write NAME=SOURCE for one of them.")

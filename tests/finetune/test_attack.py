@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
-from test_resume import FLAGS, StoppedError, one_thread, result
+from test_resume import FLAGS, StoppedError, one_thread, result, sigterm_after
 
 import lora.finetune.run as room
 from lora.errors import RunError, TrainingError
@@ -153,14 +152,7 @@ def test_a_run_stopped_by_a_signal_records_what_an_undisturbed_one_does(
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        real = room.Record.step
-
-        def told(self: Any, done: Any) -> None:
-            real(self, done)
-            if done.step == 4:
-                signal.raise_signal(signal.SIGTERM)
-
-        patch.setattr(room.Record, "step", told)
+        sigterm_after(4, patch)
         assert lora("train", *flags, "--run-dir", run) == 143
     assert lora("train", "--resume", run) == 0
     assert result(run) == result(whole)

@@ -31,6 +31,20 @@ def one_thread() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def sigterm_after(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Lets this process get SIGTERM once a run has recorded the step."""
+    import lora.finetune.run as room
+
+    real = room.Record.step
+
+    def record(self: Any, done: Any) -> None:
+        real(self, done)
+        if done.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    patch.setattr(room.Record, "step", record)
+
+
 TIMES = {
     "seconds", "train_seconds", "peak_bytes", "training_bytes", "process_bytes", "time", "command",
 }  # fmt: skip
@@ -250,16 +264,7 @@ def test_sigterm_ends_the_step_saves_and_says_how_to_resume(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    import lora.finetune.run as room
-
-    real = room.Record.step
-
-    def step(self: Any, step: Any) -> None:
-        real(self, step)
-        if step.step == 3:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(room.Record, "step", step)
+    sigterm_after(3, monkeypatch)
     run = tmp_path / "run"
     assert lora("train", *flags, "--epochs", 3000, "--run-dir", run) == 143
     check_stopped(run, signal.SIGTERM, capfd.readouterr().err)
