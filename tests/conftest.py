@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -15,10 +16,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
 from torch import nn
 
 from lora.finetune import cache
 from lora.finetune.demo.fetch import is_here
+from lora.finetune.models import load_skeleton
 
 torch.set_num_threads(1)
 # A test that does not ask for auto_dtype computes alike on every machine.
@@ -64,6 +67,23 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_CACHE", str(USERS_CACHE))
     if not is_here("films"):
         pytest.skip(f"NO FILM REVIEWS in {USERS_CACHE}: run lora data fetch reviews")
+
+
+def save_distilbert(folder: Path, lm_head: bool = False, **kwargs: object) -> Path:
+    """Save a DistilBERT, 2 layers of 32, with the demo's tokenizer, or rather its first 4,096
+    words: with all of them most of a short run's time goes into the vocabulary."""
+    core = json.loads(
+        load_skeleton("demo", 2, "classification").tokenizer.backend_tokenizer.to_str()
+    )
+    vocabulary = core["model"]["vocab"]
+    core["model"]["vocab"] = {word: row for word, row in vocabulary.items() if row < 4096}
+    words = transformers.BertTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
+    words.save_pretrained(folder)
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "vocab_size": 4096}
+    torch.manual_seed(0)
+    kind = transformers.DistilBertForMaskedLM if lm_head else transformers.DistilBertModel
+    kind(transformers.DistilBertConfig(**shape | kwargs)).save_pretrained(folder)
+    return folder
 
 
 def distilbert(seed: int = 0, **kwargs: object) -> nn.Module:

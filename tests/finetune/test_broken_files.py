@@ -25,6 +25,7 @@ import pytest
 import safetensors.torch
 import tomli_w
 import torch
+from conftest import save_distilbert
 from torch import Tensor, nn
 
 import lora
@@ -263,15 +264,8 @@ def bases(folder: Path) -> Read:
 
 
 def base_folder(folder: Path) -> Path:
-    """A tiny DistilBERT with the demo's tokenizer."""
-    import transformers
-
-    stated = transformers.DistilBertConfig(
-        dim=8, n_layers=1, n_heads=2, hidden_dim=8, vocab_size=30522
-    )
-    transformers.DistilBertModel(stated).save_pretrained(folder)
-    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder)
-    return folder
+    """A tiny DistilBERT."""
+    return save_distilbert(folder, dim=8, n_layers=1, hidden_dim=8)
 
 
 @reader(150)

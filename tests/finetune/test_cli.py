@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_distilbert
 from test_documents import SUMMARY
 
 import lora.methods
@@ -36,19 +36,7 @@ def data(folder: Path, rows: int = 24) -> str:
 
 @pytest.fixture(scope="module")
 def base(auto_dtype: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny DistilBERT on disk with the demo's tokenizer."""
-    import transformers
-
-    from lora.finetune.models import load_skeleton
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = transformers.DistilBertConfig(
-        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=30522
-    )
-    transformers.DistilBertModel(config).save_pretrained(folder)
-    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save_distilbert(tmp_path_factory.mktemp("base")))
 
 
 def lora(*arguments: object) -> int:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import ROOT
+from conftest import ROOT, save_distilbert
 from test_cli import data, lora
 
 from lora.finetune import state
@@ -29,19 +28,12 @@ FLAGS = ("--epochs", 10, "--batch-size", 5, "--r", 4, "--learning-rate", 1e-3, "
 def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """A base without dropout, whose masks depend on the ranks; 26 rows: every sixth batch is of
     one, and a rank has none."""
-    import transformers
-
-    from lora.finetune.models import load_skeleton
-
     folder = tmp_path_factory.mktemp("nproc")
-    torch.manual_seed(0)
-    config = transformers.DistilBertConfig(
-        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=30522, dropout=0.0,
-        attention_dropout=0.0, seq_classif_dropout=0.0, initializer_range=0.1,
+    base = save_distilbert(
+        folder / "base", dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
+        initializer_range=0.1,
     )  # fmt: skip
-    transformers.DistilBertModel(config).save_pretrained(folder / "base")
-    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder / "base")
-    return ("--base", folder / "base", "--data", data(folder / "data", 26), *FLAGS)
+    return ("--base", base, "--data", data(folder / "data", 26), *FLAGS)
 
 
 @pytest.fixture(scope="module")

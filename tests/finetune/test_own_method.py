@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from conftest import ROOT, save_distilbert
 from test_resume import StoppedError
 
 from lora.finetune.cli import main
 from lora.finetune.methods import is_outside, method_named, recordable
-from lora.finetune.models import load_skeleton
 from lora.method import METHODS
 
 GATED = ROOT / "examples/gated_lora.py"
@@ -56,15 +55,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DistilBERT of 2 layers of 32, with weights so large that what a layer adds shows."""
-    folder = tmp_path_factory.mktemp("base")
-    config = transformers.DistilBertConfig(
-        dim=32, n_layers=2, n_heads=2, hidden_dim=64, vocab_size=30522, initializer_range=0.2
-    )
-    torch.manual_seed(0)
-    transformers.DistilBertModel(config).save_pretrained(folder)
-    load_skeleton("demo", 2, "classification").tokenizer.save_pretrained(folder)
-    return folder
+    """With weights so large that what a layer adds shows."""
+    return save_distilbert(tmp_path_factory.mktemp("base"), initializer_range=0.2)
 
 
 @pytest.fixture(scope="module")

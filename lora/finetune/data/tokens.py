@@ -126,11 +126,10 @@ def _cache_file(tokenizer: Any, examples: Sequence[Example], length: int) -> Pat
     kind = type(tokenizer)
     if backend is None or not kind.__module__.startswith("transformers."):
         return None
-    state = json.loads(backend.to_str())
-    for name in ("truncation", "padding"):  # left over from the tokenizer's last call
-        state.pop(name, None)
+    backend.no_truncation()  # left over from the tokenizer's last call; each call sets its own
+    backend.no_padding()
     settings = {
-        "tokenizer": state,
+        "tokenizer": backend.to_str(),
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "special": str(tokenizer.special_tokens_map),
         "fields": list(tokenizer.model_input_names),
