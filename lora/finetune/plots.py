@@ -9,11 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lora.errors import RunError
@@ -60,7 +57,9 @@ def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
     pictures: dict[str, bytes] = {}
     subject, constant = _title(directories), _majority_on_dev(directories, metric)
     for name in ("loss", metric):
-        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        # Not by pyplot, which keeps a figure for ever if an error comes before it is closed.
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
         axes.set_title(subject, fontsize="medium", parse_math=False)
         shown: set[str] = set()
         for (_, steps, epochs), method in zip(runs, methods, strict=True):
@@ -80,7 +79,6 @@ def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
         _legend(axes)
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150)
-        plt.close(figure)
         pictures[re.sub(r"[^\w.-]+", "-", name)[:100] + ".png"] = drawn.getvalue()
     with writable(folder, RunError, "Pass another --output."):
         folder.mkdir(parents=True, exist_ok=True)

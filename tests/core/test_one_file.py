@@ -138,6 +138,7 @@ def test_merged_equals_adapted(adapted: nn.Module) -> None:
     torch.testing.assert_close(adapted(inputs()), expected)
 
 
+@pytest.mark.slow
 def test_it_trains_and_says_that_merged_equals_adapted(tmp_path: Path) -> None:
     command = [sys.executable, "-I", str(SCRIPT), str(tmp_path / "adapter")]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout

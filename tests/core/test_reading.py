@@ -52,6 +52,7 @@ def test_the_interface_of_a_method_is_eight_names() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_eight_names_are_enough() -> None:
     """A method that defines nothing else passes the whole contract."""
 

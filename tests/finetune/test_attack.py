@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
-from test_resume import FLAGS, StoppedError, one_thread, result, sigterm_after
+from test_resume import FLAGS, StoppedError, result, sigterm_after
 
 import lora.finetune.run as room
 from lora.errors import RunError, TrainingError
@@ -359,7 +360,7 @@ def test_what_two_ranks_meet_is_said_once(
     both = [
         subprocess.Popen(
             [sys.executable, "-c", code, *given], text=True, stderr=subprocess.PIPE, cwd=ROOT,
-            stdout=subprocess.DEVNULL, env=one_thread() | {
+            stdout=subprocess.DEVNULL, env=os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
                 "MASTER_ADDR": "localhost", "MASTER_PORT": port,
             },

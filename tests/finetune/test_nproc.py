@@ -93,7 +93,6 @@ def start(flags: tuple[Any, ...]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lora", "train", *map(str, flags)],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from lora.errors import RunError
@@ -39,9 +38,15 @@ def a_run(directory: Path, epoch: float = 2.0, metric: str = "accuracy") -> Path
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """What is drawn, as it is closed."""
+    """What is drawn, as it is saved."""
     seen: list[Figure] = []
-    monkeypatch.setattr(plt, "close", seen.append)
+    real = Figure.savefig
+
+    def savefig(figure: Figure, *args: Any, **more: Any) -> None:
+        seen.append(figure)
+        real(figure, *args, **more)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return seen
 
 

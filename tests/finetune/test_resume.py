@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -24,11 +23,6 @@ from lora.finetune import state
 
 FLAGS = ("--epochs", 3, "--batch-size", 8, "--r", 2, "--lora-dropout", 0.1, "--save-steps", 2,
          "--learning-rate", 0.01, "--micro-batch-size", 5)  # fmt: skip
-
-
-def one_thread() -> dict[str, str]:
-    """The environment of a command that computes as this process does."""
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def sigterm_after(step: int, patch: pytest.MonkeyPatch) -> None:
@@ -222,7 +216,7 @@ def test_the_best_is_handed_on_and_patience_ends_a_training(
 def start(flags: tuple[Any, ...], cwd: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "lora", "train", *map(str, flags)], text=True, cwd=cwd,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=one_thread(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -285,9 +279,7 @@ def test_a_second_signal_ends_at_once_and_a_kill_is_survived(
     )
     command = [sys.executable, "-c", code, "train", *map(str, flags), "--run-dir", str(run)]
     for signals in ([signal.SIGINT, signal.SIGINT], [signal.SIGKILL]):
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, cwd=ROOT, text=True, env=one_thread()
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "saving\n"
             for number in signals:

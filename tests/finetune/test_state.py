@@ -61,7 +61,7 @@ def whole_training(method: str) -> tuple[list[float], Training]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("at", [1, 7])
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_training_goes_on_bit_for_bit(method: str, at: int, tmp_path: Path) -> None:
     """From the middle of an epoch, into a model that was made anew, whatever was drawn between."""
     losses, whole = whole_training(method)

@@ -154,7 +154,7 @@ def pairs(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("quantize", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_from_training_to_a_merged_model(
     quantize: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,10 @@ def equal_prompts(said: str) -> int:
     return int(found[1])
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["f32", "q8_0", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("f16", "bf16"))],
+)
 def test_a_gguf_base_keeps_its_metadata(dtype: Any, run: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged.gguf"
     said = export(ExportConfig(adapter=run, merged=True, dtype=dtype, output=output))

@@ -177,7 +177,7 @@ def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_its_own_activation_checkpointing(tmp_path: Path, packed: bool) -> None:
     found = []
     for checkpointing in ({}, {"use_reentrant": False}, {"use_reentrant": True}):

@@ -478,7 +478,9 @@ def test_autocast_computes_in_its_dtype_and_backward_within_it_too(
         assert name == "y" or found[name].dtype == torch.float32
 
 
-@pytest.mark.parametrize("which", ["lora", "dora", "vera"])
+@pytest.mark.parametrize(
+    "which", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dora", "vera"))]
+)
 def test_training_with_dropout_compiles_to_one_graph(which: str) -> None:
     model, x = adapted(which, 0.3), torch.randn(8, 12)
     torch.compiler.reset()
