@@ -27,8 +27,10 @@ from lora.testing._toys import perturb as perturb
 from lora.testing._toys import trains
 
 
-def check_method(method: type[Method], config: MethodConfig | None = None) -> ContractReport:
-    """Check every clause on every case, and return the report.
+def check_method(
+    method: type[Method], config: MethodConfig | None = None, device: str = "cpu"
+) -> ContractReport:
+    """Check every clause on every case on the device, and return the report.
 
     `config` is by default the method's `example`. To test other settings, such as the method's
     `variants`, call this once for each. Raises ContractError listing every clause and case that
@@ -38,7 +40,7 @@ def check_method(method: type[Method], config: MethodConfig | None = None) -> Co
     require(method_of(config) is method, f"{method.name}: its Config belongs to another method")
     report = ContractReport(
         method.name,
-        tuple(run_clause(name, method, config, case) for name in CLAUSES for case in cases()),
+        tuple(run_clause(name, method, config, case) for name in CLAUSES for case in cases(device)),
     )
     failed = [r for r in report.results if r.outcome.startswith("failed")]
     if failed:

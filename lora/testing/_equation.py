@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,7 +127,7 @@ def _by_kernel(adapter: Any, view: View, method: str) -> Compute:
 def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
     """A kernel's values and gradients equal the equation's in float64, with and without a mask."""
     assert issubclass(method, Adapter)
-    model = injected_toy(config, Case(case.kind, case.bias, torch.float64), moved=True).train()
+    model = injected_toy(config, replace(case, dtype=torch.float64), moved=True).train()
     layers, _ = wrappers_of(model)
     for name, layer in layers.items():
         adapter, view = layer.adapter("default"), layer.view
@@ -137,15 +138,16 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
             if method.additive:  # the kernel then also serves several adapters on one layer
                 delta = partial(adapter.delta, view)
                 pairs.append(("delta", _by_kernel(adapter, view, "delta"), delta))
+        wide: Any = {"dtype": torch.float64, "device": case.device}
         for shape in ((7,), (1,), (0,), (2, 9), (1, 1, 3)):
-            g = torch.randn(*shape, view.out_features, dtype=torch.float64)  # the gradient of y
+            g = torch.randn(*shape, view.out_features, **wide)  # the gradient of y
             parameters = adapter.named_parameters()
             inputs: dict[str, Tensor] = {n: p for n, p in parameters if n not in adapter.frozen}
             masks: list[Mask | None] = [None]
             if view.of_ids:
-                x = torch.randint(0, view.in_features, shape)
+                x = torch.randint(0, view.in_features, shape, device=case.device)
             else:
-                x = torch.randn(*shape, view.in_features, dtype=torch.float64, requires_grad=True)
+                x = torch.randn(*shape, view.in_features, **wide, requires_grad=True)
                 inputs["x"] = x
                 masks.append(draw(0.5, x))
             for mask in masks:
@@ -254,7 +256,7 @@ def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Cas
 
 def torch_compile(method: type[Method], config: MethodConfig, case: Case) -> None:
     """The whole model compiles to one graph (aot_eager), with the same output."""
-    if case != Case("Linear", True, torch.float32):
+    if replace(case, device="cpu") != Case("Linear", True, torch.float32):
         return  # a compilation takes seconds, and the cases share this code
     model, x = injected_toy(config, case, moved=True), input_of(case)
     torch.compiler.reset()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,21 @@ from lora.testing._requirements import require, require_raise, snapshot, unchang
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of layer to adapt, in one dtype, with or without a bias."""
+    """A kind of layer to adapt, in one dtype, on one device, with or without a bias."""
 
     kind: str  # Linear, Conv1D, Embedding or NF4Linear
     bias: bool
     dtype: torch.dtype
+    device: str = "cpu"
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         without = "" if self.bias or self.kind == "Embedding" else ", no bias"
-        return f"{self.kind}{without}, {dtype}"
+        return f"{self.kind}{without}, {dtype}{'' if self.device == 'cpu' else f', {self.device}'}"
 
 
-def cases() -> list[Case]:
-    """Returns every case. Conv1D needs transformers, and is left out without it."""
+def cases(device: str = "cpu") -> list[Case]:
+    """Returns every case on the device. Conv1D needs transformers, and is left out without it."""
     dtypes = (torch.float32, torch.bfloat16)
     result = [Case("Linear", bias, dtype) for bias in (True, False) for dtype in dtypes]
     result.append(Case("Linear", True, torch.float16))
@@ -40,8 +41,10 @@ def cases() -> list[Case]:
     try:
         import transformers.pytorch_utils  # noqa: F401
     except ImportError:
-        return result
-    return result + [Case("Conv1D", True, dtype) for dtype in dtypes]  # which always has a bias
+        pass
+    else:
+        result += [Case("Conv1D", True, dtype) for dtype in dtypes]  # which always has a bias
+    return [replace(case, device=device) for case in result]
 
 
 class Toy(nn.Module):
@@ -64,7 +67,7 @@ class Toy(nn.Module):
         if case.kind == "NF4Linear":
             for name in ("first", "second"):
                 setattr(self, name, NF4Linear.of(getattr(self, name)))
-        self.to(case.dtype)
+        self.to(case.device, case.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -90,8 +93,8 @@ def input_of(case: Case, seed: int = 2) -> Tensor:
     """Returns an input of the toy: ids (3, 5), or values (3, 5, 12) in the case's dtype."""
     generator = torch.Generator().manual_seed(seed)
     if case.kind == "Embedding":
-        return torch.randint(0, 12, (3, 5), generator=generator)
-    return torch.randn(3, 5, 12, generator=generator).to(case.dtype)
+        return torch.randint(0, 12, (3, 5), generator=generator).to(case.device)
+    return torch.randn(3, 5, 12, generator=generator).to(case.device, case.dtype)
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ def perturb(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
     with torch.no_grad():
         for parameter in trained_parameters(model, name).values():
             shift = size * torch.randn(parameter.shape, generator=generator)
-            parameter.add_(shift.to(parameter.dtype))
+            parameter.add_(shift.to(parameter.device, parameter.dtype))
 
 
 def make_mergeable(model: nn.Module) -> None:
