@@ -84,6 +84,8 @@ class Estimate:
     evaluated: Shape
     dtype: str
     device: str
+    flops: float  # of all products of the run
+    rate: float  # FLOP/s of products on this device
     available: int  # bytes of memory that the machine or the GPU has
     memory: tuple[Memory, ...]
     notes: tuple[str, ...] = ()
@@ -98,6 +100,8 @@ class Estimate:
             f"steps   {per_epoch:,} per epoch, {self.epochs * per_epoch:,} in total",
             f"tokens  {self.tokens:,.0f} per step; {self.padding:.1%} of all positions are padding;"
             f" the largest batch is {rows} × {longest}",
+            f"time    at least {duration(self.seconds)}: {self.flops / 1e12:,.1f} TFLOP in products"
+            f" at {self.rate / 1e12:,.2f} TFLOP/s, the rate here",
             "",
             *_table(self),
             "",
@@ -105,6 +109,12 @@ class Estimate:
             self.verdict(),
         ]
         return "\n".join(lines)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the products of training and evaluation take on one device. The rest of a
+        step adds to them, and so does generating answers."""
+        return self.flops / self.rate
 
     def verdict(self) -> str:
         """Returns for each layout whether it fits, and what to set if it does not."""
@@ -146,6 +156,7 @@ class Estimate:
             counts
             | numbers
             | {
+                "seconds": self.seconds,
                 "steps": self.epochs * self.steps_per_epoch,
                 "memory": [
                     {
@@ -158,6 +169,13 @@ class Estimate:
                 ],
             }
         )
+
+
+def duration(seconds: float) -> str:
+    """Returns a time in words: 12 s, 3 min, 1.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _layout(memory: Memory) -> str:

@@ -1,4 +1,5 @@
-"""Counts the bytes of tensors while a model runs: what lives at the peak, and what it is for."""
+"""Counts what a model needs while it runs: the bytes of tensors at the peak and what they are for,
+and the floating-point operations of products."""
 
 from __future__ import annotations
 
@@ -12,7 +13,31 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
+
+
+def _by_last_axis(left: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    """Operations of a product that sums over the last axis of its first factor."""
+    return 2 * out_val.numel() * left.shape[-1]
+
+
+aten = torch.ops.aten
+FLOPS = flop_registry | {
+    aten.addmm_: flop_registry[aten.addmm],
+    # inference_mode does not take these three apart.
+    aten.linear: _by_last_axis,
+    aten.matmul: _by_last_axis,
+    aten.scaled_dot_product_attention: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu: (
+        flop_registry[aten._scaled_dot_product_flash_attention]
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        flop_registry[aten._scaled_dot_product_flash_attention_backward]
+    ),
+}
+"""What counts the operations of a product from its tensors, by operator. torch's own counter hooks
+modules too."""
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -24,6 +49,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0  # of all products so far
         self.use = "base"  # the use of storages made from here on
         self.now: Counter[str] = Counter()  # bytes by use
         self.most: Counter[str] = Counter()  # the same at the peak
@@ -36,6 +62,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):  # depends on values; without values there are none
             return torch.empty((0, args[0].dim()), dtype=torch.long, device=args[0].device)
         result = func(*args, **(kwargs or {}))
+        if (count := FLOPS.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.enter(leaf)

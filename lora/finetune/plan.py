@@ -33,7 +33,7 @@ from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
 from lora.finetune.distributed import device as device_here
-from lora.finetune.environment import total_memory
+from lora.finetune.environment import product_rate, total_memory
 from lora.finetune.estimate import Estimate, Memory, Shape
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
 from lora.finetune.inputs import inputs_of, read_corpus
@@ -88,7 +88,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     process = private_bytes() - before if device.type == "cpu" else 0
 
     batches = _batches_to_plan(config, splits)
-    report, memories = _memories(config, corpus, splits["train"], batches, devices)
+    report, memories, work = _memories(config, corpus, splits["train"], batches, devices)
     return Estimate(
         report=report,
         source=" ".join(config.data),
@@ -101,6 +101,8 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         evaluated=batches.evaluated,
         dtype="nf4" if config.quantize == "nf4" else config.dtype,
         device=device.type,
+        flops=_flops(config, splits, batches, work),
+        rate=product_rate(device, getattr(torch, config.dtype)),
         available=total_memory(device),
         memory=tuple(dataclasses.replace(memory, process=process) for memory in memories),
         notes=(
@@ -147,12 +149,31 @@ def _batches_to_plan(config: RunConfig[Any], splits: Mapping[str, Encoded]) -> _
     )
 
 
+class _Work(NamedTuple):
+    """Floating-point operations of products for one position of a batch."""
+
+    training: float
+    evaluation: float
+
+
+def _flops(
+    config: RunConfig[Any], splits: Mapping[str, Encoded], batches: _Batches, work: _Work
+) -> float:
+    """Returns the operations of the run: of its steps, with padding, and of its evaluations."""
+    steps = config.epochs * steps_per_epoch(splits["train"], config.batch_size)
+    evaluations = -(-steps // config.eval_steps) if config.eval_steps else config.epochs
+    evaluated = evaluations * sum(splits["dev"].lengths)
+    evaluated += sum(splits["test"].lengths) if "test" in splits else 0
+    positions = steps * batches.tokens / (1 - batches.padding)
+    return work.training * positions + work.evaluation * evaluated
+
+
 def _memories(
     config: RunConfig[Any], corpus: Corpus, train: Encoded, batches: _Batches, devices: int
-) -> tuple[Report, list[Memory]]:
+) -> tuple[Report, list[Memory], _Work]:
     """Returns the memory of one device, and of each of several: with the whole base, and with the
-    base sharded."""
-    memories = []
+    base sharded; and the work."""
+    memories, work = [], []
     for count in dict.fromkeys((1, devices)):
         rows = batches.largest.rows
         part = min(config.micro_batch_size or rows, -(-rows // count))
@@ -160,11 +181,12 @@ def _memories(
         shapes = [batches.typical.part(min(part, batches.typical.rows)), batches.largest.part(part)]
         dry_run = _DryRun(config, corpus, train, device_here())
         report, whole = dry_run.measure(shapes, parts, batches.evaluated)
+        work.append(dry_run.work)
         whole = dataclasses.replace(whole, devices=count)
         memories.append(whole)
         if count > 1:
             memories.append(dry_run.sharded(whole))
-    return report, memories
+    return report, memories, work[0]
 
 
 class _DryRun:
@@ -180,6 +202,7 @@ class _DryRun:
         self.config, self.corpus, self.encoded, self.device = config, corpus, encoded, device
         self.ledger = Ledger()
         self.block = 0  # frozen bytes of the largest block
+        self.work = _Work(0, 0)
 
     def measure(
         self, shapes: Sequence[Shape], parts: int, evaluated: Shape
@@ -206,9 +229,15 @@ class _DryRun:
                 with ledger.phase("activations") as training:
                     for shape in shapes[:-1]:
                         self._step(base.model, optimizer, shape, 1)
+                    stepped = ledger.flops
                     self._step(base.model, optimizer, shapes[-1], parts)
                 with ledger.phase("activations") as evaluation:
+                    before = ledger.flops
                     self._evaluate(base.model, evaluated)
+                self.work = _Work(
+                    stepped / sum(shape.size for shape in shapes[:-1]),
+                    (ledger.flops - before) / evaluated.size,
+                )
                 after = Counter({name: size for name, size in ledger.now.items() if size})
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__

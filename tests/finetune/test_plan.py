@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_distilbert
+from conftest import distilbert, save_distilbert, tokens
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora.finetune.run
 from lora.errors import ConfigError, LoraError, ModelError, TargetError
 from lora.finetune.config import from_table
 from lora.finetune.estimate import Estimate, Memory
+from lora.finetune.ledger import Ledger
 from lora.finetune.models import load_skeleton
 from lora.finetune.plan import plan
 from lora.finetune.train import Hyperparameters, begin, fit
@@ -187,7 +189,15 @@ def test_devices_are_a_whole_number(bare: Path) -> None:
 def test_what_it_says(bare: Path) -> None:
     found: Estimate = plan(asked(bare), devices=2)
     said = str(found)
-    for part in ("lora: ", "q_lin", "steps   ", "padding", "one device", "2 devices, base sharded"):
+    for part in (
+        "lora: ",
+        "q_lin",
+        "steps   ",
+        "padding",
+        "time    at least ",
+        "one device",
+        "2 devices, base sharded",
+    ):
         assert part in said
     assert said.count("fits, the machine has") == 3
     short = dataclasses.replace(found, available=2**20).verdict()
@@ -196,6 +206,35 @@ def test_what_it_says(bare: Path) -> None:
     table = json.loads(json.dumps(found.as_dict()))
     assert table["memory"][0]["peak"] == found.memory[0].peak
     assert table["trainable"] == found.report.trainable
+    assert table["seconds"] == found.flops / found.rate > 0
+
+
+def test_the_products_of_a_run_grow_with_its_steps(bare: Path) -> None:
+    one, two = (plan(asked(bare, epochs=epochs)).flops for epochs in (1, 2))
+    assert 1.5 < two / one < 2  # test is evaluated once
+    assert plan(asked(bare, epochs=1, eval_steps=1)).flops > one
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_products_are_counted_as_torch_counts_them(method: str) -> None:
+    model = distilbert(attn_implementation="eager").train()
+    lora.inject(model, lora.METHODS[method].Config())
+    ids = tokens()
+    counts = []
+    for counter in (Ledger(), FlopCounterMode(display=False)):
+        # torch's counter does not know addmm_, which a kernel uses.
+        with lora.kernels.off(), counter:
+            model(input_ids=ids).logits.sum().backward()
+        counts.append(getattr(counter, "flops", None) or counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    with Ledger() as by_kernels:
+        model(input_ids=ids).logits.sum().backward()
+    assert 0.5 < by_kernels.flops / counts[0] <= 1
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(input_ids=ids)
+    with torch.inference_mode(), Ledger() as inference:
+        model(input_ids=ids)
+    assert inference.flops == forward.get_total_flops()
 
 
 def test_a_head_is_new_where_the_config_says_so(bare: Path, tmp_path: Path) -> None:
