@@ -1,5 +1,4 @@
-"""Counts what a model needs while it runs: the bytes of tensors at the peak and what they are for,
-and the floating-point operations of products."""
+"""Counts what a model needs while it runs: the bytes of tensors by use, and operations of products."""
 
 from __future__ import annotations
 
