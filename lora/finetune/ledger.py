@@ -1,4 +1,4 @@
-"""Counts what a model needs while it runs: the bytes of tensors by use, and operations of products."""
+"""Counts what a model needs while it runs: the bytes of tensors by use, and its products' FLOPs."""
 
 from __future__ import annotations
 
