@@ -167,7 +167,7 @@ def _rounding(
         computed = compute_dtype(x) if x.is_floating_point() else weight.dtype
         eps = max(torch.finfo(computed).eps, torch.finfo(weight.dtype).eps)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        step = torch.rand(weight.shape, generator=generator).to(wide) * 2 - 1
+        step = torch.rand(weight.shape, generator=generator, device="cpu").to(wide) * 2 - 1
         moved = wide + eps * step * (original.abs() + (wide - original).abs())
         layer.base_layer._parameters["weight"] = nn.Parameter(moved.to(weight.dtype), False)
 

@@ -49,6 +49,18 @@ def auto_dtype(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=ON_CUDA)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device of the machine that the library computes on."""
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from statistics import fmean
@@ -108,7 +108,7 @@ def written(
         streamer = _Stream(tokenizer, streamed, settings.eos_token_id) if streamed else None
         # Each batch has its own seed, so that its samples do not depend on other batches.
         with (
-            torch.random.fork_rng(), torch.inference_mode(), autocast(model), _bare(model)
+            random_kept(device), torch.inference_mode(), autocast(model), _bare(model)
         ):  # fmt: skip
             torch.manual_seed(writing.seed + used[0])
             ids = model.generate(
@@ -129,6 +129,14 @@ def written(
     for others in distributed.gather(answers):
         answers |= others
     return [answers[row] for row in range(len(prompts))]
+
+
+def random_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Returns a context that leaves the random state of the CPU and of the device as it was."""
+    # Unnamed, fork_rng would start a context on every accelerator of the machine.
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng([device.index or 0], device_type=device.type)
 
 
 @contextmanager

@@ -31,6 +31,9 @@ from lora.errors import ModelError
 
 AT_ONCE = 2**24
 """Logits per chunk: 64 MiB in float32, and about four times that with their gradient."""
+AT_ONCE_ON_ACCELERATORS = 2**26
+"""With a vocabulary of 128k these are 512 tokens. Fewer would read the head more often than its
+matrix products take: 2**24 is 126 times for 16k tokens."""
 
 Batch = Mapping[str, Tensor]
 
@@ -96,7 +99,7 @@ def _scored(model: Any, targets: Tensor, **batch: Any) -> Tensor:
     """The forward of token_scores()."""
     h, labels = _select(targets[0], features(model, batch)), targets[1]
     scores = torch.empty(targets.shape, device=h.device)
-    for chunk in _chunks(model, len(h)):
+    for chunk in _chunks(model, h):
         z = logits_of(model, h[chunk]).float()
         scores[0, chunk] = F.cross_entropy(z, labels[chunk], reduction="none")
         scores[1, chunk] = (z.argmax(-1) == labels[chunk]).float()
@@ -137,10 +140,11 @@ def logits_of(model: Any, h: Tensor) -> Tensor:
     return z
 
 
-def _chunks(model: Any, tokens: int) -> Iterator[slice]:
-    """Yields slices of the tokens with at most AT_ONCE logits each."""
-    size = max(1, AT_ONCE // model.get_output_embeddings().out_features)
-    return (slice(start, start + size) for start in range(0, tokens, size))
+def _chunks(model: Any, h: Tensor) -> Iterator[slice]:
+    """Yields slices of the tokens of h (tokens, width) with at most AT_ONCE logits each."""
+    most = AT_ONCE if h.device.type == "cpu" else AT_ONCE_ON_ACCELERATORS
+    size = max(1, most // model.get_output_embeddings().out_features)
+    return (slice(start, start + size) for start in range(0, len(h), size))
 
 
 class _Summed(torch.autograd.Function):
@@ -151,7 +155,7 @@ class _Summed(torch.autograd.Function):
         total = torch.zeros((), device=h.device)
         needed = (ctx.needs_input_grad[1], *ctx.needs_input_grad[3:])  # of h and the head
         sums = [torch.zeros_like(t) if need else None for t, need in zip((h, *trained), needed)]
-        for chunk in _chunks(model, len(h)):
+        for chunk in _chunks(model, h):
             # A Function's forward runs without gradients. Each chunk has a small graph of its own,
             # which is freed before the next chunk.
             with torch.set_grad_enabled(any(needed)):

@@ -251,10 +251,9 @@ def restore_training(training: Training, path: Path) -> State:
         for name, tensor in expected.items():
             tensor.copy_(tensors[name])
     for parameter, moment in moments.items():
+        # All of it, since fused AdamW needs its step, a scalar, beside the parameter too.
         training.optimizer.state[parameter] = {
-            # AdamW keeps its step, a scalar, on the CPU.
-            key: tensor.to(parameter.device if tensor.dim() else tensor.device)
-            for key, tensor in moment.items()
+            key: tensor.to(parameter.device) for key, tensor in moment.items()
         }
     for layer, adapter in adapters(training.model).items():
         for name in adapter.remembers:

@@ -87,17 +87,18 @@ def fit(
     for number, (epoch, rows, parts) in enumerate(_batches(model, encoded, settings, first), first):
         started = time.perf_counter()
         model.train()
-        loss, positions = 0.0, 0
+        losses: list[Tensor] = []  # read at the end of the step: until then the CPU runs ahead
+        positions = 0
         targets = sum(encoded.counts[row] for row in rows)
         for index, part in enumerate(parts):
             penalized = index == distributed.rank() == 0  # once in each step
-            value = add_gradients(model, part, task, targets, penalized)
-            loss += value.item()
+            losses.append(add_gradients(model, part, task, targets, penalized))
             positions += part.batch["input_ids"].numel() if part.counts else 0
         if number == first:
             check_alive(model)
-        loss, positions, stop_signal = over_ranks(trained, loss, positions, stop())
-        norm = float(nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
+        totals, positions, stop_signal = over_ranks(trained, losses, positions, stop())
+        clipped = nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+        loss, norm = sum(torch.stack(totals).tolist(), 0.0), float(clipped)
         share = slope(number, steps, settings.warmup, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
@@ -167,12 +168,16 @@ def _batches(
 
 
 def over_ranks(
-    trained: list[nn.Parameter], loss: float, positions: int, stop_signal: int
-) -> tuple[float, int, int]:
-    """Sum gradients, loss and positions over the ranks, in one message; and find the signal that
-    any rank received. A parameter that has no gradient on any rank stays without."""
+    trained: list[nn.Parameter], losses: list[Tensor], positions: int, stop_signal: int
+) -> tuple[list[Tensor], int, int]:
+    """Sum gradients, losses and positions over the ranks, in one message; and find the signal that
+    any rank received. A parameter that has no gradient on any rank stays without.
+
+    Returns scalars whose sum is the loss, positions, and signal; one process gets back its own.
+    """
     if distributed.size() == 1:
-        return loss, positions, stop_signal
+        return losses, positions, stop_signal
+    loss = sum(torch.stack(losses).tolist(), 0.0)
     has_gradient = [parameter.grad is not None for parameter in trained]
     for parameter in trained:
         if parameter.grad is None:
@@ -181,12 +186,12 @@ def over_ranks(
     numbers = torch.tensor([loss, positions, *received, *has_gradient], dtype=torch.float64)
     numbers = numbers.to(trained[0].device)
     distributed.total([numbers, *(p.grad for p in trained if p.grad is not None)])
-    loss, positions_of_all, *ranks_with = numbers.tolist()
+    _, positions_of_all, *ranks_with = numbers.tolist()
     for parameter, ranks in zip(trained, ranks_with[len(SIGNALS) :], strict=True):
         if not ranks:
             parameter.grad = None
     signals = zip(SIGNALS, ranks_with, strict=False)
-    return loss, int(positions_of_all), max((n for n, ranks in signals if ranks), default=0)
+    return [numbers[0]], int(positions_of_all), max((n for n, ranks in signals if ranks), default=0)
 
 
 def batch_plan(

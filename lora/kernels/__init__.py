@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.dropout import Mask
-from lora.kernels.products import OFF, possible
+from lora.kernels.products import is_off, possible
 from lora.kernels.products import off as off
 from lora.layers import View, in_pieces
 
@@ -40,7 +40,7 @@ def attempt(
     """The output of a layer under its adapters, dtype of the layer's output; None if no kernel
     computes it, and the specification has to."""
     # torch.compile cannot read a ContextVar; under it off() does not apply.
-    off_here = not torch.compiler.is_compiling() and OFF.get()
+    off_here = not torch.compiler.is_compiling() and is_off()
     if off_here or not all(isinstance(adapter, Fast) for adapter in adapters):
         return None
     kernels = [adapter.kernel(view) for adapter in adapters]

@@ -85,11 +85,13 @@ class DoRAKernel:
 
         ‖W‖² + 2s rowsum(B ∘ W Aᵀ) + s² rowsum(B A Aᵀ ∘ B). If the terms cancel to less than a
         tenth, the rounding of that sum would show: those rows are computed from V itself.
+
+        On an accelerator V is computed: to ask which rows cancelled would make the CPU wait for it.
         """
         A, B = self.A, self.s * self.B
         if self.start is not None:
             A, B = torch.cat([A, self.start[0]]), torch.cat([B, -self.s * self.start[1]], dim=1)
-        if torch.compiler.is_compiling() or W.is_meta:  # which cannot branch on values
+        if torch.compiler.is_compiling() or W.device.type != "cpu":  # the meta device has no values
             whole: Tensor = torch.linalg.vector_norm(W + B @ A, dim=1)
             return whole
         W = W.to(A.dtype)

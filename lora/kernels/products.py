@@ -31,9 +31,11 @@ Thin = tuple[Tensor, Tensor]  # g B (tokens, r) and A (r, in)
 
 PART = 256  # tokens summed at a time: a part of x and of g stays in the cache
 FEW = 2**17  # elements: of fewer, all of x stays in the cache anyway
+HALVES = (torch.bfloat16, torch.float16)
 
 # A ContextVar, so that a thread or a task that turns kernels off does not do so for others.
 OFF: ContextVar[bool] = ContextVar("OFF", default=False)
+_off_anywhere: list[None] = []  # as long as the number of threads and tasks inside off()
 # Weak keys: a cast lives as long as the weight that it was made of.
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
@@ -42,10 +44,22 @@ _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from
 def off() -> Iterator[None]:
     """Inside, every layer computes its specification: for second derivatives, and to compare."""
     before = OFF.set(True)
+    _off_anywhere.append(None)  # one operation, which threads cannot interleave
     try:
         yield
     finally:
+        _off_anywhere.pop()
         OFF.reset(before)
+
+
+def is_off() -> bool:
+    """True inside off(), also in a backward that runs there.
+
+    The backward of an accelerator runs on a thread of autograd, which has no ContextVar of the
+    caller. Activation checkpointing calls layers there again, and they must compute as they did.
+    """
+    in_backward = torch._C._current_graph_task_id() != -1
+    return OFF.get() or (in_backward and bool(_off_anywhere))
 
 
 def possible(view: View, x: Tensor) -> bool:
@@ -59,7 +73,7 @@ def possible(view: View, x: Tensor) -> bool:
     return plain_call(module) and not (
         overridden
         or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
-        or OFF.get()
+        or is_off()
         or view.of_ids  # ids have no gradient, and a table no product
         or x.is_nested  # has no (tokens, in) face
         or weight.requires_grad  # the kernels give a frozen weight no gradient
@@ -149,10 +163,14 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
         product = left.t() @ right
         lost = torch.addmm(product, left.t(), right, beta=-1)
         return product.float().add_(lost)
+    if right.dtype == left.dtype in HALVES and right.device.type == "cuda":
+        # cuBLAS sums 16-bit factors in float32 and writes the sum without rounding it.
+        exact: Tensor = torch.mm(left.t(), right, out_dtype=torch.float32)
+        return exact
     wide = torch.promote_types(right.dtype, torch.float32)
     left, right = left.to(wide), right.to(wide)
     parts = len(left) // PART
-    if parts < 2 or right.numel() < FEW or left.is_cuda:
+    if parts < 2 or right.numel() < FEW or left.device.type != "cpu":
         return left.t() @ right
     # In parts that stay in the cache this takes two thirds of the time of one product.
     whole = parts * PART

@@ -52,7 +52,9 @@ def svd_lowrank(
     Halko et al. 2011, algorithm 5.1, with 8 directions more than asked for.
     """
     size = min(r + 8, *M.shape)
-    start = torch.randn(M.shape[1], size, generator=generator, dtype=torch.float32)
+    # On the CPU by name: the generator is of the CPU, and torch's default device may be another.
+    shape = M.shape[1], size
+    start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     Q = torch.linalg.qr(M @ start.to(M.device, M.dtype)).Q
     for _ in range(rounds):
         Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q).Q).Q

@@ -63,7 +63,9 @@ class Toy(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 width = parameter.shape[0] ** 0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / width)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=generator, device="cpu") / width
+                )
         if case.kind == "NF4Linear":
             for name in ("first", "second"):
                 setattr(self, name, NF4Linear.of(getattr(self, name)))
@@ -93,8 +95,9 @@ def input_of(case: Case, seed: int = 2) -> Tensor:
     """Returns an input of the toy: ids (3, 5), or values (3, 5, 12) in the case's dtype."""
     generator = torch.Generator().manual_seed(seed)
     if case.kind == "Embedding":
-        return torch.randint(0, 12, (3, 5), generator=generator).to(case.device)
-    return torch.randn(3, 5, 12, generator=generator).to(case.device, case.dtype)
+        return torch.randint(0, 12, (3, 5), generator=generator, device="cpu").to(case.device)
+    x = torch.randn(3, 5, 12, generator=generator, device="cpu")
+    return x.to(case.device, case.dtype)
 
 
 def to_float32(x: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def perturb(model: nn.Module, name: str = "default", size: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained_parameters(model, name).values():
-            shift = size * torch.randn(parameter.shape, generator=generator)
+            shift = size * torch.randn(parameter.shape, generator=generator, device="cpu")
             parameter.add_(shift.to(parameter.device, parameter.dtype))
 
 

@@ -416,3 +416,13 @@ def test_what_cannot_be_packed_is_named_and_the_model_left_alone(names, match: s
         lora.inject(model, lora.LoRAConfig(target_modules=TARGETS), pack=packable(model))
     assert not any(isinstance(m, nf4.NF4Linear) for m in model.modules())
     assert not lora.inventory.injected(model)
+
+
+def test_random_values_are_the_cpus_whatever_the_default_device() -> None:
+    from lora.methods._starts import svd_lowrank
+
+    M = torch.randn(12, 9)
+    expected = svd_lowrank(M, 2, 2, torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        got = svd_lowrank(M, 2, 2, torch.Generator().manual_seed(0))
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))

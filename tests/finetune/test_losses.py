@@ -130,3 +130,13 @@ def test_logits_are_never_there_as_a_whole() -> None:
     batch = {"input_ids": ids, **positions}
     most = most_held(lambda: batch_loss(model, batch, targets, "text").backward())
     assert most < 2048 * 131_072 * 4 / 2  # a half of the logits in float32
+
+
+def test_an_accelerator_gets_longer_chunks() -> None:
+    """A chunk too short would read the head again and again."""
+    model: Any = build("llama")
+    width = model.get_output_embeddings().out_features
+    for device, logits in (("cpu", losses.AT_ONCE), ("meta", losses.AT_ONCE_ON_ACCELERATORS)):
+        h = torch.empty(2 * logits // width, 1, device=device)
+        first = next(losses._chunks(model, h))
+        assert first.stop * width <= logits < (first.stop + 1) * width

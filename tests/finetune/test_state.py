@@ -85,6 +85,24 @@ def test_a_training_goes_on_bit_for_bit(method: str, at: int, tmp_path: Path) ->
     assert files[0] == files[1]
 
 
+def test_what_the_optimizer_keeps_follows_its_parameter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step too: fused AdamW refuses a step that is on another device."""
+    one = training()
+    go(one, 1)
+    path = state.save_training(one, tmp_path, b"", NOTHING)
+    base = state.bases(one.model)
+    monkeypatch.setattr(state, "bases", lambda model: base)  # the meta device has no values
+    model = one.model.to("meta")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moved = Training(model, torch.optim.AdamW(trained), 1e-2)
+    state.restore_training(moved, path)
+    kept = [moment for p in trained for moment in moved.optimizer.state[p].values()]
+    assert len(kept) == 3 * len(trained)
+    assert all(moment.is_meta for moment in kept)
+
+
 def test_running_statistics_and_random_states_come_back(tmp_path: Path) -> None:
     import random
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import lora
 from lora.errors import ConfigError, TrainingError
 from lora.finetune.data.tokens import Encoded, batches, collate, layout
 from lora.finetune.evaluate import predict
+from lora.finetune.generate import random_kept
 from lora.finetune.memory import set_dtype
 from lora.finetune.record import Step
 from lora.finetune.train import Hyperparameters, batch_plan, begin, check_room, fit, slope
@@ -186,6 +188,34 @@ def test_steps_count_examples_and_tokens() -> None:
     assert all(0 <= step.padding < 0.5 for step in steps)
 
 
+def test_nothing_is_read_from_the_device_before_the_last_backward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On an accelerator each read would wait for all that was started before it."""
+    model, events, thread = adapted(), list[str](), threading.current_thread()
+
+    def recorded(name: str, what: str) -> None:
+        real = getattr(Tensor, name)
+
+        def call(self: Tensor, *args: Any, **more: Any) -> Any:
+            if threading.current_thread() is thread:  # batches are made in another
+                events.append(what)
+            return real(self, *args, **more)
+
+        monkeypatch.setattr(Tensor, name, call)
+
+    recorded("backward", "backward")
+    for name in ("item", "tolist", "__float__", "cpu"):
+        recorded(name, "read")
+    steps = steps_of(model, encoded(), **SETTINGS, micro_batch_size=3)
+    next(steps)  # which also looks for adapters without a gradient
+    events.clear()
+    next(steps)
+    assert events.count("backward") == 3
+    assert "read" in events
+    assert events.index("read") > max(i for i, event in enumerate(events) if event == "backward")
+
+
 def test_epochs_without_end_begin_at_once() -> None:
     """The plan of the batches is not held: it would fill the memory before the first step."""
     step = next(steps_of(adapted(), encoded(), 10**12, 8, 1e-2))
@@ -255,3 +285,19 @@ def test_what_the_optimiser_needs_has_to_be_there(monkeypatch: pytest.MonkeyPatc
         else:
             with pytest.raises(ConfigError, match="gradients and optimiser need .* GiB"):
                 check_room(model)
+
+
+def test_writing_keeps_the_random_state_of_its_device_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """fork_rng without names would start a context on every device of the machine."""
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        torch.random,
+        "fork_rng",
+        lambda devices, device_type="cuda": calls.append((devices, device_type)),
+    )
+    random_kept(torch.device("cpu"))
+    random_kept(torch.device("cuda", 1))
+    random_kept(torch.device("xpu"))
+    assert calls == [([], "cuda"), ([1], "cuda"), ([0], "xpu")]

@@ -1,0 +1,134 @@
+"""What kernels do on an accelerator: on CUDA if there is one, else on tensors without values."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lora
+from lora.kernels import off
+from lora.kernels.dora import DoRAKernel
+from lora.kernels.products import summed
+from lora.layers import views
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the name of every operation inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_cuda() -> Iterator[Operations]:
+    """Inside, tensors may be on CUDA without CUDA: they have no values."""
+    with FakeTensorMode(allow_non_fake_inputs=True), Operations() as operations:
+        yield operations
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_summed_in_float32_without_a_copy_in_it(dtype: torch.dtype) -> None:
+    with fake_cuda() as operations:
+        left, right = (torch.empty(600, width, dtype=dtype, device="cuda") for width in (4, 96))
+        operations.names.clear()
+        assert summed(left, right).dtype == torch.float32
+    assert [name for name in operations.names if "prim" not in name] == [
+        "aten.t.default", "aten.mm.dtype",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_summed_is_the_sum(dtype: torch.dtype, device: torch.device) -> None:
+    torch.manual_seed(0)
+    left, right = (torch.randn(600, width, device=device).to(dtype) for width in (4, 400))
+    expected = left.double().t() @ right.double()
+    product = summed(left, right)
+    assert product.dtype == torch.float32
+    assert (product - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_dora_asks_an_accelerator_for_no_value() -> None:
+    """Which rows cancelled is a value, for which the CPU would wait at every layer."""
+    (view,) = views(nn.Linear(12, 16))
+    with fake_cuda() as operations, torch.no_grad():
+        W, A, B, m = (torch.empty(s, device="cuda") for s in ((16, 12), (2, 12), (16, 2), (16,)))
+        operations.names.clear()
+        assert DoRAKernel(view, A, B, 1.0, m).lengths(W).shape == (16,)
+    assert operations.names
+    assert not {"aten.nonzero.default", "aten._local_scalar_dense.default"} & {*operations.names}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "ia3"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device")
+def test_a_step_never_waits_for_the_device(method: str, dropout: float) -> None:
+    kind = lora.METHODS[method].Config
+    more = {"lora_dropout": dropout} if hasattr(kind, "lora_dropout") else {}
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).cuda()
+    lora.inject(model, kind(target_modules="all-linear", **more))
+    x = torch.randn(32, 64, device="cuda")
+    model(x).sum().backward()  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def in_another_thread(loss: Tensor) -> list[BaseException]:
+    """Runs backward as CUDA's does: in a thread without the caller's ContextVars."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            loss.backward()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return errors
+
+
+def test_off_holds_in_the_backward_of_another_thread() -> None:
+    """Activation checkpointing computes layers again there, and must save the same tensors."""
+    layer = nn.Sequential(nn.Linear(12, 16))
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
+    x = torch.randn(7, 12, requires_grad=True)
+    with off():
+        y = checkpoint(layer, x, use_reentrant=False)
+        assert in_another_thread(y.square().sum()) == []
+    y = checkpoint(layer, x, use_reentrant=False)
+    assert in_another_thread(y.square().sum()) == []
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_checkpointed_layers_train_on_every_device(kernels: str, device: torch.device) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(12, 16)).to(device)
+    lora.inject(layer, lora.LoRAConfig(r=2, lora_dropout=0.2, target_modules="all-linear"))
+    lora.testing.perturb(layer)
+    x = torch.randn(7, 12, device=device, requires_grad=True)
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(1)
+        with off() if kernels == "off" else torch.enable_grad():
+            y = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+            gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
