@@ -32,6 +32,8 @@ from lora.finetune.verbs import (
     PlotConfig,
     PredictConfig,
     PreviewConfig,
+    RunsConfig,
+    ShowConfig,
 )
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ VERBS = {
     "generate": "answer a prompt or a file of prompts, or chat in the terminal",
     "data": "preview training examples; download reviews; list the generated tasks",
     "compare": "train several methods with several seeds, and print one table",
+    "runs": "list runs, the newest or the best first",
+    "show": "show one run: settings, machine, evaluations, result",
     "plot": "draw loss and score curves of runs",
     "merge": "merge an adapter into its base and save a plain model",
     "export": "write an adapter or a merged model as GGUF, or print the vLLM command",
@@ -462,6 +466,27 @@ def _plot(arguments: list[str]) -> None:
 
     for path in draw_curves(config.runs, config.output or (*config.runs, Path())[0]):
         print(path)
+
+
+def _runs(arguments: list[str]) -> None:
+    from lora.finetune.config import parse
+
+    config: RunsConfig = parse(RunsConfig, _leading(arguments, "--folders"), "lora runs")
+    from lora.finetune.listing import runs
+    from lora.settings import whole_number
+
+    if config.limit is not None:
+        whole_number("limit", config.limit)
+    print(runs(config))
+
+
+def _show(arguments: list[str]) -> None:
+    from lora.finetune.config import parse
+
+    config: ShowConfig = parse(ShowConfig, _leading(arguments, "--run"), "lora show")
+    from lora.finetune.listing import run_description
+
+    print(run_description(config.run))
 
 
 def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:

@@ -221,6 +221,35 @@ class PlotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunsConfig:
+    """List runs, the newest first: method, learning rate, data, state and score of each."""
+
+    folders: tuple[Path, ...] = (Path("runs"),)
+    """Folders in which to look for runs."""
+    method: tuple[str, ...] = ()
+    """Only runs of these methods."""
+    data: str | None = None
+    """Only runs whose --data contains this text."""
+    state: Literal["all", "complete", "incomplete"] = "all"
+    """Only runs that are complete, or only those that are not."""
+    sort: Literal["date", "score", "method", "seconds"] = "date"
+    """date: the newest first. score: the best first. method: by method, learning rate and seed.
+    seconds: the fastest first."""
+    limit: int | None = None
+    """Maximum number of runs to list. Default: all."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Show one run: its settings, the machine, its evaluations, its result, and what to do next."""
+
+    run: Path
+    """A run directory, complete or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckConfig:
     """Check a method: its values and gradients match its equation, it can be saved, loaded, merged
     and restored, and it respects seeds, dtypes and devices. Prints a table of the checks. Exit

@@ -26,6 +26,8 @@ VERBS: dict[str, Any] = {
     "generate": lora.finetune.cli.GenerateConfig,
     "merge": lora.finetune.cli.MergeConfig,
     "plot": lora.finetune.cli.PlotConfig,
+    "runs": lora.finetune.cli.RunsConfig,
+    "show": lora.finetune.cli.ShowConfig,
     "plan": lora.finetune.cli.PlanConfig,
     "export": ExportConfig,
     "convert": ConvertConfig,

@@ -1,0 +1,192 @@
+"""`lora runs` and `lora show`: the runs of a folder, and what one of them is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.errors import LoraError, RunError, command
+from lora.finetune.compare import markdown
+from lora.finetune.config import read_toml, to_table
+from lora.finetune.estimate import duration
+from lora.finetune.methods import label
+from lora.finetune.metrics import LOWER
+from lora.finetune.record import Summary, metrics_of, summary_of
+from lora.finetune.run_folder import config_of
+from lora.finetune.verbs import RunsConfig
+
+DEEPEST = 4
+"""Folders below the given ones in which runs are looked for."""
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """A run as `lora runs` shows it. Score and seconds are None before the run is complete."""
+
+    run: Path
+    method: str
+    data: str
+    base: str
+    seed: int
+    learning_rate: float | None
+    state: str  # "complete", "step 40 of 250", "not begun", or "damaged: ..."
+    changed: float  # seconds since 1970, of the newest file
+    metric: str = ""
+    score: float | None = None
+    train_seconds: float | None = None
+
+    @property
+    def better(self) -> float:
+        """The score with its sign, so that larger is better; less than any if there is none."""
+        if self.score is None:
+            return float("-inf")
+        return -self.score if self.metric in LOWER else self.score
+
+
+def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
+    """Yields the run directories in a folder, itself among them, in alphabetical order."""
+    if (folder / "config.toml").is_file():
+        yield folder
+        return
+    if depth:
+        with suppress(OSError):  # a folder that cannot be read holds no run of the user's
+            for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+                yield from run_folders(child, depth - 1)
+
+
+def run_row(run: Path) -> RunRow:
+    """Returns a run's row. A damaged run has a row too, whose state says so."""
+    changed = max((path.stat().st_mtime for path in run.iterdir()), default=0.0)
+    try:
+        table = read_toml(run / "config.toml")
+        data = table.get("data", "?")
+        row: dict[str, Any] = {
+            "method": label(table["method"]),
+            "data": data if isinstance(data, str) else " ".join(data),
+            "base": str(table.get("base", "?")),
+            "seed": int(table.get("seed", 0)),
+            "learning_rate": table.get("learning_rate"),
+        }
+        state, result = _progress(run)
+    except (LoraError, KeyError, TypeError, ValueError) as error:
+        state = f"damaged: {error}"
+        return RunRow(run, "?", "?", "?", 0, None, state=state, changed=changed)
+    return RunRow(run, **row, **result, state=state, changed=changed)
+
+
+def _progress(run: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the state of a run, and its result if it is complete."""
+    if (run / "summary.json").is_file():
+        summary = summary_of(run)
+        metric, score = next(iter(summary["metrics"].items()))
+        return "complete", {
+            "metric": metric, "score": score, "train_seconds": summary["train_seconds"]
+        }  # fmt: skip
+    rows = metrics_of(run) if (run / "metrics.jsonl").is_file() else []
+    steps = [row for row in rows if row["kind"] == "step"]
+    return (f"step {steps[-1]['step']} of {steps[-1]['steps']}" if steps else "not begun"), {}
+
+
+SORTS = {
+    "date": lambda row: -row.changed,
+    "score": lambda row: -row.better,
+    "method": lambda row: (row.method, row.learning_rate or 0.0, row.seed),
+    "seconds": lambda row: float("inf") if row.train_seconds is None else row.train_seconds,
+}
+"""What `--sort` can be, and the key of each: the newest, the best, the fastest first."""
+
+
+def runs(config: RunsConfig) -> str:
+    """Returns what `lora runs` prints. Raises RunError if a folder does not exist or holds no
+    run."""
+    for folder in config.folders:
+        if not folder.is_dir():
+            raise RunError(f"{folder} is not a folder. Pass one that holds runs: lora runs FOLDER.")
+    found = [run_row(run) for folder in config.folders for run in run_folders(folder)]
+    if not found:
+        where = ", ".join(map(str, config.folders))
+        raise RunError(f"{where}: no run in there. Run lora train, or pass another folder.")
+    chosen = [row for row in found if _matches(row, config)]
+    chosen.sort(key=SORTS[config.sort])
+    chosen = chosen[: config.limit]
+    if config.json:
+        return json.dumps([{**vars(row), "run": str(row.run)} for row in chosen], indent=2)
+    head = ("run", "method", "rate", "seed", "data", "state", "score", "train", "changed")
+    table = [head, *(_run_cells(row) for row in chosen)]
+    return f"{markdown(table)}\n{len(chosen)} of {len(found)} runs"
+
+
+def _matches(row: RunRow, config: RunsConfig) -> bool:
+    return (
+        (not config.method or row.method in config.method)
+        and (config.data is None or config.data in row.data)
+        and (config.state == "all" or (row.state == "complete") == (config.state == "complete"))
+    )
+
+
+def _run_cells(row: RunRow) -> tuple[str, ...]:
+    score = "" if row.score is None else f"{row.metric} {row.score:.4g}"
+    taken = "" if row.train_seconds is None else duration(row.train_seconds)
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.changed))
+    data = row.data if len(row.data) <= 40 else f"{row.data[:39]}…"
+    rate = "" if row.learning_rate is None else f"{row.learning_rate:g}"
+    return (str(row.run), row.method, rate, str(row.seed), data, row.state, score, taken, when)
+
+
+def run_description(run: Path) -> str:
+    """Returns what `lora show` prints: settings, machine, evaluations, result, what to do next.
+    Raises RunError if the folder is not a run."""
+    config = config_of(run)
+    settings = {
+        key: value for key, value in to_table(config).items() if value not in ("", [], {}, False)
+    }
+    lines = [f"{run}: {run_row(run).state}", "", "settings"]
+    lines += [
+        f"  {key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()
+    ]
+    lines += ["", "machine", *(f"  {key}: {value}" for key, value in _machine(run).items())]
+    evaluations = [row for row in metrics_of(run) if row["kind"] == "evaluation"]
+    if evaluations:
+        head = ("step", "epoch", "train loss", "dev loss", *evaluations[0]["dev"])
+        table = [head]
+        for row in evaluations:
+            numbers = (row["loss"], row["dev_loss"], *row["dev"].values())
+            cells = (f"{number:.4f}" for number in numbers)
+            table.append((str(row["step"]), f"{row['epoch']:g}", *cells))
+        lines += ["", "evaluations", markdown(table).rstrip()]
+    complete = (run / "summary.json").is_file()
+    lines += ["", *(_result_lines(summary_of(run)) if complete else [])]
+    if complete:
+        use = ("generate", run) if config.task == "text" else ("predict", run, "--text", "...")
+        lines.append(f"next: {command('lora', *use)}")
+    else:
+        lines.append(f"next: {command('lora', 'train', '--resume', run)}")
+    return "\n".join(lines)
+
+
+def _machine(run: Path) -> dict[str, Any]:
+    """Returns what environment.json says of versions and hardware."""
+    path = run / "environment.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}. Restore it.") from None
+    keys = ("time", "processor", "device", "threads", "torch", "transformers", "command")
+    return {key: table[key] for key in keys if key in table}
+
+
+def _result_lines(summary: Summary) -> list[str]:
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
+    share = summary["trainable"] / summary["parameters"]
+    return [
+        f"result on {summary['split']} ({summary['rows']:,} rows)",
+        f"  loss {summary['loss']:.4f}  {scores}",
+        f"  {summary['trainable']:,} trainable parameters ({share:.2%}), trained in"
+        f" {duration(summary['train_seconds'])}",
+        "",
+    ]

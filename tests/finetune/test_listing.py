@@ -1,0 +1,100 @@
+"""`lora runs` and `lora show`: complete, interrupted and damaged runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
+
+RATES = {"good": "0.01", "slow": "0.00001"}
+
+
+@pytest.fixture(scope="module")
+def folder(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Two complete runs, one that was cut off, one not begun, and a damaged one."""
+    folder = tmp_path_factory.mktemp("runs")
+    source = data(tmp_path_factory.mktemp("data") / "data")
+    for name, rate in RATES.items():
+        flags = ("--base", base, "--data", source, "--r", 2, "--epochs", 2, "--learning-rate", rate)
+        assert lora("train", *flags, "--run-dir", folder / "more" / name) == 0
+    for name, lines in {"cut": 1, "begun": 0}.items():
+        run = folder / name
+        run.mkdir()
+        for file in ("config.toml", "environment.json", "metrics.jsonl"):
+            payload = (folder / "more" / "good" / file).read_bytes()
+            if file == "metrics.jsonl":
+                payload = b"".join(payload.splitlines(keepends=True)[:lines])
+            (run / file).write_bytes(payload)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.toml").write_text("r = [")
+    for age, name in enumerate(("begun", "cut", "more/slow", "more/good")):
+        for file in (folder / name).iterdir():
+            os.utime(file, (1e9 - 1000 * age,) * 2)
+    return folder
+
+
+def listed(capsys: pytest.CaptureFixture[str], *flags: object) -> list[dict[str, Any]]:
+    capsys.readouterr()
+    assert lora("runs", *flags, "--json") == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_every_run_has_a_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {Path(row["run"]).name: row for row in listed(capsys, folder)}
+    assert rows.keys() == {"good", "slow", "cut", "begun", "broken"}
+    assert rows["good"]["state"] == "complete"
+    summary = json.loads((folder / "more" / "good" / "summary.json").read_text())
+    assert rows["good"]["score"] == summary["metrics"]["accuracy"]
+    assert rows["good"]["learning_rate"] == 0.01
+    assert rows["cut"]["state"] == "step 1 of 4"
+    assert rows["cut"]["score"] is None
+    assert rows["begun"]["state"] == "not begun"
+    assert rows["broken"]["state"].startswith("damaged: ")
+
+
+def test_filters_and_orders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*flags: object) -> list[str]:
+        return [Path(row["run"]).name for row in listed(capsys, folder, *flags)]
+
+    assert names()[1:] == ["begun", "cut", "slow", "good"]  # the broken one was made last
+    assert names("--sort", "score")[:2] == ["good", "slow"]
+    assert names("--sort", "method", "--state", "complete") == ["slow", "good"]
+    assert names("--state", "incomplete", "--method", "lora") == ["begun", "cut"]
+    assert names("--limit", 1, "--sort", "score") == ["good"]
+    assert names("--data", "no such") == []
+    assert names("--method", "full") == []
+
+
+def test_the_table_counts_what_it_leaves_out(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lora("runs", folder, "--state", "complete") == 0
+    shown = capsys.readouterr().out
+    assert "| accuracy 1 " in shown or "accuracy 0." in shown
+    assert "2 of 5 runs" in shown
+    assert lora("runs", folder / "none") == 2
+    assert "is not a folder. Pass one that holds runs" in capsys.readouterr().err
+    (folder / "empty").mkdir()
+    assert lora("runs", folder / "empty") == 2
+    assert "no run in there. Run lora train" in capsys.readouterr().err
+    assert lora("runs", folder, "--limit", 0) == 2
+    (folder / "empty").rmdir()
+
+
+def test_show_says_what_a_run_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lora("show", folder / "more" / "good") == 0
+    shown = capsys.readouterr().out
+    for part in ("complete", "learning_rate = 0.01", "torch: ", "| 4 ", "trainable parameters"):
+        assert part in shown
+    assert f"next: lora predict {folder / 'more' / 'good'} --text ..." in shown
+    assert lora("show", folder / "cut") == 0
+    shown = capsys.readouterr().out
+    assert "step 1 of 4" in shown
+    assert f"next: lora train --resume {folder / 'cut'}" in shown
+    assert lora("show", folder) == 2
+    assert "is not a run directory" in capsys.readouterr().err
