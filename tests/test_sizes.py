@@ -64,8 +64,13 @@ def test_functions_are_short() -> None:
     assert longer.keys() == LONGER_FUNCTIONS.keys(), longer
 
 
+def is_gpu_code(function: Function) -> bool:
+    """True if Triton compiles the function: it takes each tensor and each size on its own."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
 def test_functions_have_few_parameters() -> None:
-    counts = [(name, parameters(node)) for name, node in functions()]
+    counts = [(name, parameters(node)) for name, node in functions() if not is_gpu_code(node)]
     more = {name: count for name, count in counts if count > PARAMETERS}
     assert more.keys() == MORE_PARAMETERS.keys(), more
 

@@ -7,7 +7,7 @@ and gradients in less time and memory; lora.testing proves that they are the sam
     lowrank   LoRA, AdaLoRA    dora   DoRA    vera   VeRA    scale   (IA)³
     linear    the frozen layer whose weight is packed
     dropout   masks of one bit an element    scratch   memory that calls share
-    products  what the kernels share
+    products  what the kernels share    triton    the same for NVIDIA GPUs, in Triton
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ F.dropout takes ten times as long for its mask and keeps a byte (docs/performanc
     whose bits are all 1, or 0.
 
 On a CPU the random bits come from SplitMix64, which runs on all threads. Its seed comes from
-torch's default generator. On other devices that generator draws the bits. Activation checkpointing
-restores the generator's state before it recomputes, and so draws the same mask again.
+torch's default generator. A GPU that runs Triton makes the same mask from the same seed. On other
+devices torch's generator of the device draws the bits. Activation checkpointing restores the state
+of the generators before it recomputes, and so draws the same mask again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora.kernels import triton
 from lora.kernels.scratch import scratch
 
 # Constants of SplitMix64. They are uint64 in the paper; torch has int64, which wraps around alike.
@@ -97,11 +99,17 @@ class Mask:
 def draw(p: float, x: Tensor) -> Mask:
     """Returns a new random mask for x (..., in)."""
     groups, width = -(-math.prod(x.shape[:-1]) // PLANES), x.shape[-1]
+    digits = min(round((1 - p) * 2**16), 2**16 - 1)
+    # A CUDA graph that is recorded would keep one seed from the CPU for all its replays.
+    recorded = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if triton.usable(x.device) and width % 4 == 0 and not recorded:
+        from lora.kernels.triton.dropout import draw_bits  # loads Triton
+
+        return Mask(p, draw_bits(int(seed()), digits, groups, width, x.device))
     # The int64 are four words each: eight words for each group of 16 tokens, which its elements
     # share, and eight for each element of the group.
     words16 = random(2 * groups * (width + 1), x.device).view(torch.int16)
     shared, single = words16[: 8 * groups].view(8, groups, 1), words16[8 * groups :]
-    digits = min(round((1 - p) * 2**16), 2**16 - 1)
     bits = torch.zeros_like(shared[0])
     # From the last digit to the first; the shared words broadcast over the row.
     for place, u in enumerate((*shared, *single.view(8, groups, width))):
@@ -140,7 +148,12 @@ def random(count: int, device: torch.device) -> Tensor:
     """Returns random bits, (count,) int64, from torch's default generator of the device."""
     if device.type != "cpu":
         return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return random_words(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"), count)
+    return random_words(seed(), count)
+
+
+def seed() -> Tensor:
+    """Returns a state for SplitMix64, () int64, from torch's default generator of the CPU."""
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def random_words(seed: Tensor, count: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora.errors import TrainingError
+from lora.kernels import triton
 from lora.kernels.dropout import Mask, drop_, dropped
 from lora.layers import View, in_pieces
 
@@ -184,6 +185,10 @@ def dropped_product(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
     """(m ∘ rows) Aᵀ"""
     if mask is None:
         return rows @ A.t()
+    if triton.usable(rows.device) and triton.thin(len(A), rows, A):
+        from lora.kernels.triton import dropout  # loads Triton
+
+        return dropout.mask_product(rows, A, mask.bits)
     # In parts, so that the dropped copy of x stays in the cache and is never whole in memory.
     h = rows.new_empty(len(rows), len(A))
     for part, keep in mask.blocks(len(rows), rows.dtype):
@@ -217,6 +222,9 @@ def thin_gradients(
     costs less than adding this onto g W.
     """
     (gh, A), *more = thin
+    rank = sum(len(A) for _, A in thin)
+    if mask is not None and triton.usable(gh.device) and triton.thin(rank, gh, rows):
+        return _thin_gradients_on_gpu(thin, rows, mask, needs_x)
     gA = None
     gx = gh @ A if needs_x else None
     if gx is not None:
@@ -232,6 +240,19 @@ def thin_gradients(
             product = summed(gh[part], dropped(rows[part], keep, gh.dtype))
             gA = product if gA is None else gA.add_(product)
     return gA, gx
+
+
+def _thin_gradients_on_gpu(
+    thin: Sequence[Thin], rows: Tensor | None, mask: Mask, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by Triton kernels, which read the mask's bits."""
+    from lora.kernels.triton import dropout  # loads Triton
+
+    (gh, A), *more = thin
+    gA = None if rows is None else dropout.grad_of_factor(gh, rows, mask.bits)
+    if more:  # the sum of two products is one of twice the rank
+        gh, A = (torch.cat(parts, dim) for parts, dim in zip(zip(*thin), (1, 0), strict=True))
+    return gA, dropout.grad_of_input(gh, A, mask.bits) if needs_x else None
 
 
 def save_for_backward(
