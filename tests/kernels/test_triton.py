@@ -322,17 +322,17 @@ def test_where_no_kernel_runs_a_warning_says_so_once(monkeypatch: pytest.MonkeyP
         pytest.skip("there a kernel runs")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     device = torch.device("cpu")  # where a compiled kernel cannot run
-    triton._runs.cache_clear()
+    triton._works.cache_clear()
     try:
         with pytest.warns(UserWarning, match="cannot run a kernel on cpu: .*Install a C compiler"):
-            assert not triton._runs(device)
-        assert not triton._runs(device)  # filterwarnings = error
+            assert not triton._works(device)
+        assert not triton._works(device)  # filterwarnings = error
     finally:
-        triton._runs.cache_clear()
+        triton._works.cache_clear()
 
 
 def test_what_follows_every_operation_gets_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_runs", lambda device: True)
+    monkeypatch.setattr(triton, "_works", lambda device: True)
     gpu = torch.device("cuda", 0)
     assert triton.usable(gpu)
     assert not triton.usable(torch.device("cpu"))

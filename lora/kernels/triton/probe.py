@@ -12,7 +12,7 @@ def _one(out_ptr):
     tl.store(out_ptr, 1)
 
 
-def runs(device: torch.device) -> bool:
+def writes_one(device: torch.device) -> bool:
     """True if a kernel that writes 1 wrote 1."""
     out = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device_of(out):
