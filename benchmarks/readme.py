@@ -19,7 +19,7 @@ from typing import Any
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
-from lora.finetune.compare import markdown, notes, rows, task_rows
+from lora.finetune.tables import markdown, notes, rows, task_rows
 from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]

@@ -16,10 +16,10 @@ from conftest import ROOT
 
 from benchmarks.readme import PAGES, filled
 from lora.finetune.cli import main
-from lora.finetune.compare import rows
 from lora.finetune.config import parse_run
 from lora.finetune.data.included import FILMS
 from lora.finetune.demo.tasks import MADE_TASKS
+from lora.finetune.tables import rows
 from lora.merging import SLACK
 from lora.method import METHODS
 

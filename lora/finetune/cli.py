@@ -192,7 +192,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     metrics, baseline = summary["metrics"], summary.get("baseline")
     head = f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}"
     if any("/" in name for name in metrics) or baseline:
-        from lora.finetune.compare import by_task, markdown
+        from lora.finetune.tables import by_task, markdown
 
         print(head + "\n" + markdown(by_task(metrics)), end="")
         if baseline:
@@ -254,7 +254,8 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from lora.finetune.compare import compare, parse_compare, tables
+    from lora.finetune.compare import compare, parse_compare
+    from lora.finetune.tables import both_tables
 
     config, runs = parse_compare(arguments)
     if config.dry_run:
@@ -266,7 +267,7 @@ def _compare(arguments: list[str]) -> None:
     from lora.finetune.plots import draw_curves
 
     pictures = draw_curves([run.run_dir for run in runs if run.run_dir], config.run_dir)
-    print(tables(summaries), end="")
+    print(both_tables(summaries), end="")
     drawn = ", ".join(path.name for path in pictures)
     print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
 
@@ -514,7 +515,7 @@ def _convert(arguments: list[str]) -> None:
     config: ConvertConfig = parse(
         ConvertConfig, _leading(arguments, "--checkpoint"), "lora convert"
     )
-    from lora.finetune.compare import markdown
+    from lora.finetune.tables import markdown
 
     folder, table = convert(config)
     print(markdown(table), end="")

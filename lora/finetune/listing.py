@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import LoraError, RunError, command
-from lora.finetune.compare import markdown
 from lora.finetune.config import read_toml, to_table
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
 from lora.finetune.metrics import LOWER
 from lora.finetune.record import Summary, metrics_of, summary_of
 from lora.finetune.run_folder import config_of
+from lora.finetune.tables import markdown
 from lora.finetune.verbs import RunsConfig
 
 DEEPEST = 4

@@ -176,7 +176,7 @@ def test_a_run_of_relative_folders_goes_on_from_elsewhere_to_the_same_summary(
 
 
 def test_a_comparison_of_runs_that_stop_early_has_its_table() -> None:
-    from lora.finetune.compare import rows
+    from lora.finetune.tables import rows
 
     common = {"metrics": {"accuracy": 0.5}, "split": "test", "trainable": 1, "parameters": 2,
               "learning_rate": 0.1, "train_seconds": 1.0, "peak_bytes": 1}  # fmt: skip

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 
 from lora.errors import RunError
-from lora.finetune.compare import (
-    _against_full,
-    _same,
-    by_task,
-    markdown,
-    notes,
-    rows,
-    tables,
-    task_rows,
-)
+from lora.finetune.compare import _against_full, _same
 from lora.finetune.config import parse_run, to_table
+from lora.finetune.tables import both_tables, by_task, markdown, notes, rows, task_rows
 
 
 def summary(method: str, seed: int, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -53,7 +45,7 @@ def test_tasks_have_a_row_each_and_the_base_comes_first() -> None:
     ]
     assert task_rows(runs[2:])[0] == ("task", "metric", "full")
     assert task_rows([summary("lora", 0, {"accuracy": 0.5})]) == []
-    assert markdown(task_rows(runs)) in tables(runs)
+    assert markdown(task_rows(runs)) in both_tables(runs)
 
 
 def test_the_memory_is_that_of_training_if_all_runs_measured_it() -> None:

@@ -15,9 +15,9 @@ import pytest
 
 from lora.errors import CheckpointError, RunError
 from lora.finetune import state
-from lora.finetune.compare import markdown, rows
 from lora.finetune.plots import draw_curves
 from lora.finetune.record import answers_of, environment_of, metrics_at, metrics_of, summary_of
+from lora.finetune.tables import markdown, rows
 from lora.interop import documents
 
 EVALUATED: dict[str, Any] = {
