@@ -19,8 +19,9 @@ from lora.card import heads_of
 from lora.checkpoint import load, rows_filed
 from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
-from lora.finetune.config import RunConfig, absolute_source, recorded_source
+from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
+from lora.finetune.data.included import absolute_source, recorded_source
 from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.flags import as_flag
 from lora.finetune.memory import pick_dtype
@@ -30,7 +31,7 @@ from lora.finetune.quantized import packable
 from lora.injection import inject
 from lora.interop.pretrained import read_tokenizer
 from lora.layers import inside
-from lora.method import Packs
+from lora.method import Calibrated, Packs
 from lora.report import Report
 from lora.settings import PartialConfig
 from lora.vocabulary import add_tokens, resize, rows_of
@@ -60,6 +61,15 @@ def build_base(
         base.model.config.id2label = dict(enumerate(labels))
         base.model.config.label2id = {label: number for number, label in enumerate(labels)}
     return with_tokens(base, config, task, adapter)
+
+
+def starts_on_device(config: RunConfig[Any]) -> bool:
+    """True if a new adapter starts from batches or from a decomposition of each weight. The base is
+    then in float32 on the device, since the CPU would take minutes."""
+    method = method_named(config.method)
+    by_batches = issubclass(method, Calibrated) and method.needs_batches(config.settings)
+    by_weights = issubclass(method, Packs) and method.takes_up(config.settings)
+    return config.adapter is None and (by_batches or by_weights)
 
 
 def quantizes_later(config: RunConfig[Any]) -> bool:

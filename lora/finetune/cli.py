@@ -165,24 +165,27 @@ def _train(arguments: list[str]) -> None:
 
     count, arguments = take(arguments, "--nproc", "N")
     directory, others = take(arguments, "--resume", "RUN")
-    base = method = None
+    base = method = device = None
     if directory is not None:
         base, others = take(others, "--base", "FOLDER")
         method, others = take(others, "--method", "FILE.py:CLASS")
+        device, others = take(others, "--device", "DEVICE")
         if others:
             raise ConfigError(
-                "--resume takes the settings from the run. It can be combined only with --nproc"
-                f" and, if those files have moved, --base and --method. Remove {others[0]}."
+                "--resume takes the settings from the run. It can be combined only with --nproc,"
+                " --device and, if those files have moved, --base and --method. Remove"
+                f" {others[0]}."
             )
     config = parse_run(arguments) if directory is None else None
+    moved = base, method, device
     if count is not None:
-        _train_on(count, arguments, config, directory, base, method)
+        _train_on(count, arguments, config, directory, moved)
         return
     from lora.finetune.run import resume, run
     from lora.kernels.scratch import keep_freed_memory
 
     keep_freed_memory()
-    summary = run(config) if config is not None else resume(Path(directory or ""), base, method)
+    summary = run(config) if config is not None else resume(Path(directory or ""), *moved)
     if os.environ.get("RANK", "0") == "0":
         _print_summary(summary)
 
@@ -210,10 +213,10 @@ def _train_on(
     arguments: list[str],
     config: Any,
     directory: str | None,
-    base: str | None,
-    method: str | None,
+    moved: tuple[str | None, str | None, str | None],
 ) -> None:
-    """Run `lora train` in `count` processes. This process has already checked the flags."""
+    """Run `lora train` in `count` processes. This process has already checked the flags; `moved`
+    are --base, --method and --device beside --resume."""
     if not count.isdecimal() or not 1 <= int(count[:9]) <= 1024:
         raise ConfigError(
             f"--nproc must be a whole number from 1 to 1,024, found {count[:80]}. Set --nproc."
@@ -226,13 +229,13 @@ def _train_on(
     from lora.finetune.run_folder import default_directory, resumable
 
     if directory is not None:
-        resumable(Path(directory), base, method)
+        config = resumable(Path(directory), *moved)
     elif config.run_dir is None:
         directory = str(default_directory(config))
         arguments = [*arguments, "--run-dir", directory]
     directory = directory or str(config.run_dir)
     try:
-        code = launch(int(count), ["train", *arguments])
+        code = launch(int(count), ["train", *arguments], config.device)
     except TrainingError as error:
         again = command("lora", "train", "--resume", directory)
         raise TrainingError(f"{error} Resume with {again}") from None
@@ -426,7 +429,7 @@ def _data(arguments: list[str]) -> None:
         return
     base = load_skeleton(config.base, 1, "text")  # no weights are read
     base = with_tokens(base, config, "text", resized_for(config))
-    config, _ = resolve(config, corpus, base, device())
+    config, _ = resolve(config, corpus, base, device(config.device))
     show(config, corpus, base, flags.split, flags.count)
 
 
@@ -495,7 +498,8 @@ def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig
     from lora.finetune.source import open_source
 
     assert config.run is not None
-    return open_source(config.run, config.base, config.resize_embeddings, config.method)
+    source = open_source(config.run, config.base, config.resize_embeddings, config.method)
+    return source.on(config.device)
 
 
 def _with_config(path: Path | None, arguments: list[str]) -> list[str]:

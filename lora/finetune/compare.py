@@ -27,12 +27,11 @@ from lora.finetune.config import (
     parse,
     parse_run,
     read_toml,
-    recorded_source,
     stated_in,
     to_table,
 )
 from lora.finetune.data.corpus import read_predictions
-from lora.finetune.data.included import resolved, resolved_with_note
+from lora.finetune.data.included import recorded_source, resolved, resolved_with_note
 from lora.finetune.methods import digest_of, is_outside, label, method_named, recordable
 from lora.finetune.record import Summary, environment_of, summary_of
 from lora.finetune.run_folder import config_of

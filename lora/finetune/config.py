@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 import io
-import os
 import re
 import shutil
 import sys
@@ -30,13 +29,13 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_m
 
 from lora.adapter_config import method_and_config
 from lora.adapter_file import find_folder, settings_in
-from lora.card import BUILT_IN, FORMER_NAMES, base_in
+from lora.card import FORMER_NAMES, base_in
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
 from lora.finetune.data.corpus import Task
-from lora.finetune.data.included import is_included, resolved
 from lora.finetune.data.templates import LossOn
+from lora.finetune.devices import check_device
 from lora.finetune.flags import as_flag, hint, reflow_help
 from lora.finetune.methods import (
     label,
@@ -162,6 +161,9 @@ class RunConfig(Generic[C]):
     """bfloat16: compute matrix products in bfloat16 and store frozen matrices in it; trainable
     parameters and optimizer state stay in float32. auto: bfloat16 if the hardware multiplies in it,
     else float32."""
+    device: Text = "auto"
+    """Device to compute on: cpu, cuda, cuda:1, mps or xpu. auto: a CUDA device if there is one,
+    else the CPU."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: store the linear layers of the frozen base in 4 bits per weight (QLoRA)."""
     dense: tuple[Text, ...] = ()
@@ -233,6 +235,7 @@ class RunConfig(Generic[C]):
                 f"--base {self.base} is now called {name}. Pass --base {name}, or, for the model of"
                 " make demo-lm, --base smollm2."
             )
+        check_device(self.device)
         if len(self.labels) == 1:
             raise SettingError("labels", f"must be at least two, found {self.labels!r}.")
         if self.dense and self.quantize == "none":
@@ -257,8 +260,8 @@ class TrainFlags(RunConfig[C]):
     """TOML file of flags, with _ for - in their names. Flags on the command line override it."""
     resume: Path | None = None
     """Run directory of an interrupted run to resume, with the settings it was started with. Only
-    --nproc and, if the base or the method's file has moved, --base and --method can be combined
-    with it."""
+    --nproc, --device and, if the base or the method's file has moved, --base and --method can be
+    combined with it."""
     nproc: int | None = None
     """Number of processes to train with on this machine. For several machines, use torchrun -m lora
     train."""
@@ -500,28 +503,6 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     settings = kind(**{k: v for k, v in values.items() if k in of_method})
     shared_values = {k: v for k, v in values.items() if k in shared}
     return RunConfig(settings=_plain_name_is_a_name(settings), **shared_values)
-
-
-def named(source: str) -> tuple[str, str]:
-    """Returns name and path of one --data entry: NAME=PATH, or the path's last part as the name."""
-    name, sign, place = source.partition("=")
-    if sign and place and re.fullmatch(r"[\w.-]+", name) and not os.path.exists(source):
-        return name, place
-    return Path(source).stem if Path(source).suffix else Path(source).name, source
-
-
-def absolute_source(source: str) -> str:
-    """Returns a base or a --data entry with an absolute path if it is a file or folder."""
-    _, place = named(source)
-    if place in BUILT_IN or not os.path.exists(place):
-        return source
-    return source.removesuffix(place) + str(Path(place).resolve())
-
-
-def recorded_source(source: str) -> str:
-    """Returns a --data entry as a run records it: it means the same in any folder, later too."""
-    _, place = named(source)
-    return resolved(source) if is_included(place) else absolute_source(source)
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora.errors import ConfigError, LoraError, RunError, TrainingError
+from lora.finetune import devices
 from lora.injection import init
 from lora.inventory import Parts, adapter_parts, injected, wrappers_of
 from lora.targets import base_paths, unwrapped
@@ -62,16 +63,18 @@ def _up() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def device() -> torch.device:
-    """The device of this rank: the accelerator with its local number, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if launched() else "cuda")
+def device(name: str = "auto") -> torch.device:
+    """The device of this rank, as --device names it. It becomes torch's current device.
+
+    Raises ConfigError if it is not there.
+    """
+    return devices.device_named(name, int(os.environ["LOCAL_RANK"]) if launched() else None)
 
 
 @contextmanager
-def group(alone: bool = False) -> Iterator[None]:
-    """Inside, the ranks can exchange tensors: with gloo on CPUs, with NCCL on CUDA.
+def group(alone: bool = False, on: str = "auto") -> Iterator[None]:
+    """Inside, the ranks can exchange tensors: with gloo on CPUs, with NCCL on CUDA. `on` is
+    --device.
 
     Does nothing if this process was not launched as one of several; with `alone` it then makes a
     group of one, which shard() needs. Raises TrainingError if the ranks do not find each other.
@@ -79,11 +82,8 @@ def group(alone: bool = False) -> Iterator[None]:
     if not launched() and not alone:
         yield
         return
-    here = device()
-    backend = "gloo"
-    if here.type == "cuda":
-        torch.cuda.set_device(here)
-        backend = "cpu:gloo,cuda:nccl"
+    backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
+    backend = backends.get(device(on).type, "gloo")
     one: Any = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     try:
         dist.init_process_group(backend, timeout=WAIT, **one)
@@ -186,15 +186,16 @@ def shard(
     pieces: MutableMapping[str, Tensor] | None = None,
     seed: int = 0,
     offload: bool = False,
+    on: torch.device | None = None,
 ) -> None:
     """Shard the frozen base among the ranks, in place: FSDP2, block by block.
 
     A block is an element of an nn.ModuleList that has layers within. The input embedding is a block
     if it is not tied, and the rest of the model is one more, gathered from forward to backward.
     Call it last: with the adapters on, in the final dtypes, with gradient checkpointing enabled.
-    All else is on device(), the same on every rank: trainable parameters, adapters, what two blocks
-    share, and scalars. If a bfloat16 product meets a float32 weight, FSDP2 keeps the cast of that
-    weight whole: call memory.set_dtype() first.
+    All else is on the device `on`, by default device(), the same on every rank: trainable
+    parameters, adapters, what two blocks share, and scalars. If a bfloat16 product meets a float32
+    weight, FSDP2 keeps the cast of that weight whole: call memory.set_dtype() first.
 
     pieces: those of a base that models.load_base cut as it was read, by name. Each is taken out as
             it is put in, and the adapters are then filled from `seed`, as inject would have.
@@ -208,7 +209,7 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    here, pieces = device(), {} if pieces is None else pieces
+    here, pieces = on or device(), {} if pieces is None else pieces
     if offload and here.type == "cpu":
         raise ConfigError(
             "--offload keeps the base in the CPU's memory, and this machine has no accelerator, so"
@@ -225,7 +226,7 @@ def shard(
     names = {parameter: name for name, parameter in reversed(list(base_paths(model)))}
     homes = _homes(units)
     mesh = init_device_mesh(here.type, (size(),))
-    whole = _keep_whole(homes, names, pieces, mesh)
+    whole = _keep_whole(homes, names, pieces, mesh, here)
     policy = CPUOffloadPolicy() if offload else OffloadPolicy()
     for unit in units:
         fully_shard(unit, mesh=mesh, offload_policy=policy, ignored_params=whole)
@@ -260,14 +261,15 @@ def _keep_whole(
     names: Mapping[nn.Parameter, str],
     pieces: MutableMapping[str, Tensor],
     mesh: Any,
+    here: torch.device,
 ) -> set[nn.Parameter]:
-    """Put on device() what is not sharded, joined from the ranks' pieces if it is cut.
+    """Put on the device `here` what is not sharded, joined from the ranks' pieces if it is cut.
 
     These are trainable parameters, parameters of adapters, of two units, and scalars.
     """
     from torch.distributed.tensor import DTensor, Shard
 
-    here, whole = device(), set[nn.Parameter]()
+    whole = set[nn.Parameter]()
     for parameter, home in homes.items():
         frozen = parameter in names and not parameter.requires_grad
         if frozen and parameter.dim() and len({number for number, *_ in home}) == 1:
@@ -320,8 +322,9 @@ def _own(module: nn.Module, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
             yield from _own(child, units)
 
 
-def launch(count: int, arguments: Sequence[str]) -> int:
-    """Run `lora ARGUMENTS` as `count` ranks on this machine. Returns the exit code.
+def launch(count: int, arguments: Sequence[str], on: str = "auto") -> int:
+    """Run `lora ARGUMENTS` as `count` ranks on this machine. Returns the exit code. `on` is
+    --device.
 
     It is that of the rank that failed first, 0 if none did; 130 or 143 if this process was told to
     stop (Ctrl-C, SIGTERM). It tells each rank once, gives them 30 seconds to end, and ignores
@@ -333,11 +336,12 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+    cuda = on.startswith("cuda") or on == "auto"
+    if cuda and torch.cuda.is_available() and torch.cuda.device_count() < count:
         available = torch.cuda.device_count()
         raise ConfigError(
             f"--nproc {count}: each rank needs its own accelerator, found {available}. Set"
-            f" --nproc {available}, or CUDA_VISIBLE_DEVICES= to train on the processor."
+            f" --nproc {available}, or --device cpu."
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     with tempfile.TemporaryDirectory() as folder, _stop_signals_raise():

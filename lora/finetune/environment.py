@@ -14,13 +14,13 @@ import psutil
 import torch
 
 from lora import __version__
-from lora.finetune import distributed
+from lora.finetune import devices, distributed
 from lora.injection import machine_memory
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Returns what a result may depend on besides the configuration: versions, hardware, command,
-    for environment.json."""
+    for environment.json. Without `device`, that of --device auto."""
     import transformers
 
     return {
@@ -34,7 +34,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ranks": distributed.size(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": devices.name_of(device or distributed.device()),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -64,7 +64,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def total_memory(device: torch.device) -> int:
-    """Returns the bytes of memory of a GPU, or for the CPU of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    """Returns the bytes of memory of the machine; of a GPU those that torch's context and other
+    processes leave free."""
+    if device.type in ("cuda", "xpu"):
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     return machine_memory() or int(psutil.virtual_memory().total)

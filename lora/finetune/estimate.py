@@ -196,6 +196,7 @@ def _table(estimate: Estimate) -> list[str]:
         "logits": "logits",
         "activations": "activations",
     }
+    process = "  imports, tokenizer, data" if estimate.device == "cpu" else "  cuBLAS's workspaces"
     lines: list[tuple[str, list[int]]] = [
         (f"  {label}", [m.training.get(use, 0) for m in memories]) for use, label in labels.items()
     ]
@@ -206,7 +207,7 @@ def _table(estimate: Estimate) -> list[str]:
         ("loading the base", [m.loading for m in memories]),
         ("saving", [sum(m.saving.values()) for m in memories]),
         ("largest of these", [m.tensors for m in memories]),
-        ("  imports, tokenizer, data", [m.process for m in memories]),
+        (process, [m.process for m in memories]),
         ("  heap fragmentation", [m.holes for m in memories]),
         ("peak per device", [m.peak for m in memories]),
         ("  base, memory-mapped", [m.mapped for m in memories]),

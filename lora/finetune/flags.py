@@ -191,15 +191,12 @@ HOW = {
     "half": "float16 is not supported, since it overflows. Set --dtype bfloat16.",
     "fp32": "Set --dtype float32.",
     "tf32": "Set --dtype bfloat16 or float32.",
-    "device": (
-        "CUDA is used if available. Set CUDA_VISIBLE_DEVICES to choose devices; empty means the"
-        " CPU."
-    ),
-    "cuda": "CUDA is used if available. Remove it.",
-    "gpu": "CUDA is used if available. Remove it.",
-    "cpu": "CUDA is used if available. To use the CPU, set CUDA_VISIBLE_DEVICES to nothing.",
-    "use_cpu": "CUDA is used if available. To use the CPU, set CUDA_VISIBLE_DEVICES to nothing.",
-    "no_cuda": "CUDA is used if available. To use the CPU, set CUDA_VISIBLE_DEVICES to nothing.",
+    "cuda": "Set --device cuda.",
+    "gpu": "Set --device cuda.",
+    "cpu": "Set --device cpu.",
+    "use_cpu": "Set --device cpu.",
+    "no_cuda": "Set --device cpu.",
+    "mps": "Set --device mps.",
     "device_map": "Set --shard to shard the base over devices, --offload to keep it on the CPU.",
     "warmup_steps": "Set --warmup to the fraction of all steps.",
     "max_steps": "Set --epochs; --limit N uses only the first N rows.",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ConfigError, DataError
-from lora.finetune.config import RunConfig, named
+from lora.finetune.config import RunConfig
 from lora.finetune.data import conversations, tokens
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, grouped
@@ -24,6 +24,7 @@ from lora.finetune.data.included import (
     answer_metrics,
     included_texts,
     is_included,
+    named,
     resolved,
 )
 from lora.finetune.data.previews import preview

@@ -9,10 +9,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora.adapter import Adapter
 from lora.errors import ConfigError, ModelError
+from lora.finetune import devices
+from lora.inventory import adapter_parts, injected
 from lora.layers import kind
+from lora.nf4 import NF4Linear
 
 
 def bfloat16_here(device: torch.device) -> bool:
@@ -39,18 +43,47 @@ def pick_dtype(device: torch.device) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if bfloat16_here(device) else "float32"
 
 
-def set_dtype(model: Any, dtype: str) -> None:
-    """Convert the frozen weights of linear layers to `dtype`, and run each forward under autocast.
+def auto_dtype_note(device: torch.device) -> str:
+    """Returns a line for the user: what --dtype auto means on the device, and why."""
+    dtype, name = pick_dtype(device), devices.name_of(device)
+    name = "this processor" if device.type == "cpu" else name
+    if os.environ.get("LORA_BFLOAT16"):
+        reason = f"since LORA_BFLOAT16={os.environ['LORA_BFLOAT16']} is in the environment"
+    elif dtype == "bfloat16":
+        reason = f"in which {name} multiplies"
+    else:
+        reason = f"since {name} does not multiply in bfloat16"
+    return f"dtype: {dtype}, {reason}"
 
-    Trainable parameters stay as they are. Embeddings, norms and biases are few, and stay float32.
-    The parts that generate() or a user calls directly, a backbone or an encoder, run under autocast
-    too.
+
+def set_dtype(model: Any, dtype: str, device: torch.device | None = None) -> None:
+    """Convert frozen weights to `dtype`, and run each forward under autocast. Call it before the
+    model goes to `device`, so that the device needs no room for the weights in float32.
+
+    What an adapter trains stays in float32. On a CPU (the default) only the weights of
+    linear layers are converted: embeddings, norms and biases are few. On an accelerator all of the
+    base is: one float32 embedding or norm would make every activation after it float32, which
+    there costs more than the rounding of a norm. The parts that generate() or a user calls
+    directly, a backbone or an encoder, run under autocast too.
     """
     if dtype != "bfloat16":
         return
+    everything = device is not None and device.type != "cpu"
+    trained = {
+        id(parameter)  # also if it was loaded, and does not train now
+        for name, plan in injected(model).items()
+        for parameter in adapter_parts(model, name).trained(plan)
+    }
     for module in model.modules():
-        if kind(module) in ("Linear", "Conv1D") and not module.weight.requires_grad:
-            module.weight.data = module.weight.data.to(torch.bfloat16)
+        weights: list[nn.Parameter] = []
+        if kind(module) in ("Linear", "Conv1D"):
+            weights = [module.weight]
+        elif everything and not isinstance(module, Adapter | NF4Linear):
+            own = module.parameters(recurse=False)
+            weights = [p for p in own if p.is_floating_point() and id(p) not in trained]
+        for weight in weights:
+            if not weight.requires_grad:
+                weight.data = weight.data.to(torch.bfloat16)
         if isinstance(module, transformers.PreTrainedModel):
             # A partial, which deepcopy binds to the copy, as it would not a closure.
             forward = functools.partial(_in_bfloat16, module.forward)

@@ -27,6 +27,7 @@ import psutil
 import torch
 from torch import nn
 
+from lora.finetune.devices import CPU
 from lora.layers import in_pieces
 
 STATUS = Path("/proc/self/status")
@@ -38,26 +39,32 @@ MOST_OF_TIME = 0.02
 
 
 class PeakMemory:
-    """Measures the memory of a run while it goes on. A thread samples it; on CUDA torch's allocator
-    keeps the peaks itself.
+    """Measures the memory of a run while it goes on. A thread samples it; on a GPU torch's
+    allocator keeps the peaks itself.
 
-        with PeakMemory() as memory:
+        with PeakMemory(device) as memory:
             ...                              # load the base
             with memory.training(model):
                 ...                          # steps
                 with memory.paused():
                     ...                      # an evaluation
-        memory.peak(device), memory.training_peak
+        memory.peak(), memory.training_peak
     """
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+        # torch's allocators for CUDA and XPU count in the same way.
+        counts = device.type in ("cuda", "xpu")
+        self.allocator: Any = torch.get_device_module(device) if counts else None
 
     def __enter__(self) -> PeakMemory:
         self.start = self.most = private_bytes()
         self.training_peak = 0
         self.model = self.before = 0  # bytes of the model's tensors, and in use at training's start
         self.counting, self.lock, self.done = False, threading.Lock(), threading.Event()
-        if torch.cuda.is_available():
-            self.most_on_cuda = 0
-            torch.cuda.reset_peak_memory_stats()
+        self.most_on_device = 0
+        if self.allocator:
+            self.allocator.reset_peak_memory_stats(self.device)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -103,24 +110,25 @@ class PeakMemory:
         """Read the memory now, and store it if it is the largest so far."""
         with self.lock:
             self.most = max(self.most, private_bytes())
-            if self.counting and not torch.cuda.is_available():
+            if self.counting and not self.allocator:
                 grown = bytes_in_use() - self.before
                 self.training_peak = max(self.training_peak, self.model + grown)
 
     def _flush(self) -> None:
-        """Take the sample that ends a phase. On CUDA, read the phase's peak and begin another."""
+        """Take the sample that ends a phase. On a GPU, read the phase's peak and begin another."""
         self.sample()
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-            self.most_on_cuda = max(self.most_on_cuda, peak)
+        if self.allocator:
+            peak = self.allocator.max_memory_allocated(self.device)
+            self.most_on_device = max(self.most_on_device, peak)
             if self.counting:
                 self.training_peak = max(self.training_peak, peak)
-            torch.cuda.reset_peak_memory_stats()
+            self.allocator.reset_peak_memory_stats(self.device)
 
-    def peak(self, device: torch.device) -> int:
-        """Returns the peak in bytes above the start, or on CUDA the peak of torch's allocator."""
-        if device.type == "cuda":
-            return max(self.most_on_cuda, torch.cuda.max_memory_allocated(device))
+    def peak(self) -> int:
+        """Returns the peak in bytes above the start, or on a GPU the peak of torch's allocator."""
+        if self.allocator:
+            now = self.allocator.max_memory_allocated(self.device)
+            return max(self.most_on_device, int(now))
         return self.most - self.start
 
 

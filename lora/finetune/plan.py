@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lora import nf4
 from lora.checkpoint import read_adapter
 from lora.errors import ModelError
-from lora.finetune.assemble import resized_for, resolve, with_tokens
+from lora.finetune.assemble import resized_for, resolve, starts_on_device, with_tokens
 from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded, layout, sorted_batches
@@ -53,6 +53,8 @@ from lora.report import Report
 from lora.settings import whole_number
 from lora.training import check_steps
 
+WORKSPACES = 2**26
+"""Bytes that cuBLAS takes for itself on a GPU; torch's allocator hands them out."""
 WALKED = 100_000
 """Number of steps whose batches are laid out, rounded up to whole epochs."""
 
@@ -75,7 +77,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     values.
     """
     whole_number("nproc", devices, most=1024)
-    device, before = device_here(), private_bytes()
+    device, before = device_here(config.device), private_bytes()
     corpus = read_corpus(config)
     labels = len(corpus.labels) or 1
     bare = load_skeleton(config.base, labels, corpus.task, config.quantize, config.dense)
@@ -85,7 +87,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     corpus, splits = inputs.corpus, inputs.splits
     # A run imports its metrics too, which takes memory.
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])
-    process = private_bytes() - before if device.type == "cpu" else 0
+    process = private_bytes() - before if device.type == "cpu" else WORKSPACES
 
     batches = _batches_to_plan(config, splits)
     report, memories, work = _memories(config, corpus, splits["train"], batches, devices)
@@ -179,7 +181,7 @@ def _memories(
         part = min(config.micro_batch_size or rows, -(-rows // count))
         parts = -(-rows // (count * part))
         shapes = [batches.typical.part(min(part, batches.typical.rows)), batches.largest.part(part)]
-        dry_run = _DryRun(config, corpus, train, device_here())
+        dry_run = _DryRun(config, corpus, train, device_here(config.device))
         report, whole = dry_run.measure(shapes, parts, batches.evaluated)
         work.append(dry_run.work)
         whole = dataclasses.replace(whole, devices=count)
@@ -255,7 +257,7 @@ class _DryRun:
             devices=1,
             sharded=False,
             rows=shapes[-1].rows,
-            loading=self._loading(base, report, at_start) if self.device.type == "cpu" else 0,
+            loading=self._loading(base, report, at_start),
             training=dict(training),
             evaluation=dict(evaluation),
             saving=dict(saving) if self.device.type == "cpu" else {},
@@ -292,7 +294,7 @@ class _DryRun:
                     adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
         report = place(model, planned, parts, fresh, "default")
         check_steps(model, config.epochs * steps_per_epoch(self.encoded, config.batch_size))
-        set_dtype(model, config.dtype)
+        set_dtype(model, config.dtype, self.device)
         return base, report
 
     def _to_device(self, model: Any) -> None:
@@ -383,6 +385,8 @@ class _DryRun:
     def _loading(self, base: Base, report: Report, at_start: Mapping[str, int]) -> int:
         """Returns the peak before training begins."""
         quantized, loaded = _quantized(base.model), sum(at_start.values())
+        if self.device.type != "cpu":  # it is loaded and cast before it goes to the device
+            return 4 * report.total if starts_on_device(self.config) else loaded
         if quantized and self.config.base != "demo" and not base.gguf:
             return loaded  # each layer is quantized when it is read
         if base.stored == torch.float32 and not base.gguf:

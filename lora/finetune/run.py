@@ -27,7 +27,13 @@ from rich.progress import Progress
 from lora.checkpoint import save
 from lora.errors import CheckpointError, StoppedError, TargetError, TrainingError, command
 from lora.finetune import distributed, state, trackers
-from lora.finetune.assemble import add_adapter, build_base, resized_for, resolve
+from lora.finetune.assemble import (
+    add_adapter,
+    build_base,
+    resized_for,
+    resolve,
+    starts_on_device,
+)
 from lora.finetune.config import RunConfig, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded
@@ -35,7 +41,7 @@ from lora.finetune.evaluate import Evaluation, autocast, evaluate
 from lora.finetune.generate import scored
 from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_corpus
 from lora.finetune.losses import check_language
-from lora.finetune.memory import checkpoint_activations, set_dtype
+from lora.finetune.memory import auto_dtype_note, checkpoint_activations, set_dtype
 from lora.finetune.methods import label
 from lora.finetune.models import Base
 from lora.finetune.peak import PeakMemory, process_peak
@@ -65,7 +71,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
 
     Raises LoraError. It leaves no folder behind if that happens before the first step.
     """
-    with distributed.group(alone=config.shard or config.offload):
+    with distributed.group(config.shard or config.offload, config.device):
         directory = distributed.gather(config.run_dir or default_directory(config))[0]
         with distributed.alike():
             if distributed.rank() == 0:
@@ -73,22 +79,28 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
         return _run(config, directory, resumed=False)
 
 
-def resume(directory: Path, base: str | None = None, method: str | None = None) -> dict[str, Any]:
+def resume(
+    directory: Path,
+    base: str | None = None,
+    method: str | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
     """Resume an interrupted run from its newest whole checkpoint. Returns the summary.
 
     `base` is where its base is now, if it has moved, and `method` names its method in the file that
-    defines it, if that has moved.
+    defines it, if that has moved. `device` replaces the one of the run.
     """
-    config = resumable(directory, base, method)
-    with distributed.group(alone=config.shard or config.offload):
+    config = resumable(directory, base, method, device)
+    with distributed.group(config.shard or config.offload, config.device):
         return _run(config, directory, resumed=True)
 
 
 def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:
     started, first = time.perf_counter(), distributed.rank() == 0
-    with progress_bar() as progress, PeakMemory() as memory, ExitStack() as stack:
+    device = distributed.device(config.device)
+    with progress_bar() as progress, PeakMemory(device) as memory, ExitStack() as stack:
         with distributed.alike(), reading(progress) as on_quantized:
-            parts = _prepare(config, on_quantized)
+            parts = _prepare(config, device, on_quantized)
         for line in parts.lines:
             say(progress, line)
         checkpoint, note = _take_folder(parts, directory, resumed, progress, stack)
@@ -123,7 +135,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
         summary = _summary(parts, result, record) | {
             "note": " ".join(filter(None, (parts.config.note, note, warning))),
             "seconds": time.perf_counter() - started,
-            "peak_bytes": memory.peak(parts.device),
+            "peak_bytes": memory.peak(),
             "training_bytes": memory.training_peak,
             "process_bytes": process_peak(),
         }
@@ -147,23 +159,26 @@ class _Parts:
     lines: tuple[str, ...]  # for the user
 
 
-def _prepare(config: RunConfig[Any], on_quantized: Callable[[int, int], None]) -> _Parts:
+def _prepare(
+    config: RunConfig[Any], device: torch.device, on_quantized: Callable[[int, int], None]
+) -> _Parts:
     """Read the data, load the base, put the adapter on it."""
     trackers.check_trackers(config.trackers)
     source = read_corpus(config)
     labels, task = source.labels, source.task
     base = build_base(config, labels, task, on_quantized, True, resized_for(config))
-    device = distributed.device()
+    dtype_note = [auto_dtype_note(device)] if config.dtype == "auto" else []
     config, note = resolve(config, source, base, device)
-    if not base.pieces:
-        base.model.to(device)
     inputs = inputs_of(config, source, base)
+    if starts_on_device(config):
+        base.model.to(device)
     report = add_adapter(config, base, calibration(config, inputs.splits["train"], device))
-    training = _begin(config, base, inputs)
+    training = _begin(config, base, inputs, device)
     notes = config.note, inputs.corpus.note, *inputs.notes, note
     lines = (
         *(f"data: {line}" for line in inputs.corpus.summary),
         *([base.note] if base.note else []),
+        *dtype_note,
         *(f"note: {line}" for line in notes if line),
         str(report),
     )
@@ -172,20 +187,23 @@ def _prepare(config: RunConfig[Any], on_quantized: Callable[[int, int], None]) -
     )
 
 
-def _begin(config: RunConfig[Any], base: Base, inputs: Inputs) -> Training:
+def _begin(config: RunConfig[Any], base: Base, inputs: Inputs, device: torch.device) -> Training:
     """Bring the model with its adapter into the form in which it trains, and make its optimizer.
 
-    The order matters: the final dtypes come before sharding, which comes before compiling.
+    The order matters: the final dtypes come before the move to the device, which would else need
+    room for the base in float32, and before sharding, which comes before compiling.
     """
     model = base.model
     per_epoch = steps_per_epoch(inputs.splits["train"], config.batch_size)
     check_steps(model, config.epochs * per_epoch)
+    set_dtype(model, config.dtype, device)
+    if not base.pieces:
+        model.to(device)
     check_room(model)
-    set_dtype(model, config.dtype)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if config.shard or config.offload:
-        distributed.shard(model, base.pieces, config.seed, config.offload)
+        distributed.shard(model, base.pieces, config.seed, config.offload, device)
     if config.compile:
         model.compile(dynamic=True)
     if inputs.corpus.task == "text":
@@ -209,11 +227,15 @@ def _take_folder(
         if distributed.rank() == 0:
             tokens = digest(parts.splits["train"])
             if not resumed:
-                create(directory, parts.config, parts.source, tokens)
+                create(directory, parts.config, parts.source, tokens, parts.device)
             stack.enter_context(alone(directory))
             if resumed:
                 checkpoint, note = checkpoint_to_resume(
-                    directory, parts.source, tokens, lambda text: say(progress, text)
+                    directory,
+                    parts.source,
+                    tokens,
+                    parts.device,
+                    lambda text: say(progress, text),
                 )
     return distributed.gather(checkpoint)[0], note
 

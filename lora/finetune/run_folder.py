@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+import torch
 
 from lora.card import FORMER_NAMES
 from lora.errors import ConfigError, RunError, command
 from lora.files import locked, readable, writable, write_together
 from lora.finetune import state
-from lora.finetune.config import RunConfig, absolute_source, from_table, read_toml, to_table
+from lora.finetune.config import RunConfig, from_table, read_toml, to_table
 from lora.finetune.data.corpus import Corpus
-from lora.finetune.data.included import TINY
+from lora.finetune.data.included import TINY, absolute_source
 from lora.finetune.environment import environment
 from lora.finetune.methods import digest_of, label, reopened
 from lora.finetune.record import environment_of
@@ -53,9 +54,11 @@ def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> N
         raise RunError(f"{flag} {directory} cannot be made: {parent} is {why}. Pass another.")
 
 
-def create(directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str) -> None:
+def create(
+    directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str, device: torch.device
+) -> None:
     """Make the folder with config.toml and environment.json in it, or make nothing."""
-    start = environment() | {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
+    start = environment(device) | {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
     if digest := digest_of(config.method):
         start["method"] = digest
     files = {
@@ -154,10 +157,15 @@ def at_base(config: RunConfig[Any], base: str | None, directory: Path) -> RunCon
 
 
 def resumable(
-    directory: Path, base: str | None = None, method: str | None = None
+    directory: Path,
+    base: str | None = None,
+    method: str | None = None,
+    device: str | None = None,
 ) -> RunConfig[Any]:
-    """The configuration of a run that is not complete. Raises RunError."""
+    """The configuration of a run that is not complete, on `device` if that is given. Raises
+    RunError."""
     config = config_of(directory, method, exact=True)
+    config = replace(config, device=device or config.device)
     _check_incomplete(directory)
     if base is not None and state.find(directory / CHECKPOINTS)[0] is None:
         anew = command("lora", "train", "--config", directory / "config.toml", "--base", base)
@@ -169,7 +177,7 @@ def resumable(
 
 
 def checkpoint_to_resume(
-    directory: Path, corpus: Corpus, tokens: str, say: Callable[[str], None]
+    directory: Path, corpus: Corpus, tokens: str, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Path | None, str]:
     """The newest whole checkpoint of a run, None if it has none; and the note on its data.
 
@@ -178,7 +186,7 @@ def checkpoint_to_resume(
     """
     _check_incomplete(directory)  # again: another process may have completed it meanwhile
     anew = command("lora", "train", "--config", directory / "config.toml")
-    start, now = environment_of(directory), environment()
+    start, now = environment_of(directory), environment(device)
     if start["data"] != corpus.digest():
         raise RunError(
             f"{directory}: {corpus.source} has changed since the run began. Restore it, or"

@@ -48,6 +48,14 @@ class Source:
     alone: bool = False  # an adapter without its run
     resizes: bool = False  # resize the base's embeddings to the adapter's number of tokens
 
+    def on(self, device: str) -> Source:
+        """Returns the model to be opened on the device that a verb's --device names, whatever it
+        was trained on. An adapter without its run computes in the dtype that suits it."""
+        config = replace(self.config, device=device)
+        if self.alone:
+            config = replace(config, dtype=pick_dtype(distributed.device(device)))
+        return replace(self, config=config)
+
     def settle(self, model: Any, tokenizer: Any) -> RunConfig[Any]:
         """Returns the configuration; for an adapter without its run, max_length and template come
         from its model and tokenizer."""

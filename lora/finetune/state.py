@@ -44,7 +44,9 @@ from lora.adapter import Adapter
 from lora.checkpoint import save as save_adapter
 from lora.errors import CheckpointError
 from lora.files import read_safetensors, readable, sync, writable, write_together
-from lora.finetune import distributed
+from lora.finetune import devices, distributed
+from lora.finetune.devices import CPU
+from lora.finetune.evaluate import device_of
 from lora.finetune.record import Mark
 from lora.identity import fingerprint
 from lora.interop import documents
@@ -81,11 +83,12 @@ Legacy = tuple[
 
 
 class RandomState(TypedDict):
-    """The generators' states: torch's in hexadecimal, Python's, and numpy's if it is imported."""
+    """The generators' states: torch's in hexadecimal, Python's, that of an accelerator with its
+    kind, and numpy's if it is imported."""
 
     torch: str
     python: tuple[int, list[int], float | None]
-    cuda: NotRequired[str]
+    device: NotRequired[tuple[str, str]]
     numpy: NotRequired[Legacy]
 
 
@@ -93,8 +96,9 @@ def _tried_state(state: RandomState) -> RandomState:
     """Returns the state. Raises ValueError if a generator rejects it, before the model changes."""
     try:
         torch.Generator().set_state(_bytes(state["torch"]))
-        if "cuda" in state and torch.cuda.is_available():
-            torch.Generator("cuda").set_state(_bytes(state["cuda"]))
+        kind, accelerators = state.get("device", ("cpu", state["torch"]))
+        if kind == "cpu" or torch.get_device_module(kind).is_available():
+            torch.Generator(kind).set_state(_bytes(accelerators))
         version, keys, gauss = state["python"]
         random.Random().setstate((version, tuple(keys), gauss))
     except (RuntimeError, OverflowError) as error:
@@ -128,7 +132,7 @@ def save_training(training: Training, folder: Path, config: bytes, recorded: Mar
     path = checkpoint_folder(folder, training.step)
     state = {
         "step": training.step,
-        "random": distributed.gather(random_state()),
+        "random": distributed.gather(random_state(device_of(training.model))),
         "methods": remembered(training.model),
         "base": bases(training.model),
         "recorded": recorded,
@@ -260,7 +264,7 @@ def restore_training(training: Training, path: Path) -> State:
             setattr(adapter, name, state["methods"][layer][name])
     rank = distributed.rank()
     if rank < len(state["random"]):
-        set_random_state(state["random"][rank])
+        set_random_state(state["random"][rank], device_of(training.model))
     else:  # more ranks than before: the new ones need masks that no other rank draws
         torch.manual_seed(rank_seed(state["step"]))
     training.step = state["step"]
@@ -343,28 +347,30 @@ def rank_seed(seed: int) -> int:
     return random.Random(f"{seed}:{rank}").getrandbits(63) if rank else seed
 
 
-def random_state() -> RandomState:
-    """Returns the state of every generator that a training draws from."""
+def random_state(device: torch.device = CPU) -> RandomState:
+    """Returns the state of every generator that a training on the device draws from."""
     version, keys, gauss = random.getstate()
     state: RandomState = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
         "python": (version, list(keys), gauss),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    if (accelerators := devices.accelerator_state(device)) is not None:
+        state["device"] = accelerators
     if "numpy" in sys.modules:
         kind, keys, *rest = sys.modules["numpy"].random.get_state()
         state["numpy"] = kind, keys.tolist(), *rest
     return state
 
 
-def set_random_state(state: RandomState) -> None:
-    """Sets the generators to a random_state()."""
+def set_random_state(state: RandomState, device: torch.device = CPU) -> None:
+    """Sets the generators to a random_state(). One of another kind of device leaves this one's
+    generator as train.begin() seeded it."""
     torch.set_rng_state(_bytes(state["torch"]))
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+    kind, accelerators = state.get("device", ("cpu", ""))
+    if kind == device.type != "cpu":
+        torch.get_device_module(kind).set_rng_state(_bytes(accelerators))
     if "numpy" in state:
         import numpy as np
 

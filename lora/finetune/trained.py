@@ -65,13 +65,21 @@ def reopen(source: Source | Path, base: str | None = None) -> Trained:
     """Loads the model of a run directory or of an adapter's folder: the base with the adapter, in
     the dtype that training uses. `base` is the new path of the base if it has moved."""
     opened = source if isinstance(source, Source) else open_source(source, base)
-    trained = reopen_in_base_dtype(opened)
-    set_dtype(trained.model, trained.config.dtype)
+    trained = _on_cpu(opened)
+    set_dtype(trained.model, trained.config.dtype, trained.device)
+    trained.model.to(trained.device)
     return trained
 
 
 def reopen_in_base_dtype(source: Source) -> Trained:
     """Loads the same model in the dtype of its base, to merge it."""
+    trained = _on_cpu(source)
+    trained.model.to(trained.device)
+    return trained
+
+
+def _on_cpu(source: Source) -> Trained:
+    """Loads the model, which is still on the CPU. `device` is where it is to go."""
     config = source.config
     resized_by = source.adapter if source.resizes else None
     base = build_base(config, config.labels, config.task, adapter=resized_by)
@@ -88,11 +96,10 @@ def reopen_in_base_dtype(source: Source) -> Trained:
             tokenizer = load_tokenizer(str(source.adapter), base.model, config.task)
         if report.note:
             print(f"note: {report.note}", file=sys.stderr)
-    device = distributed.device()
+    device = distributed.device(config.device)
     config = source.settle(base.model, tokenizer)
     stored = base.stored if base.stored in FLOATS.values() else None
-    model = base.model.to(device).eval()
-    return Trained(config, model, tokenizer, device, stored or torch.float32)
+    return Trained(config, base.model.eval(), tokenizer, device, stored or torch.float32)
 
 
 def newest_runs(folder: Path = Path("runs")) -> list[Path]:

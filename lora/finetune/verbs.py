@@ -44,6 +44,8 @@ class ModelFlags:
     resize_embeddings: bool = False
     """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
     with a different number of tokens."""
+    device: str = "auto"
+    """Device to compute on, as in lora train."""
 
 
 @dataclass(frozen=True, kw_only=True)

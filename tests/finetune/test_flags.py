@@ -63,7 +63,7 @@ def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
         ("--lr", "1e-3"): "lora train has no flag --lr. Did you mean --learning-rate?",
         ("--rank=8",): "lora train has no flag --rank. Did you mean --r?",
         ("--alpha", "16"): "Did you mean --lora-alpha?",
-        ("--device", "cuda"): "Set CUDA_VISIBLE_DEVICES to choose",
+        ("--no-cuda",): "Set --device cpu.",
         ("--fp16",): "float16 is not supported, since it overflows. Set --dtype bfloat16.",
         ("--bf16",): "Set --dtype bfloat16.",
         ("--num_train_epochs", "3"): "Did you mean --epochs?",

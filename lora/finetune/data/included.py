@@ -8,8 +8,12 @@ listing()                every included data set, with its licence and source
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
+from lora.card import BUILT_IN
 from lora.errors import DataError
 from lora.finetune.data.conversations import Conversation
 from lora.finetune.data.messages import Message
@@ -44,6 +48,28 @@ def resolved(source: str) -> str:
     if source != DEMO and (prefix == source or not prefix.endswith("=")):
         return source
     return prefix + (FILMS if is_here("films") else TINY)
+
+
+def named(source: str) -> tuple[str, str]:
+    """Returns name and path of one --data entry: NAME=PATH, or the path's last part as the name."""
+    name, sign, place = source.partition("=")
+    if sign and place and re.fullmatch(r"[\w.-]+", name) and not os.path.exists(source):
+        return name, place
+    return Path(source).stem if Path(source).suffix else Path(source).name, source
+
+
+def absolute_source(source: str) -> str:
+    """Returns a base or a --data entry with an absolute path if it is a file or folder."""
+    _, place = named(source)
+    if place in BUILT_IN or not os.path.exists(place):
+        return source
+    return source.removesuffix(place) + str(Path(place).resolve())
+
+
+def recorded_source(source: str) -> str:
+    """Returns a --data entry as a run records it: it means the same in any folder, later too."""
+    _, place = named(source)
+    return resolved(source) if is_included(place) else absolute_source(source)
 
 
 def resolved_with_note(source: str) -> tuple[str, list[str]]:

@@ -16,9 +16,9 @@ from conftest import ROOT
 
 from lora.errors import DataError
 from lora.finetune import cli
-from lora.finetune.config import parse_run, read_toml, recorded_source
+from lora.finetune.config import parse_run, read_toml
 from lora.finetune.data.corpus import read_examples, read_split
-from lora.finetune.data.included import FILMS, STAND_IN, TINY, resolved
+from lora.finetune.data.included import FILMS, STAND_IN, TINY, recorded_source, resolved
 from lora.finetune.data.opinions import (
     OPINIONS,
     named_label,
