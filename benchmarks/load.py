@@ -44,8 +44,6 @@ def make(folder: str, quick: bool) -> int:
 
 def read(folder: str) -> dict[str, float]:
     """Read the model packed: peak and final bytes."""
-    import torch
-
     import lora.finetune.models
     from lora.finetune.peak import PeakMemory
     from lora.nf4 import NF4Linear
@@ -55,7 +53,7 @@ def read(folder: str) -> dict[str, float]:
         memory.sample()
     final = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     packed = sum(isinstance(m, NF4Linear) for m in model.modules())
-    return {"peak": memory.peak(torch.device("cpu")), "final": final, "packed layers": packed}
+    return {"peak": memory.peak(), "final": final, "packed layers": packed}
 
 
 def main() -> None:

@@ -52,7 +52,6 @@ def measure(folder: str, quantize: str) -> list[dict[str, float]]:
     from lora.finetune.models import load_base
     from lora.finetune.peak import PeakMemory
 
-    cpu = torch.device("cpu")
     with distributed.group():
         size = distributed.size()
         part = (distributed.rank(), size) if size > 1 else None
@@ -64,11 +63,11 @@ def measure(folder: str, quantize: str) -> list[dict[str, float]]:
             if size > 1:
                 distributed.shard(model, base.pieces)
             memory.sample()
-            found = {"read": float(memory.peak(cpu))}
+            found = {"read": float(memory.peak())}
         with PeakMemory() as step:
             step.start = memory.start
             model.train()(input_ids=torch.arange(1, 17)[None]).logits.sum().backward()
-        found["step"] = float(step.peak(cpu))
+        found["step"] = float(step.peak())
         local = (getattr(p, "_local_tensor", p) for p in model.parameters())
         found["held"] = float(sum(p.numel() * p.element_size() for p in local))
         return distributed.gather(found)

@@ -321,7 +321,7 @@ def _check_eval_flags(config: EvalConfig) -> None:
         unused += ["limit", "task"]
         source = "--run" if config.data is not None else "--run without --data"
     else:
-        unused += ["limit", "base", "method", "data", "split", "resize_embeddings"]
+        unused += ["limit", "base", "method", "data", "split", "resize_embeddings", "device"]
         source = "--predictions"
     for name in unused:
         if getattr(config, name) not in (None, "auto", 0):

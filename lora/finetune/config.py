@@ -157,13 +157,17 @@ class RunConfig(Generic[C]):
     max_length: Whole | None = None
     """Maximum tokens per example; longer texts are truncated. Batches are padded to their longest
     example. Default: 128; with --task text 1,024; never more than the base's positions."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """bfloat16: compute matrix products in bfloat16 and store frozen matrices in it; trainable
-    parameters and optimizer state stay in float32. auto: bfloat16 if the hardware multiplies in it,
+    parameters and optimizer state stay in float32. float16: the same, with a loss scale, for GPUs
+    without bfloat16 (T4, V100, RTX 20). auto: bfloat16 if the hardware multiplies in it,
     else float32."""
     device: Text = "auto"
     """Device to compute on: cpu, cuda, cuda:1, mps or xpu. auto: a CUDA device if there is one,
     else the CPU."""
+    deterministic: bool = False
+    """Use only algorithms that give the same bits each time, so that a run on a GPU repeats and
+    resumes bit for bit, as one on a CPU does without this flag. Slower."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: store the linear layers of the frozen base in 4 bits per weight (QLoRA)."""
     dense: tuple[Text, ...] = ()

@@ -1,13 +1,16 @@
-"""The device that a run computes on: --device, which one that is here, and its random state."""
+"""The device that a run computes on: --device, --deterministic, and its random state."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from lora.errors import ConfigError
+from lora.errors import ConfigError, TrainingError
 
 DEVICE = r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?"
 """What --device takes."""
@@ -58,6 +61,37 @@ def check_device(name: str) -> None:
             f"--device must be auto, cpu, cuda, cuda:N, xpu, xpu:N or mps, found {name!r}. Set"
             " --device auto."
         )
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Inside, if `on`, torch uses only algorithms that give the same bits each time.
+
+    Enter it before anything is computed on a GPU. Raises TrainingError if an operation has no such
+    algorithm.
+    """
+    if not on:
+        yield
+        return
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before = torch.are_deterministic_algorithms_enabled()
+    # cuBLAS reads it when it starts; with the default it may sum in another order each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # The kernels write all of what they allocate. Filling it first would only take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        reason = str(error).strip().partition(". ")[0]
+        raise TrainingError(
+            f"--deterministic: {reason}. Remove --deterministic, or set --device cpu."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 def name_of(device: torch.device) -> str:

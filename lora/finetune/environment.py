@@ -35,6 +35,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": distributed.size(),
         "device": devices.name_of(device or distributed.device()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

@@ -34,13 +34,14 @@ class Evaluation:
 
 
 def autocast(model: Any) -> AbstractContextManager[Any]:
-    """Returns bfloat16 autocast if memory.set_dtype() set it for the model, else an empty context.
+    """Returns autocast to the 16 bits that memory.set_dtype() set for the model, else an empty
+    context.
 
     The model's forward sets it by itself. Around many forwards it is faster, since the trainable
     weights are cast only once, and it covers what is computed outside the forward.
     """
-    bfloat16 = getattr(model, "lora_dtype", torch.float32) == torch.bfloat16
-    return torch.autocast(device_of(model).type, torch.bfloat16, enabled=bfloat16)
+    dtype = getattr(model, "lora_dtype", None)
+    return torch.autocast(device_of(model).type, dtype, enabled=dtype is not None)
 
 
 def device_of(model: Any) -> torch.device:

@@ -227,6 +227,7 @@ def check_language(model: nn.Module, packs: bool = False) -> None:
 def _compute_dtype(model: nn.Module) -> torch.dtype:
     """Returns the least precise dtype that the model computes in."""
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        dtypes.add(torch.bfloat16)
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -73,11 +73,12 @@ class Step:
     padding: float  # share of the batch's positions that are padding
     seconds: float
     epoch_ends: bool
+    skipped: bool = False  # a gradient overflowed in float16: nothing was changed
     stop: int = 0  # the signal that asks to stop after this step, sent to any of the ranks
 
 
 class StepRow(TypedDict):
-    """A Step without `stop`."""
+    """A Step without `stop`. The gradient norm of a skipped step is 0."""
 
     kind: Literal["step"]
     step: Positive
@@ -92,6 +93,7 @@ class StepRow(TypedDict):
     padding: Share
     seconds: Seconds
     epoch_ends: bool
+    skipped: NotRequired[bool]
 
 
 class Environment(TypedDict):
@@ -158,7 +160,7 @@ class Summary(TypedDict):
     peak_bytes: Count
     training_bytes: NotRequired[Count]  # lora.finetune.peak says what each counts
     process_bytes: NotRequired[Count]
-    dtype: NotRequired[Literal["float32", "bfloat16"]]  # of the computation; older runs lack it
+    dtype: NotRequired[Literal["float32", "bfloat16", "float16"]]  # older runs lack it
 
 
 RecordedRow = StepRow | EvaluationRow
@@ -256,6 +258,8 @@ class Record:
         """Write the row of an optimiser step."""
         row = {"kind": "step", **asdict(step)}
         del row["stop"]  # belongs to this process, not to the training
+        if not step.skipped:
+            del row["skipped"]
         self._write(row)
 
     def evaluation(self, step: int, epoch: float, dev: Evaluation) -> Mapping[str, Any]:

@@ -15,8 +15,8 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rich.progress import Progress
 
 from lora.checkpoint import save
 from lora.errors import CheckpointError, StoppedError, TargetError, TrainingError, command
-from lora.finetune import distributed, state, trackers
+from lora.finetune import devices, distributed, state, trackers
 from lora.finetune.assemble import (
     add_adapter,
     build_base,
@@ -71,7 +71,7 @@ def run(config: RunConfig[Any]) -> dict[str, Any]:
 
     Raises LoraError. It leaves no folder behind if that happens before the first step.
     """
-    with distributed.group(config.shard or config.offload, config.device):
+    with _started(config):
         directory = distributed.gather(config.run_dir or default_directory(config))[0]
         with distributed.alike():
             if distributed.rank() == 0:
@@ -91,8 +91,16 @@ def resume(
     defines it, if that has moved. `device` replaces the one of the run.
     """
     config = resumable(directory, base, method, device)
-    with distributed.group(config.shard or config.offload, config.device):
+    with _started(config):
         return _run(config, directory, resumed=True)
+
+
+@contextmanager
+def _started(config: RunConfig[Any]) -> Iterator[None]:
+    """Inside, the ranks of a run can exchange tensors, and --deterministic holds."""
+    group = distributed.group(config.shard or config.offload, config.device)
+    with devices.deterministic(config.deterministic), group:
+        yield
 
 
 def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, Any]:

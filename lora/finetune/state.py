@@ -69,6 +69,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     learning_rate: float  # the peak
     step: int = 0  # optimizer steps done
+    scaler: torch.amp.GradScaler | None = None  # of the loss, in float16
 
 
 Key = Annotated[int, Field(ge=0, lt=2**32)]
@@ -106,6 +107,13 @@ def _tried_state(state: RandomState) -> RandomState:
     return state
 
 
+class LossScale(TypedDict):
+    """The scale of the loss in float16, and the steps since it last changed."""
+
+    scale: Annotated[Finite, Field(gt=0)]
+    growth_tracker: Count
+
+
 class State(TypedDict):
     """training.json."""
 
@@ -116,6 +124,7 @@ class State(TypedDict):
     methods: dict[str, dict[str, Any]]  # what an adapter remembers, by its path
     base: dict[str, str]  # its fingerprint
     recorded: Mark
+    loss_scale: NotRequired[LossScale]
 
 
 STATES = TypeAdapter(State)
@@ -137,6 +146,10 @@ def save_training(training: Training, folder: Path, config: bytes, recorded: Mar
         "base": bases(training.model),
         "recorded": recorded,
     }
+    if training.scaler is not None:
+        scaling = training.scaler.state_dict()
+        tracker = scaling["_growth_tracker"]
+        state["loss_scale"] = {"scale": scaling["scale"], "growth_tracker": tracker}
     with distributed.alike():
         _write_checkpoint(training, path, state, config)
     return path
@@ -259,6 +272,10 @@ def restore_training(training: Training, path: Path) -> State:
         training.optimizer.state[parameter] = {
             key: tensor.to(parameter.device) for key, tensor in moment.items()
         }
+    if training.scaler is not None and "loss_scale" in state:
+        scale, tracker = state["loss_scale"]["scale"], state["loss_scale"]["growth_tracker"]
+        scaling = {"scale": scale, "_growth_tracker": tracker}
+        training.scaler.load_state_dict(training.scaler.state_dict() | scaling)
     for layer, adapter in adapters(training.model).items():
         for name in adapter.remembers:
             setattr(adapter, name, state["methods"][layer][name])

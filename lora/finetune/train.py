@@ -55,7 +55,9 @@ def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int
     on each rank differently, so that each has its own dropout masks."""
     torch.manual_seed(rank_seed(seed))
     check_room(model)
-    return Training(model, adamw(model, learning_rate, weight_decay), learning_rate)
+    half = getattr(model, "lora_dtype", None) == torch.float16
+    scaler = torch.amp.GradScaler(device_of(model).type) if half else None
+    return Training(model, adamw(model, learning_rate, weight_decay), learning_rate, scaler=scaler)
 
 
 def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -77,7 +79,8 @@ def fit(
     """Train from training.step to the last step of the last epoch; calls `stop` in each step.
 
     Raises TrainingError at a loss or gradient that is not finite, before that step is taken, and
-    TargetError if the first backward does not reach an adapter.
+    TargetError if the first backward does not reach an adapter. In float16 a step whose gradient
+    overflows is skipped, and the loss scale halved.
     """
     model, optimizer, first = training.model, training.optimizer, training.step
     per_epoch = steps_per_epoch(encoded, settings.batch_size)
@@ -92,19 +95,26 @@ def fit(
         targets = sum(encoded.counts[row] for row in rows)
         for index, part in enumerate(parts):
             penalized = index == distributed.rank() == 0  # once in each step
-            losses.append(add_gradients(model, part, task, targets, penalized))
+            losses.append(add_gradients(model, part, task, targets, penalized, training.scaler))
             positions += part.batch["input_ids"].numel() if part.counts else 0
         if number == first:
             check_alive(model)
         totals, positions, stop_signal = over_ranks(trained, losses, positions, stop())
+        if training.scaler is not None:
+            training.scaler.unscale_(optimizer)
         clipped = nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         loss, norm = sum(torch.stack(totals).tolist(), 0.0), float(clipped)
         share = slope(number, steps, settings.warmup, settings.schedule)
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak"]
         rate = share * training.learning_rate
+        skipped = training.scaler is not None and overflowed(training.scaler, norm)
+        norm = 0.0 if skipped else norm
         check_finite(loss, norm, f"step {number + 1} of {steps} (epoch {epoch + 1}, ", rate)
-        optimizer.step()
+        if skipped:
+            optimizer.zero_grad(set_to_none=True)  # methods see no gradient after the step either
+        else:
+            optimizer.step()
         after_step(model, number + 1, steps)
         optimizer.zero_grad(set_to_none=True)
         training.step = number + 1
@@ -113,7 +123,7 @@ def fit(
             step=number + 1, steps=steps, epoch=epoch + 1, loss=loss, learning_rate=rate,
             gradient_norm=norm, examples=len(rows), targets=targets, tokens=tokens,
             padding=1 - tokens / positions, seconds=time.perf_counter() - started,
-            epoch_ends=(number + 1) % per_epoch == 0, stop=stop_signal,
+            epoch_ends=(number + 1) % per_epoch == 0, skipped=skipped, stop=stop_signal,
         )  # fmt: skip
 
 
@@ -126,11 +136,30 @@ class Part:
     counts: bool = True  # False for a stand-in: this rank has no row, but all ranks take part
 
 
-def add_gradients(model: Any, part: Part, task: str, divisor: int, penalized: bool) -> Tensor:
+def overflowed(scaler: torch.amp.GradScaler, norm: float) -> bool:
+    """Update the loss scale after a backward in float16. True if a gradient overflowed and a lower
+    scale may help; False if the gradients are finite, or are not at a scale of 1 either."""
+    if math.isfinite(norm):
+        scaler.update()
+        return False
+    before = scaler.get_scale()
+    scaler.update()
+    return 1 < before != scaler.get_scale()
+
+
+def add_gradients(
+    model: Any,
+    part: Part,
+    task: str,
+    divisor: int,
+    penalized: bool,
+    scaler: torch.amp.GradScaler | None = None,
+) -> Tensor:
     """Forward and backward of one part of a batch: adds to the gradients of the parameters.
 
     `lora plan` calls it too. `divisor` is the number of examples (of texts: of tokens with a label)
-    in the whole batch. With `penalized` the methods' penalty is added before the backward.
+    in the whole batch. With `penalized` the methods' penalty is added before the backward. The
+    gradients are multiplied by the scale of `scaler`.
 
     Returns the part's share of the batch's loss, without the penalty, detached.
     """
@@ -142,7 +171,7 @@ def add_gradients(model: Any, part: Part, task: str, divisor: int, penalized: bo
     extra = penalty(model) if penalized else None
     if loss.requires_grad:  # False if every adapter is dead, which check_alive reports
         total: Any = loss if extra is None else loss + extra
-        total.backward()
+        (total if scaler is None else scaler.scale(total)).backward()
     return loss.detach()
 
 

@@ -4,6 +4,7 @@ another one. There is no GPU: torch's functions for CUDA are replaced."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from test_resume import FLAGS, sigterm_after
 from torch import nn
 
 import lora as library
-from lora.errors import ConfigError
+from lora.errors import ConfigError, TrainingError
 from lora.finetune import devices, distributed
 from lora.finetune.memory import auto_dtype_note, set_dtype
 from lora.finetune.peak import PeakMemory
@@ -212,3 +213,34 @@ def test_peaks_on_a_gpu_are_those_of_its_allocator(monkeypatch: pytest.MonkeyPat
     assert memory.training_peak == 30
     assert memory.peak() == 90
     assert asked == {torch.device("cuda", 1)}
+
+
+def test_deterministic_algorithms_are_used_inside_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    for on in (False, True):
+        with devices.deterministic(on):
+            assert torch.are_deterministic_algorithms_enabled() == on
+            assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if on else None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == fill  # type: ignore[attr-defined]
+    with (
+        pytest.raises(TrainingError, match="--deterministic: cumsum_cuda_kernel does not have a"),
+        devices.deterministic(True),
+    ):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but")
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="another"), devices.deterministic(True):
+        raise RuntimeError("another")
+
+
+def test_a_deterministic_run_is_recorded_as_one(flags: tuple[Any, ...], tmp_path: Path) -> None:
+    """On a CPU it is the same run."""
+    runs = [tmp_path / name for name in ("plain", "deterministic")]
+    for run, more in zip(runs, ((), ("--deterministic",)), strict=True):
+        assert lora("train", *flags, *FLAGS, "--run-dir", run, *more) == 0
+        environment = json.loads((run / "environment.json").read_text())
+        assert environment["deterministic"] == bool(more)
+    adapters = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in runs]
+    assert adapters[0] == adapters[1]
+    assert "deterministic = true" in (runs[1] / "config.toml").read_text()

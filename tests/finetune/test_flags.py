@@ -64,7 +64,7 @@ def test_a_sentence_names_flags_of_lora_train(name: str) -> None:
         ("--rank=8",): "lora train has no flag --rank. Did you mean --r?",
         ("--alpha", "16"): "Did you mean --lora-alpha?",
         ("--no-cuda",): "Set --device cpu.",
-        ("--fp16",): "float16 is not supported, since it overflows. Set --dtype bfloat16.",
+        ("--fp16",): "Set --dtype float16.",
         ("--bf16",): "Set --dtype bfloat16.",
         ("--num_train_epochs", "3"): "Did you mean --epochs?",
         ("--model_name_or_path", "x"): "Did you mean --base?",
