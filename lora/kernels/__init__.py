@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.dropout import Mask
+from lora.kernels.products import adapters_constant as adapters_constant
 from lora.kernels.products import is_off, possible
 from lora.kernels.products import off as off
 from lora.layers import View, in_pieces

@@ -37,6 +37,8 @@ HALVES = (torch.bfloat16, torch.float16)
 # A ContextVar, so that a thread or a task that turns kernels off does not do so for others.
 OFF: ContextVar[bool] = ContextVar("OFF", default=False)
 _off_anywhere: list[None] = []  # as long as the number of threads and tasks inside off()
+# Inside adapters_constant(): A, B, s and dtype -> the factors made of them, and A and B, to keep their ids.
+_KEPT: ContextVar[dict[tuple[Any, ...], tuple[Any, ...]] | None] = ContextVar("KEPT", default=None)
 # Weak keys: a cast lives as long as the weight that it was made of.
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
@@ -61,6 +63,19 @@ def is_off() -> bool:
     """
     in_backward = torch._C._current_graph_task_id() != -1
     return OFF.get() or (in_backward and bool(_off_anywhere))
+
+
+@contextmanager
+def adapters_constant() -> Iterator[None]:
+    """Inside, no adapter may be written to: kernels make its factors once, not at every call.
+
+    Versions of tensors cannot replace this promise, since fused optimizers raise none.
+    """
+    before = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
 
 
 def possible(view: View, x: Tensor) -> bool:
@@ -130,7 +145,7 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.to(dtype)
     # Holding the storage keeps its address from being given to another one.
     memory = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
-    # optimizer steps, load_state_dict and copy_() all raise the version.
+    # load_state_dict and copy_() raise the version. Fused optimizers do not: the weight is frozen.
     state = (weight._version, memory, weight.storage_offset(), dtype)
     known = _casts.get(weight)
     if known is None or known[0] != state:
@@ -201,8 +216,22 @@ def factor_pairs(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtyp
 
     Bᵀ is made contiguous: products with it then take half the time.
     """
+    kept = None if torch.compiler.is_compiling() else _KEPT.get()
     pairs = [(A, B, s), *([] if start is None else [(*start, -s)])]
-    return tuple((A.to(dtype), (s * B).to(dtype).t().contiguous()) for A, B, s in pairs)
+    return tuple(_factor_pair(A, B, s, dtype, kept) for A, B, s in pairs)
+
+
+def _factor_pair(
+    A: Tensor, B: Tensor, s: float, dtype: torch.dtype, kept: dict[Any, Any] | None
+) -> tuple[Tensor, Tensor]:
+    key = (id(A), id(B), s, dtype)
+    if kept is not None and key in kept:
+        left, right, *_ = kept[key]
+    else:
+        left, right = A.to(dtype), (s * B).to(dtype).t().contiguous()
+        if kept is not None:
+            kept[key] = left, right, A, B
+    return left, right
 
 
 def add_update(y: Tensor, hs: Sequence[Tensor], factors: Factors) -> Tensor:

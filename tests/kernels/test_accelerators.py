@@ -5,17 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import llama
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora
-from lora.kernels import off
+from lora.finetune.generate import Writing, written
+from lora.kernels import adapters_constant, off, products
 from lora.kernels.dora import DoRAKernel
 from lora.kernels.products import summed
 from lora.layers import views
@@ -132,3 +135,43 @@ def test_checkpointed_layers_train_on_every_device(kernels: str, device: torch.d
             y = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
             gradients.append(torch.autograd.grad(y.square().sum(), x)[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_unchanged_adapters_make_their_factors_once(method: str, device: torch.device) -> None:
+    """Each token of a text would else start small operations at every layer."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(12, 16)).to(device)
+    lora.inject(layer, lora.METHODS[method].Config(r=2, target_modules="all-linear"))
+    layer.eval()
+    x = torch.randn(7, 12, device=device)
+    for _ in range(2):
+        lora.testing.perturb(layer)
+        with off():
+            expected = layer(x)
+        names = []
+        with torch.inference_mode(), adapters_constant():
+            for _ in range(2):
+                with Operations() as operations:
+                    torch.testing.assert_close(layer(x), expected)
+                names.append([name for name in operations.names if "contiguous" in name])
+        assert [len(each) for each in names] == [1, 0]
+
+
+def test_writing_promises_that_the_adapter_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[bool] = []
+    model = llama()
+    lora.inject(model, lora.LoRAConfig(r=2, target_modules=("q_proj",)))
+    real = model.generate
+
+    def generate(**more: Any) -> Any:
+        entered.append(products._KEPT.get() is not None)
+        return real(**more)
+
+    monkeypatch.setattr(model, "generate", generate)
+    tokenizer = SimpleNamespace(
+        eos_token_id=2, pad_token_id=0, batch_decode=lambda rows, **_: ["" for _ in rows]
+    )
+    written(model, tokenizer, [[5, 6]], Writing(max_new_tokens=3))
+    assert entered == [True]
+    assert products._KEPT.get() is None
