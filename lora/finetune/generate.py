@@ -109,7 +109,8 @@ def written(
         streamer = _Stream(tokenizer, streamed, settings.eos_token_id) if streamed else None
         # Each batch has its own seed, so that its samples do not depend on other batches.
         with (
-            random_kept(device), torch.inference_mode(), autocast(model), adapters_constant(), _bare(model)
+            random_kept(device), torch.inference_mode(), autocast(model), adapters_constant(),
+            _bare(model),
         ):  # fmt: skip
             torch.manual_seed(writing.seed + used[0])
             ids = model.generate(

@@ -37,7 +37,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # A ContextVar, so that a thread or a task that turns kernels off does not do so for others.
 OFF: ContextVar[bool] = ContextVar("OFF", default=False)
 _off_anywhere: list[None] = []  # as long as the number of threads and tasks inside off()
-# Inside adapters_constant(): A, B, s and dtype -> the factors made of them, and A and B, to keep their ids.
+# Inside adapters_constant(): A, B, s and dtype -> their factors, with A and B, to keep their ids.
 _KEPT: ContextVar[dict[tuple[Any, ...], tuple[Any, ...]] | None] = ContextVar("KEPT", default=None)
 # Weak keys: a cast lives as long as the weight that it was made of.
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
