@@ -1,0 +1,378 @@
+"""LoRA on a GPU, measured by one script: ceilings, correctness, steps, NF4, resume, generation.
+
+python -m benchmarks.gpu [--device cuda] [--minutes 6] [--only SECTION ...] [--json FILE]
+python -m benchmarks.gpu --device cpu --tiny       every line of it, on small sizes
+
+A section that would not fit into the time left is skipped by name, and an error in one is recorded
+while the others go on. The file is written anew after each section. Ratios are of interleaved
+rounds. Do not compare ratios from different files: the card and its state differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora
+from benchmarks import gpu_steps
+from benchmarks.gpu_steps import LINEARS, Bench, R, autocast, loss_of
+from benchmarks.machine import RESULTS, write
+from lora import nf4
+from lora.kernels.products import summed
+from lora.testing import CLAUSES, cases, run_clause
+
+ROOT = Path(__file__).parents[1]
+TINY_RUN = (
+    "--base", "demo-lm-tiny", "--data", "tasks/copy", "--limit", "64", "--batch-size", "8",
+    "--epochs", "2", "--r", "4", "--learning-rate", "0.001", "--max-length", "64",
+    "--dev-limit", "8", "--test-limit", "8", "--max-new-tokens", "4",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the script. `run` gets the bench and the results so far."""
+
+    seconds: int  # about what it takes on an H100
+    run: Callable[[Bench, dict[str, Any]], dict[str, Any]]
+
+
+def ceilings(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
+    """The rates that bound everything else: copies, wide products, thin products."""
+    size = 2**12 if bench.tiny else 2**29  # elements of 2 bytes
+    source = torch.empty(size, dtype=torch.bfloat16, device=bench.device)
+    target = torch.empty_like(source)
+    copy = bench.compare({"copy": lambda: target.copy_(source)})["seconds"]["copy"]
+    bandwidth = 2 * source.nbytes / copy
+    side = 64 if bench.tiny else 8192
+    square = product(bench, side, side, side)
+    tokens, wide, deep = (64, 32, 48) if bench.tiny else (8192, 4096, 14336)
+    result: dict[str, Any] = {
+        "copy bytes per second": bandwidth,
+        "products flops": square,
+        "layer flops": {
+            f"{i} to {o}": product(bench, tokens, i, o)
+            for i, o in ((wide, wide), (wide, wide // 4), (wide, deep), (deep, wide))
+        },
+    }
+    x = torch.randn(tokens, wide, dtype=torch.bfloat16, device=bench.device)
+    thin = {
+        r: torch.randn(r, wide, dtype=torch.bfloat16, device=bench.device) for r in (8, 16, 48, 5)
+    }
+    seconds = bench.compare({str(r): lambda A=A: x @ A.t() for r, A in thin.items()})["seconds"]
+    result["thin product, share of the copy"] = {
+        r: x.nbytes / taken / bandwidth for r, taken in seconds.items()
+    }
+    h = torch.randn(tokens, R, dtype=torch.bfloat16, device=bench.device)
+    forms: dict[str, Callable[[], Any]] = {
+        "bfloat16": lambda: h.t() @ x,
+        "float32": lambda: h.float().t() @ x.float(),
+        "ours": lambda: summed(h, x),
+    }
+    if bench.on_cuda:
+        forms["out_dtype"] = lambda: torch.mm(h.t(), x, out_dtype=torch.float32)
+    result["gradient of A, seconds"] = bench.compare(forms)["seconds"]
+    return result
+
+
+def product(bench: Bench, m: int, k: int, n: int) -> float:
+    """Returns the FLOP/s of x (m, k) Wᵀ with W (n, k), in bfloat16."""
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=bench.device)
+    W = torch.randn(n, k, dtype=torch.bfloat16, device=bench.device)
+    seconds = bench.compare({"product": lambda: x @ W.t()})["seconds"]["product"]
+    return 2 * m * k * n / seconds
+
+
+def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
+    """The contract on the device, the tests that need one, steps without a synchronisation, and
+    whole runs in the modes that only a device shows."""
+    result: dict[str, Any] = {"contract": contract(bench)}
+    if bench.on_cuda:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            "gpu",
+            "-p",
+            "no:cacheprovider",
+        ]
+        done = subprocess.run([*command, "tests"], capture_output=True, text=True, cwd=ROOT)
+        result["tests"] = done.stdout.strip().splitlines()[-1:] or done.stderr[-500:]
+    result["synchronisations"] = {
+        name: synchronisations(bench, name) for name in ("lora", "lora on NF4", "dora")
+    }
+    modes = {"plain": (), "float16": ("--dtype", "float16")}
+    if bench.on_cuda:
+        modes |= {"compiled": ("--compile",), "offloaded": ("--offload",)}
+    with tempfile.TemporaryDirectory() as folder:
+        result["runs"] = {
+            name: run_of(bench, Path(folder) / name, *flags) for name, flags in modes.items()
+        }
+        if not result["runs"]["plain"]["exit code"]:
+            result["plan"] = planned(bench, Path(folder) / "plain")
+    return result
+
+
+def contract(bench: Bench) -> dict[str, Any]:
+    """Returns how many checks of the contract held, and which failed."""
+    names = ("lora",) if bench.tiny else lora.METHODS
+    failed, held = [], 0
+    for name in names:
+        method = lora.METHODS[name]
+        config = method.Config(**method.example)
+        for clause in CLAUSES:
+            for case in cases(str(bench.device)):
+                outcome = run_clause(clause, method, config, case).outcome
+                held += outcome == "held"
+                if outcome.startswith("failed"):
+                    failed.append(f"{name}, {clause}, {case}: {outcome}")
+    return {"held": held, "failed": failed}
+
+
+def synchronisations(bench: Bench, name: str) -> str:
+    """Returns "none", or the error that a synchronisation in forward or backward raises."""
+    model = bench.llama(1, head=False)
+    if "NF4" in name:
+        quantize(model)
+    gpu_steps.ours(model, "dora" if name == "dora" else "lora")
+    ids = bench.ids(2, 64, model)
+    for _ in range(2):  # caches are made, and counters are read, in the first step
+        with autocast(bench):
+            loss_of(model, ids).backward()
+    if bench.on_cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with autocast(bench):
+            loss_of(model, ids).backward()
+        return "none"
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    finally:
+        if bench.on_cuda:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def quantize(model: Any) -> None:
+    """Pack the linears of the blocks in NF4, doubly quantised."""
+    names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in LINEARS]
+    nf4.quantize_layers(model, names, double_quant=True)
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "lora", *map(str, arguments)]
+
+
+def run_of(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
+    """Returns how a small `lora train` on the device ended."""
+    command = command_line(
+        "train", *TINY_RUN, "--device", bench.device, *flags, "--run-dir", folder
+    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        return {"exit code": done.returncode, "error": done.stderr.strip()[-600:]}
+    summary = json.loads((folder / "summary.json").read_text())
+    return {"exit code": 0, "loss": summary["loss"], "metrics": summary["metrics"]}
+
+
+def planned(bench: Bench, run: Path) -> dict[str, Any]:
+    """Returns the peak that `lora plan` expects of a run, beside the measured one, in bytes."""
+    from lora.finetune.config import parse_run
+    from lora.finetune.plan import plan
+
+    estimate = plan(parse_run([*TINY_RUN, "--device", str(bench.device)], "lora plan"))
+    summary = json.loads((run / "summary.json").read_text())
+    expected, measured = estimate.memory[0].peak, summary["peak_bytes"]
+    return {"planned": expected, "measured": measured, "planned / measured": expected / measured}
+
+
+def step(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
+    """Steps of 8 layers, the contenders interleaved."""
+    rate = (
+        results.get("ceilings", {}).get("products flops") or ceilings(bench, {})["products flops"]
+    )
+    return gpu_steps.steps_of_8_layers(bench, rate)
+
+
+def packed(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
+    """NF4 dequantised on the device: the time over a copy's of the same bytes, and the bits."""
+    result: dict[str, Any] = {}
+    shapes = ((64, 128),) if bench.tiny else ((4096, 4096), (14336, 4096))
+    bandwidth = results.get("ceilings", {}).get("copy bytes per second")
+    for shape in shapes:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        W = torch.randn(shape, generator=generator).to(torch.bfloat16)
+        q = nf4.quantize(W.to(bench.device), double_quant=True)
+        on_cpu = nf4.dequantize(nf4.quantize(W, double_quant=True), torch.bfloat16)
+        ours = nf4.dequantize(q, torch.bfloat16)
+        forms: dict[str, Callable[[], Any]] = {
+            "ours": lambda q=q: nf4.dequantize(q, torch.bfloat16)
+        }
+        if bench.on_cuda and gpu_steps.have("bitsandbytes"):
+            import bitsandbytes.functional as theirs
+
+            w4, state = theirs.quantize_4bit(
+                W.to(bench.device), quant_type="nf4", compress_statistics=True
+            )
+            forms["bitsandbytes"] = lambda w4=w4, state=state: theirs.dequantize_4bit(w4, state)
+        seconds = bench.compare(forms)["seconds"]
+        moved = W.numel() * (0.5 + 1 / 64 + 2)  # codes and scales read, bfloat16 written
+        row: dict[str, Any] = {"bits as on the CPU": torch.equal(ours.cpu(), on_cpu)}
+        row["seconds"] = seconds
+        if bandwidth:
+            row["over the copy limit"] = {n: s * bandwidth / moved for n, s in seconds.items()}
+        result[" x ".join(map(str, shape))] = row
+    return result
+
+
+def resume(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
+    """A run stopped by SIGTERM and resumed, beside one that was not: the adapters' bytes and the
+    losses, with and without --deterministic."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        # On a CPU both are the same: one of them shows that the lines run.
+        for flags in (("--deterministic",),) if bench.tiny else ((), ("--deterministic",)):
+            folder = Path(name) / ("deterministic" if flags else "plain")
+            result[folder.name] = stopped_and_resumed(bench, folder, flags)
+    if len(result) == 2:
+        fixed, free = (result[kind]["train seconds"] for kind in ("deterministic", "plain"))
+        result["cost of --deterministic"] = fixed / free
+    return result
+
+
+def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """Returns whether the resumed run equals the whole one."""
+    train = command_line(
+        "train", *TINY_RUN, "--lora-dropout", 0.1, "--device", bench.device, *flags
+    )
+    whole, cut = folder / "whole", folder / "cut"
+    subprocess.run([*train, "--run-dir", str(whole)], check=True, capture_output=True, cwd=ROOT)
+    with subprocess.Popen(
+        [*train, "--run-dir", str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        while process.poll() is None and recorded(cut) < 3:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+    stopped_at = recorded(cut)
+    subprocess.run(
+        command_line("train", "--resume", cut), check=True, capture_output=True, cwd=ROOT
+    )
+    adapters = [
+        (run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)
+    ]
+    losses = [[row["loss"] for row in steps_of(run)] for run in (whole, cut)]
+    return {
+        "stopped at": stopped_at,
+        "adapters are equal": adapters[0] == adapters[1],
+        "losses are equal": losses[0] == losses[1],
+        "train seconds": json.loads((whole / "summary.json").read_text())["train_seconds"],
+    }
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    """Returns the recorded steps of a run, none if it has not begun."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [row for row in map(json.loads, lines) if row["kind"] == "step"]
+
+
+def recorded(run: Path) -> int:
+    """Returns the number of recorded steps; a line that is being written is not counted."""
+    try:
+        return len(steps_of(run))
+    except json.JSONDecodeError:
+        return 0
+
+
+SECTIONS: dict[str, Section] = {
+    "ceilings": Section(12, ceilings),
+    "correctness": Section(75, correctness),
+    "step": Section(60, step),
+    "all layers": Section(45, lambda bench, _: gpu_steps.all_layers(bench)),
+    "nf4": Section(15, packed),
+    "qlora": Section(35, lambda bench, _: gpu_steps.qlora(bench)),
+    "resume": Section(45, resume),
+    "writing": Section(25, lambda bench, _: gpu_steps.writing(bench)),
+}
+
+
+@contextmanager
+def recording(results: dict[str, Any], name: str, path: Path, about: dict[str, Any]) -> Any:
+    """Writes the file after the section, also if it fails."""
+    started = time.perf_counter()
+    try:
+        yield
+    except Exception as error:  # the next section must run, whatever this one met
+        results[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        results[name]["traceback"] = traceback.format_exc()[-2000:]
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+    results[name]["took seconds"] = round(time.perf_counter() - started, 1)
+    write(path, {**about, "sections": results})
+
+
+def about(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on."""
+    found: dict[str, Any] = {"device": str(device)}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"card": properties.name, "memory bytes": properties.total_memory}
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    for package in ("triton", "peft", "bitsandbytes"):
+        with_it = gpu_steps.have(package)
+        found[package] = sys.modules[package].__version__ if with_it else None
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    flags.add_argument("--device", default="cuda", help="cuda, or cpu with --tiny")
+    flags.add_argument("--tiny", action="store_true", help="small sizes: does every line run?")
+    flags.add_argument("--minutes", type=float, default=6, help="stop before this much time")
+    flags.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    flags.add_argument("--json", type=Path, default=RESULTS / "gpu" / "gpu.json")
+    given = flags.parse_args(arguments)
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: this machine has no CUDA device. Try --device cpu --tiny.")
+        return 2
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    bench, started = Bench(device, given.tiny), time.perf_counter()
+    results: dict[str, Any] = {}
+    if given.json.is_file():  # sections that --only leaves out keep what was measured
+        results = json.loads(given.json.read_text()).get("sections", {})
+    for name in given.only:
+        left = 60 * given.minutes - (time.perf_counter() - started)
+        if left < SECTIONS[name].seconds and not given.tiny:
+            skipped = f"{left:.0f} s were left, it takes {SECTIONS[name].seconds}"
+            results.setdefault(name, {"skipped": skipped})  # what was measured before stays
+            print(f"{name}: skipped: {skipped}", file=sys.stderr)
+            continue
+        with recording(results, name, given.json, about(device)):
+            results[name] = SECTIONS[name].run(bench, results)
+        bench.free()
+    write(given.json, {**about(device), "sections": results})
+    print(json.dumps(results, indent=2))
+    return int(any("error" in each for each in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

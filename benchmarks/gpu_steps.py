@@ -1,0 +1,357 @@
+"""Steps of a LLaMA on a device, ours beside peft's and full fine-tuning, for benchmarks.gpu.
+
+The base has Llama-3-8B's sizes and random weights in bfloat16, made on the device; --tiny has small
+ones. r = 16 on all linears of the blocks, AdamW. No attention mask. "limit" is a step in which
+every weight is frozen and the gradient flows to the embeddings' output: no adapter can be faster.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lora
+from benchmarks.step import embeddings_pass_gradient, with_lora, with_peft
+from benchmarks.turns import median, ratio, take_turns
+from lora import nf4
+from lora.finetune.losses import batch_loss
+from lora.finetune.memory import checkpoint_activations
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+R = 16
+PEFT = {"r": R, "lora_alpha": 2 * R}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A device, and the sizes of what is measured on it."""
+
+    device: torch.device
+    tiny: bool
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.tiny else 7
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        """Returns the seconds of one call, with all that it started on the device."""
+        if self.on_cuda:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            run()
+            ended.record()
+            torch.cuda.synchronize()
+            return float(began.elapsed_time(ended)) / 1000
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
+    def compare(
+        self, contenders: Mapping[str, Callable[[], Any]], ratios: Sequence[tuple[str, str]] = ()
+    ) -> dict[str, Any]:
+        """Returns the contenders' median seconds and the ratios, from interleaved rounds after two
+        calls each that are not counted."""
+        for run in contenders.values():
+            for _ in range(2):
+                run()
+        timed = {name: lambda run=run: self.seconds(run) for name, run in contenders.items()}
+        rounds = take_turns(timed, self.rounds)
+        return {
+            "seconds": {name: median(rounds, name) for name in contenders},
+            "ratios": {f"{a} / {b}": ratio(rounds, a, b) for a, b in ratios},
+        }
+
+    def memory(self) -> int:
+        """Returns the bytes that are allocated on the device; 0 on the CPU."""
+        return torch.cuda.memory_allocated() if self.on_cuda else 0
+
+    @contextmanager
+    def peak(self, result: dict[str, int], name: str) -> Iterator[None]:
+        """Stores the most bytes that were allocated inside, above those before; 0 on the CPU."""
+        before = self.memory()
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        result[name] = torch.cuda.max_memory_allocated() - before if self.on_cuda else 0
+
+    def free(self) -> None:
+        """Give the memory of models that are gone back to the device."""
+        gc.collect()
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+
+    # -- the base
+
+    def llama(self, layers: int, head: bool = True) -> Any:
+        """Returns a LLaMA with random weights, in bfloat16 on the device, in train mode."""
+        sizes = {
+            "hidden_size": 64 if self.tiny else 4096,
+            "intermediate_size": 128 if self.tiny else 14336,
+            "num_attention_heads": 4 if self.tiny else 32,
+            "num_key_value_heads": 2 if self.tiny else 8,
+            "vocab_size": 256 if self.tiny else 128256,
+        }
+        config = transformers.LlamaConfig(
+            **sizes, num_hidden_layers=self.layers(layers), rope_theta=5e5,
+            max_position_embeddings=8192, attn_implementation="sdpa", pad_token_id=0,
+        )  # fmt: skip
+        kind = transformers.AutoModelForCausalLM if head else transformers.AutoModel
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            return kind.from_config(config, dtype=torch.bfloat16).train()
+
+    def layers(self, layers: int) -> int:
+        return min(layers, 2) if self.tiny else layers
+
+    def ids(self, rows: int, length: int, model: Any) -> Tensor:
+        """Returns random token ids (rows, length)."""
+        size = (2, 16) if self.tiny and rows > 1 else (1, 32) if self.tiny else (rows, length)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        ids = torch.randint(1, model.config.vocab_size, size, generator=generator)
+        return ids.to(self.device)
+
+
+def loss_of(model: Any, ids: Tensor) -> Tensor:
+    """Returns the mean loss of the next token; of a model without a head, a mean of its output."""
+    if model.get_output_embeddings() is None:
+        hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.float().square().mean()
+    positions = torch.arange(ids.numel(), device=ids.device).view(ids.shape)[:, :-1].reshape(-1)
+    targets = torch.stack([positions, ids[:, 1:].reshape(-1)])
+    return batch_loss(model, {"input_ids": ids}, targets, "text") / targets.shape[1]
+
+
+def stepper(model: Any, ids: Tensor, mixed: AbstractContextManager[Any]) -> Callable[[], None]:
+    """Returns what does one step: forward, backward, AdamW. peft's wrapper is taken off: its base
+    model holds the adapters."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
+
+    def step() -> None:
+        with mixed:
+            loss = loss_of(model, ids)
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def frozen(model: Any) -> Any:
+    """The limit: the gradient flows to the embeddings' output, and nothing is trained."""
+    embeddings_pass_gradient(model.requires_grad_(False))
+    return model
+
+
+def ours(model: Any, method: str = "lora", **more: Any) -> Any:
+    adapted: Any = with_lora(model, LINEARS, method, r=R, lora_alpha=2 * R, **more)
+    embeddings_pass_gradient(adapted)
+    return adapted
+
+
+def pefts(model: Any, dropout: float = 0.0, adapters_in_16_bits: bool = False) -> Any:
+    adapted: Any = with_peft(model, LINEARS, **PEFT, lora_dropout=dropout)
+    if adapters_in_16_bits:
+        adapted.to(torch.bfloat16)
+    embeddings_pass_gradient(adapted.get_base_model())
+    return adapted
+
+
+def have(package: str) -> bool:
+    """True if the package can be imported."""
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+# -- sections
+
+
+def steps_of_8_layers(bench: Bench, peak_flops: float) -> dict[str, Any]:
+    """Steps of 4 rows of 2048 tokens: seconds, tokens/s, share of the measured products' rate, peak
+    memory, kernels."""
+    builders: dict[str, Callable[[], Any]] = {
+        "limit": lambda: frozen(bench.llama(8, head=False)),
+        "ours": lambda: ours(bench.llama(8, head=False)),
+        "ours, dropout": lambda: ours(bench.llama(8, head=False), lora_dropout=0.1),
+        "full": lambda: bench.llama(8, head=False),
+    }
+    if have("peft"):
+        builders |= {
+            "peft": lambda: pefts(bench.llama(8, head=False)),
+            "peft, dropout": lambda: pefts(bench.llama(8, head=False), dropout=0.1),
+            "peft, adapters in bfloat16": lambda: pefts(
+                bench.llama(8, head=False), adapters_in_16_bits=True
+            ),
+        }
+    steps, peaks, kernels = {}, {}, {}
+    tokens = linear = 0
+    for name, build in builders.items():
+        with bench.peak(peaks, name):
+            model = build()
+            ids = bench.ids(4, 2048, model)
+            step = stepper(model, ids, nullcontext() if "peft" in name else autocast(bench))
+            for _ in range(2):
+                step()
+        steps[name], kernels[name] = step, count_kernels(bench, step)
+        tokens = ids.numel()
+        linear = linear or sum(
+            m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)
+        )
+        del model
+    wanted = [
+        ("ours", "limit"), ("ours, dropout", "limit"), ("full", "limit"), ("peft", "limit"),
+        ("ours", "peft"), ("ours, dropout", "peft, dropout"),
+        ("ours", "peft, adapters in bfloat16"), ("ours", "full"),
+    ]  # fmt: skip
+    result = bench.compare(steps, [pair for pair in wanted if set(pair) <= set(steps)])
+    for name, seconds in result["seconds"].items():
+        flops = (6 if name == "full" else 4) * linear * tokens
+        result.setdefault("tokens per second", {})[name] = tokens / seconds
+        result.setdefault("share of the products' rate", {})[name] = flops / seconds / peak_flops
+    return result | {"peak bytes": peaks, "kernels": kernels, "tokens": tokens}
+
+
+def count_kernels(bench: Bench, step: Callable[[], Any]) -> int:
+    """Returns how many kernels a step starts on the device; 0 on the CPU."""
+    if not bench.on_cuda:
+        return 0
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
+
+
+Change = Callable[[Any], Any]
+
+
+def ways_on_one_base() -> Iterator[tuple[str, Change, Change]]:
+    """Yields contenders that adapt one base in turn, since an 8B base fits once only: the name,
+    what adapts it, and what takes the adapter off."""
+    yield "limit", frozen, lambda model: None
+    for name, dropout in (("ours", 0.0), ("ours, dropout", 0.1)):
+        yield name, partial(ours, lora_dropout=dropout), lora.eject
+    if have("peft"):
+        for name, dropout in (("peft", 0.0), ("peft, dropout", 0.1)):
+            yield name, partial(pefts, dropout=dropout), lambda adapted: adapted.unload()
+
+
+def all_layers(bench: Bench) -> dict[str, Any]:
+    """Steps of all 32 layers and the head, with activation checkpointing and without."""
+    result: dict[str, Any] = {}
+    for checkpointed in (True, False):
+        base = bench.llama(32)
+        if checkpointed:
+            checkpoint_activations(base)
+        rows: dict[str, Any] = {}
+        for name, put_on, take_off in ways_on_one_base():
+            if not checkpointed and "dropout" in name:
+                continue
+            rows[name] = one_step(bench, base, put_on, take_off)
+        result["checkpointed" if checkpointed else "plain"] = rows
+        del base
+        bench.free()
+    return result
+
+
+def one_step(
+    bench: Bench, base: Any, put_on: Change, take_off: Change, rows: int = 4, length: int = 2048
+) -> dict[str, Any]:
+    """Returns the median seconds of a step, tokens/s and peak bytes; says so if memory is short."""
+    peaks: dict[str, int] = {}
+    model = put_on(base)
+    # Users of peft in bfloat16 without autocast get float32 products with its adapters.
+    mixed = nullcontext() if hasattr(model, "unload") else autocast(bench)
+    try:
+        ids = bench.ids(rows, length, base)
+        with bench.peak(peaks, "bytes"):
+            step = stepper(model, ids, mixed)
+            timed = bench.compare({"step": step})["seconds"]["step"]
+        return {"seconds": timed, "tokens per second": ids.numel() / timed, "peak": peaks["bytes"]}
+    except torch.OutOfMemoryError as error:
+        return {"out of memory": str(error).split(".")[0]}
+    finally:
+        take_off(model)
+        base.zero_grad(set_to_none=True)
+        bench.free()
+
+
+def autocast(bench: Bench) -> AbstractContextManager[Any]:
+    return torch.autocast(bench.device.type, torch.bfloat16)
+
+
+def qlora(bench: Bench) -> dict[str, Any]:
+    """Steps on a base in 4 bits and on one in 16, rows of 4096 tokens, plain and checkpointed."""
+    result: dict[str, Any] = {}
+    for quantized in (False, True):
+        for checkpointed in (False, True):
+            base = bench.llama(32)
+            if quantized:
+                names = [n for n, m in base.named_modules() if n.rpartition(".")[2] in LINEARS]
+                nf4.quantize_layers(base, names, double_quant=True)
+            if checkpointed:
+                checkpoint_activations(base)
+            name = f"{'nf4' if quantized else 'bf16'}{', checkpointed' if checkpointed else ''}"
+            result[name] = one_step(bench, base, ours, lora.eject, 1, 4096)
+            del base
+            bench.free()
+    for kind in ("", ", checkpointed"):
+        pair = [result[f"{dtype}{kind}"].get("seconds") for dtype in ("nf4", "bf16")]
+        if all(pair):
+            result[f"nf4 / bf16{kind}"] = pair[0] / pair[1]
+    return result
+
+
+def writing(bench: Bench) -> dict[str, Any]:
+    """Tokens per second of greedy decoding, 64 new tokens, for one prompt and for 32."""
+    result: dict[str, Any] = {}
+    new = 4 if bench.tiny else 64
+    base = bench.llama(32).eval()
+    for batch in (1, 2 if bench.tiny else 32):
+        ids = bench.ids(batch, 32, base)
+
+        def generate(model: Any, ids: Tensor = ids) -> float:
+            def run() -> None:
+                with torch.inference_mode():
+                    model.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                        max_new_tokens=new, min_new_tokens=new,
+                    )  # fmt: skip
+
+            run()
+            return len(ids) * new / bench.seconds(run)
+
+        rates = {"base": generate(base)}
+        lora.inject(base, lora.LoRAConfig(r=R, target_modules=LINEARS))
+        rates["ours"] = generate(base.eval())
+        lora.merge(base)
+        rates["ours, merged"] = generate(base)
+        lora.restore(base)
+        lora.eject(base)
+        if have("peft"):
+            adapted: Any = pefts(base).eval()
+            rates["peft"] = generate(adapted)
+            adapted.unload()
+        rates |= {f"{name} / base": rate / rates["base"] for name, rate in list(rates.items())[1:]}
+        result[f"batch of {len(ids)}"] = rates
+        bench.free()
+    return result

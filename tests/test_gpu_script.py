@@ -1,0 +1,61 @@
+"""benchmarks/gpu.py: every line of it runs on small sizes, so that no GPU minute is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from benchmarks import gpu
+
+
+def test_its_sections_fit_into_six_minutes() -> None:
+    assert sum(section.seconds for section in gpu.SECTIONS.values()) <= 360
+
+
+def test_without_a_gpu_it_says_what_to_try(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert gpu.main([]) == 2
+    assert "--device cpu --tiny" in capsys.readouterr().out
+
+
+def test_an_error_is_recorded_and_the_next_section_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bench: gpu.Bench, results: object) -> dict[str, object]:
+        raise RuntimeError("no such kernel")
+
+    fine = gpu.Section(1, lambda bench, results: {"fine": True})
+    slow = gpu.Section(10_000, lambda bench, results: {"slow": True})
+    monkeypatch.setattr(gpu, "SECTIONS", {"a": gpu.Section(1, fail), "b": fine, "c": slow})
+    file = tmp_path / "gpu.json"
+    assert gpu.main(["--device", "cpu", "--json", str(file)]) == 1
+    sections = json.loads(file.read_text())["sections"]
+    assert sections["a"]["error"] == "RuntimeError: no such kernel"
+    assert sections["b"]["fine"]
+    assert "10000" in sections["c"]["skipped"]
+
+
+@pytest.mark.slow
+def test_every_section_runs_on_small_sizes(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--tiny"]
+    done = subprocess.run(
+        [*command, "--json", str(file)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    sections = json.loads(file.read_text())["sections"]
+    assert sections.keys() == gpu.SECTIONS.keys()
+    assert sections["correctness"]["contract"]["failed"] == []
+    assert {run["exit code"] for run in sections["correctness"]["runs"].values()} == {0}
+    assert sections["nf4"]["64 x 128"]["bits as on the CPU"]
+    resumed = sections["resume"]["deterministic"]
+    assert resumed["adapters are equal"]
+    assert resumed["losses are equal"]
+    assert {"limit", "ours", "ours, dropout", "full"} <= sections["step"]["seconds"].keys()
