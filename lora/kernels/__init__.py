@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from lora.kernels.dropout import Mask
+from lora.kernels.products import OFF, off_in_backward, possible
 from lora.kernels.products import adapters_constant as adapters_constant
-from lora.kernels.products import is_off, possible
 from lora.kernels.products import off as off
 from lora.layers import View, in_pieces
 
@@ -41,7 +41,7 @@ def attempt(
     """The output of a layer under its adapters, dtype of the layer's output; None if no kernel
     computes it, and the specification has to."""
     # torch.compile cannot read a ContextVar; under it off() does not apply.
-    off_here = not torch.compiler.is_compiling() and is_off()
+    off_here = not torch.compiler.is_compiling() and (OFF.get() or off_in_backward())
     if off_here or not all(isinstance(adapter, Fast) for adapter in adapters):
         return None
     kernels = [adapter.kernel(view) for adapter in adapters]

@@ -55,14 +55,13 @@ def off() -> Iterator[None]:
         OFF.reset(before)
 
 
-def is_off() -> bool:
-    """True inside off(), also in a backward that runs there.
+def off_in_backward() -> bool:
+    """True in a backward that runs inside off().
 
     The backward of an accelerator runs on a thread of autograd, which has no ContextVar of the
     caller. Activation checkpointing calls layers there again, and they must compute as they did.
     """
-    in_backward = torch._C._current_graph_task_id() != -1
-    return OFF.get() or (in_backward and bool(_off_anywhere))
+    return torch._C._current_graph_task_id() != -1 and bool(_off_anywhere)
 
 
 @contextmanager
@@ -89,7 +88,8 @@ def possible(view: View, x: Tensor) -> bool:
     return plain_call(module) and not (
         overridden
         or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
-        or is_off()
+        or OFF.get()
+        or off_in_backward()
         or view.of_ids  # ids have no gradient, and a table no product
         or x.is_nested  # has no (tokens, in) face
         or weight.requires_grad  # the kernels give a frozen weight no gradient
