@@ -38,6 +38,7 @@ def tables() -> dict[str, str]:
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
         "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
+        "fits": fits(),
     }  # fmt: skip
     texts |= {name: markdown(rows) for name, rows in measured.items()}
     return texts | parts() | {"tree": f"```\n{tree()}```\n"}
@@ -296,6 +297,20 @@ def plans() -> list[tuple[str, ...]]:
         planned, peak = run["planned"]["peak"], run["peak_bytes"]
         cells = (f"{planned / 10**6:,.0f}", f"{peak / 10**6:,.0f}", f"{run['ratio']:.2f}")
         table.append((name.replace("nf4", "NF4"), *cells))
+    return table
+
+
+def fits() -> list[tuple[str, ...]]:
+    """What training needs on a GPU by the size of the model, and the smallest card that has it."""
+    models = read("fits")["models"]
+    table: list[tuple[str, ...]] = [("model", "bfloat16, GB", "card", "NF4, GB", "card")]
+    for size in dict.fromkeys(name.partition(",")[0] for name in models):
+        cells = []
+        for kind in ("bfloat16", "NF4"):
+            need = models[f"{size}, {kind}"]
+            card = need["smallest card, GB"]
+            cells += [f"{need['bytes'] / 10**9:.1f}", f"{card} GB" if card else "several"]
+        table.append((size, *cells))
     return table
 
 
