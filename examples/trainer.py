@@ -16,7 +16,7 @@ from lora.finetune.data.corpus import read_examples
 from lora.finetune.models import load_base
 
 output = sys.argv[1] if len(sys.argv) > 1 else "runs/trainer"
-corpus = read_examples("demo", limit=96)
+corpus = read_examples("demo", limits={"train": 96, "dev": 96, "test": 96})
 base = load_base("demo", labels=len(corpus.labels), task=corpus.task, seed=0)
 print(lora.inject(base.model, lora.LoRAConfig(r=8, modules_to_save=base.new)))
 

@@ -435,7 +435,7 @@ def test_auto_is_what_the_hardware_multiplies(
 
 @pytest.mark.slow
 def test_a_compiled_run_learns_the_same(
-    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, auto_dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the compiler that changes nothing; test_train has the one that users get."""
     compiled, compile_ = [], torch.nn.Module.compile
@@ -452,7 +452,9 @@ def test_a_compiled_run_learns_the_same(
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses[flag] = [line["loss"] for line in lines if line["kind"] == "step"]
         assert compiled == [{"dynamic": True}]
-    assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=1e-5)
+    # The compiler computes plain operations, the other run kernels, which round elsewhere.
+    rounding = 1e-5 if auto_dtype == "float32" else torch.finfo(torch.bfloat16).eps
+    assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=rounding)
     for run in (tmp_path / "--compile", tmp_path / "--no-compile"):
         assert lora("eval", run) == 0
 

@@ -198,7 +198,7 @@ STUB = """
 import os, signal, sys, time
 rank, job = os.environ["RANK"], sys.argv[1]
 def told(number, frame):
-    print(f"rank {rank} told", flush=True)
+    os.write(1, f"rank {rank} told\\n".encode())  # one write: lines of two ranks do not mix
     time.sleep(0.5)
     sys.exit(0)
 signal.signal(signal.SIGINT, told)
@@ -210,7 +210,7 @@ if job == "fail" and rank == "1":
     sys.exit(3)
 if job == "killed" and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-print(f"rank {rank} began", flush=True)
+os.write(1, f"rank {rank} began\\n".encode())
 time.sleep(60)
 """
 
