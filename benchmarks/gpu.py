@@ -29,9 +29,10 @@ import torch
 
 import lora
 from benchmarks import gpu_steps
-from benchmarks.gpu_steps import LINEARS, Bench, R, autocast, loss_of
+from benchmarks.gpu_steps import Bench, R, autocast, loss_of, pack_blocks
 from benchmarks.machine import RESULTS, write
 from lora import nf4
+from lora.finetune.record import StepRow, metrics_of
 from lora.kernels.products import summed
 from lora.testing import CLAUSES, cases, run_clause
 
@@ -150,7 +151,7 @@ def synchronisations(bench: Bench, name: str) -> str:
     """Returns "none", or the error that a synchronisation in forward or backward raises."""
     model = bench.llama(1, head=False)
     if "NF4" in name:
-        quantize(model)
+        pack_blocks(model)
     gpu_steps.ours(model, "dora" if name == "dora" else "lora")
     ids = bench.ids(2, 64, model)
     for _ in range(2):  # caches are made, and counters are read, in the first step
@@ -167,12 +168,6 @@ def synchronisations(bench: Bench, name: str) -> str:
     finally:
         if bench.on_cuda:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def quantize(model: Any) -> None:
-    """Pack the linears of the blocks in NF4, doubly quantised."""
-    names = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in LINEARS]
-    nf4.quantize_layers(model, names, double_quant=True)
 
 
 def command_line(*arguments: object) -> list[str]:
@@ -267,10 +262,10 @@ def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dic
         [*train, "--run-dir", str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
-        while process.poll() is None and recorded(cut) < 3:
+        while process.poll() is None and len(steps_of(cut)) < 3:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-    stopped_at = recorded(cut)
+    stopped_at = len(steps_of(cut))
     subprocess.run(
         command_line("train", "--resume", cut), check=True, capture_output=True, cwd=ROOT
     )
@@ -286,19 +281,11 @@ def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dic
     }
 
 
-def steps_of(run: Path) -> list[dict[str, Any]]:
+def steps_of(run: Path) -> list[StepRow]:
     """Returns the recorded steps of a run, none if it has not begun."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == "step"]
-
-
-def recorded(run: Path) -> int:
-    """Returns the number of recorded steps; a line that is being written is not counted."""
-    try:
-        return len(steps_of(run))
-    except json.JSONDecodeError:
-        return 0
+    if not (run / "metrics.jsonl").is_file():
+        return []
+    return [row for row in metrics_of(run) if row["kind"] == "step"]
 
 
 SECTIONS: dict[str, Section] = {
