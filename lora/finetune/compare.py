@@ -21,6 +21,7 @@ import tomli_w
 
 from lora.errors import ConfigError, RunError, StoppedError
 from lora.files import locked, writable, write_together
+from lora.finetune.comparison.statistics import mcnemar
 from lora.finetune.config import (
     RunConfig,
     config_of_method,
@@ -35,7 +36,6 @@ from lora.finetune.data.included import recorded_source, resolved, resolved_with
 from lora.finetune.methods import digest_of, is_outside, label, method_named, recordable
 from lora.finetune.record import Summary, environment_of, summary_of
 from lora.finetune.run_folder import config_of
-from lora.finetune.significance import mcnemar
 from lora.finetune.tables import both_tables
 from lora.layers import inside
 from lora.settings import check

@@ -34,6 +34,7 @@ from lora.finetune.assemble import (
     resolve,
     starts_on_device,
 )
+from lora.finetune.comparison.statistics import majority
 from lora.finetune.config import RunConfig, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded
@@ -58,7 +59,6 @@ from lora.finetune.run_folder import (
 from lora.finetune.screen import TrainingScreen, progress_bar, reading, say
 from lora.finetune.selection import best_step, divergence, evaluations_since_best, kept
 from lora.finetune.signals import stopping
-from lora.finetune.significance import majority
 from lora.finetune.state import Training
 from lora.finetune.train import Hyperparameters, begin, check_room, fit, steps_per_epoch
 from lora.injection import disabled

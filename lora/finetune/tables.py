@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+from lora.finetune.comparison.statistics import difference, interval
 from lora.finetune.record import Summary
-from lora.finetune.significance import difference, interval
 
 BASE = "(the base)"  # what a table calls the base without an adapter
 

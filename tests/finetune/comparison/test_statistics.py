@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora.finetune.significance import difference, interval, majority, mcnemar
+from lora.finetune.comparison.statistics import difference, interval, majority, mcnemar
 
 
 def test_wilsons_interval() -> None:

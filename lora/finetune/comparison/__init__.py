@@ -1,0 +1,1 @@
+"""Compares methods: the statistics of their scores."""
