@@ -183,10 +183,14 @@ def _machine(run: Path) -> dict[str, Any]:
 def _result_lines(summary: Summary) -> list[str]:
     scores = "  ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
     share = summary["trainable"] / summary["parameters"]
+    costs = [f"trained in {duration(summary['train_seconds'])}"]
+    if "tokens_per_second" in summary:  # older runs lack it, and the next
+        costs.append(f"{summary['tokens_per_second']:,.0f} tokens/s")
+    if "adapter_bytes" in summary:
+        costs.append(f"{summary['adapter_bytes'] / 2**20:,.2f} MiB saved")
     return [
         f"result on {summary['split']} ({summary['rows']:,} rows)",
         f"  loss {summary['loss']:.4f}  {scores}",
-        f"  {summary['trainable']:,} trainable parameters ({share:.2%}), trained in"
-        f" {duration(summary['train_seconds'])}",
+        f"  {summary['trainable']:,} trainable parameters ({share:.2%}), {', '.join(costs)}",
         "",
     ]

@@ -161,6 +161,8 @@ class Summary(TypedDict):
     training_bytes: NotRequired[Count]  # lora.finetune.peak says what each counts
     process_bytes: NotRequired[Count]
     dtype: NotRequired[Literal["float32", "bfloat16", "float16"]]  # older runs lack it
+    adapter_bytes: NotRequired[Count]  # what adapter/ holds in safetensors files
+    tokens_per_second: NotRequired[Finite]  # of training, without padding
 
 
 RecordedRow = StepRow | EvaluationRow
@@ -235,8 +237,8 @@ def answers_of(directory: Path, task: str, most: int) -> list[Any]:
 
 
 class Record:
-    """Writes metrics.jsonl, and knows what it holds: every evaluation, and the steps since the
-    last one.
+    """Writes metrics.jsonl, and knows what it holds: every evaluation, the steps since the last
+    one, and the tokens of all steps.
 
     `file` is None on ranks that write nothing. `log` gets each new row too; `rows` are in the file
     already.
@@ -251,6 +253,7 @@ class Record:
         self.file, self.log, self.digest = file, log, hashlib.sha256()
         self.evaluations: list[dict[str, Any]] = []
         self.steps: list[Mapping[str, Any]] = []
+        self.tokens = 0  # without padding
         for row in rows:
             self._remember(row)
 
@@ -304,6 +307,7 @@ class Record:
     def _remember(self, row: Mapping[str, Any]) -> None:
         if row["kind"] == "step":
             self.steps.append(row)
+            self.tokens += row["tokens"]
         else:
             self.evaluations.append({k: v for k, v in row.items() if k != "kind"})
             self.steps = []

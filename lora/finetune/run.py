@@ -142,6 +142,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             say(progress, f"note: {warning}")
         summary = _summary(parts, result, record) | {
             "note": " ".join(filter(None, (parts.config.note, note, warning))),
+            "adapter_bytes": _adapter_bytes(directory),
             "seconds": time.perf_counter() - started,
             "peak_bytes": memory.peak(),
             "training_bytes": memory.training_peak,
@@ -434,9 +435,10 @@ def _memory_advice(error: BaseException, step: str, config: RunConfig[Any]) -> s
 
 
 def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
-    """summary.json, but for the note, the time and the memory."""
+    """summary.json, but for the note, the time, the memory and the adapter's size."""
     config, corpus, report = parts.config, parts.corpus, parts.report
     name, rows = corpus.held_out
+    train_seconds = sum(row["seconds"] for row in record.evaluations)
     return {
         "method": label(config.method),
         "task": corpus.task,
@@ -456,11 +458,17 @@ def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
         "metrics": result.final.metrics,
         **({} if result.baseline is None else {"baseline": result.baseline}),
         **({"majority": _majority(corpus)} if corpus.task == "classification" else {}),
-        "train_seconds": sum(row["seconds"] for row in record.evaluations),
+        "train_seconds": train_seconds,
+        "tokens_per_second": record.tokens / train_seconds,
         "seconds": 0.0,
         "peak_bytes": 0,
         "dtype": config.dtype,
     }
+
+
+def _adapter_bytes(directory: Path) -> int:
+    """The size of the saved adapter, or of the whole model that full fine-tuning saves."""
+    return sum(path.stat().st_size for path in (directory / "adapter").glob("*.safetensors"))
 
 
 def _majority(corpus: Corpus) -> dict[str, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,7 @@ def test_show_says_what_a_run_is(folder: Path, capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     for part in ("complete", "learning_rate = 0.01", "torch: ", "| 4 ", "trainable parameters"):
         assert part in shown
+    assert re.search(r"trained in .*, [\d,]+ tokens/s, 0\.\d\d MiB saved$", shown, re.MULTILINE)
     assert f"next: lora predict {folder / 'more' / 'good'} --text ..." in shown
     assert lora("show", folder / "cut") == 0
     shown = capsys.readouterr().out
@@ -98,3 +101,26 @@ def test_show_says_what_a_run_is(folder: Path, capsys: pytest.CaptureFixture[str
     assert f"next: lora train --resume {folder / 'cut'}" in shown
     assert lora("show", folder) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_summary_holds_what_a_run_costs(folder: Path) -> None:
+    run = folder / "more" / "good"
+    summary = json.loads((run / "summary.json").read_text())
+    file = run / "adapter" / "adapter_model.safetensors"
+    assert summary["adapter_bytes"] == file.stat().st_size
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(row["tokens"] for row in rows if row["kind"] == "step")
+    assert summary["tokens_per_second"] == pytest.approx(tokens / summary["train_seconds"])
+
+
+def test_show_reads_a_run_from_before_its_costs_were_recorded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "more" / "good", tmp_path / "old")
+    summary = json.loads((tmp_path / "old" / "summary.json").read_text())
+    del summary["adapter_bytes"], summary["tokens_per_second"]
+    (tmp_path / "old" / "summary.json").write_text(json.dumps(summary))
+    assert lora("show", tmp_path / "old") == 0
+    shown = capsys.readouterr().out
+    assert "trainable parameters" in shown
+    assert "tokens/s" not in shown

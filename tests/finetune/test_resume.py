@@ -40,7 +40,8 @@ def sigterm_after(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 TIMES = {
-    "seconds", "train_seconds", "peak_bytes", "training_bytes", "process_bytes", "time", "command",
+    "seconds", "train_seconds", "tokens_per_second", "peak_bytes", "training_bytes",
+    "process_bytes", "time", "command",
 }  # fmt: skip
 
 
