@@ -17,8 +17,7 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from lora.card import FORMER_NAMES, base_in
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
+from lora.finetune.arguments import check_flags, joined
 from lora.finetune.data.corpus import Task
 from lora.finetune.data.templates import LossOn
 from lora.finetune.devices import check_device
@@ -65,13 +65,6 @@ Whole = Annotated[int, Field(ge=1, le=LARGEST)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Distinct = AfterValidator(_distinct)
 ABOUT = "Fine-tune a base model on a data set with one method."
-BEFORE = {
-    "lora train": ("config", "resume", "nproc"),
-    "lora plan": ("config", "nproc", "json"),
-    "lora compare": ("config", "methods", "seeds", "dry_run"),
-    "lora data preview": ("config", "count", "split"),
-}
-"""The flags of a verb that are not settings of a run."""
 C = TypeVar("C", bound=MethodConfig)
 
 
@@ -395,9 +388,9 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     known = {name: annotation for part in kinds for name, annotation in declared(part).items()}
     known.pop("settings", None)
     if not more.get("return_unknown_args"):
-        _check_flags(arguments, known, prog)
+        check_flags(arguments, known, prog)
     lists = {n for n, kind in known.items() if is_list(kind) or get_origin(kind) is dict}
-    joined = _joined(arguments, lists)
+    whole = joined(arguments, lists)
     if {"-h", "--help"} & set(arguments):
         for part in kinds:
             reflow_help(part)
@@ -408,7 +401,7 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     report = io.StringIO()
     try:
         with redirect_stderr(report):
-            return tyro.cli(kind, args=joined, prog=prog, **more)
+            return tyro.cli(kind, args=whole, prog=prog, **more)
     except SystemExit as stop:
         # tyro turns every ValueError into a box on stderr. A ConfigError is one: raise it instead.
         cause: BaseException | None = stop
@@ -418,49 +411,6 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
             raise cause from None
         sys.stderr.write(report.getvalue())
         raise
-
-
-def _flag(argument: str) -> str | None:
-    """Returns the field that a flag sets, None if the argument is a value."""
-    match = re.match(r"--?([A-Za-z][^=]*)", argument)
-    return match[1].replace("-", "_") if match else None
-
-
-def _check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) -> None:
-    """Raise ConfigError for a flag that the verb does not have."""
-    for argument in arguments:
-        name = _flag(argument)
-        if name is None or argument in ("-h", "--help") or (name in known and argument[1] == "-"):
-            continue
-        if name.startswith("no_") and known.get(name[3:]) is bool and argument[1] == "-":
-            continue
-        flag, names = argument.partition("=")[0], {*known, *BEFORE.get(prog, ())}
-        methods = [m for m, method in METHODS.items() if name in declared(method.Config)]
-        if methods and "method" in known:
-            advice = f"It is a setting of --method {' or '.join(methods)}. Set that, or remove it."
-        elif name in known:
-            advice = f"Did you mean {as_flag(name)}?"
-        else:
-            advice = hint(name.lower(), names, as_flag)
-        raise ConfigError(f"{prog} has no flag {flag}. {advice} See {prog} --help.")
-
-
-def _joined(arguments: Sequence[str], several: Collection[str]) -> list[str]:
-    """Returns the arguments, with repeated flags of a list joined into one with all values."""
-    counts = Counter(filter(None, map(_flag, arguments)))
-    values: dict[str, list[str]] = {n: [] for n in several if counts[n] > 1}
-    rest: list[str] = []
-    into = rest
-    for argument in arguments:
-        name = _flag(argument)
-        if name is not None:
-            into = values.get(name, rest)
-        if into is rest or name is None:
-            into.append(argument)
-        elif "=" in argument:
-            into.append(argument.partition("=")[2])
-    flags = [argument for name in values for argument in (as_flag(name), *values[name])]
-    return [*rest, *flags]
 
 
 @contextmanager

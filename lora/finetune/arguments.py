@@ -1,0 +1,68 @@
+"""Reads a verb's command line before tyro does: unknown flags, and flags that are given twice.
+
+check_flags(arguments, known, "lora train")    ConfigError for a flag that the verb lacks
+joined(arguments, {"data"})                    --data a --data b  ->  --data a b
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from lora.declared import declared
+from lora.errors import ConfigError
+from lora.finetune.flags import as_flag, hint
+from lora.method import METHODS
+
+BEFORE = {
+    "lora train": ("config", "resume", "nproc"),
+    "lora plan": ("config", "nproc", "json"),
+    "lora compare": ("config", "methods", "seeds", "dry_run"),
+    "lora data preview": ("config", "count", "split"),
+}
+"""The flags of a verb that are not settings of a run."""
+
+
+def _flag(argument: str) -> str | None:
+    """Returns the field that a flag sets, None if the argument is a value."""
+    match = re.match(r"--?([A-Za-z][^=]*)", argument)
+    return match[1].replace("-", "_") if match else None
+
+
+def check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) -> None:
+    """Raise ConfigError for a flag that the verb does not have."""
+    for argument in arguments:
+        name = _flag(argument)
+        if name is None or argument in ("-h", "--help") or (name in known and argument[1] == "-"):
+            continue
+        if name.startswith("no_") and known.get(name[3:]) is bool and argument[1] == "-":
+            continue
+        flag, names = argument.partition("=")[0], {*known, *BEFORE.get(prog, ())}
+        methods = [m for m, method in METHODS.items() if name in declared(method.Config)]
+        if methods and "method" in known:
+            advice = f"It is a setting of --method {' or '.join(methods)}. Set that, or remove it."
+        elif name in known:
+            advice = f"Did you mean {as_flag(name)}?"
+        else:
+            advice = hint(name.lower(), names, as_flag)
+        raise ConfigError(f"{prog} has no flag {flag}. {advice} See {prog} --help.")
+
+
+def joined(arguments: Sequence[str], several: Collection[str]) -> list[str]:
+    """Returns the arguments, with repeated flags of a list joined into one with all values."""
+    counts = Counter(filter(None, map(_flag, arguments)))
+    values: dict[str, list[str]] = {n: [] for n in several if counts[n] > 1}
+    rest: list[str] = []
+    into = rest
+    for argument in arguments:
+        name = _flag(argument)
+        if name is not None:
+            into = values.get(name, rest)
+        if into is rest or name is None:
+            into.append(argument)
+        elif "=" in argument:
+            into.append(argument.partition("=")[2])
+    flags = [argument for name in values for argument in (as_flag(name), *values[name])]
+    return [*rest, *flags]
