@@ -104,6 +104,7 @@ def resolve(
         max_length=max_length,
         base=absolute_source(config.base),
         data=tuple(map(recorded_source, config.data)),
+        unrelated_text=config.unrelated_text and recorded_source(config.unrelated_text),
         template=template if template in TEMPLATES else absolute_source(template),
         dtype=pick_dtype(device) if config.dtype == "auto" else config.dtype,
     )
@@ -167,7 +168,7 @@ def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
     if corpus.task != "text":
         _check_defaults(config, f"--task {corpus.task}", {
             "template": "auto", "loss_on": "answers", "packing": False, "weights": {},
-            "temperature": 1, "answered": None,
+            "temperature": 1, "answered": None, "unrelated_text": None,
         })  # fmt: skip
         return
     _check_defaults(config, "--task text", {

@@ -202,6 +202,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
             print("with the adapter disabled\n" + markdown(by_task(baseline)), end="")
     else:
         print(head + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
+    if "forgetting" in summary:
+        from lora.finetune.listing import forgetting_line
+
+        print(forgetting_line(summary["forgetting"]))
     print(f"recorded in {summary['run_dir']}")
     run = summary["run_dir"]
     verb = ("generate", run) if summary["task"] == "text" else ("predict", run, "--text", "...")

@@ -127,6 +127,10 @@ class RunConfig(Generic[C]):
     answered: Number | None = None
     """Number of prompts of each held-out data set for which answers are generated and scored. 0:
     perplexity only. Default: all."""
+    unrelated_text: Text | None = None
+    """Text that has nothing to do with the task: a TXT file, a data set with a column text, or
+    python-docs, the manual in every Python installation. Its perplexity before and after training
+    shows how much the model forgets. The first 8,192 tokens are used. With --task text only."""
     labels: Annotated[tuple[str, ...], Distinct] = ()
     """The class names in order. Default: the labels of the training split, sorted."""
     epochs: Whole = 3

@@ -83,6 +83,8 @@ NEAR = {
     "block_size": "max_length",
     "model_max_length": "max_length",
     "dataset_mixing": "weights",
+    "forgetting": "unrelated_text",
+    "perplexity_text": "unrelated_text",
     "num_labels": "labels",
     "classes": "labels",
     # The training

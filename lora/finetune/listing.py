@@ -15,7 +15,7 @@ from lora.finetune.config import read_toml, to_table
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
 from lora.finetune.metrics import LOWER
-from lora.finetune.record import Summary, metrics_of, summary_of
+from lora.finetune.record import Forgetting, Summary, metrics_of, summary_of
 from lora.finetune.run_folder import config_of
 from lora.finetune.tables import markdown
 from lora.finetune.verbs import RunsConfig
@@ -191,6 +191,15 @@ def _result_lines(summary: Summary) -> list[str]:
     return [
         f"result on {summary['split']} ({summary['rows']:,} rows)",
         f"  loss {summary['loss']:.4f}  {scores}",
+        *([f"  {forgetting_line(summary['forgetting'])}"] if "forgetting" in summary else []),
         f"  {summary['trainable']:,} trainable parameters ({share:.2%}), {', '.join(costs)}",
         "",
     ]
+
+
+def forgetting_line(forgetting: Forgetting) -> str:
+    """Returns what a run says of the text of --unrelated-text."""
+    return (
+        f"perplexity of {forgetting['source']} ({forgetting['tokens']:,} tokens)"
+        f"  before training {forgetting['before']:.4f}  after {forgetting['after']:.4f}"
+    )

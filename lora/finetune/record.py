@@ -135,6 +135,15 @@ class Against(TypedDict):
     p: Finite  # McNemar's exact test
 
 
+class Forgetting(TypedDict):
+    """The perplexity of a text that the task does not touch, before and after training."""
+
+    source: str
+    tokens: Positive
+    before: Finite
+    after: Finite
+
+
 class Summary(TypedDict):
     method: str
     task: ScoredTask
@@ -155,6 +164,7 @@ class Summary(TypedDict):
     baseline: NotRequired[Scores]
     majority: NotRequired[dict[Split, Finite]]  # accuracy of the most frequent class, by split
     against_full: NotRequired[Against]  # in comparison.json only
+    forgetting: NotRequired[Forgetting]
     train_seconds: Seconds
     seconds: Seconds
     peak_bytes: Count

@@ -39,6 +39,7 @@ from lora.finetune.config import RunConfig, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded
 from lora.finetune.evaluate import Evaluation, autocast, evaluate
+from lora.finetune.forgetting import UnrelatedText, base_perplexity, perplexity, read_unrelated
 from lora.finetune.generate import scored
 from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_corpus
 from lora.finetune.losses import check_language
@@ -46,7 +47,14 @@ from lora.finetune.memory import auto_dtype_note, checkpoint_activations, set_dt
 from lora.finetune.methods import label
 from lora.finetune.models import Base
 from lora.finetune.peak import PeakMemory, process_peak
-from lora.finetune.record import NOTHING, Record, recorder, write_file, write_lines
+from lora.finetune.record import (
+    NOTHING,
+    Forgetting,
+    Record,
+    recorder,
+    write_file,
+    write_lines,
+)
 from lora.finetune.run_folder import (
     CHECKPOINTS,
     alone,
@@ -111,6 +119,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             parts = _prepare(config, device, on_quantized)
         for line in parts.lines:
             say(progress, line)
+        before = _base_perplexity(parts, progress)
         checkpoint, note = _take_folder(parts, directory, resumed, progress, stack)
         with distributed.alike():
             mark = (
@@ -135,7 +144,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             raise
         stop = stack.enter_context(stopping())
         with distributed.together():
-            result = _Loop(parts, directory, record, progress, memory).run(stop)
+            result = _Loop(parts, directory, record, progress, memory, before).run(stop)
         memory.sample()
         warning = divergence(record.evaluations)
         if warning:
@@ -165,6 +174,7 @@ class _Parts:
     device: torch.device
     report: Report
     training: Training
+    unrelated: UnrelatedText | None
     lines: tuple[str, ...]  # for the user
 
 
@@ -181,6 +191,7 @@ def _prepare(
     inputs = inputs_of(config, source, base)
     if starts_on_device(config):
         base.model.to(device)
+    unrelated = read_unrelated(config, base)
     report = add_adapter(config, base, calibration(config, inputs.splits["train"], device))
     training = _begin(config, base, inputs, device)
     notes = config.note, inputs.corpus.note, *inputs.notes, note
@@ -192,8 +203,20 @@ def _prepare(
         str(report),
     )
     return _Parts(
-        config, source, inputs.corpus, inputs.splits, base, device, report, training, lines
-    )
+        config, source, inputs.corpus, inputs.splits, base, device, report, training, unrelated,
+        lines,
+    )  # fmt: skip
+
+
+def _base_perplexity(parts: _Parts, progress: Progress) -> float | None:
+    """The perplexity of --unrelated-text before training, None without that text.
+
+    Call it before a checkpoint is loaded: full fine-tuning does not keep the base's weights.
+    """
+    if parts.unrelated is None:
+        return None
+    with distributed.together():
+        return base_perplexity(parts.training.model, parts.unrelated, progress)
 
 
 def _begin(config: RunConfig[Any], base: Base, inputs: Inputs, device: torch.device) -> Training:
@@ -256,6 +279,7 @@ class _Result:
     final: Evaluation
     rows: list[dict[str, Any]]  # one for each answer
     baseline: dict[str, float] | None  # metrics with the adapter off
+    forgetting: Forgetting | None
 
 
 class _Loop:
@@ -268,11 +292,13 @@ class _Loop:
         record: Record,
         progress: Progress,
         memory: PeakMemory,
+        before: float | None,
     ) -> None:
         self.parts, self.config, self.training = parts, parts.config, parts.training
         self.directory, self.record, self.progress = directory, record, progress
         self.folder, self.first = directory / CHECKPOINTS, distributed.rank() == 0
         self.memory = memory
+        self.before = before  # the perplexity of --unrelated-text
         self.config_bytes = (directory / "config.toml").read_bytes()
         self.per_epoch = steps_per_epoch(parts.splits["train"], self.config.batch_size)
         self.total = self.config.epochs * self.per_epoch
@@ -389,7 +415,17 @@ class _Loop:
             self.phase = f"evaluating the base on {name}: "
             with disabled(model):
                 baseline = scored(self.config, model, *split)[0].metrics
-        return _Result(final, answers, baseline)
+        return _Result(final, answers, baseline, self._forgetting())
+
+    def _forgetting(self) -> Forgetting | None:
+        """The perplexity of --unrelated-text before and after training."""
+        text = self.parts.unrelated
+        if text is None or self.before is None:
+            return None
+        source = text.corpus.source
+        self.phase = f"evaluating on {source} after the last step: "
+        after = perplexity(self.training.model, text, self.progress)
+        return Forgetting(source=source, tokens=text.tokens, before=self.before, after=after)
 
     def _explained(self, error: BaseException) -> TrainingError:
         """The error with its cause, the last good checkpoint, and what to do next."""
@@ -458,6 +494,7 @@ def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
         "metrics": result.final.metrics,
         **({} if result.baseline is None else {"baseline": result.baseline}),
         **({"majority": _majority(corpus)} if corpus.task == "classification" else {}),
+        **({} if result.forgetting is None else {"forgetting": result.forgetting}),
         "train_seconds": train_seconds,
         "tokens_per_second": record.tokens / train_seconds,
         "seconds": 0.0,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora.errors import DataError
-from lora.finetune import demo
 from lora.finetune.data.columns import (
     ANY,
     LABEL,
@@ -34,8 +33,8 @@ from lora.finetune.data.columns import (
     names_of,
     number_of,
 )
-from lora.finetune.data.included import RATED, TINY, labelled_rows, resolved_with_note
-from lora.finetune.data.rows import SPLITS, BadRows, Row, is_plain, read_rows, read_source, text_in
+from lora.finetune.data.included import resolved_with_note, rows_with_text
+from lora.finetune.data.rows import SPLITS, BadRows, Row, is_plain, read_rows, text_in
 
 Task = Literal["auto", "classification", "regression", "text"]
 
@@ -168,9 +167,7 @@ def _dev_of(
 def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
     """Returns the rows of each split; "" for rows without a split. Unusable rows go to `bad`."""
     splits: dict[str, list[Placed]] = {}
-    source = str(demo.REVIEWS) if data == TINY else data
-    rows = labelled_rows(data) if data.startswith(RATED) else read_source(source, header)
-    for split, place, row in rows:
+    for split, place, row in rows_with_text(data, header):
         if isinstance(row, DataError):
             bad.add(row, place)
         else:

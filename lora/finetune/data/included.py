@@ -1,7 +1,7 @@
 """Names the data sets that need no file of the user's: demo, opinions/NAME and tasks/NAME.
 
 resolved(source)         `demo` replaced by the data set that it means here
-labelled_rows(place)     rows with a text and a label
+rows_with_text(place)    rows with a text and a label, or those of the user's file
 included_texts(place)    conversations: a prompt and its answer
 listing()                every included data set, with its licence and source
 """
@@ -15,10 +15,11 @@ from pathlib import Path
 
 from lora.card import BUILT_IN
 from lora.errors import DataError
+from lora.finetune import demo
 from lora.finetune.data.conversations import Conversation
 from lora.finetune.data.messages import Message
 from lora.finetune.data.opinions import OPINIONS, named_label, read_opinions, same_word, within_one
-from lora.finetune.data.rows import SPLITS, Read
+from lora.finetune.data.rows import SPLITS, Headed, Read, read_source
 from lora.finetune.demo import tasks
 from lora.finetune.demo.fetch import PACKAGES, is_here
 
@@ -78,9 +79,14 @@ def resolved_with_note(source: str) -> tuple[str, list[str]]:
     return meant, [STAND_IN] if source != meant and meant.endswith(TINY) else []
 
 
-def labelled_rows(place: str) -> Iterator[tuple[str, str, Read]]:
-    """Yields (split, place, row) of a data set under opinions/, as rows.read_source does."""
-    for opinion in read_opinions(place.removeprefix(RATED)):
+def rows_with_text(
+    source: str, headed: Headed = lambda path, cells: True
+) -> Iterator[tuple[str, str, Read]]:
+    """Yields (split, place, row) of an included data set or of the user's, as read_source does."""
+    if not source.startswith(RATED):
+        yield from read_source(str(demo.REVIEWS) if source == TINY else source, headed)
+        return
+    for opinion in read_opinions(source.removeprefix(RATED)):
         yield opinion.split, opinion.place, {"text": opinion.text, "label": opinion.label}
 
 
