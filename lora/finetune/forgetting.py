@@ -4,9 +4,10 @@ read_unrelated(config, base)   the text of --unrelated-text as token ids
 perplexity(model, text)        exp of the mean loss per token, in nats
 base_perplexity(model, text)   the same before training
 
-The text is cut into pieces of --max-length tokens, as lm-eval's rolling log-likelihood does: the
-first piece begins with the tokenizer's begin or end token, and each later one with the last token
-of the piece before it. That token is context only, so every token of the text counts once.
+The text is cut into pieces of --max-length tokens, and every token counts once. The context of a
+token is the tokens before it in its piece, and the last one of the piece before; before the first
+piece it is the tokenizer's begin or end token. lm-eval's rolling log-likelihood is the same, except
+that it gives the last piece as much context as fits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.included import rows_with_text
 from lora.finetune.data.rows import text_of
-from lora.finetune.data.tokens import IGNORED, Encoded
+from lora.finetune.data.tokens import Encoded
 from lora.finetune.evaluate import evaluate
 from lora.finetune.models import Base, check_ids
 from lora.injection import disabled
@@ -43,13 +44,13 @@ CHARACTERS_USED = 32 * TOKENS_USED
 class UnrelatedText:
     """A text as token ids, in pieces."""
 
-    corpus: Corpus  # its test split holds the ids of each piece
+    source: str
     encoded: Encoded
 
     @property
     def tokens(self) -> int:
         """The tokens that are scored."""
-        return sum(self.encoded.counts)
+        return len(self.encoded.targets)
 
 
 def read_unrelated(config: RunConfig[Any], base: Base) -> UnrelatedText | None:
@@ -73,23 +74,12 @@ def read_unrelated(config: RunConfig[Any], base: Base) -> UnrelatedText | None:
     if not ids:
         raise DataError(f"--unrelated-text {source} has no text. Pass another.")
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = [begin, *ids[:TOKENS_USED]]
+    ids = torch.tensor([begin, *ids[:TOKENS_USED]], dtype=torch.int32)
     check_ids(base.model, tokenizer, ids, source)
-    pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, length - 1)]
-    labels = [[*piece[1:], IGNORED] for piece in pieces]
-    offsets = torch.tensor([0, *(len(piece) for piece in pieces)]).cumsum(0)
-    encoded = Encoded(
-        fields={"input_ids": _joined(pieces)},
-        offsets=offsets,
-        targets=_joined(labels),
-        pad=tokenizer.pad_token_id,
-        labels=offsets,
-    )
-    return UnrelatedText(Corpus(source, "text", (), (), (), test=tuple(pieces)), encoded)
-
-
-def _joined(pieces: Iterable[list[int]]) -> torch.Tensor:
-    return torch.tensor([token for piece in pieces for token in piece], dtype=torch.int32)
+    inputs, targets = ids[:-1], ids[1:]
+    offsets = torch.tensor([*range(0, len(targets), length), len(targets)])
+    pad = tokenizer.pad_token_id
+    return UnrelatedText(source, Encoded({"input_ids": inputs}, offsets, targets, pad, offsets))
 
 
 def _whole_text(source: str) -> str:
@@ -138,8 +128,8 @@ def perplexity(model: Any, text: UnrelatedText, progress: Progress | None = None
 
     Raises TrainingError if the loss is not finite.
     """
-    pieces = text.corpus.test
-    result = evaluate(model, text.corpus, text.encoded, pieces, progress=progress)
+    corpus = Corpus(text.source, "text", (), (), (), test=tuple(text.encoded.lengths))
+    result = evaluate(model, corpus, text.encoded, corpus.test, progress=progress)
     return result.metrics["perplexity"]
 
 

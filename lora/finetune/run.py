@@ -422,10 +422,9 @@ class _Loop:
         text = self.parts.unrelated
         if text is None or self.before is None:
             return None
-        source = text.corpus.source
-        self.phase = f"evaluating on {source} after the last step: "
+        self.phase = f"evaluating on {text.source} after the last step: "
         after = perplexity(self.training.model, text, self.progress)
-        return Forgetting(source=source, tokens=text.tokens, before=self.before, after=after)
+        return Forgetting(source=text.source, tokens=text.tokens, before=self.before, after=after)
 
     def _explained(self, error: BaseException) -> TrainingError:
         """The error with its cause, the last good checkpoint, and what to do next."""

@@ -44,19 +44,27 @@ def of(source: object, max_length: int = 64) -> RunConfig[LoRAConfig]:
     return RunConfig(unrelated_text=str(source), max_length=max_length, settings=LoRAConfig())
 
 
-@pytest.mark.parametrize("length", [2, 64, 4096])
+def rolling_windows(ids: list[int], first: int, length: int) -> list[tuple[list[int], list[int]]]:
+    """(inputs, targets) of each piece."""
+    starts = range(0, len(ids), length)
+    pieces = [ids[start : start + length] for start in starts]
+    before = [first, *(piece[-1] for piece in pieces)]
+    return [([token, *piece[:-1]], piece) for token, piece in zip(before, pieces, strict=False)]
+
+
+@pytest.mark.parametrize("length", [1, 64, 1024])
 def test_every_token_counts_once(tiny: Base, text: Path, length: int) -> None:
     """The perplexity is the one that transformers' own logits give, piece by piece."""
     unrelated = read_unrelated(of(text, length), tiny)
     assert unrelated is not None
     ids = tiny.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert unrelated.tokens == len(ids)
-    context, total = [tiny.tokenizer.bos_token_id, *ids], 0.0
-    for start in range(0, len(ids), length - 1):
-        piece = torch.tensor(context[start : start + length])
+    total = 0.0
+    for context, piece in rolling_windows(ids, tiny.tokenizer.bos_token_id, length):
         with torch.no_grad():
-            logits = tiny.model(piece[None]).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits, piece[1:], reduction="sum"))
+            logits = tiny.model(torch.tensor([context])).logits[0]
+        target = torch.tensor(piece)
+        total += float(torch.nn.functional.cross_entropy(logits, target, reduction="sum"))
     expected = math.exp(total / len(ids))
     assert perplexity(tiny.model, unrelated) == pytest.approx(expected, rel=1e-5)
 
@@ -75,8 +83,7 @@ def test_rows_are_those_of_the_test_split(tiny: Base, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     unrelated = read_unrelated(of(path), tiny)
     assert unrelated is not None
-    (piece,) = unrelated.corpus.test
-    assert tiny.tokenizer.decode(piece[1:]) == "two\n\nthree"
+    assert tiny.tokenizer.decode(unrelated.encoded.targets) == "two\n\nthree"
 
 
 def test_a_text_that_cannot_be_read_is_named(tiny: Base, tmp_path: Path) -> None:
