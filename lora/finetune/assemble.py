@@ -90,6 +90,8 @@ def resolve(
     settings, note = _with_new_head(settings, config, base)
     max_length = _max_length(config, corpus, base)
     _check_task(config, corpus, base)
+    if config.adapter is not None and not config.resize_embeddings:
+        _check_tokenizer(config.adapter, base)
     template = _template(config, corpus, base)
     resolved = replace(
         config,
@@ -266,11 +268,9 @@ def add_adapter(config: RunConfig[Any], base: Base, batches: Any = None) -> Repo
 
 def _load_adapter(folder: Path, config: RunConfig[Any], base: Base) -> Report:
     """Load an adapter to train it further. Raises ModelError or DataError if its head does not
-    match the task, and ConfigError if its tokenizer does not match the base's."""
+    match the task."""
     report = load(base.model, folder, trainable=True, resize_embeddings=config.resize_embeddings)
     check_head(base, report, config.base, folder)
-    if not config.resize_embeddings:
-        _check_tokenizer(folder, base)
     labels = filed_labels(read_tensors(find_folder(folder))[1])
     if labels and config.labels and labels != config.labels:
         raise DataError(

@@ -36,6 +36,7 @@ from lora.finetune.distributed import device as device_here
 from lora.finetune.environment import product_rate, total_memory
 from lora.finetune.estimate import Estimate, Memory, Shape
 from lora.finetune.evaluate import EVALUATED, TOKENS, autocast
+from lora.finetune.forgetting import read_unrelated
 from lora.finetune.inputs import inputs_of, read_corpus
 from lora.finetune.ledger import Ledger
 from lora.finetune.losses import token_scores
@@ -84,6 +85,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     bare = with_tokens(bare, config, corpus.task, resized_for(config))
     config, note = resolve(config, corpus, bare, device)
     inputs = inputs_of(config, corpus, bare)
+    read_unrelated(config, bare)
     corpus, splits = inputs.corpus, inputs.splits
     # A run imports its metrics too, which takes memory.
     score("text" if corpus.task == "text" else "classification", ["0", "1"], [["0"], ["1"]])

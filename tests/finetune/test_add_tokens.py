@@ -159,13 +159,15 @@ def test_tokens_in_spare_rows_of_the_base_are_not_lost_without_a_word(
     lora.inject(model, lora.LoRAConfig(r=2))
     lora.save(model, tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
-    flags = ["train", *texts(tmp_path / "d.jsonl"), "--adapter", str(tmp_path / "adapter")]
+    flags = [*texts(tmp_path / "d.jsonl"), "--adapter", str(tmp_path / "adapter")]
     flags += ["--base", str(tmp_path / "base"), "--max-length", "64", "--template", "none"]
-    assert cli.main([*flags, "--run-dir", str(tmp_path / "no")]) == 2
-    assert "2 tokens that the base's lacks or numbers otherwise ('<call>', '<end>')" in (
-        capsys.readouterr().err
-    )
+    for verb in (["train", "--run-dir", str(tmp_path / "no")], ["plan"], ["data", "preview"]):
+        assert cli.main([*verb, *flags]) == 2
+        assert "2 tokens that the base's lacks or numbers otherwise ('<call>', '<end>')" in (
+            capsys.readouterr().err
+        )
     assert not (tmp_path / "no").exists()
+    flags = ["train", *flags]
     assert cli.main([*flags, "--resize-embeddings", "--run-dir", str(tmp_path / "on")]) == 0
     assert reopen(tmp_path / "on").tokenizer.convert_tokens_to_ids("<end>") == 260
 

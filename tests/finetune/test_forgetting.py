@@ -163,6 +163,7 @@ def test_a_text_that_cannot_be_scored_is_named(
     message = "--unrelated-text has no effect with --task classification. Remove it."
     assert message in capsys.readouterr().err
     base = saved(tmp_path / "t5", "t5")
-    assert lora("train", *FLAGS, "--base", base, *flags) == 2
-    assert "--unrelated-text does not work with encoder-decoder" in capsys.readouterr().err
+    for verb in ("plan", "train"):
+        assert lora(verb, *FLAGS, "--base", base, *flags) == 2
+        assert "--unrelated-text does not work with encoder-decoder" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
