@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
@@ -169,10 +169,13 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             ) from None
 
 
-def filed_labels(mark: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the names of a classifier's classes that the mark holds, () if it has none."""
+def filed_labels(
+    mark: Mapping[str, str], key: Literal["labels", "class_names"] = "labels"
+) -> tuple[str, ...]:
+    """Returns the labels of a classifier's classes that the mark holds, or the names that are shown
+    for them; () if it has none."""
     try:
-        labels = json.loads(mark.get("labels", "[]"))
+        labels = json.loads(mark.get(key, "[]"))
     except (ValueError, RecursionError):
         return ()
     good = isinstance(labels, list) and all(isinstance(label, str) for label in labels)

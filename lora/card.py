@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,28 @@ def base_in(settings: Mapping[str, Any]) -> str | None:
     return base or None
 
 
+def name_classes(model: Any, labels: Sequence[str], names: Sequence[str] = ()) -> None:
+    """Writes the classes into a classifier's config, where transformers' pipelines look for them.
+
+    labels: the values in the data, in the order of the head's outputs. names: what to show for
+    them, if it is something else; labels_of() then still returns the labels.
+    """
+    shown = names or labels
+    model.config.id2label = dict(enumerate(shown))
+    model.config.label2id = {name: number for number, name in enumerate(shown)}
+    if names:
+        model.config.data_labels = list(labels)
+    elif hasattr(model.config, "data_labels"):  # of an earlier training of this base
+        del model.config.data_labels
+
+
 def labels_of(model: nn.Module) -> tuple[str, ...]:
+    """Returns the labels of a classifier's classes, as in its data; () if it records none."""
+    labels = getattr(getattr(model, "config", None), "data_labels", None)
+    return tuple(labels) if labels else class_names_of(model)
+
+
+def class_names_of(model: nn.Module) -> tuple[str, ...]:
     """Returns the names of a classifier's classes, () if they have only transformers' defaults."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     labels = tuple(str(names[key]) for key in sorted(names))

@@ -33,7 +33,7 @@ from lora.adapter_file import (
     settings_in,
     whole_key,
 )
-from lora.card import arguments_of, labels_of
+from lora.card import arguments_of, class_names_of, labels_of
 from lora.errors import CheckpointError
 from lora.files import writable, write_together
 from lora.foreign import as_peft_means, check_tying, renamed
@@ -141,6 +141,8 @@ def _mark_of(model: nn.Module, planned: Plan, settings: Mapping[str, Any]) -> di
     mark = {"config": config_digest(planned.method, settings)}
     if labels := labels_of(model):
         mark["labels"] = json.dumps(labels)
+        if (names := class_names_of(model)) != labels:
+            mark["class_names"] = json.dumps(names)
     if planned.method.keeps_base:
         mark |= fingerprint(model, planned.saved, rows=resized(model))
         if resized(model):

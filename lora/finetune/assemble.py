@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lora.adapter_file import filed_labels, find_folder, read_tensors
-from lora.card import heads_of
+from lora.card import heads_of, name_classes
 from lora.checkpoint import load, rows_filed
 from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
@@ -58,8 +58,7 @@ def build_base(
         config.base, len(labels) or 1, task, config.seed, quantize, config.dense, on_quantized, part
     )
     if labels:
-        base.model.config.id2label = dict(enumerate(labels))
-        base.model.config.label2id = {label: number for number, label in enumerate(labels)}
+        name_classes(base.model, labels, config.class_names)
     return with_tokens(base, config, task, adapter)
 
 
@@ -172,6 +171,11 @@ def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
             "template": "auto", "loss_on": "answers", "packing": False, "weights": {},
             "temperature": 1, "answered": None, "unrelated_text": None,
         })  # fmt: skip
+    if corpus.task != "classification":
+        _check_defaults(config, f"--task {corpus.task}", {
+            "class_names": (), "class_weights": {}, "label_smoothing": 0,
+        })  # fmt: skip
+    if corpus.task != "text":
         return
     _check_defaults(config, "--task text", {
         "text_column": None, "pair_column": None, "label_column": None, "header": "auto",

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    create_model,
+)
 
 from lora.adapter_config import method_and_config
 from lora.adapter_file import find_folder, settings_in
@@ -59,11 +66,18 @@ def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
     return values
 
 
+def _table_or_balanced(value: object) -> object:
+    if value != "balanced" and not isinstance(value, dict):
+        raise ValueError("must be balanced, or labels with their weights")
+    return value
+
+
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Distinct = AfterValidator(_distinct)
+ClassWeights = Annotated[dict[str, Rate] | Literal["balanced"], BeforeValidator(_table_or_balanced)]
 ABOUT = "Fine-tune a base model on a data set with one method."
 C = TypeVar("C", bound=MethodConfig)
 
@@ -132,7 +146,15 @@ class RunConfig(Generic[C]):
     python-docs, the manual in every Python installation. Its perplexity before and after training
     shows how much the model forgets. The first 8,192 tokens are used. With --task text only."""
     labels: Annotated[tuple[str, ...], Distinct] = ()
-    """The class names in order. Default: the labels of the training split, sorted."""
+    """The labels in order. Default: the labels of the training split, sorted."""
+    class_names: Annotated[tuple[Text, ...], Distinct] = ()
+    """Names to show for the labels, in their order: negative positive for the labels 0 1. Data and
+    predictions keep the labels."""
+    class_weights: ClassWeights = dataclasses.field(default_factory=dict)
+    """Weights of the classes in the training loss, as LABEL WEIGHT pairs; labels not given have
+    weight 1. balanced: every class has the same total weight, however many rows it has."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread evenly over all classes, in the training loss."""
     epochs: Whole = 3
     """Passes over the training split."""
     batch_size: Whole = 16
@@ -225,7 +247,8 @@ class RunConfig(Generic[C]):
         except ValidationError as problem:
             error = problem.errors(include_url=False)[0]
             field, *inner = map(str, error["loc"])
-            keys = "".join(f"[{key}]" for key in inner)
+            # pydantic names the option of a union too.
+            keys = "".join(f"[{key}]" for key in inner if not key.startswith("dict["))
             value = documents.shown(error["input"])
             message = f"{keys} {wanted(error)}, found {value}."
             raise SettingError(field, message.lstrip()) from None
@@ -393,8 +416,12 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     known.pop("settings", None)
     if not more.get("return_unknown_args"):
         check_flags(arguments, known, prog)
-    lists = {n for n, kind in known.items() if is_list(kind) or get_origin(kind) is dict}
-    whole = joined(arguments, lists)
+    several = {
+        name
+        for name, kind in known.items()
+        if is_list(kind) or any(get_origin(option) is dict for option in (kind, *get_args(kind)))
+    }
+    whole = joined(arguments, several)
     if {"-h", "--help"} & set(arguments):
         for part in kinds:
             reflow_help(part)

@@ -166,13 +166,16 @@ def predicted(corpus: Corpus, logits: Tensor) -> list[str]:
 def records_of(
     corpus: Corpus, examples: Sequence[Example], logits: Tensor
 ) -> Iterator[dict[str, Any]]:
-    """Yields a record per example: text, label if known, prediction, and class probabilities."""
+    """Yields a record per example: text, label if known, prediction, its name if the classes have
+    names, and class probabilities."""
     scores = logits.tolist() if corpus.task == "regression" else logits.softmax(-1).tolist()
+    names = dict(zip(corpus.labels, corpus.class_names))
     for example, answer, row in zip(examples, predicted(corpus, logits), scores, strict=True):
         known = {"pair": example.pair, "label": example.label}
         yield {
             "text": example.text,
             **{key: value for key, value in known.items() if value is not None},
             "prediction": float(answer) if corpus.task == "regression" else answer,
+            **({"prediction_name": names[answer]} if names else {}),
             **({} if corpus.task == "regression" else {"scores": [round(p, 6) for p in row]}),
         }

@@ -87,6 +87,8 @@ NEAR = {
     "perplexity_text": "unrelated_text",
     "num_labels": "labels",
     "classes": "labels",
+    "class_weight": "class_weights",
+    "label_smoothing_factor": "label_smoothing",
     # The training
     "lr": "learning_rate",
     "rate": "learning_rate",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ConfigError, DataError
+from lora.finetune.classes import check_names, class_weights
 from lora.finetune.config import RunConfig
 from lora.finetune.data import conversations, tokens
 from lora.finetune.data.columns import Columns
@@ -53,7 +54,12 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
             " Pass one, or set --task text."
         )
     parts = config.labels, row_limits(config), config.skip_bad_lines
-    return read_examples(config.data[0], columns_in(config), task, *parts)
+    corpus = read_examples(config.data[0], columns_in(config), task, *parts)
+    if corpus.task != "classification":
+        return corpus
+    check_names(config.class_names, corpus.labels)
+    weights = class_weights(config, corpus)
+    return replace(corpus, class_names=config.class_names, class_weights=weights)
 
 
 def row_limits(config: RunConfig[Any]) -> dict[str, int | None]:

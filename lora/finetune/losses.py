@@ -1,6 +1,7 @@
 """Losses: float32 sums, which the training step divides once by its number of examples or tokens.
 
     batch_loss(model, batch, targets, task)   sum over the examples, or over the tokens of texts
+    CrossEntropy(class_weights, smoothing)    the loss of classification, if it is not the plain one
     token_scores(model, batch, targets)       loss and hit of each token, without gradients
     check_language(model)                     checks our logits against the model's own forward
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -38,20 +40,38 @@ matrix products take: 2**24 is 126 times for 16k tokens."""
 Batch = Mapping[str, Tensor]
 
 
-def batch_loss(model: Any, batch: Batch, targets: Tensor, task: str) -> Tensor:
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The loss of classification, by the definition of torch's cross_entropy.
+
+    The loss of a row of class y, with label smoothing ε, weights w of K classes, and log
+    probabilities log p: −(1 − ε) w[y] log p[y] − ε / K Σ_c w[c] log p[c]. The loss of a batch is
+    their sum over its rows, divided by the sum of w[y].
+    """
+
+    class_weights: Tensor | None = None  # (classes,) float32, on the device of the logits
+    label_smoothing: float = 0.0
+
+
+PLAIN = CrossEntropy()
+
+
+def batch_loss(
+    model: Any, batch: Batch, targets: Tensor, task: str, entropy: CrossEntropy = PLAIN
+) -> Tensor:
     """Returns the loss summed over the batch: a float32 scalar, in nats or squared units.
 
     Text: over the tokens with a label. targets (2, tokens) int64: the position of each in the
     flattened batch (rows · length), and its label. Other tasks: see task_loss().
     """
     if task != "text":
-        return task_loss(model(**batch).logits, targets, task)
+        return task_loss(model(**batch).logits, targets, task, entropy)
     with _as_forward(model, _summed_loss):
         total: Tensor = model(targets=targets, **batch)
     return total
 
 
-def task_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
+def task_loss(logits: Tensor, targets: Tensor, task: str, entropy: CrossEntropy = PLAIN) -> Tensor:
     """Returns the sum over the examples, float32: cross-entropy in nats, or squared error.
 
     Classification: logits (examples, classes), targets (examples,) int64.
@@ -60,7 +80,10 @@ def task_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
     # Autocast gives logits in bfloat16, whose eight bits lose small terms in a sum over a batch.
     if task == "regression":
         return F.mse_loss(logits.float().squeeze(-1), targets, reduction="sum")
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(
+        logits.float(), targets, weight=entropy.class_weights,
+        label_smoothing=entropy.label_smoothing, reduction="sum",
+    )  # fmt: skip
 
 
 def token_scores(model: Any, batch: Batch, targets: Tensor) -> Tensor:

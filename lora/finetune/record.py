@@ -64,11 +64,11 @@ class Step:
     step: int  # from 1
     steps: int
     epoch: int  # from 1
-    loss: float  # mean over the batch's examples; of texts over the tokens with a label
+    loss: float  # mean over the batch's examples, weighted by --class-weights; of texts over tokens
     learning_rate: float
     gradient_norm: float  # before clipping
     examples: int
-    targets: int  # what the loss is the mean over: examples, or tokens with a label
+    targets: int  # examples, or tokens with a label
     tokens: int  # without padding
     padding: float  # share of the batch's positions that are padding
     seconds: float

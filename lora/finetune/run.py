@@ -332,6 +332,7 @@ class _Loop:
         settings = Hyperparameters(
             config.epochs, config.batch_size, config.micro_batch_size, config.warmup,
             config.schedule, config.max_grad_norm, config.seed,
+            self.parts.corpus.class_weights, config.label_smoothing,
         )  # fmt: skip
         # A run that was killed between a checkpoint and its evaluation has still to evaluate.
         unscored = training.step > 0 and self._evaluates(training.step)

@@ -146,7 +146,9 @@ def _of_adapter(directory: Path, folder: Path, base: str | None, given: str | No
     if task == "classification":
         count, labels = _classes_of_head(folder, config.base, model_config)
         task = "regression" if count == 1 else task
-        config = replace(config, labels=labels)
+        names = filed_labels(read_tensors(folder)[1], "class_names")
+        names = names if len(names) == len(labels) else ()
+        config = replace(config, labels=labels, class_names=names)
     return Source(directory, folder, replace(config, task=task), alone=True)
 
 

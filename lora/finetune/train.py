@@ -6,7 +6,8 @@
 
 The batch of an optimizer step is divided among the ranks, and each rank computes its share in parts
 of `micro_batch_size` rows. Each part's loss is a sum, divided by the number of examples in the
-whole batch (of texts: of tokens with a label), so that the parts' gradients add up to the batch's.
+whole batch (of texts: of tokens with a label; with class weights: by the sum of the weights of the
+examples' classes), so that the parts' gradients add up to the batch's.
 
 A step is a function of the seed and its number, except for dropout, which draws from torch's
 generator. lora.finetune.state saves that generator, so a resumed training is the same bit for bit.
@@ -29,7 +30,7 @@ from lora.finetune import distributed
 from lora.finetune.config import Schedule
 from lora.finetune.data.tokens import Encoded, ahead, batches, collate, drawn, layout
 from lora.finetune.evaluate import autocast, device_of
-from lora.finetune.losses import Batch, batch_loss
+from lora.finetune.losses import PLAIN, Batch, CrossEntropy, batch_loss
 from lora.finetune.record import Step
 from lora.finetune.signals import SIGNALS
 from lora.finetune.state import Training, rank_seed
@@ -48,6 +49,8 @@ class Hyperparameters:
     schedule: Schedule = "linear"
     max_grad_norm: float = 1.0
     seed: int = 0
+    class_weights: tuple[float, ...] = ()  # in the order of the classes; (): all 1
+    label_smoothing: float = 0.0
 
 
 def begin(model: Any, learning_rate: float, weight_decay: float = 0.0, seed: int = 0) -> Training:
@@ -87,15 +90,17 @@ def fit(
     steps = settings.epochs * per_epoch
     check_steps(model, steps)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    entropy = _entropy(settings, device_of(model))
     for number, (epoch, rows, parts) in enumerate(_batches(model, encoded, settings, first), first):
         started = time.perf_counter()
         model.train()
         losses: list[Tensor] = []  # read at the end of the step: until then the CPU runs ahead
         positions = 0
-        targets = sum(encoded.counts[row] for row in rows)
+        targets, divisor = _divisors(encoded, rows, settings.class_weights)
         for index, part in enumerate(parts):
             penalized = index == distributed.rank() == 0  # once in each step
-            losses.append(add_gradients(model, part, task, targets, penalized, training.scaler))
+            given = part, task, divisor, penalized, training.scaler, entropy
+            losses.append(add_gradients(model, *given))
             positions += part.batch["input_ids"].numel() if part.counts else 0
         if number == first:
             check_alive(model)
@@ -127,6 +132,24 @@ def fit(
         )  # fmt: skip
 
 
+def _entropy(settings: Hyperparameters, device: torch.device) -> CrossEntropy:
+    """The loss of classification that the settings ask for."""
+    weights = settings.class_weights
+    tensor = torch.tensor(weights, device=device) if weights else None
+    return CrossEntropy(tensor, settings.label_smoothing)
+
+
+def _divisors(
+    encoded: Encoded, rows: list[int], class_weights: tuple[float, ...]
+) -> tuple[int, float]:
+    """How many targets a batch has (examples, or tokens with a label), and what its loss is divided
+    by: that number, or with class weights the sum of the weights of the examples' classes."""
+    targets = sum(encoded.counts[row] for row in rows)
+    if not class_weights:
+        return targets, targets
+    return targets, sum(class_weights[label] for label in encoded.targets[rows].tolist())
+
+
 @dataclass(frozen=True)
 class Part:
     """The rows of a batch that one rank computes at a time."""
@@ -151,20 +174,21 @@ def add_gradients(
     model: Any,
     part: Part,
     task: str,
-    divisor: int,
+    divisor: float,
     penalized: bool,
     scaler: torch.amp.GradScaler | None = None,
+    entropy: CrossEntropy = PLAIN,
 ) -> Tensor:
     """Forward and backward of one part of a batch: adds to the gradients of the parameters.
 
-    `lora plan` calls it too. `divisor` is the number of examples (of texts: of tokens with a label)
-    in the whole batch. With `penalized` the methods' penalty is added before the backward. The
-    gradients are multiplied by the scale of `scaler`.
+    `lora plan` calls it too. `divisor` is what the loss of the whole batch is divided by. With
+    `penalized` the methods' penalty is added before the backward. The gradients are multiplied by
+    the scale of `scaler`.
 
     Returns the part's share of the batch's loss, without the penalty, detached.
     """
     with autocast(model):
-        loss = batch_loss(model, part.batch, part.targets, task)
+        loss = batch_loss(model, part.batch, part.targets, task, entropy)
     loss = loss / divisor
     if not part.counts:
         loss = loss * 0

@@ -155,6 +155,7 @@ def rescore(
                     split,
                     skip_bad_lines,
                 )
+                corpus = replace(corpus, class_names=config.class_names)
             examples = examples_of(corpus, name)
             if config.task != "text":
                 _check_pairs(source, examples)
@@ -211,7 +212,9 @@ def predict_texts(
                     Example(text, pairs[i] if pairs else None, None) for i, text in enumerate(texts)
                 ]
             _check_pairs(source, examples)
-            corpus = Corpus(str(data), config.task, config.labels, (), (), ())
+            corpus = Corpus(
+                str(data), config.task, config.labels, (), (), (), class_names=config.class_names
+            )
             encoded = encode_examples(trained, corpus, examples, labelled=False)
         logits = predict(trained.model, encoded, EVALUATED, progress)
     _put_out(records_of(corpus, examples, logits), output)

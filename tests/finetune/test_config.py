@@ -47,6 +47,9 @@ def read_back(config: RunConfig[Any]) -> RunConfig[Any]:
                 tuple
             ),
             "weights": st.dictionaries(st.sampled_from("ab.="), st.floats(1e-9, 1e9)),
+            "class_weights": st.just("balanced")
+            | st.dictionaries(st.text("ab. ", max_size=2), st.floats(1e-9, 1e9)),
+            "label_smoothing": st.floats(0, 1, exclude_max=True),
             "text_column": st.none() | st.text("ab0 ", min_size=1),
             "learning_rate": st.none() | st.floats(1e-9, 1e9),
             "max_length": st.none() | st.integers(1, 2**31 - 1),
@@ -95,6 +98,9 @@ def test_a_run_reads_back(tmp_path: Path) -> None:
         ({"data": [["a"]]}, r"data \[0\] must be a text, found \['a'\]"),
         ({"run_dir": 5}, "run_dir must be .* found 5"),
         ({"weights": {"a": "b"}}, r"weights \[a\] must be a number, found 'b'"),
+        ({"class_weights": {"a": "b"}}, r"class_weights \[a\] must be a number, found 'b'"),
+        ({"class_weights": "even"}, "class_weights must be balanced, or labels with their"),
+        ({"label_smoothing": 1}, r"label_smoothing must be less than 1\.0, found 1"),
         ({"r": "x"}, "r must be a whole number"),
         ({"methods": 5}, "methods must be tables, found 5"),
     ],

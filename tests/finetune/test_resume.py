@@ -22,7 +22,8 @@ from test_files import a_full_disk
 from lora.finetune import state
 
 FLAGS = ("--epochs", 3, "--batch-size", 8, "--r", 2, "--lora-dropout", 0.1, "--save-steps", 2,
-         "--learning-rate", 0.01, "--micro-batch-size", 5)  # fmt: skip
+         "--learning-rate", 0.01, "--micro-batch-size", 5, "--class-weights", 0, 3,
+         "--label-smoothing", 0.1)  # fmt: skip
 
 
 def sigterm_after(step: int, patch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import distilbert
 from torch import Tensor, nn
 
@@ -126,6 +127,39 @@ def test_parts_of_a_batch_add_up_to_it(method: lora.settings.AdapterConfig) -> N
         assert sum(step.examples for step in steps) == 3 * 37
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weights", [(), (0.3, 4.0)])
+def test_weights_and_smoothing_are_torchs_on_the_whole_batch(
+    weights: tuple[float, ...], smoothing: float
+) -> None:
+    """In parts of 3, the losses and the trained weights are those of torch's cross_entropy on each
+    batch of 8, whose mean is over the weights of the rows."""
+    still = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    data, ours, reference = encoded(), distilbert(**still), distilbert(**still)
+    for model in (ours, reference):
+        lora.inject(model, lora.LoRAConfig(r=2, modules_to_save=("classifier",)))
+    more = {"micro_batch_size": 3, "class_weights": weights, "label_smoothing": smoothing}
+    steps = list(steps_of(ours, data, 3, 8, 1e-2, schedule="constant", warmup=0.0, **more))
+    trained = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    reference.train()
+    wanted = []
+    for _, rows in batch_plan(data, 8, 3, 0):
+        batch, targets = collate(data, layout(data, rows), CPU)
+        weight = torch.tensor(weights) if weights else None
+        logits = reference(**batch).logits
+        loss = F.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append(loss.item())
+    assert [step.loss for step in steps] == pytest.approx(wanted, rel=1e-4)
+    assert {step.targets for step in steps} == {8, 5}
+    for (name, mine), other in zip(ours.named_parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-4), name
 
 
 def test_the_rate_rises_to_its_peak_and_falls_to_nothing() -> None:

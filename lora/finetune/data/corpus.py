@@ -37,6 +37,9 @@ from lora.finetune.data.included import resolved_with_note, rows_with_text
 from lora.finetune.data.rows import SPLITS, BadRows, Row, is_plain, read_rows, text_in
 
 Task = Literal["auto", "classification", "regression", "text"]
+MOST_CLASSES = 20
+"""A line lists the classes one by one up to this number, and the largest ones of more."""
+LARGEST_CLASSES = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Corpus:
     test: tuple[Any, ...]
     columns: Columns = ANY  # the columns in use; not set if the task is text
     note: str = ""  # decisions that the user did not make, in words
-    summary: tuple[str, ...] = ()  # lines for the user: the columns in use, the rows per class
+    layout: str = ""  # a line for the user: header, and the column of each role
+    class_names: tuple[str, ...] = ()  # what to show for the labels, in their order
+    class_weights: tuple[float, ...] = ()  # in the training loss, in the order of the labels
     tasks: tuple[str, ...] = ()  # names of the data sets, if the task is text
     bad: BadRows = field(default_factory=BadRows)
     """Unusable rows so far, if the task is text. The template's refusals are added later."""
@@ -74,6 +79,16 @@ class Corpus:
     def held_out(self) -> tuple[str, tuple[Any, ...]]:
         """Returns name and rows of the split to report results on: test, or dev without a test."""
         return ("test", self.test) if self.test else ("dev", self.dev)
+
+    @property
+    def summary(self) -> list[str]:
+        """Lines for the user, before training: the columns in use, the rows of each class."""
+        return [*filter(None, [self.layout]), *_class_counts(self), *_weights_line(self)]
+
+    def shown(self, label: str) -> str:
+        """Returns a label with its name, if the user named the classes: positive (1)."""
+        names = dict(zip(self.labels, self.class_names))
+        return f"{names[label]} ({label})" if label in names else label[:40]
 
     def digest(self) -> str:
         """Returns the SHA-256 of the texts and labels of all splits, in order."""
@@ -149,8 +164,8 @@ def read_examples(
     if not parts[0] or not parts[1]:
         empty = "dev" if parts[0] else "train"
         raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
-    corpus = replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note="; ".join(notes))
-    return replace(corpus, summary=(_taken(data, header.seen, taken), *_class_counts(corpus)))
+    note, layout = "; ".join(notes), _columns_line(data, header.seen, taken)
+    return replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note=note, layout=layout)
 
 
 def _dev_of(
@@ -268,7 +283,7 @@ def _check_classes(
         )
 
 
-def _taken(data: str, headed: bool | None, taken: Columns) -> str:
+def _columns_line(data: str, headed: bool | None, taken: Columns) -> str:
     """Returns a line for the user: whether there is a header, and the column of each role."""
     header = {None: "", True: "a header", False: "no header"}[headed]
     roles = {"text": taken.text, "pair": taken.pair, "label": taken.label}
@@ -285,11 +300,26 @@ def _class_counts(corpus: Corpus) -> list[str]:
             lines.append(f"{name}: {len(rows)} rows, from {min(values):g} to {max(values):g}")
         elif rows:
             counts = Counter(str(row.label) for row in rows)
-            shown = [f"{label[:40]} {counts[label]}" for label in corpus.labels[:20]]
-            more = len(corpus.labels) - len(shown)
-            shown += [f"and {more} more classes"] if more else []
+            listed, others = [*corpus.labels], []
+            if len(listed) > MOST_CLASSES:
+                listed.sort(key=lambda label: -counts[label])
+                listed, others = listed[:LARGEST_CLASSES], listed[LARGEST_CLASSES:]
+            shown = [f"{corpus.shown(label)} {counts[label]}" for label in listed]
+            if others:
+                few, many = counts[others[-1]], counts[others[0]]
+                shown.append(f"and {len(others)} more classes of {few} to {many}")
             lines.append(f"{name}: {len(rows)} rows, by class: {', '.join(shown)}")
     return lines
+
+
+def _weights_line(corpus: Corpus) -> list[str]:
+    """Returns a line with the weights of the classes, if they have any."""
+    pairs = list(zip(corpus.labels, corpus.class_weights))
+    if not pairs:
+        return []
+    shown = [f"{corpus.shown(label)} {weight:.3g}" for label, weight in pairs[:MOST_CLASSES]]
+    more = [f"and {len(pairs) - MOST_CLASSES} more"] if len(pairs) > MOST_CLASSES else []
+    return [f"weights in the training loss: {', '.join(shown + more)}"]
 
 
 def _hidden(examples: dict[str, list[Example]]) -> list[str]:
@@ -345,9 +375,9 @@ def read_split(
     examples = _fitting(corpus, examples, bad)
     notes = stand_in + bad.judge(left=bool(examples))
     train, dev, test = (tuple(examples) if name == present[0] else () for name in SPLITS)
-    corpus = replace(corpus, train=train, dev=dev, test=test, note="; ".join(notes))
-    lines = (_taken(data, header.seen, taken), *_class_counts(corpus))
-    return replace(corpus, summary=lines), present[0]
+    note, layout = "; ".join(notes), _columns_line(data, header.seen, taken)
+    corpus = replace(corpus, train=train, dev=dev, test=test, note=note, layout=layout)
+    return corpus, present[0]
 
 
 def unlabelled(
@@ -376,7 +406,7 @@ def unlabelled(
         columns = replace(columns, label=None)
     taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
     examples = _examples(rows, taken, bad)
-    return examples, [*bad.judge(left=bool(examples)), _taken(data, header.seen, taken)]
+    return examples, [*bad.judge(left=bool(examples)), _columns_line(data, header.seen, taken)]
 
 
 def _split_once(data: str, rows: list[Example]) -> dict[str, list[Example]]:
