@@ -127,12 +127,13 @@ class Bootstrap:
         """Returns a method's mean and its interval.
 
         Scores from 0 to 1 get Wilson's interval of as many rows as would have this variance, with
-        the quantile of t (Franco, Little, Louis and Slud 2019, J. Survey Statistics and Methodology
-        7(3)): mean ± t error is too short near 0 and 1.
+        the quantile of t if there are several seeds (Franco, Little, Louis and Slud 2019, J. Survey
+        Statistics and Methodology 7(3)): mean ± t error is too short near 0 and 1.
         """
         method = self.methods[name]
+        value, seeds = method.mean, len(method.scores)
         variance, freedom = _variance(method.by_row, [method])
-        t, value, seeds = _quantile(freedom, 0.975), method.mean, len(method.scores)
+        t = _quantile(math.inf if self.bounded and seeds == 1 else freedom, 0.975)
         deviation = math.sqrt(seeds * method.seeds) if seeds > 1 else None
         center, half = value, t * math.sqrt(variance)
         if self.bounded:
