@@ -82,7 +82,10 @@ class Corpus:
 
     @property
     def summary(self) -> list[str]:
-        """Lines for the user, before training: the columns in use, the rows of each class."""
+        """Lines for the user, before training: the columns in use, the rows of each class. None if
+        the task is text."""
+        if self.task == "text":
+            return []
         return [*filter(None, [self.layout]), *_class_counts(self), *_weights_line(self)]
 
     def shown(self, label: str) -> str:
