@@ -32,6 +32,7 @@ from lora.finetune.verbs import (
     PlotConfig,
     PredictConfig,
     PreviewConfig,
+    ReportConfig,
     RunsConfig,
     ShowConfig,
 )
@@ -58,6 +59,7 @@ VERBS = {
     "compare": "train several methods with several seeds, and print one table",
     "runs": "list runs, the newest or the best first",
     "show": "show one run: settings, machine, evaluations, result",
+    "report": "write a page on runs: verdict, tables, charts, examples",
     "plot": "draw loss and score curves of runs",
     "merge": "merge an adapter into its base and save a plain model",
     "export": "write an adapter or a merged model as GGUF, or print the vLLM command",
@@ -474,6 +476,15 @@ def _plot(arguments: list[str]) -> None:
 
     for path in draw_curves(config.runs, config.output or (*config.runs, Path())[0]):
         print(path)
+
+
+def _report(arguments: list[str]) -> None:
+    from lora.finetune.config import parse
+
+    config: ReportConfig = parse(ReportConfig, _leading(arguments, "--runs"), "lora report")
+    from lora.finetune.report.verb import report
+
+    print(report(config))
 
 
 def _runs(arguments: list[str]) -> None:

@@ -223,6 +223,19 @@ class PlotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write a report of runs: one HTML page with the verdict, tables and charts, which opens from
+    disk and needs no network."""
+
+    runs: tuple[Path, ...]
+    """Run directories, or folders that hold runs, such as that of a comparison."""
+    output: Path = Path("report.html")
+    """Page to write. An existing one is replaced."""
+    tables: Path | None = None
+    """Folder to which each table is written too, as CSV, Markdown and LaTeX."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunsConfig:
     """List runs, the newest first: method, learning rate, data, state and score of each."""
 

@@ -1,0 +1,153 @@
+"""Reads what a report shows from the folders of runs: collect(folders) -> Evidence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.errors import RunError, command
+from lora.files import read_json, readable
+from lora.finetune.comparison.analysis import Analysis, analyse
+from lora.finetune.config import read_toml
+from lora.finetune.data.corpus import read_predictions
+from lora.finetune.data.rows import read_rows
+from lora.finetune.listing import RunRow, run_folders, run_row
+from lora.finetune.report.curves import Point, curves
+
+LONGEST_TEXT = 300  # characters of a text that the page shows
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the methods predicted for the rows that they were scored on."""
+
+    texts: list[str]
+    references: list[list[str]]
+    predictions: dict[str, list[list[str]]]  # by method: (seeds, rows)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run, complete or not: its state, and the files that say how it was made."""
+
+    name: str  # its folder, from the folder that all runs are in
+    row: RunRow
+    config: str  # config.toml
+    settings: dict[str, Any]  # the same as a table; empty if it is damaged
+    environment: dict[str, Any]
+
+    @property
+    def config_name(self) -> str:
+        """The name under which the page saves the run's config.toml."""
+        return f"{re.sub(r'[^a-zA-Z0-9._-]+', '-', self.name)}.toml"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that a report shows."""
+
+    analysis: Analysis
+    runs: tuple[RunFiles, ...]
+    curves: dict[str, dict[str, list[Point]]]  # by method, and by what is drawn
+    answers: Answers
+
+    @property
+    def task(self) -> str:
+        return self.analysis.methods[0].summaries[0]["task"]
+
+    @property
+    def incomplete(self) -> list[RunRow]:
+        return [run.row for run in self.runs if run.row.state != "complete"]
+
+
+def folders_of_runs(folders: Sequence[Path]) -> list[Path]:
+    """Returns the runs in the folders, each once. Raises RunError if there is none, or if one is
+    not a folder."""
+    for folder in folders:
+        with readable(folder, RunError, "Pass a run, or a folder of runs."):
+            exists = folder.is_dir()
+        if not exists:
+            raise RunError(
+                f"{folder} is not a folder. Pass a run, or a folder of runs: lora report FOLDER."
+            )
+    runs = {run.resolve(): run for folder in folders for run in run_folders(folder)}
+    if not runs:
+        shown = ", ".join(map(str, folders))
+        raise RunError(f"there is no run in {shown}. Run lora train first, or pass another folder.")
+    return list(runs.values())
+
+
+def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
+    """Returns the contents of a report on runs. `advance` is called after each run is read, and
+    once more for each method, with the next step. Raises RunError and DataError."""
+    files = []
+    around = Path(os.path.commonpath([run.resolve().parent for run in runs]))
+    for run in runs:
+        name = run.resolve().relative_to(around).as_posix()
+        advance(f"reading {name}")
+        files.append(_files(name, run))
+    complete = [each.row.run for each in files if each.row.state == "complete"]
+    if not complete:
+        first = files[0].row
+        raise RunError(
+            f"there is no complete run among {len(files)}; {first.run} is {first.state}. Run"
+            f" {command('lora', 'train', '--resume', first.run)}."
+        )
+    advance("computing statistics")
+    analysis = analyse(complete)
+    drawn = {}
+    for result in analysis.methods:
+        advance(f"reading the curves of {result.name}")
+        drawn[result.name] = curves(result.folders, analysis.metric)
+    advance("reading predictions")
+    return Evidence(analysis, tuple(files), drawn, _answers(analysis))
+
+
+def _files(name: str, run: Path) -> RunFiles:
+    """Returns a run's row and files. What cannot be read is empty, and the row says so."""
+    row = run_row(run)
+    if row.state.startswith("damaged"):
+        return RunFiles(name, row, "", {}, {})
+    path = run / "config.toml"
+    environment = {}
+    with suppress(RunError):
+        environment = read_json(run / "environment.json", RunError, "")
+    return RunFiles(name, row, path.read_text(encoding="utf-8"), read_toml(path), environment)
+
+
+def _answers(analysis: Analysis) -> Answers:
+    """Returns the predictions of all runs. Raises RunError if they are of different rows."""
+    predictions: dict[str, list[list[str]]] = {}
+    references: list[list[str]] = []
+    first = analysis.methods[0].folders[0]
+    for result in analysis.methods:
+        for folder in result.folders:
+            predicted, expected = read_predictions(folder / "predictions.jsonl")
+            if folder == first:
+                references = expected
+            if expected != references:
+                raise RunError(
+                    f"{folder / 'predictions.jsonl'} has other rows than that of {first}, so they"
+                    " cannot be compared. Pass runs on the same data."
+                )
+            predictions.setdefault(result.name, []).append(predicted)
+    texts = [_text_of(row) for _, row in read_rows(first / "predictions.jsonl")]
+    return Answers(texts, references, predictions)
+
+
+def _text_of(row: Any) -> str:
+    """Returns what was predicted from: a text, a pair of texts, a prompt or a conversation."""
+    if not isinstance(row, dict):  # read_predictions has raised its error
+        return ""
+    if "messages" in row:
+        text = "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in row["messages"])
+    else:
+        parts = [row[key] for key in ("text", "pair", "prompt") if isinstance(row.get(key), str)]
+        text = " ⏐ ".join(parts) or json.dumps(row, ensure_ascii=False)
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
