@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora.adapter_file import settings_in
-from lora.card import base_in
+from lora.card import FORMER_NAMES, base_in
 from lora.errors import ConfigError, command
 from lora.finetune.data.conversations import Conversation, from_row
 from lora.finetune.data.messages import Message
@@ -83,13 +83,15 @@ def _check_export_flags(config: ExportConfig) -> None:
 def base_to_export(adapter: Path, given: str | None) -> str:
     """Returns the base to export for: --base, or the one that the adapter names.
 
-    Raises ConfigError if that is a base which no other engine has.
+    Raises ConfigError if there is none, or if no other engine has it.
     """
     base = given or base_in(settings_in(folder_of(adapter)))
-    if not base or base in bases.BUILT:
+    if not base:
+        raise ConfigError(f"{adapter} does not name its base. Pass --base FOLDER.")
+    if base in (*bases.BUILT, *FORMER_NAMES):
         raise ConfigError(
-            f"{adapter} names no base that another engine has. Pass --base FOLDER, or the run with"
-            " --merged."
+            f"{adapter}: the base {base} exists only in this package, so no other engine can load"
+            " it. Train on another base, or pass its folder with --base."
         )
     return place_of(base)
 

@@ -72,24 +72,27 @@ def run_row(run: Path) -> RunRow:
             "seed": int(table.get("seed", 0)),
             "learning_rate": table.get("learning_rate"),
         }
-        state, result = _progress(run)
+        summary = _result_of(run)
+        state = "complete" if summary else _steps_done(run)
+        if summary:
+            row["metric"], row["score"] = next(iter(summary["metrics"].items()))
+            row["train_seconds"] = summary["train_seconds"]
     except (LoraError, KeyError, TypeError, ValueError) as error:
         state = f"damaged: {error}"
         return RunRow(run, "?", "?", "?", 0, None, state=state, changed=changed)
-    return RunRow(run, **row, **result, state=state, changed=changed)
+    return RunRow(run, **row, state=state, changed=changed)
 
 
-def _progress(run: Path) -> tuple[str, dict[str, Any]]:
-    """Returns the state of a run, and its result if it is complete."""
-    if (run / "summary.json").is_file():
-        summary = summary_of(run)
-        metric, score = next(iter(summary["metrics"].items()))
-        return "complete", {
-            "metric": metric, "score": score, "train_seconds": summary["train_seconds"]
-        }  # fmt: skip
+def _result_of(run: Path) -> Summary | None:
+    """Returns the summary of a run, None if the run is not complete."""
+    return summary_of(run) if (run / "summary.json").is_file() else None
+
+
+def _steps_done(run: Path) -> str:
+    """Returns the state of a run that is not complete."""
     rows = metrics_of(run) if (run / "metrics.jsonl").is_file() else []
     steps = [row for row in rows if row["kind"] == "step"]
-    return (f"step {steps[-1]['step']} of {steps[-1]['steps']}" if steps else "not begun"), {}
+    return f"step {steps[-1]['step']} of {steps[-1]['steps']}" if steps else "not begun"
 
 
 SORTS = {
@@ -145,7 +148,9 @@ def run_description(run: Path) -> str:
     settings = {
         key: value for key, value in to_table(config).items() if value not in ("", [], {}, False)
     }
-    lines = [f"{run}: {run_row(run).state}", "", "settings"]
+    summary = _result_of(run)
+    state = "complete" if summary else _steps_done(run)
+    lines = [f"{run}: {state}", "", "settings"]
     lines += [
         f"  {key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()
     ]
@@ -159,9 +164,8 @@ def run_description(run: Path) -> str:
             cells = (f"{number:.4f}" for number in numbers)
             table.append((str(row["step"]), f"{row['epoch']:g}", *cells))
         lines += ["", "evaluations", markdown(table).rstrip()]
-    complete = (run / "summary.json").is_file()
-    lines += ["", *(_result_lines(summary_of(run)) if complete else [])]
-    if complete:
+    lines += ["", *(_result_lines(summary) if summary else [])]
+    if summary:
         use = ("generate", run) if config.task == "text" else ("predict", run, "--text", "...")
         lines.append(f"next: {command('lora', *use)}")
     else:

