@@ -79,7 +79,7 @@ def written(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     writing: Writing,
-    stops: Sequence[int] = (),
+    stops: Sequence[int | str] = (),
     batch_size: int = 32,
     progress: Progress | None = None,
     streamed: Callable[[str], None] | None = None,
@@ -87,9 +87,10 @@ def written(
 ) -> list[str]:
     """Returns the text that the model writes after each prompt's ids, without special tokens.
 
-    It ends before the end token or one of `stops`. Sets eval mode. streamed: called with each piece
-    of the text while it is generated; for a single prompt. The batches are divided among the ranks;
-    if the model is `sharded`, the rows of each batch are. Every rank gets all texts.
+    It ends before the end token or one of `stops`: token ids, and texts. Sets eval mode. streamed:
+    called with each piece of the text while it is generated; for a single prompt. The batches are
+    divided among the ranks; if the model is `sharded`, the rows of each batch are. Every rank gets
+    all texts.
     """
     device = device_of(model)
     model.eval()
@@ -106,7 +107,7 @@ def written(
         # A sharded forward needs all ranks: a rank without rows generates and drops one.
         used = rows or order[0][:1]
         batch = padded(model, [prompts[row] for row in used], tokenizer.pad_token_id, device)
-        streamer = _Stream(tokenizer, streamed, settings.eos_token_id) if streamed else None
+        streamer = _Stream(tokenizer, streamed, settings) if streamed else None
         # Each batch has its own seed, so that its samples do not depend on other batches.
         with (
             random_kept(device), torch.inference_mode(), autocast(model), adapters_constant(),
@@ -116,6 +117,7 @@ def written(
             ids = model.generate(
                 **batch,
                 generation_config=settings,
+                tokenizer=tokenizer,  # for stop_strings
                 streamer=streamer,
                 synced_gpus=sharded and ranks > 1,
             )
@@ -123,6 +125,7 @@ def written(
         start = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         kept = [[*takewhile(lambda i: i not in ends, row)] for row in ids[:, start:].tolist()]
         texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
+        texts = [_before_stop(text, settings.stop_strings) for text in texts]
         answers |= dict(zip(rows, texts, strict=False))  # rows is empty if the text is to drop
         if progress and bar is not None:
             progress.advance(bar)
@@ -155,7 +158,14 @@ def _bare(model: Any) -> Iterator[None]:
         model.generation_config = saved
 
 
-def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int]) -> Any:
+def _before_stop(text: str, stops: Sequence[str] | None) -> str:
+    """Returns the text up to the first of `stops` in it."""
+    for stop in stops or ():
+        text = text.partition(stop)[0]
+    return text
+
+
+def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int | str]) -> Any:
     """Returns the GenerationConfig of transformers."""
     sampling: dict[str, Any] = {}
     if writing.temperature > 0:
@@ -165,7 +175,8 @@ def _decoding(model: Any, tokenizer: Any, writing: Writing, stops: Sequence[int]
     return transformers.GenerationConfig(
         max_new_tokens=writing.max_new_tokens,
         do_sample=bool(sampling),
-        eos_token_id=sorted({tokenizer.eos_token_id, *stops}),
+        eos_token_id=sorted({tokenizer.eos_token_id, *(s for s in stops if isinstance(s, int))}),
+        stop_strings=[stop for stop in stops if isinstance(stop, str)] or None,
         pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=decoder_start(model) if model.config.is_encoder_decoder else None,
         use_cache=True,
@@ -191,9 +202,11 @@ def padded(
 class _Stream(transformers.TextStreamer):  # type: ignore[misc]
     """Calls `receive` with each piece of text that later tokens cannot change."""
 
-    def __init__(self, tokenizer: Any, receive: Callable[[str], None], ends: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, receive: Callable[[str], None], settings: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.receive, self.ends = receive, ends
+        self.receive, self.ends = receive, settings.eos_token_id
+        self.stops: list[str] = settings.stop_strings or []
+        self.text, self.passed = "", 0  # all of the text, and how many of its characters are shown
 
     def put(self, value: Tensor) -> None:
         """Takes the next token, but no end token: one that is not special would be shown."""
@@ -201,8 +214,14 @@ class _Stream(transformers.TextStreamer):  # type: ignore[misc]
             super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Passes a finished piece on; the base class would print it."""
-        self.receive(text)
+        """Passes a finished piece on, without what may begin a stop; the base class would print."""
+        self.text += text
+        shown = _before_stop(self.text, self.stops)
+        if not stream_end:
+            begun = (n for stop in self.stops for n in range(len(stop)) if shown.endswith(stop[:n]))
+            shown = shown[: len(shown) - max(begun, default=0)]
+        self.receive(shown[self.passed :])
+        self.passed = len(shown)
 
 
 def scored(

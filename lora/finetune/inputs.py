@@ -318,14 +318,16 @@ def _model_labels(encoded: Encoded, batch: dict[str, Tensor], targets: Tensor) -
 
 def prompts_of(
     config: RunConfig[Any], tokenizer: Any, model: Any, asked: Sequence[Conversation]
-) -> tuple[list[list[int]], tuple[int, ...]]:
-    """Returns the prompt ids of each conversation, and the ids that end an answer."""
+) -> tuple[list[list[int]], tuple[int | str, ...]]:
+    """Returns the prompt ids of each conversation, and what ends an answer: ids, and a text if the
+    template ends a turn in words."""
     template = template_of(tokenizer, config.template)
     has_encoder: bool = model.config.is_encoder_decoder
     prompts = prompt_ids(template, asked, has_encoder)
     for conversation, ids in zip(asked, prompts, strict=True):
         check_ids(model, tokenizer, ids, conversation.place)
-    return prompts, ends_of(template, model.generation_config)
+    words = [template.stop_text] if template.stop_text else []
+    return prompts, (*ends_of(template, model.generation_config), *words)
 
 
 def thought_end(config: RunConfig[Any], tokenizer: Any) -> str:

@@ -157,6 +157,12 @@ class Template:
             ids.append(last)
         return tuple(ids)
 
+    @property
+    def stop_text(self) -> str:
+        """The text that ends an answer if no token of `stops` does, else ""."""
+        last = self.core.encode(self.closing, add_special_tokens=False).ids[-1]
+        return "" if last in self.stops else self.closing
+
     @cached_property
     def core(self) -> Any:
         """The tokenizers.Tokenizer inside the tokenizer, set to add no tokens.

@@ -504,6 +504,10 @@ def test_generation_stops_where_a_turn_ends() -> None:
     assert of(tokenizer, "zephyr").stops == (end,)
     assert of(tokenizer, "words alone").stops == (end,)
     assert template_of(tokenizer, "none").stops == (end,)
+    assert of(tokenizer, "words alone").stop_text == "\n### end"
+    for name in ("qwen-3", "zephyr", "plain"):
+        assert of(tokenizer, name).stop_text == ""
+    assert template_of(tokenizer, "none").stop_text == ""
 
 
 SYSTEM_AT_THE_END = (
