@@ -154,6 +154,33 @@ def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
         assert all(full - mean > 0.01 for mean in loras)
 
 
+def test_intervals_hold_the_truth_as_often_as_the_page_says() -> None:
+    measured = json.loads((RESULTS / "coverage.json").read_text())
+    cells = [cell for cell in measured["cells"] if cell["seeds"] > 2]
+    two = [cell["mean"] for cell in measured["cells"] if cell["seeds"] == 2]
+
+    def span(name: str) -> str:
+        shares = [cell[name] for cell in cells]
+        return f"{min(shares)} to {max(shares)}"
+
+    assert measured["studies"] >= 1000
+    for cell in [*cells, *(cell for cell in measured["cells"] if cell["seeds"] == 1)]:
+        assert 93 <= cell["mean"] <= 97, cell
+        assert 93 <= cell["difference"] <= 97, cell
+    most = max(cell["a_a"] for cell in measured["cells"])
+    assert most <= 6
+    page = results_page()
+    for sentence in (
+        f"{measured['studies']:,} studies each",
+        f"the intervals of means hold the truth in {span('mean')} % of studies",
+        f"those of differences in {span('difference')} %",
+        f"different from itself in at most {most} %",
+        f"without the corrections, hold the truth in {span('resampled')} %",
+        f"With 2 seeds, intervals of means hold it in {min(two)} to {max(two)} %",
+    ):
+        assert sentence in page
+
+
 def test_the_recipe_is_the_best_on_dev() -> None:
     """By the mean of three seeds, of the settings in the grid."""
     grid = json.loads((RESULTS / "sst2" / "tuning.json").read_text())["grid"]

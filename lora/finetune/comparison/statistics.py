@@ -109,8 +109,8 @@ class _Method:
     scores: Array  # (seeds, rows)
     by_row: Array  # (rows,): means over the seeds
     mean: float
-    seeds: float  # A: squared standard error of the mean over the runs; 0 with one seed
-    interaction: float  # E: what seed x row noise adds to A, and to the rows' variance; 0 likewise
+    seeds: float  # A of `bootstrap`: variance of the run means / seeds; 0 with one seed
+    interaction: float  # E of `bootstrap`: the part of A that is seed x row noise; 0 with one seed
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,14 @@ def bootstrap(scores: Mapping[str, ArrayLike]) -> Bootstrap:
 
     and mean ± t_ν √V (Satterthwaite 1946). For a difference, R is that of the row-wise differences,
     so that rows which are hard for both methods cancel, and A and E are sums over both methods.
-    Run means that agree better than their own noise allows are luck: half of E is the least that A
-    counts. With one seed A = E = 0: the result covers the rows only, and says so.
+    Run means that agree better than their own noise allows are luck, so that A counts at least half
+    of E: all of it covers too much, nothing calls two methods different whose seeds happen to
+    agree. With one seed A = E = 0: the result covers the rows only, and says so.
 
-    Simulated (benchmarks/coverage.py), 3 to 5 seeds cover the truth in 93 to 97 % of studies. Two
-    seeds do not if the seeds vary more than the rows: 91 %. Raises DataError.
+    In simulated studies (benchmarks/coverage.py) the intervals hold the truth in 94 to 96 % with 3
+    to 10 seeds, and in 92 to 97 % with 2, depending on how much the seeds vary.
+
+    Raises DataError.
     """
     import numpy as np
 
@@ -295,13 +298,14 @@ def groups(means: Mapping[str, float], p_values: Mapping[tuple[str, str], float]
     differ = {frozenset(pair) for pair, p in p_values.items() if p < SIGNIFICANT}
     sets = [set(names)] if names else []
     for pair in sorted(differ, key=lambda pair: sorted(map(names.index, pair))):
+        # No set may hold both: one copy goes on without the first, another without the second.
         split = [kept - {name} for kept in sets if pair <= kept for name in pair]
         sets = [kept for kept in sets if not pair <= kept]
         for candidate in split:  # absorbed, if another set says as much
             if not any(candidate <= kept for kept in sets):
                 sets = [kept for kept in sets if not kept <= candidate] + [candidate]
     sets.sort(key=lambda kept: sorted(map(names.index, kept)))
-    for candidate in reversed(list(sets)):
+    for candidate in reversed(list(sets)):  # left out, if other letters show each of its pairs
         others = [kept for kept in sets if kept is not candidate]
         shared = [{*pair} for pair in itertools.combinations_with_replacement(candidate, 2)]
         if all(any(pair <= kept for kept in others) for pair in shared):
