@@ -298,23 +298,25 @@ def _eval(arguments: list[str]) -> None:
     if config.harness:
         _harness(config)
         return
-    if config.predictions is not None:
-        from lora.finetune.data.corpus import read_predictions
-        from lora.finetune.metrics import score
-        from lora.finetune.record import summary_of
+    import json
 
-        task = config.task or "classification"
-        if config.task is None and (config.predictions.parent / "summary.json").is_file():
-            task = summary_of(config.predictions.parent)["task"]
-        metrics = score(task, *read_predictions(config.predictions))
+    if config.predictions is not None:
+        from lora.finetune.class_report import scores_of_file
+
+        metrics, classes = scores_of_file(config.predictions, config.task)
     else:
         from lora.finetune.inputs import columns_in
         from lora.finetune.trained import rescore
 
         parts = config.data, config.split, columns_in(config), config.skip_bad_lines
-        metrics = rescore(_source_of(config), *parts)
+        metrics, classes = rescore(_source_of(config), *parts)
+    if config.json:
+        print(json.dumps({**metrics, **(classes.as_dict() if classes else {})}, indent=2))
+        return
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
+    if classes is not None:
+        print(f"\n{classes}", end="")
 
 
 def _check_eval_flags(config: EvalConfig) -> None:
@@ -346,7 +348,13 @@ def _harness(config: EvalConfig) -> None:
     trained = reopen(_source_of(config))
     chat = bool(trained.tokenizer.chat_template) and trained.config.template == "auto"
     parts = trained.model, trained.tokenizer, config.harness
-    for task, scores in run_tasks(*parts, limit=config.limit, chat=chat).items():
+    results = run_tasks(*parts, limit=config.limit, chat=chat)
+    if config.json:
+        import json
+
+        print(json.dumps(results, indent=2))
+        return
+    for task, scores in results.items():
         for name, value in scores.items():
             print(f"{task} {name} {value:.4f}")
 

@@ -15,7 +15,7 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,12 @@ from lora.finetune.assemble import (
     resolve,
     starts_on_device,
 )
+from lora.finetune.class_report import single_class
 from lora.finetune.comparison.statistics import majority
 from lora.finetune.config import RunConfig, to_table
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.tokens import Encoded
-from lora.finetune.evaluate import Evaluation, autocast, evaluate
+from lora.finetune.evaluate import Evaluation, autocast, evaluate, predicted
 from lora.finetune.forgetting import UnrelatedText, base_perplexity, perplexity, read_unrelated
 from lora.finetune.generate import scored
 from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_corpus
@@ -147,6 +148,9 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
             result = _Loop(parts, directory, record, progress, memory, before).run(stop)
         memory.sample()
         warning = divergence(record.evaluations)
+        if not warning and parts.corpus.task == "classification":
+            answers = [row["prediction"] for row in result.rows]
+            warning = _single_class(parts, answers, parts.corpus.held_out[0])
         if warning:
             say(progress, f"note: {warning}")
         summary = _summary(parts, result, record) | {
@@ -304,6 +308,7 @@ class _Loop:
         self.total = self.config.epochs * self.per_epoch
         self.screen = TrainingScreen(progress, self.config.epochs, self.total, self.training.step)
         self.phase = ""  # what is done besides training steps, for errors
+        self.warned = False  # of a single class
         self.resume_command = command("lora", "train", "--resume", directory)
 
     def run(self, stop: Callable[[], int]) -> _Result:
@@ -371,8 +376,18 @@ class _Loop:
             dev = evaluate(self.training.model, corpus, split, rows, progress=self.progress)
         self.phase = ""
         self.screen.evaluation(self.record.evaluation(step, step / self.per_epoch, dev))
+        self._warn_of_a_single_class(dev)
         patience = self.config.early_stopping
         return patience is not None and evaluations_since_best(self.record.evaluations) >= patience
+
+    def _warn_of_a_single_class(self, dev: Evaluation) -> None:
+        """Say once if all rows of dev are predicted as one class."""
+        if self.warned or self.parts.corpus.task != "classification":
+            return
+        predictions = predicted(self.parts.corpus, dev.logits)
+        if warning := _single_class(self.parts, predictions, "dev"):
+            say(self.progress, f"note: {warning}")
+            self.warned = True
 
     def _save_checkpoint(self) -> None:
         state.save_training(self.training, self.folder, self.config_bytes, self.record.mark())
@@ -506,6 +521,16 @@ def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
 def _adapter_bytes(directory: Path) -> int:
     """The size of the saved adapter, or of the whole model that full fine-tuning saves."""
     return sum(path.stat().st_size for path in (directory / "adapter").glob("*.safetensors"))
+
+
+def _single_class(parts: _Parts, predictions: Sequence[str], split: str) -> str:
+    """A warning if all rows of dev or test are predicted as one class, else ""."""
+    config, corpus = parts.config, parts.corpus
+    references = [str(example.label) for example in getattr(corpus, split)]
+    assert config.learning_rate is not None
+    shown = [corpus.shown(label) for label in predictions]
+    wanted = [corpus.shown(label) for label in references]
+    return single_class(shown, wanted, split, config.learning_rate, bool(corpus.class_weights))
 
 
 def _majority(corpus: Corpus) -> dict[str, float]:

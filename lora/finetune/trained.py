@@ -19,6 +19,7 @@ from lora.errors import ConfigError, DataError, RunError
 from lora.files import writable
 from lora.finetune import distributed
 from lora.finetune.assemble import add_adapter, build_base, check_head, quantizes_later
+from lora.finetune.class_report import ClassReport, class_report
 from lora.finetune.config import RunConfig
 from lora.finetune.data.columns import Columns
 from lora.finetune.data.conversations import Conversation, from_row, read_prompts
@@ -122,8 +123,9 @@ def rescore(
     split: str | None,
     columns: Columns,
     skip_bad_lines: int = 0,
-) -> dict[str, float]:
-    """Returns a model's scores on a split of its run's data or of other data."""
+) -> tuple[dict[str, float], ClassReport | None]:
+    """Returns a model's scores on a split of its run's data or of other data; of a classifier also
+    those of each class."""
     directory = source.directory
     if data is None and source.alone:
         raise ConfigError(
@@ -166,8 +168,12 @@ def rescore(
                 examples, notes = examples_of(corpus, name), [*notes, *skipped]
             _say(progress, *corpus.summary, *filter(None, notes))
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
-        result, _ = scored(config, *parts, progress)
-    return {"loss": result.loss, **result.metrics}
+        result, rows = scored(config, *parts, progress)
+    metrics = {"loss": result.loss, **result.metrics}
+    if corpus.task != "classification":
+        return metrics, None
+    pairs = [row["prediction"] for row in rows], [row["label"] for row in rows]
+    return metrics, class_report(*pairs, corpus.labels, corpus.class_names)
 
 
 def predict_texts(

@@ -51,7 +51,8 @@ class ModelFlags:
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(ModelFlags):
     """Score a trained model on a split of its own data or on other data, or score a file of
-    predictions."""
+    predictions. Prints a line per score; for a classifier then a table of the classes and the
+    confusion matrix."""
 
     data: str | None = None
     """Data to score on, as in lora train. Default: the run's data."""
@@ -77,6 +78,8 @@ class EvalConfig(ModelFlags):
     """Whether the first row of a CSV or TSV file in --data holds the column names."""
     skip_bad_lines: int = 0
     """Number of unusable rows in --data to accept. They are skipped and listed."""
+    json: bool = False
+    """Print JSON instead: the scores, and for a classifier the classes and the confusion matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,7 +143,7 @@ def reopened_loss(run: Path) -> float:
     from lora.finetune.source import open_source
     from lora.finetune.trained import rescore
 
-    return rescore(open_source(run), None, None, Columns())["loss"]
+    return rescore(open_source(run), None, None, Columns())[0]["loss"]
 
 
 def test_the_config_reads_back_to_the_same_run(trained: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ Task = Literal["auto", "classification", "regression", "text"]
 MOST_CLASSES = 20
 """A line lists the classes one by one up to this number, and the largest ones of more."""
 LARGEST_CLASSES = 8
+LONGEST_LABEL = 40  # characters of a label that are shown
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Corpus:
     def shown(self, label: str) -> str:
         """Returns a label with its name, if the user named the classes: positive (1)."""
         names = dict(zip(self.labels, self.class_names))
-        return f"{names[label]} ({label})" if label in names else label[:40]
+        return f"{names[label]} ({label})" if label in names else label[:LONGEST_LABEL]
 
     def digest(self) -> str:
         """Returns the SHA-256 of the texts and labels of all splits, in order."""
@@ -158,7 +159,7 @@ def read_examples(
         if task == "regression":
             notes.append("the labels are fractional numbers, so the task is regression")
     if task == "classification":
-        labels = labels or _sorted_labels({str(example.label) for example in train})
+        labels = labels or sorted_labels({str(example.label) for example in train})
         _check_classes(data, train, labels, label if columns.label is None else None, bad)
     labels = labels if task == "classification" else ()
     corpus = Corpus(data, task, labels, train, dev, test, taken)
@@ -473,7 +474,7 @@ def _fractional(examples: Iterable[Example]) -> bool:
     return 10 * len(numbers) >= 9 * len(values) and not all(v.is_integer() for v in numbers)
 
 
-def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
+def sorted_labels(labels: Collection[str]) -> tuple[str, ...]:
     """Sorts classes as integers if all are, else as texts. The order gives the class indices."""
     try:
         # "1" and "01" are equal integers, and a set has no order to fall back on.
