@@ -21,7 +21,7 @@ import torch
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.readme import family
-from lora.finetune.tables import markdown
+from lora.finetune.comparison.tables import markdown
 from lora.method import METHODS, Method
 from lora.testing import CLAUSES, WRAPPING, Case, cases, run_clause
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
-from lora.finetune.tables import markdown, notes, rows, task_rows
+from lora.finetune.comparison.analysis import Analysis, read_analysis
+from lora.finetune.comparison.tables import markdown, notes, rows, task_rows
 from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +32,8 @@ def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
     texts = {name: markdown(comparison(name)) for name in ("demo", "sst2")}
     for name in ("demo-lm", "demo-lm-tiny"):
-        texts[name] = f"{markdown(comparison(name))}\n{markdown(task_rows(summaries(name)))}"
-    texts["demo"] += "\n" + textwrap.fill(notes(summaries("demo")), 100) + "\n"
+        texts[name] = f"{markdown(comparison(name))}\n{markdown(task_rows(analysis(name)))}"
+    texts["demo"] += "\n" + textwrap.fill(notes(analysis("demo")), 100) + "\n"
     measured = {
         "family": family(), "step": steps(), "memory": memory(), "epoch": epochs(),
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
@@ -45,8 +46,8 @@ def tables() -> dict[str, str]:
 
 
 def comparison(name: str) -> list[tuple[str, ...]]:
-    """The table of a `lora compare` whose summaries are in results/."""
-    table = rows(summaries(name))
+    """The table of a `lora compare` in results/."""
+    table = rows(analysis(name))
     # The runs of sst2 shared the processor, so their times mean nothing. Those of sst2 and
     # demo-lm-tiny measured the memory of the whole run, which does not depend on the method alone.
     left_out = {
@@ -57,9 +58,9 @@ def comparison(name: str) -> list[tuple[str, ...]]:
     return [tuple(row[number] for number in columns) for row in table]
 
 
-def summaries(name: str) -> Any:
-    """The summaries of a `lora compare` in results/."""
-    return json.loads((RESULTS / name / "comparison.json").read_text())
+def analysis(name: str) -> Analysis:
+    """The result of a `lora compare` in results/."""
+    return read_analysis(RESULTS / name / "comparison.json")
 
 
 def startup() -> list[tuple[str, ...]]:

@@ -16,10 +16,11 @@ from conftest import ROOT
 
 from benchmarks.readme import PAGES, filled
 from lora.finetune.cli import main
+from lora.finetune.comparison.analysis import read_analysis
+from lora.finetune.comparison.tables import rows
 from lora.finetune.config import parse_run
 from lora.finetune.data.included import FILMS
 from lora.finetune.demo.tasks import MADE_TASKS
-from lora.finetune.tables import rows
 from lora.merging import SLACK
 from lora.method import METHODS
 
@@ -114,13 +115,19 @@ def test_the_public_interface_is_ten_lines() -> None:
     assert sum(bool(line.strip()) for line in block.splitlines()) <= 12
 
 
+def summaries_of(name: str) -> list[Any]:
+    """The summaries of a `lora compare` in results/."""
+    analysis = read_analysis(RESULTS / name / "comparison.json")
+    return [summary for method in analysis.methods for summary in method.summaries]
+
+
 def results_page() -> str:
     """docs/results.md without its line breaks."""
     return " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
 
 def test_sst2_is_reported_over_three_seeds_of_each_method() -> None:
-    summaries = json.loads((RESULTS / "sst2" / "comparison.json").read_text())
+    summaries = summaries_of("sst2")
     seeds: dict[str, list[int]] = {}
     for summary in summaries:
         assert summary["split"] == "test"
@@ -132,7 +139,7 @@ def test_sst2_is_reported_over_three_seeds_of_each_method() -> None:
 
 def test_qlora_is_within_a_point_of_lora() -> None:
     scores: dict[str, list[float]] = {}
-    for summary in json.loads((RESULTS / "sst2" / "comparison.json").read_text()):
+    for summary in summaries_of("sst2"):
         scores.setdefault(summary["method"], []).append(summary["metrics"]["accuracy"])
     means = {method: sum(measured) / len(measured) for method, measured in scores.items()}
     assert abs(means["qlora"] - means["lora"]) < 0.01
@@ -143,9 +150,10 @@ def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
     """More than a point, in the results of the recipe and of each of the two before it."""
     claim = "LoRA stays more than a point behind full fine-tuning; so it did under two"
     assert claim in results_page()
-    for name, recipes in (("comparison", 1), ("earlier", 2)):
+    earlier = json.loads((RESULTS / "sst2" / "earlier.json").read_text())
+    for runs, recipes in ((summaries_of("sst2"), 1), (earlier, 2)):
         scores: dict[tuple[str, str], list[float]] = {}
-        for run in json.loads((RESULTS / "sst2" / f"{name}.json").read_text()):
+        for run in runs:
             scores.setdefault((run["method"], run["note"]), []).append(run["metrics"]["accuracy"])
         means = {key: sum(measured) / len(measured) for key, measured in scores.items()}
         (full,) = (mean for (method, _), mean in means.items() if method == "full")
@@ -208,15 +216,14 @@ def test_start_up_is_within_bounds() -> None:
 
 
 def test_the_demo_is_measured_in_the_dtype_that_is_named() -> None:
-    summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
+    summaries = summaries_of("demo")
     recipe = tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
     assert {summary["dtype"] for summary in summaries} == {recipe["dtype"]} == {"float32"}
     assert "Measured in float32" in " ".join(README.split())
 
 
 def test_the_table_has_the_columns_that_were_asked_for() -> None:
-    summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
-    head = rows(summaries)[0]
+    head = rows(read_analysis(RESULTS / "demo" / "comparison.json"))[0]
     for column in ("method", "trainable", "share", "train loss", "train s"):
         assert column in head
     for column in ("test accuracy", "95 % interval", "against full"):
@@ -225,7 +232,7 @@ def test_the_table_has_the_columns_that_were_asked_for() -> None:
 
 
 def test_the_demo_is_measured_on_the_reviews_and_lora_is_near_full() -> None:
-    summaries = json.loads((RESULTS / "demo" / "comparison.json").read_text())
+    summaries = summaries_of("demo")
     recipe = tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
     assert {summary["data"] for summary in summaries} == {FILMS}
     assert all(summary["rows"] >= 2000 for summary in summaries)
@@ -298,7 +305,7 @@ def test_lora_trains_in_less_memory_than_full_and_qlora_in_less_than_lora() -> N
         )
         assert qlora < lora < full, base
     for path in RESULTS.glob("*/comparison.json"):
-        sizes = {s["method"]: s.get("training_bytes", 0) for s in json.loads(path.read_text())}
+        sizes = {s["method"]: s.get("training_bytes", 0) for s in summaries_of(path.parent.name)}
         needed = [sizes[name] for name in ("qlora", "lora", "full") if sizes.get(name)]
         assert needed == sorted(set(needed)), path
 
@@ -357,7 +364,7 @@ def test_the_default_rates_are_the_better_ones_of_those_tried() -> None:
 
 
 def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
-    summaries = json.loads((RESULTS / "demo-lm-tiny" / "comparison.json").read_text())
+    summaries = summaries_of("demo-lm-tiny")
     score = {s["method"]: s["metrics"]["exact_match"] for s in summaries}
     (base,) = [s["baseline"]["exact_match"] for s in summaries if "baseline" in s]
     assert score["lora"] - base >= 0.60
@@ -367,7 +374,7 @@ def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
 
 def test_smollm2_learns_real_tasks() -> None:
     """The demo's language model, on the four tasks of real texts with two labels."""
-    summaries = json.loads((RESULTS / "demo-lm" / "comparison.json").read_text())
+    summaries = summaries_of("demo-lm")
     tasks = ("films", "amazon", "tweets", "editorials")
 
     def mean(scores: dict[str, float], metric: str) -> float:

@@ -19,7 +19,17 @@ from lora.method import METHODS
 BEFORE = {
     "lora train": ("config", "resume", "nproc"),
     "lora plan": ("config", "nproc", "json"),
-    "lora compare": ("config", "methods", "seeds", "dry_run"),
+    "lora compare": (
+        "config",
+        "methods",
+        "seeds",
+        "rates",
+        "budget",
+        "jobs",
+        "match_parameters",
+        "noise_floor",
+        "dry_run",
+    ),
     "lora data preview": ("config", "count", "split"),
 }
 """The flags of a verb that are not settings of a run."""

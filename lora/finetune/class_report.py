@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora.finetune.comparison.tables import markdown
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import (
     LONGEST_LABEL,
@@ -23,7 +24,6 @@ from lora.finetune.data.corpus import (
 )
 from lora.finetune.metrics import score
 from lora.finetune.record import summary_of
-from lora.finetune.tables import markdown
 
 CONFUSIONS_LISTED = 20
 

@@ -197,7 +197,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     metrics, baseline = summary["metrics"], summary.get("baseline")
     head = f"{summary['split']} ({summary['rows']} rows)  loss {summary['loss']:.4f}"
     if any("/" in name for name in metrics) or baseline:
-        from lora.finetune.tables import by_task, markdown
+        from lora.finetune.comparison.tables import by_task, markdown
 
         print(head + "\n" + markdown(by_task(metrics)), end="")
         if baseline:
@@ -263,22 +263,23 @@ def _plan(arguments: list[str]) -> None:
 
 
 def _compare(arguments: list[str]) -> None:
-    from lora.finetune.compare import compare, parse_compare
-    from lora.finetune.tables import both_tables
+    from lora.finetune.comparison.grid import parse_compare
 
-    config, runs = parse_compare(arguments)
+    config, grid = parse_compare(arguments)
+    from lora.finetune.compare import compare, dry_run, report_missing
+
     if config.dry_run:
-        for run in runs:
-            print(f"{run.method}, seed {run.seed} -> {run.run_dir}")
+        print("".join(f"{line}\n" for line in dry_run(grid)), end="")
         return
-    summaries = compare(config, runs)
-    assert config.run_dir is not None
+    result = compare(grid)
+    from lora.finetune.comparison.tables import all_tables
     from lora.finetune.plots import draw_curves
 
-    pictures = draw_curves([run.run_dir for run in runs if run.run_dir], config.run_dir)
-    print(both_tables(summaries), end="")
+    pictures = draw_curves(result.folders, grid.folder)
+    print(all_tables(result.analysis), end="")
     drawn = ", ".join(path.name for path in pictures)
-    print(f"recorded in {config.run_dir}: comparison.md, comparison.json, {drawn}")
+    print(f"recorded in {grid.folder}: comparison.md, comparison.json, {drawn}")
+    report_missing(result)
 
 
 _DATA_FLAGS = ("text_column", "pair_column", "label_column", "header", "skip_bad_lines")
@@ -542,7 +543,7 @@ def _convert(arguments: list[str]) -> None:
     config: ConvertConfig = parse(
         ConvertConfig, _leading(arguments, "--checkpoint"), "lora convert"
     )
-    from lora.finetune.tables import markdown
+    from lora.finetune.comparison.tables import markdown
 
     folder, table = convert(config)
     print(markdown(table), end="")

@@ -72,6 +72,12 @@ def _table_or_balanced(value: object) -> object:
     return value
 
 
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.+-]{0,80}", name):
+        raise ValueError("must be at most 80 letters, digits, and the characters . _ + -")
+    return name
+
+
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[int, Field(ge=0, le=LARGEST)]
 Whole = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -229,8 +235,12 @@ class RunConfig(Generic[C]):
     """Use only the first N rows of every split. Default: all."""
     dev_limit: Whole | None = None
     """Use only the first N rows of the dev split. Default: that of --limit."""
-    test_limit: Whole | None = None
-    """Use only the first N rows of the test split. Default: that of --limit."""
+    test_limit: Number | None = None
+    """Use only the first N rows of the test split. 0: do not score it, but dev again. Default: that
+    of --limit."""
+    name: Annotated[str, AfterValidator(_plain_name)] = ""
+    """Name of the run's method in tables. Default: the method's. If --config has a table
+    [methods.NAME], it applies, and may set method."""
     note: str = ""
     """Free text for the run's summary."""
     trackers: tuple[Text, ...] = ()
@@ -328,8 +338,10 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     table = read_toml(path) if path else {}
     if folder := value_of(rest, "--adapter"):
         table["adapter"] = folder
+    if name := value_of(rest, "--name"):
+        table["name"] = name
     with stated_in(path):
-        method = table.get("method")
+        method = _table_named(table).get("method", table.get("method"))
         if method is not None:
             method_named(method)
     method = value_of(rest, "--method") or method
@@ -456,20 +468,14 @@ def stated_in(path: Path | None) -> Iterator[None]:
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """Returns the configuration of a TOML table for a method. Raises ConfigError."""
     kind = config_of_method(method)
-    tables = table.get("methods", {})
-    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+    own = _table_named({**table, "name": table.get("name") or label(method)})
+    if own.get("method", method) != method:
         raise ConfigError(
-            f"methods must be tables, found {tables!r}. Write [methods.lora], [methods.full], ..."
+            f"[methods.{table['name']}] has method = {own['method']!r}, but --method is {method}."
+            " Remove one of them, or pass another --name."
         )
-    tables = {label(name): its for name, its in tables.items()}
-    if unknown_methods := set(tables) - set(method_names()):
-        raise ConfigError(
-            f"[methods.{min(unknown_methods)}]: no method has that name. Methods:"
-            f" {', '.join(method_names())}."
-        )
-    values = {k: v for k, v in table.items() if k not in ("methods", "seeds")}
-    values = settings_brought(method) | values
-    values |= tables.get(label(method), {}) | {"method": method}
+    values = {k: v for k, v in table.items() if k not in ("methods", "seeds", "rates")}
+    values = settings_brought(method) | values | own | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     of_method = {field.name for field in fields(kind)}
     shared = {field.name for field in fields(RunConfig)} - {"settings"}
@@ -488,6 +494,25 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     settings = kind(**{k: v for k, v in values.items() if k in of_method})
     shared_values = {k: v for k, v in values.items() if k in shared}
     return RunConfig(settings=_plain_name_is_a_name(settings), **shared_values)
+
+
+def _table_named(table: dict[str, Any]) -> dict[str, Any]:
+    """Returns the table [methods.NAME] of a file, with the name that the file gives the run; {} if
+    there is none. Raises ConfigError if a table is not one of a method."""
+    tables = table.get("methods", {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise ConfigError(
+            f"methods must be tables, found {tables!r}. Write [methods.lora], [methods.full], ..."
+        )
+    for name, its in tables.items():
+        if "method" not in its and label(name) not in method_names():
+            raise ConfigError(
+                f"[methods.{name}]: no method has that name. Methods: {', '.join(method_names())}."
+                ' For another name, set method in it: method = "lora".'
+            )
+    labels = {name if "method" in its else label(name): its for name, its in tables.items()}
+    chosen: dict[str, Any] = labels.get(str(table.get("name")), {})
+    return chosen
 
 
 def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lora.errors import ContractError, command
+from lora.finetune.comparison.tables import markdown
 from lora.finetune.methods import method_named
 from lora.finetune.screen import progress_bar
-from lora.finetune.tables import markdown
 from lora.testing import CLAUSES, Result, cases, run_clause
 
 

@@ -65,7 +65,7 @@ def read_corpus(config: RunConfig[Any]) -> Corpus:
 def row_limits(config: RunConfig[Any]) -> dict[str, int | None]:
     """Returns the most rows of each split to use; None is all."""
     limits = {"train": None, "dev": config.dev_limit, "test": config.test_limit}
-    return {split: limit or config.limit for split, limit in limits.items()}
+    return {split: config.limit if n is None else n for split, n in limits.items()}
 
 
 def columns_in(config: Any) -> Columns:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import LoraError, RunError, command
+from lora.finetune.comparison.tables import markdown
 from lora.finetune.config import read_toml, to_table
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
 from lora.finetune.metrics import LOWER
 from lora.finetune.record import Forgetting, Summary, metrics_of, summary_of
 from lora.finetune.run_folder import config_of
-from lora.finetune.tables import markdown
 from lora.finetune.verbs import RunsConfig
 
 DEEPEST = 4
@@ -66,7 +66,7 @@ def run_row(run: Path) -> RunRow:
         table = read_toml(run / "config.toml")
         data = table.get("data", "?")
         row: dict[str, Any] = {
-            "method": label(table["method"]),
+            "method": table.get("name") or label(table["method"]),
             "data": data if isinstance(data, str) else " ".join(data),
             "base": str(table.get("base", "?")),
             "seed": int(table.get("seed", 0)),

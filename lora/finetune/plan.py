@@ -79,11 +79,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     """
     whole_number("nproc", devices, most=1024)
     device, before = device_here(config.device), private_bytes()
-    corpus = read_corpus(config)
-    labels = len(corpus.labels) or 1
-    bare = load_skeleton(config.base, labels, corpus.task, config.quantize, config.dense)
-    bare = with_tokens(bare, config, corpus.task, resized_for(config))
-    config, note = resolve(config, corpus, bare, device)
+    config, corpus, bare, note = _opened(config, device)
     inputs = inputs_of(config, corpus, bare)
     read_unrelated(config, bare)
     corpus, splits = inputs.corpus, inputs.splits
@@ -115,6 +111,25 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
             *(f"note: {n}" for n in (corpus.note, *inputs.notes, note, batches.note) if n),
         ),
     )
+
+
+def report_for(config: RunConfig[Any]) -> Report:
+    """Returns the report of the injection that a run begins with. No weights are read."""
+    config, corpus, _, _ = _opened(config, device_here(config.device))
+    return _injected(config, corpus)[1]
+
+
+def _opened(
+    config: RunConfig[Any], device: torch.device
+) -> tuple[RunConfig[Any], Corpus, Base, str]:
+    """Returns the configuration without open settings, the data, the base without values, and a
+    note for the user."""
+    corpus = read_corpus(config)
+    labels = len(corpus.labels) or 1
+    bare = load_skeleton(config.base, labels, corpus.task, config.quantize, config.dense)
+    bare = with_tokens(bare, config, corpus.task, resized_for(config))
+    config, note = resolve(config, corpus, bare, device)
+    return config, corpus, bare, note
 
 
 class _Batches(NamedTuple):
@@ -193,6 +208,35 @@ def _memories(
     return report, memories, work[0]
 
 
+def _injected(config: RunConfig[Any], corpus: Corpus) -> tuple[Base, Report]:
+    """Returns the base with adapters injected as inject() does, but without values."""
+    method, shown, packs = method_named(config.method), False, False
+    if issubclass(method, Calibrated):
+        shown = method.needs_batches(config.settings)
+    if issubclass(method, Packs) and config.quantize == "nf4":
+        packs = method.takes_up(config.settings)
+    labels = len(corpus.labels) or 1
+    quantize = "none" if packs else config.quantize
+    base = load_skeleton(config.base, labels, corpus.task, quantize, config.dense)
+    base = with_tokens(base, config, corpus.task, resized_for(config))
+    model = base.model
+    names = packable(model, config.dense) if packs else ()
+    if config.adapter is not None:
+        filed = read_adapter(model, config.adapter, trainable=True)
+        planned, parts = filed.plan, filed.parts
+    else:
+        planned = planned_of(model, config.settings, "default", shown, packs)
+        parts = build(model, planned)
+    fresh: Any = unfilled(model, names, "meta")
+    for adapter, view in with_views(model, parts.adapters).values():
+        if id(view.module) in fresh and isinstance(adapter, Packs):
+            packed = fresh[id(view.module)].quantized()
+            with torch.no_grad():
+                adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
+    report = place(model, planned, parts, fresh, "default")
+    return base, report
+
+
 class _DryRun:
     """The run's model without values, and the memory while it is trained and evaluated."""
 
@@ -216,12 +260,10 @@ class _DryRun:
         # Imported here, since a run does not import it: it must not count as the run's memory.
         from torch._subclasses.fake_tensor import FakeTensorMode
 
-        nf4.pairs(
-            self.device
-        )  # cached for the process, so they need values: make them outside the mode
+        nf4.pairs(self.device)  # cached for the process, so they need values: outside the mode
         nf4.dynamic_map(self.device)
         ledger = self.ledger
-        base, report = self._injected()
+        base, report = self._ready_to_train()
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), ledger:
                 self._to_device(base.model)
@@ -268,35 +310,11 @@ class _DryRun:
         )
         return report, memory
 
-    def _injected(self) -> tuple[Base, Report]:
-        """Returns the base with adapters injected as inject() does, but without values."""
+    def _ready_to_train(self) -> tuple[Base, Report]:
         config = self.config
-        method, shown, packs = method_named(config.method), False, False
-        if issubclass(method, Calibrated):
-            shown = method.needs_batches(config.settings)
-        if issubclass(method, Packs) and config.quantize == "nf4":
-            packs = method.takes_up(config.settings)
-        labels = len(self.corpus.labels) or 1
-        quantize = "none" if packs else config.quantize
-        base = load_skeleton(config.base, labels, self.corpus.task, quantize, config.dense)
-        base = with_tokens(base, config, self.corpus.task, resized_for(config))
-        model = base.model
-        names = packable(model, config.dense) if packs else ()
-        if config.adapter is not None:
-            filed = read_adapter(model, config.adapter, trainable=True)
-            planned, parts = filed.plan, filed.parts
-        else:
-            planned = planned_of(model, config.settings, "default", shown, packs)
-            parts = build(model, planned)
-        fresh: Any = unfilled(model, names, "meta")
-        for adapter, view in with_views(model, parts.adapters).values():
-            if id(view.module) in fresh and isinstance(adapter, Packs):
-                packed = fresh[id(view.module)].quantized()
-                with torch.no_grad():
-                    adapter.pack(view.read()[0], lambda W, q=packed: q)  # type: ignore[misc]
-        report = place(model, planned, parts, fresh, "default")
-        check_steps(model, config.epochs * steps_per_epoch(self.encoded, config.batch_size))
-        set_dtype(model, config.dtype, self.device)
+        base, report = _injected(config, self.corpus)
+        check_steps(base.model, config.epochs * steps_per_epoch(self.encoded, config.batch_size))
+        set_dtype(base.model, config.dtype, self.device)
         return base, report
 
     def _to_device(self, model: Any) -> None:

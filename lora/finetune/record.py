@@ -46,7 +46,7 @@ class Evaluated(TypedDict):
     step: Positive
     epoch: Epoch
     loss: Finite
-    first_loss: Finite
+    first_loss: NotRequired[Finite]  # older runs lack it
     seconds: Seconds
     padding: Finite
     dev_loss: Finite
@@ -146,6 +146,7 @@ class Forgetting(TypedDict):
 
 class Summary(TypedDict):
     method: str
+    name: NotRequired[str]  # of the method in tables, if it is not the method's
     task: ScoredTask
     base: str
     data: str
@@ -184,6 +185,11 @@ ANSWERS: dict[str, TypeAdapter[Any]] = {
     "regression": TypeAdapter(Answer),
     "text": TypeAdapter(Written),
 }
+
+
+def shown_name(summary: Summary) -> str:
+    """What tables call the method of a run."""
+    return summary.get("name") or summary["method"]
 
 
 def summary_of(directory: Path) -> Summary:

@@ -117,7 +117,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
     device = distributed.device(config.device)
     with progress_bar() as progress, PeakMemory(device) as memory, ExitStack() as stack:
         with distributed.alike(), reading(progress) as on_quantized:
-            parts = _prepare(config, device, on_quantized)
+            parts = prepare(config, device, on_quantized)
         for line in parts.lines:
             say(progress, line)
         before = _base_perplexity(parts, progress)
@@ -167,7 +167,7 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Prepared:
     """What a run is made of, ready to train."""
 
     config: RunConfig[Any]  # resolved
@@ -182,9 +182,9 @@ class _Parts:
     lines: tuple[str, ...]  # for the user
 
 
-def _prepare(
+def prepare(
     config: RunConfig[Any], device: torch.device, on_quantized: Callable[[int, int], None]
-) -> _Parts:
+) -> Prepared:
     """Read the data, load the base, put the adapter on it."""
     trackers.check_trackers(config.trackers)
     source = read_corpus(config)
@@ -206,13 +206,13 @@ def _prepare(
         *(f"note: {line}" for line in notes if line),
         str(report),
     )
-    return _Parts(
+    return Prepared(
         config, source, inputs.corpus, inputs.splits, base, device, report, training, unrelated,
         lines,
     )  # fmt: skip
 
 
-def _base_perplexity(parts: _Parts, progress: Progress) -> float | None:
+def _base_perplexity(parts: Prepared, progress: Progress) -> float | None:
     """The perplexity of --unrelated-text before training, None without that text.
 
     Call it before a checkpoint is loaded: full fine-tuning does not keep the base's weights.
@@ -252,7 +252,7 @@ def _begin(config: RunConfig[Any], base: Base, inputs: Inputs, device: torch.dev
 
 
 def _take_folder(
-    parts: _Parts, directory: Path, resumed: bool, progress: Progress, stack: ExitStack
+    parts: Prepared, directory: Path, resumed: bool, progress: Progress, stack: ExitStack
 ) -> tuple[Path | None, str]:
     """Make the run's folder, or find the checkpoint to resume from; and lock it until `stack` ends.
 
@@ -291,7 +291,7 @@ class _Loop:
 
     def __init__(
         self,
-        parts: _Parts,
+        parts: Prepared,
         directory: Path,
         record: Record,
         progress: Progress,
@@ -485,13 +485,14 @@ def _memory_advice(error: BaseException, step: str, config: RunConfig[Any]) -> s
     )
 
 
-def _summary(parts: _Parts, result: _Result, record: Record) -> dict[str, Any]:
+def _summary(parts: Prepared, result: _Result, record: Record) -> dict[str, Any]:
     """summary.json, but for the note, the time, the memory and the adapter's size."""
     config, corpus, report = parts.config, parts.corpus, parts.report
     name, rows = corpus.held_out
     train_seconds = sum(row["seconds"] for row in record.evaluations)
     return {
         "method": label(config.method),
+        **({"name": config.name} if config.name else {}),
         "task": corpus.task,
         "base": config.base,
         "data": " ".join(config.data),
@@ -523,7 +524,7 @@ def _adapter_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in (directory / "adapter").glob("*.safetensors"))
 
 
-def _single_class(parts: _Parts, predictions: Sequence[str], split: str) -> str:
+def _single_class(parts: Prepared, predictions: Sequence[str], split: str) -> str:
     """A warning if all rows of dev or test are predicted as one class, else ""."""
     config, corpus = parts.config, parts.corpus
     references = [str(example.label) for example in getattr(corpus, split)]

@@ -54,10 +54,12 @@ def make_run(folder: Path, made: Made) -> Path:
         "peak_bytes": 700 * 2**20, "training_bytes": 600 * 2**20 + 16 * trainable,
         "adapter_bytes": 4 * trainable, "tokens_per_second": 60_000 / seconds, "dtype": "float32",
     }  # fmt: skip
+    summary |= {key: value for key, value in made.settings if key == "name"}
     settings = {
         "base": "demo", "data": ["opinions/films"], "method": made.method,
         "task": "classification", "labels": list(made.labels), "epochs": 2,
         "learning_rate": made.rate, "seed": made.seed, **dict(made.settings),
+        **({"test_limit": 0} if made.split == "dev" else {}),
     }  # fmt: skip
     environment = {
         "command": f"lora train --seed {made.seed}", "python": "3.11.7", "torch": "2.13.0",

@@ -176,15 +176,18 @@ def test_a_run_of_relative_folders_goes_on_from_elsewhere_to_the_same_summary(
 
 
 def test_a_comparison_of_runs_that_stop_early_has_its_table() -> None:
-    from lora.finetune.tables import rows
+    from lora.finetune.comparison.analysis import Run, analysis_of
+    from lora.finetune.comparison.tables import rows
 
     common = {"metrics": {"accuracy": 0.5}, "split": "test", "trainable": 1, "parameters": 2,
-              "learning_rate": 0.1, "train_seconds": 1.0, "peak_bytes": 1}  # fmt: skip
-    runs = [
-        {"method": "lora", "evaluations": [{"loss": 2.0}, {"loss": 1.0}], **common},
-        {"method": "lora", "evaluations": [{"loss": 1.0}], **common},
+              "learning_rate": 0.1, "train_seconds": 1.0, "peak_bytes": 1, "base": "b",
+              "data": "a", "rows": 2}  # fmt: skip
+    summaries: Any = [
+        {"method": "lora", "seed": 0, "evaluations": [{"loss": 2.0}, {"loss": 1.0}], **common},
+        {"method": "lora", "seed": 1, "evaluations": [{"loss": 1.0}], **common},
     ]
-    assert rows(runs)[1][4] == "1.500 1.000"
+    analysis = analysis_of([Run(Path("run"), summary) for summary in summaries])
+    assert rows(analysis)[1][4] == "1.500 1.000"
 
 
 def test_trackers_that_do_not_begin_leave_no_run_directory(

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 import lora
 from lora.declared import declared
-from lora.errors import FileError, LoraError, RunError
+from lora.errors import ConfigError, FileError, LoraError, RunError
 from lora.finetune.config import RunConfig, from_table, parse_run, to_table
+from lora.finetune.inputs import read_corpus
 from lora.finetune.run_folder import config_of
 from lora.method import METHODS
 
@@ -141,3 +142,26 @@ def test_a_recipe_names_itself(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("epochs = 0")
     with pytest.raises(FileError, match=f"^{tmp_path}/config.toml: epochs must be at least 1, fo"):
         parsed(tmp_path)
+
+
+def test_a_table_of_a_config_file_may_have_any_name_and_set_its_method(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('[methods.small]\nmethod = "lora"\nr = 2\n[methods.lora]\nr = 4\n')
+    small = parse_run(["--config", str(file), "--name", "small"])
+    assert (small.method, small.name, small.settings.r) == ("lora", "small", 2)
+    plain = parse_run(["--config", str(file)])
+    assert (plain.method, plain.name, plain.settings.r) == ("lora", "", 4)
+    assert from_table(to_table(small), "lora") == small
+    with pytest.raises(FileError, match=r"\[methods.small\] has method = 'lora', but --method is"):
+        parse_run(["--config", str(file), "--name", "small", "--method", "full"])
+    with pytest.raises(ConfigError, match="name must be at most 80 letters"):
+        parse_run(["--name", "a b"])
+    file.write_text("[methods.small]\nr = 2\n")
+    with pytest.raises(FileError, match='set method in it: method = "lora"'):
+        parse_run(["--config", str(file)])
+
+
+def test_no_row_of_test_may_be_used() -> None:
+    """A run that only tries a learning rate does not see the test split."""
+    corpus = read_corpus(parse_run(["--data", "demo-tiny", "--limit", "20", "--test-limit", "0"]))
+    assert (len(corpus.dev), len(corpus.test), corpus.held_out[0]) == (20, 0, "dev")

@@ -14,7 +14,7 @@ import pytest
 import lora.finetune.cli
 from lora.errors import CheckpointError, ConfigError, FileError, SettingError, TargetError
 from lora.finetune.cli import main
-from lora.finetune.compare import CompareConfig
+from lora.finetune.comparison.grid import CompareConfig
 from lora.finetune.config import field_names, from_table, parse_run
 from lora.finetune.flags import HOW, NEAR, as_flag, hint
 from lora.finetune.verbs import ExportConfig

@@ -19,7 +19,8 @@ from tokenizers import AddedToken
 
 from lora.finetune.chat import HELP
 from lora.finetune.cli import main
-from lora.finetune.compare import parse_compare, standing
+from lora.finetune.comparison.grid import parse_compare
+from lora.finetune.comparison.standing import standing
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.demo import language
 from lora.finetune.generate import Writing, padded, written
@@ -1012,7 +1013,8 @@ def test_a_comparison_with_a_template_of_a_file_goes_on(
     (tmp_path / "own.jinja").write_text(CHATML)
     monkeypatch.chdir(tmp_path)
     flags = ("--base", base, "--data", talks(tmp_path / "x.jsonl"), *FLAGS, "--epochs", 1)
-    (run,) = parse_compare([*map(str, flags), "--template", "own.jinja", "--methods", "lora"])[1]
+    compared = [*map(str, flags), "--template", "own.jinja", "--methods", "lora"]
+    (run,) = parse_compare(compared)[1].finals("lora")
     assert run.run_dir is not None
     assert lora("train", *flags, "--template", "own.jinja", "--run-dir", run.run_dir) == 0
     assert standing(run) == "complete"

@@ -242,7 +242,7 @@ def test_it_is_compared_with_others(
 
 
 def test_a_file_of_flags_names_it(file: Path, tmp_path: Path) -> None:
-    from lora.finetune.compare import parse_compare
+    from lora.finetune.comparison.grid import parse_compare
     from lora.finetune.config import parse_run
 
     recipe = tmp_path / "recipe.toml"
@@ -250,7 +250,8 @@ def test_a_file_of_flags_names_it(file: Path, tmp_path: Path) -> None:
     config = parse_run(["--config", str(recipe)])
     assert (config.method, config.settings.r, config.epochs) == (f"{file}:GatedLoRA", 3, 7)
     recipe.write_text(f'[methods."{file}:GatedLoRA"]\nr = 5\n[methods.lora]\nr = 6\n')
-    _, runs = parse_compare(["--config", str(recipe)])
+    _, grid = parse_compare(["--config", str(recipe)])
+    runs = [run for name in grid.methods for run in grid.finals(name)]
     assert [(run.method, run.settings.r) for run in runs] == [
         (f"{file}:GatedLoRA", 5),
         ("lora", 6),

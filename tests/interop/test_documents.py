@@ -15,9 +15,10 @@ import pytest
 
 from lora.errors import CheckpointError, RunError
 from lora.finetune import state
+from lora.finetune.comparison.analysis import Run, analysis_of
+from lora.finetune.comparison.tables import markdown, rows
 from lora.finetune.plots import draw_curves
 from lora.finetune.record import answers_of, environment_of, metrics_at, metrics_of, summary_of
-from lora.finetune.tables import markdown, rows
 from lora.interop import documents
 
 EVALUATED: dict[str, Any] = {
@@ -116,7 +117,8 @@ def test_a_summary_that_passes_makes_a_table(run: Path) -> None:
             assert "summary.json is damaged: " in wrong
             assert wrong.endswith(", and run it again.")
         else:
-            assert markdown(rows([found])).count("\n") == 3
+            table = markdown(rows(analysis_of([Run(run, found)])))
+            assert table.count("\n") == 3 + ("| (" in table)
     assert 1000 < refused < 2000
 
 

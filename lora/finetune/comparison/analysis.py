@@ -5,18 +5,25 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora.errors import RunError
-from lora.finetune.comparison.statistics import difference, interval, mcnemar
+from pydantic import TypeAdapter
+
+from lora.errors import ConfigError, RunError
+from lora.finetune.comparison.grid import RATE_STEP, rounded
+from lora.finetune.comparison.statistics import bootstrap, difference, groups, interval
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import read_predictions
+from lora.finetune.estimate import duration
+from lora.finetune.methods import label
 from lora.finetune.metrics import LOWER, normalise
-from lora.finetune.record import StepRow, Summary, metrics_of, summary_of
+from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
+from lora.interop.documents import read_document
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,15 @@ class TriedRate:
 
     rate: float
     score: float | None
+    metric: str
     run: Path
+
+    @property
+    def better(self) -> float:
+        """The score with its sign, so that larger is better; less than any if there is none."""
+        if self.score is None:
+            return -math.inf
+        return -self.score if self.metric in LOWER else self.score
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,9 @@ class Versus:
 
     other: str
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None
     p: float  # after Holm's correction for all comparisons with the same other method
+    test: str  # "McNemar", or "bootstrap"
     words: str  # "no difference shown, p = 0.4"
 
 
@@ -59,8 +74,7 @@ class MethodResult:
     summaries: tuple[Summary, ...]
     mean: float
     deviation: float | None  # standard deviation over the seeds; None with one seed
-    low: float  # 95 % interval of the mean
-    high: float
+    interval: tuple[float, float] | None  # 95 % interval of the mean; None if rows have no scores
     versus: tuple[Versus, ...]  # against LoRA, and against full fine-tuning, if they were run
     group: str  # methods that share a letter cannot be told apart
     pareto: bool  # no other method is at least as good with fewer trainable parameters
@@ -70,6 +84,16 @@ class MethodResult:
     @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(summary["seed"] for summary in self.summaries)
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval, or the mean if there is none."""
+        return self.interval[0] if self.interval else self.mean
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval, or the mean if there is none."""
+        return self.interval[1] if self.interval else self.mean
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -114,74 +138,130 @@ class Run:
 
     folder: Path
     summary: Summary
-    settings: dict[str, Any]
+    settings: dict[str, Any] = field(default_factory=dict)
+    right: tuple[bool, ...] | None = None
+    """Whether each test row is right; None if the first metric is no share of the rows."""
+    falling: bool = False  # the training loss was still falling at the end
 
     @property
     def name(self) -> str:
         """What tables call the run's method."""
-        return str(self.settings.get("name") or self.summary["method"])
-
-    @property
-    def rate(self) -> float:
-        return self.summary["learning_rate"]
+        return shown_name(self.summary)
 
     def score(self, metric: str) -> float:
         return self.summary["metrics"][metric]
 
 
 def read_run(folder: Path) -> Run:
-    """Returns a complete run. Raises RunError."""
-    return Run(folder, summary_of(folder), read_toml(folder / "config.toml"))
+    """Returns a complete run. Raises RunError or DataError."""
+    summary = summary_of(folder)
+    metric = next(iter(summary["metrics"]))
+    right = _right(folder, summary, metric) if is_share(metric) else None
+    return Run(folder, summary, _table_of(folder), right, _still_falling(folder))
+
+
+def _right(folder: Path, summary: Summary, metric: str) -> tuple[bool, ...] | None:
+    """Returns whether each prediction of a run is right."""
+    path = folder / "predictions.jsonl"
+    same = str if metric == "accuracy" else normalise
+    right = tuple(
+        same(text) in {same(each) for each in texts}
+        for text, texts in zip(*read_predictions(path), strict=True)
+    )
+    if metric == "exact_match" and len(right) != summary["rows"]:
+        return right  # only some of the prompts were answered, or some texts have none
+    if len(right) != summary["rows"]:
+        raise RunError(
+            f"{path} has {len(right):,} rows, and summary.json says {summary['rows']:,}. Remove"
+            f" {folder}, and run it again."
+        )
+    return right
+
+
+def is_share(metric: str) -> bool:
+    """True if a general metric is a share of the rows, which tables show in percent."""
+    return metric in ("accuracy", "exact_match")
 
 
 def analyse(folders: Sequence[Path]) -> Analysis:
-    """Returns what complete runs show.
+    """Returns what runs on the same data show.
 
-    folders: runs on the same data. If some were scored on test, those that were scored on dev only
-    tried a learning rate. Raises RunError.
+    Those with `test_limit = 0` only tried a learning rate. Of the others, incomplete ones are left
+    out. Raises RunError if none is complete, or if they cannot be compared.
     """
-    runs = [read_run(folder) for folder in folders]
+    tables = {folder: _table_of(folder) for folder in folders}
+    tries: dict[str, list[TriedRate]] = {}
+    runs = []
+    for folder, table in tables.items():
+        if table.get("test_limit") == 0:
+            name = table.get("name") or label(table["method"])
+            tries.setdefault(name, []).append(read_try(folder))
+        elif (folder / "summary.json").is_file():
+            runs.append(read_run(folder))
+    return analysis_of(runs, tries)
+
+
+def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = {}) -> Analysis:
+    """Returns what complete runs show. tries: the rates that were tried for a method, by its name.
+
+    Raises RunError if there is no run, or if they cannot be compared.
+    """
     if not runs:
-        raise RunError("there is no complete run to compare. Run lora train first.")
-    split = "test" if any(run.summary["split"] == "test" for run in runs) else "dev"
-    reported = [run for run in runs if run.summary["split"] == split]
-    searches = [run for run in runs if run.summary["split"] != split]
-    _check_alike(reported)
-    first = reported[0].summary
+        raise RunError("there is no complete run to compare. Run lora train or lora compare first.")
+    _check_alike(runs)
+    first = runs[0].summary
     metric = next(iter(first["metrics"]))
-    groups = by_name(reported)
-    scores = {name: _scores_by_row(group, metric) for name, group in groups.items()}
-    results = [
-        MethodResult(
-            name=name,
-            method=group[0].summary["method"],
-            folders=tuple(run.folder for run in group),
-            summaries=tuple(run.summary for run in group),
-            mean=statistics.mean(run.score(metric) for run in group),
-            deviation=(
-                statistics.stdev(run.score(metric) for run in group) if len(group) > 1 else None
-            ),
-            low=0.0, high=0.0, versus=(), group="", pareto=False,
-            search=_search(group[0], searches, metric),
-            warnings=_warnings(group, metric),
-        )
+    groups = by_name(runs)
+    methods = tuple(
+        _method_result(name, group, metric, tries.get(group[0].name))
         for name, group in groups.items()
-    ]  # fmt: skip
-    bases = [s["baseline"][metric] for s in (run.summary for run in reported) if "baseline" in s]
+    )
+    bases = [run.summary["baseline"][metric] for run in runs if "baseline" in run.summary]
     analysis = Analysis(
         metric=metric,
         higher_is_better=metric not in LOWER,
-        split=split,
+        split=first["split"],
         rows=first["rows"],
         data=first["data"],
         base=first["base"],
-        methods=tuple(results),
+        methods=methods,
         base_score=statistics.mean(bases) if bases else None,
         majority=first.get("majority", {}).get(first["split"]) if metric == "accuracy" else None,
         smallest_difference=None,
         verdict=(),
     )
+    scores = {name: [run.right for run in group] for name, group in groups.items()}
     return _with_verdict(_with_pareto(_with_statistics(analysis, scores)))
+
+
+def _table_of(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a run, complete or not. Raises RunError if it is not a run."""
+    try:
+        return read_toml(folder / "config.toml")
+    except ConfigError as error:
+        raise RunError(f"{folder} is not a run: {error}") from None
+
+
+def _method_result(
+    name: str, group: Sequence[Run], metric: str, tried: Sequence[TriedRate] | None
+) -> MethodResult:
+    """Returns a method's result without what comes from comparing it with others."""
+    scores = [run.score(metric) for run in group]
+    search = rate_search(tried) if tried else None
+    return MethodResult(
+        name=name,
+        method=group[0].summary["method"],
+        folders=tuple(run.folder for run in group),
+        summaries=tuple(run.summary for run in group),
+        mean=statistics.mean(scores),
+        deviation=statistics.stdev(scores) if len(scores) > 1 else None,
+        interval=None,
+        versus=(),
+        group="",
+        pareto=False,
+        search=search,
+        warnings=_warnings(group, metric, search),
+    )
 
 
 def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -228,59 +308,58 @@ def _check_alike(runs: Sequence[Run]) -> None:
             )
 
 
-def _scores_by_row(group: Sequence[Run], metric: str) -> list[list[bool]] | None:
-    """Returns for each seed whether each test row is right; None if the metric is no share of the
-    rows."""
-    if metric not in ("accuracy", "exact_match"):
-        return None
-    scores = []
-    for run in group:
-        predictions, references = read_predictions(run.folder / "predictions.jsonl")
-        same = str if metric == "accuracy" else normalise
-        right = [
-            same(text) in {same(each) for each in texts}
-            for text, texts in zip(predictions, references, strict=True)
-        ]
-        if len(right) != run.summary["rows"]:
-            raise RunError(
-                f"{run.folder / 'predictions.jsonl'} has {len(right):,} rows, and summary.json says"
-                f" {run.summary['rows']:,}. Remove {run.folder}, and run it again."
-            )
-        scores.append(right)
-    return scores
+def read_try(folder: Path) -> TriedRate:
+    """Returns what a run that tried a rate shows. It has no score if it is not complete: it failed,
+    as runs with a rate that is too high do."""
+    table = read_toml(folder / "config.toml")
+    if not (folder / "summary.json").is_file():
+        return TriedRate(float(table["learning_rate"]), None, "", folder)
+    summary = summary_of(folder)
+    metric, score = next(iter(summary["metrics"].items()))
+    return TriedRate(summary["learning_rate"], score, metric, folder)
 
 
-def _search(run: Run, searches: Sequence[Run], metric: str) -> RateSearch | None:
-    """Returns the rates that were tried for the method of a run; None if there was no search."""
-    ours = [other for other in searches if other.name == run.name]
-    if not ours:
-        return None
-    return rate_search([TriedRate(r.rate, r.score(metric), r.folder) for r in ours], metric)
-
-
-def rate_search(tried: Sequence[TriedRate], metric: str) -> RateSearch:
+def rate_search(tried: Sequence[TriedRate]) -> RateSearch:
     """Returns the search with its best rate. Of equal scores the lowest rate is chosen.
 
     Raises RunError if every run failed.
     """
-    in_order = sorted(tried, key=lambda each: each.rate)
-    sign = -1 if metric in LOWER else 1
-    complete = [each for each in in_order if each.score is not None]
-    if not complete:
-        raise RunError(f"every rate failed: {', '.join(f'{t.rate:g}' for t in in_order)}.")
-    best = max(complete, key=lambda each: sign * (each.score or 0.0))
+    in_order = tuple(sorted(tried, key=lambda each: each.rate))
+    best = max(in_order, key=lambda each: each.better)
+    if best.score is None:
+        rates = ", ".join(f"{each.rate:g}" for each in in_order)
+        raise RunError(f"{best.run}: the runs with the rates {rates} all failed.")
     edges = in_order[0].rate, in_order[-1].rate
-    return RateSearch(tuple(in_order), best.rate, best.rate not in edges)
+    return RateSearch(in_order, best.rate, best.rate not in edges)
+
+
+def next_rate(search: RateSearch) -> float:
+    """Returns the rate to try next: beyond the best one if that is at an edge, else between it and
+    its better neighbour."""
+    rates = [each.rate for each in search.tried]
+    best = rates.index(search.chosen)
+    if best == 0:
+        return rounded(rates[0] / RATE_STEP)
+    if best == len(rates) - 1:
+        return rounded(rates[-1] * RATE_STEP)
+    above, below = search.tried[best + 1], search.tried[best - 1]
+    neighbour = above if above.better >= below.better else below
+    return rounded(math.sqrt(search.chosen * neighbour.rate))
 
 
 FALLING = 0.05
 """A training loss that fell by more than this share over the last tenth is still falling."""
 
 
-def _warnings(group: Sequence[Run], metric: str) -> tuple[str, ...]:
+def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> tuple[str, ...]:
     """Returns what a reader should know before trusting the scores of a method."""
-    falling = [run for run in group if _still_falling(run.folder)]
+    falling = [run for run in group if run.falling]
     warnings = []
+    if search and not search.bracketed:
+        warnings.append(
+            f"not bracketed: the best rate, {search.chosen:g}, is the lowest or the highest that"
+            " was tried"
+        )
     if falling:
         warnings.append(
             f"the training loss was still falling at the end of {len(falling)} of {len(group)}"
@@ -314,25 +393,41 @@ def _still_falling(folder: Path) -> bool:
     return bool(fall > max(FALLING * statistics.mean(before), 2 * error))
 
 
-def _with_statistics(analysis: Analysis, scores: Mapping[str, list[list[bool]] | None]) -> Analysis:
-    """Adds intervals, differences and groups."""
+def _with_statistics(analysis: Analysis, scores: Mapping[str, list[Any]]) -> Analysis:
+    """Adds intervals, differences and groups.
+
+    scores: by method, whether each test row is right in each of its runs.
+    """
+    if any(right is None for runs in scores.values() for right in runs):
+        return analysis
+    result = bootstrap(scores)
+    names, compared = list(scores), references(analysis.methods)
+    versus: dict[str, list[Versus]] = {name: [] for name in names}
+    for other in compared:
+        pairs = [(name, other) for name in names if name != other]
+        for (name, _), d in result.differences(pairs).items():
+            limits = (d.low, d.high)
+            words = difference(name, other, 100 * d.value, d.p, (100 * d.low, 100 * d.high))
+            versus[name].append(Versus(other, d.value, limits, d.p, d.test, words))
+    every = result.differences()
+    shared = groups({m.name: m.mean for m in analysis.methods}, {k: d.p for k, d in every.items()})
+    distinct = len(set(shared.values())) > 1 or len(names) > 2
     methods = []
-    for result in analysis.methods:
-        right = scores[result.name]
-        low = high = result.mean
-        if right is not None:
-            low, high = interval(result.mean, analysis.rows)
-        versus = []
-        for other in analysis.methods:
-            ours, theirs = scores[result.name], scores[other.name]
-            reference = other.name in references(analysis.methods)
-            if other is result or not reference or ours is None or theirs is None:
-                continue
-            value, p = result.mean - other.mean, mcnemar(ours[0], theirs[0])
-            words = difference(result.name, other.name, 100 * value, p)
-            versus.append(Versus(other.name, value, value, value, p, words))
-        methods.append(replace(result, low=low, high=high, versus=tuple(versus)))
-    return replace(analysis, methods=tuple(methods))
+    for method in analysis.methods:
+        mean = result.mean(method.name)
+        limits = (mean.low, mean.high)
+        if len(method.seeds) == 1 and analysis.metric == "accuracy":
+            limits = interval(method.mean, analysis.rows)
+        letters = shared[method.name] if distinct else ""
+        methods.append(
+            replace(method, interval=limits, versus=tuple(versus[method.name]), group=letters)
+        )
+    smallest = [d.smallest for d in every.values()]
+    return replace(
+        analysis,
+        methods=tuple(methods),
+        smallest_difference=statistics.median(smallest) if smallest else None,
+    )
 
 
 def references(results: Sequence[MethodResult]) -> list[str]:
@@ -361,5 +456,60 @@ def _with_pareto(analysis: Analysis) -> Analysis:
 
 
 def _with_verdict(analysis: Analysis) -> Analysis:
-    best = analysis.ranked[0]
-    return replace(analysis, verdict=(f"{best.name} has the best {analysis.metric}.",))
+    """Adds three sentences: which method is best, whether that is certain, and what it costs."""
+    best, *others = analysis.ranked
+    share = is_share(analysis.metric)
+    score = f"{100 * best.mean:.1f} %" if share else f"{best.mean:.4g}"
+    spread = ""
+    if best.interval and share:
+        low, high = (100 * limit for limit in best.interval)
+        spread = f" (95 % interval {low:.1f} to {high:.1f} %)"
+    sentences = [f"{best.name} has the best {analysis.split} {analysis.metric}: {score}{spread}."]
+    if others:
+        sentences.append(_certainty(best, others))
+        sentences.append(_cost(best, others))
+    return replace(analysis, verdict=tuple(sentences))
+
+
+def _certainty(best: MethodResult, others: Sequence[MethodResult]) -> str:
+    """Returns a sentence on whether the best method is better than the others."""
+    if not best.group and not any(other.versus for other in others):
+        return "The differences were not tested."
+    alike = [o.name for o in others if set(o.group) & set(best.group)] if best.group else []
+    if not best.group:  # two methods, which the references cover
+        words = [v.words for o in (best, *others) for v in o.versus]
+        return f"Between the two: {words[0]}."
+    if not alike:
+        return "All others are worse by more than chance explains (after Holm's correction)."
+    listed = ", ".join(alike)
+    return f"No difference to it is shown for {listed} (after Holm's correction)."
+
+
+def _cost(best: MethodResult, others: Sequence[MethodResult]) -> str:
+    """Returns a sentence on the best method's cost, beside that of the smallest one like it."""
+
+    def size(result: MethodResult) -> int:
+        return result.summaries[0]["trainable"]
+
+    def described(result: MethodResult) -> str:
+        seconds = result.median("train_seconds") or 0.0
+        return f"{size(result):,} parameters in {duration(seconds)}"
+
+    alike = [other for other in others if not best.group or set(other.group) & set(best.group)]
+    smallest = min(alike or others, key=size)
+    sentence = f"{best.name} trains {described(best)}"
+    return f"{sentence}; {smallest.name} trains {described(smallest)}."
+
+
+ANALYSIS = TypeAdapter(Analysis)
+
+
+def as_json(analysis: Analysis) -> bytes:
+    """Returns the content of comparison.json."""
+    return ANALYSIS.dump_json(analysis, indent=2)
+
+
+def read_analysis(path: Path) -> Analysis:
+    """Returns the result in a comparison.json. Raises RunError."""
+    advice = "Run the same lora compare again."
+    return read_document(path, ANALYSIS, RunError, advice)

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora.finetune.comparison.analysis import Analysis, MethodResult
+from lora.finetune.comparison.analysis import Analysis, MethodResult, is_share
 from lora.finetune.plots import COLOURS
 from lora.finetune.report.evidence import Evidence
 from lora.finetune.report.mistakes import MATRIX_CLASSES, classes_in, confusions
-from lora.finetune.tables import is_share
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the version; nothing is fetched
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from typing import Any
+from dataclasses import replace
 
 from lora.errors import command
-from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus
+from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus, is_share
+from lora.finetune.comparison.tables import task_rows
 from lora.finetune.estimate import duration
 from lora.finetune.report.evidence import Evidence, RunFiles
 from lora.finetune.report.formats import Cell, Table, cells, numeric
@@ -19,7 +20,6 @@ from lora.finetune.report.mistakes import (
     confusions,
     disagreements,
 )
-from lora.finetune.tables import is_share, task_rows
 
 MOST_EXAMPLES = 200  # rows on which methods disagree that the page shows
 MOST_CONFUSIONS = 200
@@ -246,12 +246,7 @@ def disagreements_table(evidence: Evidence) -> Table:
 
 def tasks_table(analysis: Analysis) -> Table:
     """Returns the scores of each task; no rows if there is one task only."""
-    named: list[Any] = [
-        {**summary, "method": result.name}
-        for result in analysis.ranked
-        for summary in result.summaries
-    ]
-    head, *rows = task_rows(named) or [()]
+    head, *rows = task_rows(replace(analysis, methods=analysis.ranked)) or [()]
     body = [(Cell(task), Cell(kind), *map(_score_cell, scores)) for task, kind, *scores in rows]
     return Table("tasks", "Scores per task", tuple(head), tuple(body))
 

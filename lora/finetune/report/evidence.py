@@ -100,7 +100,8 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
             f" {command('lora', 'train', '--resume', first.run)}."
         )
     advance("computing statistics")
-    analysis = analyse(complete)
+    failed = [e.row.run for e in files if e.settings.get("test_limit") == 0]  # of a rate search
+    analysis = analyse(list(dict.fromkeys([*complete, *failed])))
     drawn = {}
     for result in analysis.methods:
         advance(f"reading the curves of {result.name}")

@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora.finetune.tables import markdown
+from lora.finetune.comparison.tables import markdown
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""How long the runs of a comparison take, and what fits into --budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora.errors import ConfigError, RunError
+from lora.files import read_json, writable, write_whole
+from lora.finetune.comparison.grid import FEWEST_SEEDS, MOST_SEEDS, Grid
+from lora.finetune.comparison.measure import Cost, measure
+from lora.finetune.comparison.schedule import share_of_devices
+from lora.finetune.data.rows import SPLITS
+from lora.finetune.estimate import duration
+from lora.finetune.inputs import read_corpus
+
+BUDGET_FILE = "budget.json"
+MARGIN = 1.15
+"""Runs take longer than measured: checkpoints, and other processes."""
+UNMEASURED = 5
+"""The most runs that start without measuring how long they will take."""
+FEWEST_ROWS = 200
+"""Training rows that a run has at least, even if the budget is short."""
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """A comparison whose seeds and rows are decided, and the seconds of its runs.
+
+    rows: of train, dev and test. costs: by method; empty if nothing was measured.
+    """
+
+    grid: Grid
+    rows: dict[str, int]
+    costs: dict[str, Cost]
+
+    def seconds(self, run: Any) -> float:
+        """Returns how long a run will take; 0 if that was not measured."""
+        cost = self.costs.get(run.name or run.method)
+        if cost is None:
+            return 0.0
+        rows = self.rows | {"train": min(self.rows["train"], run.limit or self.rows["train"])}
+        return MARGIN * cost.seconds(run, rows)
+
+    def total(self, runs: list[Any]) -> float:
+        """Returns how long these runs take together."""
+        return sum(map(self.seconds, runs)) / self.grid.jobs
+
+    def search_runs(self) -> list[Any]:
+        grid = self.grid
+        return [run for name in grid.searched for run in grid.searches(name)]
+
+    def final_runs(self) -> list[Any]:
+        return [run for name in self.grid.methods for run in self.grid.finals(name)]
+
+    def __str__(self) -> str:
+        searches, finals = self.search_runs(), self.final_runs()
+        text = f"{len(searches) + len(finals)} runs"
+        if searches:
+            text += f", {len(searches)} of them to find learning rates"
+        if self.costs:
+            text += f": about {duration(self.total(searches + finals))}"
+        return text
+
+
+def planned(grid: Grid, say: Callable[[str], None]) -> GridPlan:
+    """Returns the plan of a comparison. Measures the first steps of each method if there is a
+    budget, or if there are many runs.
+
+    Raises ConfigError if the budget is too short, or if a search has no test split to report on.
+    """
+    grid = _as_before(grid, say)
+    plan = GridPlan(grid, {}, {})
+    runs = plan.search_runs() + plan.final_runs()
+    left = [run for run in runs if not (run.run_dir / "summary.json").is_file()]
+    if not grid.searched and (not left or (grid.budget is None and len(left) <= UNMEASURED)):
+        return plan
+    corpus = read_corpus(next(iter(grid.methods.values())))
+    if grid.searched and not corpus.test:
+        raise ConfigError(
+            f"--rates: {corpus.source} has no test split. Rates are chosen on dev, so the report"
+            " needs other rows. Add a test file, or a column 'split'."
+        )
+    plan = replace(plan, rows={split: len(getattr(corpus, split)) for split in SPLITS})
+    if left:
+        say(f"measuring the first steps of {len(grid.methods)} methods")
+        plan = replace(plan, costs=_costs(grid))
+    if grid.budget is None or (grid.folder / BUDGET_FILE).exists() or not plan.costs:
+        return plan
+    plan = _fitted(plan, grid.budget)
+    _write_budget(plan)
+    return plan
+
+
+def _costs(grid: Grid) -> dict[str, Cost]:
+    """Returns what a run of each method costs, measured with as many at a time as will train."""
+    environment = share_of_devices(0, grid.jobs) if grid.jobs > 1 else {}
+    with ThreadPoolExecutor(grid.jobs) as pool:
+        costs = pool.map(lambda run: measure(run, environment), grid.methods.values())
+        return dict(zip((run.name or run.method for run in grid.methods.values()), costs))
+
+
+def _fitted(plan: GridPlan, budget: float) -> GridPlan:
+    """Returns the plan with as many seeds as fit, and else with fewer training rows."""
+    grid = plan.grid
+    counts = [len(grid.seeds)] if grid.seeds_given else range(MOST_SEEDS, FEWEST_SEEDS - 1, -1)
+    for count in counts:
+        seeds = grid.seeds if grid.seeds_given else tuple(range(count))
+        plan = replace(plan, grid=replace(grid, seeds=seeds))
+        if _time(plan) <= budget:
+            return plan
+    low, high = FEWEST_ROWS, plan.rows["train"]
+    if high <= low or _time(_with_rows(plan, low)) > budget:
+        least = _time(_with_rows(plan, min(low, high)))
+        raise ConfigError(
+            f"--budget {duration(budget)} is too short: {plan} with {min(low, high)} training rows"
+            f" takes about {duration(least)}. Pass a longer one, or fewer --methods or --seeds."
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if _time(_with_rows(plan, middle)) <= budget else (low, middle)
+    return _with_rows(plan, low)
+
+
+def _time(plan: GridPlan) -> float:
+    """Returns the seconds of all runs. The last ones may not keep all jobs busy."""
+    runs = plan.search_runs() + plan.final_runs()
+    return plan.total(runs) + max(map(plan.seconds, runs)) * (plan.grid.jobs > 1)
+
+
+def _with_rows(plan: GridPlan, rows: int) -> GridPlan:
+    """Returns the plan with at most this many training rows a run, and all of dev and test."""
+    return replace(plan, grid=_with_limit(plan.grid, rows, plan.rows["dev"], plan.rows["test"]))
+
+
+def _with_limit(grid: Grid, train: int, dev: int, test: int) -> Grid:
+    limits = {"limit": train, "dev_limit": dev, "test_limit": test}
+    return replace(grid, methods={n: replace(r, **limits) for n, r in grid.methods.items()})
+
+
+def _as_before(grid: Grid, say: Callable[[str], None]) -> Grid:
+    """Returns the grid with the seeds and rows that were chosen when it began, so that its complete
+    runs are used. Raises RunError if the file is damaged."""
+    path = grid.folder / BUDGET_FILE
+    if grid.budget is None or not path.is_file():
+        return grid
+    advice = "Remove it to choose again."
+    table = read_json(path, RunError, advice)
+    try:
+        seeds = tuple(map(int, table["seeds"]))
+        limits = [int(table[key]) for key in ("train", "dev", "test")] if "train" in table else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error!r}. {advice}") from None
+    say(f"--budget: the seeds and rows are those of {path}. {advice}")
+    grid = replace(grid, seeds=seeds)
+    return grid if limits is None else _with_limit(grid, *limits)
+
+
+def _write_budget(plan: GridPlan) -> None:
+    grid = plan.grid
+    table: dict[str, Any] = {"seeds": list(grid.seeds)}
+    limit = next(iter(grid.methods.values())).limit
+    if limit is not None:
+        table |= plan.rows | {"train": limit}
+    with writable(grid.folder, RunError, "Pass another --run-dir."):
+        grid.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(grid.folder / BUDGET_FILE, json.dumps(table, indent=2).encode())
+
+
+def note_on_rows(plan: GridPlan) -> str:
+    """Returns a line on the rows if the budget limits them, else ""."""
+    limit = next(iter(plan.grid.methods.values())).limit
+    if plan.grid.budget is None or limit is None or limit >= plan.rows["train"]:
+        return ""
+    return (
+        f"to fit into the budget, every run trains on the first {limit:,} of"
+        f" {plan.rows['train']:,} rows"
+    )

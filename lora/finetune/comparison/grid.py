@@ -1,0 +1,242 @@
+"""Which runs a comparison makes: methods × learning rates × seeds, from the command line.
+
+grid = parse_compare(["--methods", "lora", "full", "--rates", "auto", "--seeds", "3"])
+grid.searches("lora", [1e-4, 1e-3])    one run per rate, scored on dev
+grid.finals("lora", 1e-3)              one run per seed, scored on test
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from lora.errors import ConfigError
+from lora.finetune.config import config_of_method, parse, parse_run, read_toml, stated_in
+from lora.finetune.methods import label, method_named, recordable
+from lora.settings import check, whole_number
+
+SEARCH_SEED = 1000
+"""Seed of the runs that only try a learning rate. The reported runs have other seeds."""
+TRIED = 5
+"""Learning rates that are tried for each method."""
+RATE_STEP = 10 ** (1 / 3)
+"""Factor between them."""
+MOST_SEEDS = 5
+"""Seeds that --budget uses at most if --seeds is not given, and FEWEST_SEEDS at least."""
+FEWEST_SEEDS = 3
+AGAIN = 10_000
+"""Added to the seeds of a method that is trained again for the noise floor."""
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Train several methods with several seeds on one data set, test their differences, and print
+    one table. With --rates auto, first find the learning rate of each method on the dev split. All
+    other flags are those of `lora train`. A setting that only some of the methods have is passed to
+    those; a [methods.NAME] table of --config sets values for one method."""
+
+    methods: tuple[str, ...] = ()
+    """Methods to compare. Default: the [methods.NAME] tables of --config, or lora and full."""
+    seeds: tuple[int, ...] = ()
+    """Random seeds; each method is trained once with each. One number is how many: 3 means 0 1 2.
+    Default: those of --config; else 3 seeds with --rates; else one, 0."""
+    rates: tuple[str, ...] = ()
+    """Learning rates to try for each method, with one seed and on the dev split; the best one is
+    then trained with --seeds. auto: five around the method's default, and more if the best is the
+    lowest or the highest. Default: no search."""
+    budget: str | None = None
+    """Time that the comparison may take, such as 90m or 2h. It chooses the number of seeds, and, if
+    that is not enough, the number of training rows of every run."""
+    jobs: int = 1
+    """Runs at a time. The processor's cores, or the GPUs, are divided among them."""
+    match_parameters: bool = False
+    """Choose the rank of each method so that it trains as many parameters as the first method, up
+    to 5 %."""
+    noise_floor: bool = False
+    """Also train the first method again, with other seeds. Its row shows how much two equal methods
+    differ by chance."""
+    run_dir: Path | None = None
+    """Folder for the runs, the table and the curves. Default: that of --config, or runs/compare.
+    Several processes or machines that share it divide the runs among them."""
+    dry_run: bool = False
+    """Print one command per run that is left, for a scheduler or GNU parallel, and stop."""
+    config: Path | None = None
+    """TOML file of flags, as in lora train."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A comparison: its methods by name, each with the settings of its runs but seed and folder."""
+
+    methods: dict[str, Any]  # name -> RunConfig
+    seeds: tuple[int, ...]
+    folder: Path
+    rates: tuple[float, ...] | None = ()  # () if none is searched; None: around each default
+    budget: float | None = None  # seconds
+    seeds_given: bool = True
+    jobs: int = 1
+    match_parameters: bool = False
+    again: str | None = None
+    """The name of the method that is trained again, with other seeds, for the noise floor."""
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The methods whose rates are searched. One that is trained again takes its first rate."""
+        return tuple(n for n in self.methods if n != self.again) if self.rates != () else ()
+
+    def searches(self, name: str, rates: Sequence[float] = ()) -> list[Any]:
+        """Returns the runs that try these rates for a method, by default those that the search
+        begins with. They do not see the test split."""
+        run, rates = self.methods[name], rates or self.rates_to_try(name)
+        return [
+            replace(
+                run,
+                learning_rate=rate,
+                seed=SEARCH_SEED,
+                test_limit=0,
+                run_dir=self.folder / "search" / f"{name}-{rate:g}",
+            )
+            for rate in rates
+        ]
+
+    def finals(self, name: str, rate: float | None = None) -> list[Any]:
+        """Returns the runs that are reported, one per seed, at this rate or the method's own."""
+        run = self.methods[name]
+        rate = run.learning_rate if rate is None else rate
+        seeds = [seed + AGAIN * (name == self.again) for seed in self.seeds]
+        return [
+            replace(run, learning_rate=rate, seed=seed, run_dir=self.folder / f"{name}-{seed}")
+            for seed in seeds
+        ]
+
+    def rates_to_try(self, name: str) -> list[float]:
+        """Returns the rates that the search begins with, in ascending order."""
+        if self.rates is not None:
+            return list(self.rates)
+        run = self.methods[name]
+        default = run.learning_rate or method_named(run.method).learning_rate
+        half = TRIED // 2
+        return [rounded(default * RATE_STEP**power) for power in range(-half, half + 1)]
+
+
+def rounded(rate: float) -> float:
+    """Returns a rate with two significant digits, as a person would write it."""
+    return float(f"{rate:.1e}")
+
+
+def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
+    """Returns the flags of a comparison, and its runs. Raises ConfigError."""
+    config, rest = parse(CompareConfig, arguments, "lora compare", return_unknown_args=True)
+    path = config.config
+    table = read_toml(path) if path else {}
+    for flag in ("--method", "--seed", "--name"):
+        if any(argument == flag or argument.startswith(flag + "=") for argument in rest):
+            raise ConfigError(f"{flag} applies to a single run. With lora compare, set {flag}s.")
+    with stated_in(path):
+        tables = table.get("methods", {})
+        good = type(tables) is dict and all(type(each) is dict for each in tables.values())
+        check("methods", tables, "tables: [methods.lora], [methods.full], ...", good)
+        folder = table.get("run_dir", "runs/compare")
+        check("run_dir", folder, "a text", isinstance(folder, str))
+        rates = config.rates or table.get("rates", ())
+        rates = (rates,) if isinstance(rates, str) else tuple(rates)
+        tried = None if rates == ("auto",) else tuple(sorted(set(map(_rate, rates))))
+        seeds = config.seeds or table.get("seeds", ())
+        seeds = _seeds(seeds) if seeds != () else ()
+    whole_number("jobs", config.jobs)
+    names = config.methods or tuple(tables) or ("lora", "full")
+    methods = {}
+    for name in dict.fromkeys(names):
+        named = "method" in tables.get(name, {})
+        flags = ["--config", str(path)] if path else []
+        kind = tables[name]["method"] if named else _known(name)
+        flags += _for_method(rest, kind, [_method_of(tables, other) for other in names])
+        flags += ["--name", name] if named else ["--method", kind]
+        run = replace(parse_run(flags, "lora compare"), run_dir=None)
+        methods[name if named else label(kind)] = run
+    again = None
+    given = seeds or ((0,) if not rates else tuple(range(FEWEST_SEEDS)))
+    if config.noise_floor:
+        first = next(iter(methods))
+        again = f"{first}-again"
+        methods[again] = replace(methods[first], name=again)
+    grid = Grid(
+        methods=methods,
+        seeds=given,
+        folder=config.run_dir or Path(folder),
+        rates=tried,
+        budget=None if config.budget is None else seconds_in(config.budget),
+        seeds_given=bool(seeds),
+        jobs=config.jobs,
+        match_parameters=config.match_parameters,
+        again=again,
+    )
+    return config, grid
+
+
+def _rate(text: Any) -> float:
+    """Returns a rate of --rates. Raises ConfigError."""
+    try:
+        rate = float(text)
+    except (TypeError, ValueError):
+        rate = math.nan
+    check("rates", text, "auto, or numbers above 0", math.isfinite(rate) and rate > 0)
+    return rate
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    """Returns the seeds that --seeds or a config file names: a list, or how many."""
+    listed = given if isinstance(given, list | tuple) else [given]
+    whole = all(type(seed) is int and 0 <= seed < 2**63 for seed in listed)
+    check("seeds", given, "at least one whole number of at least 0", whole and bool(listed))
+    if len(listed) == 1 and listed[0] > 0 and not isinstance(given, list):
+        check("seeds", given, "at most 1,000 seeds", listed[0] <= 1000)
+        return tuple(range(listed[0]))
+    return tuple(dict.fromkeys(listed))
+
+
+def seconds_in(budget: str) -> float:
+    """Returns the seconds of a time such as 90m, 2h or 1.5d. Raises ConfigError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", budget.strip())
+    check("budget", budget, "a time such as 90m, 2h or 1.5d", bool(match))
+    assert match is not None
+    seconds = float(match[1]) * UNITS[match[2]]
+    check("budget", budget, "more than 0", seconds > 0)
+    return seconds
+
+
+def _method_of(tables: dict[str, Any], name: str) -> str:
+    """Returns the method that a name of --methods stands for."""
+    return str(tables.get(name, {}).get("method", name))
+
+
+def _known(method: str) -> str:
+    """Returns one of --methods as its run records it. Raises ConfigError if there is none."""
+    try:
+        method_named(method)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--method ", "--methods ", 1)) from None
+    return recordable(method)
+
+
+def _for_method(rest: Sequence[str], method: str, methods: Sequence[str]) -> list[str]:
+    """Returns the flags without those that only other compared methods have."""
+    names = {
+        m: {field.name for field in fields(config_of_method(m))} - config_of_method(m).written
+        for m in {method, *methods}
+    }
+    others = set().union(*names.values()) - names[method]
+    flags: list[str] = []
+    keep = True
+    for argument in rest:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].replace("-", "_")
+            keep = name not in others and name.removeprefix("no_") not in others
+        if keep:
+            flags.append(argument)
+    return flags

@@ -1,0 +1,107 @@
+"""How long runs take, and what fits into a budget."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora.errors import ConfigError, RunError
+from lora.finetune.comparison import budget
+from lora.finetune.comparison.budget import BUDGET_FILE, GridPlan, note_on_rows, planned
+from lora.finetune.comparison.grid import FEWEST_SEEDS, MOST_SEEDS, parse_compare
+from lora.finetune.comparison.measure import Cost
+
+COST = Cost(load=4.0, step=0.1, dev_row=0.01, test_row=0.02)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Returns the methods that were measured. Each costs the same."""
+    names: list[str] = []
+
+    def measure(run: Any, environment: Any = None) -> Cost:
+        names.append(run.name or run.method)
+        return COST
+
+    monkeypatch.setattr(budget, "measure", measure)
+    return names
+
+
+def plan(folder: Path, *flags: str) -> GridPlan:
+    data = () if "--data" in flags else ("--data", "demo-tiny")
+    arguments = [*data, "--run-dir", str(folder), "--epochs", "2", *flags]
+    return planned(parse_compare(arguments)[1], lambda line: None)
+
+
+def test_a_run_costs_its_steps_and_its_evaluations() -> None:
+    run = parse_compare(["--epochs", "2", "--batch-size", "10"])[1].finals("lora")[0]
+    rows = {"train": 101, "dev": 20, "test": 30}
+    assert COST.seconds(run, rows) == pytest.approx(4 + 22 * 0.1 + 2 * 20 * 0.01 + 30 * 0.02)
+    search = replace(run, test_limit=0, eval_steps=5, baseline=True)
+    assert COST.seconds(search, rows) == pytest.approx(4 + 2.2 + 5 * 0.2 + 2 * 20 * 0.02)
+
+
+def test_few_runs_start_at_once_and_many_are_measured(measured: list[str], tmp_path: Path) -> None:
+    assert plan(tmp_path, "--seeds", "2").costs == {}
+    assert measured == []
+    many = plan(tmp_path, "--rates", "auto")
+    assert sorted(measured) == ["full", "lora"]
+    assert len(many.search_runs()) == 10
+    assert len(many.final_runs()) == 6
+    assert "16 runs, 10 of them to find learning rates: about " in str(many)
+    one = many.seconds(many.final_runs()[0])
+    assert many.total(many.final_runs()) == pytest.approx(6 * one)
+    halved = GridPlan(replace(many.grid, jobs=2), many.rows, many.costs)
+    assert halved.total(many.final_runs()) == pytest.approx(3 * one)
+
+
+def test_the_budget_chooses_the_seeds(measured: list[str], tmp_path: Path) -> None:
+    full = plan(tmp_path / "a", "--budget", "10h")
+    assert full.grid.seeds == tuple(range(MOST_SEEDS))
+    one = full.seconds(full.final_runs()[0])
+    four = plan(tmp_path / "b", "--budget", f"{2 * 4.5 * one:.0f}s")
+    assert len(four.grid.seeds) == 4
+    assert note_on_rows(four) == ""
+    given = plan(tmp_path / "c", "--budget", "10h", "--seeds", "2")
+    assert given.grid.seeds == (0, 1)
+
+
+def test_a_short_budget_trains_on_fewer_rows(measured: list[str], tmp_path: Path) -> None:
+    whole = plan(tmp_path / "a", "--budget", "10h", "--seeds", "3", "--rates", "auto")
+    time = whole.total(whole.search_runs() + whole.final_runs())
+    short = plan(
+        tmp_path / "b", "--budget", f"{0.8 * time:.0f}s", "--seeds", "3", "--rates", "auto"
+    )
+    assert short.total(short.search_runs() + short.final_runs()) <= 0.8 * time
+    (limit,) = {run.limit for run in short.final_runs()}
+    assert limit is not None
+    assert len(short.grid.seeds) == FEWEST_SEEDS
+    rows = short.rows
+    assert {(run.dev_limit, run.test_limit) for run in short.final_runs()} == {
+        (rows["dev"], rows["test"])
+    }
+    assert {run.test_limit for run in short.search_runs()} == {0}
+    assert f"the first {limit:,} of {rows['train']:,} rows" in note_on_rows(short)
+    # The same command again makes the same runs, whatever is measured then.
+    flags = ("--budget", "10h", "--seeds", "3", "--rates", "auto")
+    assert plan(tmp_path / "b", *flags).final_runs() == [
+        replace(run, run_dir=run.run_dir) for run in short.final_runs()
+    ]
+    (tmp_path / "b" / BUDGET_FILE).write_text(json.dumps({"seeds": ["x"]}))
+    with pytest.raises(RunError, match="is damaged"):
+        plan(tmp_path / "b", *flags)
+    with pytest.raises(ConfigError, match="budget 20 s is too short"):
+        plan(tmp_path / "c", "--budget", "20s", "--rates", "auto")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_search_needs_a_test_split(measured: list[str], tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        lines = [f"good {i}\t1\nbad {i}\t0\n" for i in range(20)]
+        (tmp_path / f"{split}.tsv").write_text("".join(["text\tlabel\n", *lines]))
+    with pytest.raises(ConfigError, match="has no test split. Rates are chosen on dev"):
+        plan(tmp_path / "c", "--data", str(tmp_path), "--rates", "auto")

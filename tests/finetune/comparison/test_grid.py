@@ -1,0 +1,129 @@
+"""Which runs a comparison makes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from lora.errors import ConfigError, FileError
+from lora.finetune.comparison.analysis import TriedRate, next_rate, rate_search
+from lora.finetune.comparison.grid import SEARCH_SEED, TRIED, parse_compare, seconds_in
+from lora.finetune.comparison.schedule import train_command
+from lora.finetune.config import parse_run, to_table
+from lora.finetune.methods import method_named
+
+
+def test_one_number_of_seeds_is_how_many() -> None:
+    for flags, seeds in (
+        ([], (0,)),
+        (["--seeds", "0"], (0,)),
+        (["--seeds", "3"], (0, 1, 2)),
+        (["--seeds", "3", "5", "3"], (3, 5)),
+        (["--rates", "auto"], (0, 1, 2)),
+    ):
+        assert parse_compare(flags)[1].seeds == seeds, flags
+
+
+def test_rates_are_searched_around_the_methods_default_without_the_test_split() -> None:
+    _, grid = parse_compare(["--methods", "lora", "full", "--rates", "auto"])
+    for name in ("lora", "full"):
+        runs = grid.searches(name)
+        rates = [run.learning_rate for run in runs]
+        assert len(rates) == TRIED >= 5
+        assert rates == sorted(rates)
+        assert rates[TRIED // 2] == method_named(name).learning_rate
+        steps = [above / below for below, above in itertools.pairwise(rates)]
+        assert all(2.0 < step < 2.3 for step in steps)
+        assert {(run.seed, run.test_limit) for run in runs} == {(SEARCH_SEED, 0)}
+        assert len({run.run_dir for run in runs}) == TRIED
+        finals = grid.finals(name, 5e-4)
+        assert {run.learning_rate for run in finals} == {5e-4}
+        assert SEARCH_SEED not in {run.seed for run in finals}
+        assert all(run.test_limit is None for run in finals)
+
+
+def test_given_rates_are_tried_as_they_are() -> None:
+    _, grid = parse_compare(["--methods", "lora", "--rates", "1e-2", "1e-3", "0.01"])
+    assert [run.learning_rate for run in grid.searches("lora")] == [1e-3, 1e-2]
+    for rates in (["no"], ["auto", "1e-3"], ["0"], ["nan"]):
+        with pytest.raises(ConfigError, match="rates must be auto, or numbers above 0"):
+            parse_compare(["--rates", *rates])
+
+
+def test_names_of_a_config_file_are_methods_of_the_comparison(tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(
+        "seeds = 2\nrates = [1e-3, 1e-2]\n"
+        '[methods.small]\nmethod = "lora"\nr = 2\n[methods.large]\nmethod = "lora"\nr = 16\n'
+        "[methods.full]\n"
+    )
+    _, grid = parse_compare(["--config", str(path)])
+    assert list(grid.methods) == ["small", "large", "full"]
+    assert [grid.methods[name].method for name in grid.methods] == ["lora", "lora", "full"]
+    assert [grid.methods[name].settings.r for name in ("small", "large")] == [2, 16]
+    assert [run.run_dir.name for run in grid.finals("large", 1e-3)] == ["large-0", "large-1"]
+    assert grid.rates == (1e-3, 1e-2)
+    _, one = parse_compare(["--config", str(path), "--methods", "large", "--lora-alpha", "4"])
+    assert list(one.methods) == ["large"]
+    assert one.methods["large"].settings.lora_alpha == 4
+    path.write_text("seeds = 1.5\n")
+    with pytest.raises(FileError, match="seeds must be at least one whole number"):
+        parse_compare(["--config", str(path)])
+
+
+def test_the_noise_floor_is_the_first_method_with_other_seeds() -> None:
+    flags = ["--methods", "lora", "full", "--noise-floor", "--rates", "auto", "--seeds", "2"]
+    _, grid = parse_compare(flags)
+    assert grid.again == "lora-again"
+    assert list(grid.methods) == ["lora", "full", "lora-again"]
+    assert grid.searched == ("lora", "full")  # it takes the rate of lora
+    first, again = (grid.finals(name, 1e-3) for name in ("lora", "lora-again"))
+    assert not {run.seed for run in first} & {run.seed for run in again}
+    assert first[0].settings == again[0].settings
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400)])
+def test_a_budget_is_a_time(text: str, seconds: float) -> None:
+    assert seconds_in(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "-1h", "1w", "0m", "h"])
+def test_anything_else_is_no_budget(text: str) -> None:
+    with pytest.raises(ConfigError, match="budget must be"):
+        seconds_in(text)
+
+
+def tried(*scores: float | None, metric: str = "accuracy") -> list[TriedRate]:
+    return [TriedRate(10.0**i, score, metric, Path("run")) for i, score in enumerate(scores)]
+
+
+def test_the_best_rate_is_chosen_and_an_edge_is_widened() -> None:
+    search = rate_search(tried(0.5, 0.9, 0.6))
+    assert (search.chosen, search.bracketed) == (10.0, True)
+    assert next_rate(search) == pytest.approx(32)  # between it and its better neighbour
+    low = rate_search(tried(0.9, 0.8))
+    assert (low.chosen, low.bracketed) == (1.0, False)
+    assert next_rate(low) < 1.0
+    high = rate_search(tried(0.8, 0.9))
+    assert not high.bracketed
+    assert next_rate(high) > 10.0
+    assert rate_search(tried(0.9, 0.9, 0.1)).chosen == 1.0  # of equal scores the lowest rate
+    assert rate_search(tried(3.0, 2.0, 4.0, metric="perplexity")).chosen == 10.0
+
+
+def test_a_run_that_failed_brackets_but_is_never_chosen() -> None:
+    search = rate_search(tried(0.5, 0.9, None))
+    assert (search.chosen, search.bracketed) == (10.0, True)
+    assert next_rate(search) < 10.0
+
+
+def test_a_command_makes_the_same_run() -> None:
+    flags = ["--methods", "lora", "full", "--rates", "auto", "--target-modules", "q_lin", "v_lin"]
+    _, grid = parse_compare(flags)
+    for name in grid.methods:
+        for run in (*grid.searches(name), *grid.finals(name, 2e-3)):
+            words = train_command(run).split()
+            assert words[:2] == ["lora", "train"]
+            assert to_table(parse_run(words[2:])) == to_table(run)

@@ -1,0 +1,190 @@
+"""Runs of a comparison: in processes of their own, each once, whatever ends in between.
+
+A small program stands in for `lora train`: it writes the files of a run in a moment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lora.errors import RunError, StoppedError
+from lora.files import locked
+from lora.finetune.comparison import schedule
+from lora.finetune.comparison.grid import parse_compare
+from lora.finetune.comparison.schedule import LOCKS, Scheduler, share_of_cores
+
+PROGRAM = """
+import json, os, pathlib, signal, sys, time, tomllib
+import tomli_w
+arguments = sys.argv[1:]
+behaviour = os.environ.get("BEHAVIOUR", "")
+if arguments[0] == "--resume":
+    run = pathlib.Path(arguments[1])
+    table = tomllib.loads((run / "config.toml").read_text())
+else:
+    table = tomllib.loads(pathlib.Path(arguments[1]).read_text())
+    run = pathlib.Path(arguments[3])
+    run.mkdir(parents=True)
+    table |= {"task": "classification", "labels": ["0", "1"], "max_length": 8, "dtype": "float32"}
+    table.setdefault("learning_rate", 0.1)
+    (run / "config.toml").write_text(tomli_w.dumps(table))
+with open(os.environ["STARTED"], "a") as file:
+    file.write(f"{run.name} {os.environ.get('OMP_NUM_THREADS', '')}\\n")
+if run.name in behaviour.split():
+    sys.exit(2)
+if "wait" in behaviour:
+    signal.signal(signal.SIGTERM, lambda *ignored: sys.exit(143))
+    time.sleep(60)
+summary = json.loads(os.environ["SUMMARY"]) | {"method": table["method"], "seed": table["seed"]}
+(run / "summary.json").write_text(json.dumps(summary))
+"""
+SUMMARY = {
+    "task": "classification", "base": "b", "data": "d", "note": "", "trainable": 1,
+    "adapter_parameters": 1, "parameters": 2, "learning_rate": 0.1, "step": 1, "split": "test",
+    "rows": 4, "loss": 1.0, "metrics": {"accuracy": 0.5}, "train_seconds": 1.0, "seconds": 1.0,
+    "peak_bytes": 1, "evaluations": [
+        {"step": 1, "epoch": 1.0, "loss": 1.0, "seconds": 1.0, "padding": 0.0, "dev_loss": 1.0,
+         "dev": {"accuracy": 0.5}},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns the file in which each start of the stand-in leaves a line."""
+    path = tmp_path / "train.py"
+    path.write_text(PROGRAM)
+    monkeypatch.setattr(schedule, "PROGRAM", (sys.executable, str(path)))
+    monkeypatch.setenv("STARTED", str(tmp_path / "started"))
+    monkeypatch.setenv("SUMMARY", json.dumps(SUMMARY))
+    return tmp_path / "started"
+
+
+def runs_of(folder: Path, *flags: str) -> list[Any]:
+    flags = ("--run-dir", str(folder), *(flags or ("--methods", "lora", "full", "--seeds", "2")))
+    grid = parse_compare(flags)[1]
+    return [run for name in grid.methods for run in grid.finals(name)]
+
+
+def starts(started: Path) -> list[str]:
+    return [line.split()[0] for line in started.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_every_run_is_made_once(jobs: int, program: Path, tmp_path: Path) -> None:
+    runs, lines = runs_of(tmp_path / "c"), list[str]()
+    outcome = Scheduler(tmp_path / "c", jobs, say=lines.append).train(runs)
+    assert sorted(starts(program)) == ["full-0", "full-1", "lora-0", "lora-1"]
+    assert [run.run_dir.name for run in outcome.complete if run in runs]
+    assert len(outcome.complete) == 4
+    again = Scheduler(tmp_path / "c", jobs, say=lines.append).train(runs)
+    assert len(starts(program)) == 4
+    assert len(again.complete) == 4
+    assert sum("already complete" in line for line in lines) == 4
+
+
+def test_a_run_that_fails_is_reported_and_the_rest_goes_on(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVIOUR", "lora-1")
+    runs, lines = runs_of(tmp_path / "c"), list[str]()
+    outcome = Scheduler(tmp_path / "c", 2, say=lines.append).train(runs)
+    assert [run.run_dir.name for run in outcome.failed] == ["lora-1"]
+    assert len(outcome.complete) == 3
+    assert any("lora, seed 1 failed with exit code 2. See " in line for line in lines)
+    monkeypatch.setenv("BEHAVIOUR", "")
+    outcome = Scheduler(tmp_path / "c", say=lines.append).train(runs)  # resumed
+    assert not outcome.failed
+    assert starts(program).count("lora-1") == 2
+    assert "[2/4] lora, seed 1: interrupted, resuming" in lines
+
+
+def test_another_folder_is_named_before_anything_is_started(program: Path, tmp_path: Path) -> None:
+    Scheduler(tmp_path / "c").train(runs_of(tmp_path / "c", "--methods", "full"))
+    changed = runs_of(tmp_path / "c", "--methods", "lora", "full", "--epochs", "9")
+    with pytest.raises(RunError, match="full-0 holds a run with other settings"):
+        Scheduler(tmp_path / "c").train(changed)
+    assert starts(program) == ["full-0"]
+
+
+def test_a_run_that_another_process_makes_is_waited_for(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its lock outlives a comparison that is killed: the run's process inherits it."""
+    monkeypatch.setattr(schedule, "POLL", 0.01)
+    (tmp_path / "c" / LOCKS).mkdir(parents=True)
+    with locked(tmp_path / "c" / LOCKS / "lora-0") as lock:
+        assert lock is not None
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith("waiting for 1 of"):
+            child.kill()
+            child.wait()
+
+    outcome = Scheduler(tmp_path / "c", say=say).train(runs_of(tmp_path / "c"))
+    assert len(outcome.complete) == 4
+    assert starts(program)[-1] == "lora-0"
+
+
+def test_runs_that_would_end_too_late_are_left(program: Path, tmp_path: Path) -> None:
+    seconds = {"lora-0": 5.0, "lora-1": 1000.0, "full-0": 5.0, "full-1": 1000.0}
+    schedule_ = Scheduler(
+        tmp_path / "c", 1, time.monotonic() + 100, lambda run: seconds[run.run_dir.name]
+    )
+    outcome = schedule_.train(runs_of(tmp_path / "c"))
+    assert [run.run_dir.name for run in outcome.left] == ["lora-1", "full-1"]
+    assert starts(program) == ["lora-0", "full-0"]
+
+
+def test_a_run_is_stopped_at_the_deadline(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVIOUR", "wait")
+    outcome = Scheduler(tmp_path / "c", 2, time.monotonic() + 1.0).train(runs_of(tmp_path / "c"))
+    assert len(outcome.left) == 4
+    assert not outcome.failed
+
+
+def test_a_signal_stops_the_comparison_after_its_runs(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVIOUR", "wait")
+    stopped: list[Any] = []
+    begin = Scheduler._begin
+
+    def begin_then_stop(self: Scheduler, *arguments: Any) -> Any:
+        active = begin(self, *arguments)
+        while not program.exists():
+            time.sleep(0.01)
+        time.sleep(0.2)  # until it handles signals
+        active.process.terminate()
+        stopped.append(active)
+        return active
+
+    monkeypatch.setattr(Scheduler, "_begin", begin_then_stop)
+    with pytest.raises(StoppedError, match="run the same command again to continue"):
+        Scheduler(tmp_path / "c").train(runs_of(tmp_path / "c"))
+    assert len(stopped) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system pins no processes")
+def test_the_cores_are_divided_among_the_runs(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule.psutil.Process, "cpu_affinity", lambda self: [1, 3, 4, 6, 7])
+    assert [share_of_cores(slot, 2) for slot in range(2)] == [[1, 3], [4, 6]]
+    assert [share_of_cores(slot, 8) for slot in range(6)] == [[1], [3], [4], [6], [7], [1]]
+    monkeypatch.setattr(schedule, "_pin", lambda process, cores: None)
+    Scheduler(tmp_path / "c", 2).train(runs_of(tmp_path / "c"))
+    assert {line.split()[1] for line in program.read_text().splitlines()} == {"2"}

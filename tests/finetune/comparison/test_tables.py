@@ -1,0 +1,102 @@
+"""The table of a comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lora.finetune.comparison.analysis import Analysis, Run, analysis_of
+from lora.finetune.comparison.tables import all_tables, by_task, markdown, notes, rows, task_rows
+
+
+def summary(method: str, seed: int, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
+    return {
+        "method": method, "seed": seed, "split": "test", "metrics": metrics, "trainable": 10,
+        "parameters": 100, "learning_rate": 1e-3, "evaluations": [{"loss": 2.0}, {"loss": 1.0}],
+        "train_seconds": 3.0, "peak_bytes": 2**20, "base": "b", "data": "a", "rows": 4, **more,
+    }  # fmt: skip
+
+
+def analysed(*summaries: Any, right: dict[str, tuple[bool, ...]] | None = None) -> Analysis:
+    runs = [
+        Run(Path(f"{s['method']}-{s['seed']}"), s, {}, (right or {}).get(s["method"]))
+        for s in summaries
+    ]
+    return analysis_of(runs)
+
+
+def test_tasks_have_a_row_each_and_the_base_comes_first() -> None:
+    scores = {"exact_match": 0.5, "bleu": 1.0, "exact_match/a": 0.25, "exact_match/b": 0.75}
+    scores |= {"bleu/a": 1.0, "bleu/b": 1.0, "letters/b": 0.9}
+    none = dict.fromkeys(scores, 0.0)
+    runs = [
+        summary("lora", 0, scores, baseline=none),
+        summary("lora", 1, {name: value + 0.1 for name, value in scores.items()}),
+        summary("full", 0, scores),
+    ]
+    table = rows(analysed(*runs))
+    assert table[0][5:7] == ("test exact_match", "train s")
+    assert [row[0] for row in table] == ["method", "(the base)", "lora", "full"]
+    assert [row[5] for row in table[1:]] == ["0.00 %", "55.00 ± 7.07 %", "50.00 %"]
+    assert len({len(row) for row in table}) == 1
+    assert task_rows(analysed(*runs)) == [
+        ("task", "metric", "(the base)", "lora", "full"),
+        ("a", "exact_match", "0.00 %", "30.00 ± 7.07 %", "25.00 %"),
+        ("b", "exact_match", "0.00 %", "80.00 ± 7.07 %", "75.00 %"),
+        ("b", "letters", "0.00 %", "95.00 ± 7.07 %", "90.00 %"),
+    ]
+    assert task_rows(analysed(*runs[2:]))[0] == ("task", "metric", "full")
+    assert task_rows(analysed(summary("lora", 0, {"accuracy": 0.5}))) == []
+    assert markdown(task_rows(analysed(*runs))) in all_tables(analysed(*runs))
+
+
+def test_the_memory_is_that_of_training_if_all_runs_measured_it() -> None:
+    old = [summary(method, 0, {"accuracy": 0.5}) for method in ("lora", "full")]
+    new = [{**run, "training_bytes": 3 * 2**19} for run in old]
+    for runs, head, cell in (
+        (old, "peak MiB of the run", "1.0"),
+        ([old[0], new[1]], "peak MiB of the run", "1.0"),
+        (new, "peak MiB", "1.5"),
+    ):
+        table = rows(analysed(*runs))
+        assert (table[0][-1], table[1][-1]) == (head, cell)
+        assert f"{head} is " in notes(analysed(*runs))
+
+
+def test_other_metrics_are_no_share() -> None:
+    assert rows(analysed(summary("lora", 0, {"pearson": 0.51239})))[1][5] == "0.5124"
+
+
+def test_an_accuracy_has_its_interval_and_a_test_against_full() -> None:
+    more = {"rows": 200, "data": "opinions/films", "majority": {"dev": 0.6, "test": 0.55}}
+    runs = [
+        summary("lora", 0, {"accuracy": 0.8}, **more),
+        summary("full", 0, {"accuracy": 0.9}, **more),
+    ]
+    right = {"lora": (True,) * 160 + (False,) * 40, "full": (True,) * 180 + (False,) * 20}
+    analysis = analysed(*runs, right=right)
+    table = rows(analysis)
+    assert table[0][5:8] == ("test accuracy", "95 % interval", "against full")
+    assert table[1][0] == "(most frequent class)"
+    assert table[1][5:8] == ("55.00 %", "", "")
+    assert table[2][5:7] == ("80.00 %", "73.9 to 85.0 %")
+    assert table[2][7].startswith("full is better by 10.0 points (5.8 to 14.2), p < 0.001")
+    assert table[3][7] == ""
+    assert len({len(row) for row in table}) == 1
+    words = notes(analysis)
+    assert "200 test rows of opinions/films" in words
+    assert "does not cover the seed" in words
+    assert "McNemar" in words
+    several = analysed(*runs, summary("lora", 1, {"accuracy": 0.8}, **more), right=right)
+    assert "McNemar" not in notes(several)
+    assert "and of the seeds" in notes(several)
+
+
+def test_scores_by_task() -> None:
+    found = by_task({"bleu": 1.0, "bleu/a": 2.0, "perplexity": 3.0, "perplexity/b": 4.0})
+    assert found == [
+        ("task", "bleu", "perplexity"),
+        ("all", "1.0000", "3.0000"),
+        ("a", "2.0000", ""),
+        ("b", "", "4.0000"),
+    ]
