@@ -150,7 +150,7 @@ class RunConfig(Generic[C]):
     unrelated_text: Text | None = None
     """Text that has nothing to do with the task: a TXT file, a data set with a column text, or
     python-docs, the manual in every Python installation. Its perplexity before and after training
-    shows how much the model forgets. The first 8,192 tokens are used. With --task text only."""
+    shows how much the model forgets. The first 4,096 tokens are used. With --task text only."""
     labels: Annotated[tuple[str, ...], Distinct] = ()
     """The labels in order. Default: the labels of the training split, sorted."""
     class_names: Annotated[tuple[Text, ...], Distinct] = ()

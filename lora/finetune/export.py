@@ -63,7 +63,7 @@ def export(config: ExportConfig) -> str:
                 f"the base {base} is a GGUF file, and vLLM serves adapters on safetensors. Run"
                 f" {merge}, and serve that folder."
             )
-        return vllm_command(config.adapter, base, answer)
+        return vllm_command(config.adapter, base, answer) + stop_note(answer)
     return _export_adapter(config, base, answer)
 
 
@@ -121,11 +121,22 @@ def _export_adapter(config: ExportConfig, base: str, answer: AnswerFormat | None
         flags += ["--jinja", "--chat-template-file", template]
     lines = [f"written: {output}, {count} layers."]
     if config.format == "gguf":
-        lines.append(f"Run {command('llama-cli', '-m', model, *flags)}")
+        lines.append(f"Run {command('llama-cli', '-m', model, *flags)}{stop_note(answer)}")
     else:
         text = modelfile(model, f"./{output.name}", answer)
         lines.append(_write_modelfile(output, text, model == "BASE.gguf"))
     return " ".join(lines)
+
+
+def stop_note(answer: AnswerFormat | None) -> str:
+    """Returns a line for a run whose template ends a turn in words, which no file of an engine can
+    say; "" for others."""
+    if answer is None or not answer.stop_text:
+        return ""
+    return (
+        f"\nnote: an answer ends with the text {answer.stop_text!r}, which is no token. Give it to"
+        " the engine as a stop string, or cut the answer there."
+    )
 
 
 def _write_modelfile(output: Path, text: str, names_base: bool) -> str:
@@ -171,7 +182,7 @@ def _export_merged(config: ExportConfig) -> str:
             write_gguf_model(model, content, temporary, config.dtype)
             ends = [*answer.ends.values()]
             compared = certificate(temporary, model, trained.tokenizer, prompts, ends)
-    run = f"Run {command('llama-cli', '-m', output)}"
+    run = f"Run {command('llama-cli', '-m', output)}{stop_note(answer)}"
     if config.format == "ollama":
         text = modelfile(f"./{output.name}", None, answer)
         run = _write_modelfile(output, text, names_base=False)

@@ -374,6 +374,7 @@ def answer_format(config: RunConfig[Any], tokenizer: Any, generation: Any) -> An
         template=None if template.jinja == base_template else template.jinja,
         turns=text_around_turns(template),
         max_new_tokens=config.max_new_tokens,
+        stop_text=template.stop_text,
     )
 
 

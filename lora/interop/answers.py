@@ -28,3 +28,4 @@ class AnswerFormat:
     template: str | None  # in Jinja; None if it is the base's, or none
     turns: Turns | None  # None if the template does more than write text around messages
     max_new_tokens: int
+    stop_text: str = ""  # what ends an answer if none of these tokens does

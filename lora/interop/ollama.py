@@ -35,9 +35,9 @@ def modelfile(model: str, adapter: str | None, answer: AnswerFormat | None) -> s
     system = None if answer.turns is None else answer.turns.system
     if template is not None and system and '"""' not in system:
         lines.append(f'SYSTEM """{system}"""')
-    for token in answer.ends:
-        quotes = '"""' if '"' in token else '"'
-        lines.append(f"PARAMETER stop {quotes}{token}{quotes}")
+    for stop in filter(None, (*answer.ends, answer.stop_text)):
+        quotes = '"""' if '"' in stop or "\n" in stop else '"'
+        lines.append(f"PARAMETER stop {quotes}{stop}{quotes}")
     parameters = {**AS_GENERATED, "num_predict": answer.max_new_tokens}
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     return "\n".join(lines) + "\n"

@@ -11,9 +11,11 @@ import pytest
 from lora.finetune.config import RunConfig
 from lora.finetune.data.conversations import Conversation
 from lora.finetune.data.messages import Message
+from lora.finetune.export import stop_note
 from lora.finetune.generate import Writing, written
-from lora.finetune.inputs import prompts_of
+from lora.finetune.inputs import answer_format, prompts_of
 from lora.finetune.models import Base, load_base
+from lora.interop.ollama import modelfile
 from lora.methods.lora import LoRAConfig
 
 NEW = 120
@@ -53,13 +55,29 @@ def test_generation_ends_there_and_shows_nothing_of_the_words(tiny: Base) -> Non
     assert len(forwards) < NEW
 
 
-def test_the_words_are_those_of_the_template(tiny: Base, tmp_path: Path) -> None:
+def with_turns(folder: Path, end: str) -> RunConfig[LoRAConfig]:
+    """The configuration of a run whose template ends each turn with a text."""
     turn = "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    opening = "{% if add_generation_prompt %}assistant: {% endif %}"
+    (folder / "turns.jinja").write_text(f"{turn}{end}{{% endfor %}}{opening}")
+    return RunConfig(template=str(folder / "turns.jinja"), settings=LoRAConfig())
+
+
+@pytest.mark.parametrize(("end", "words"), [("\n### end\n", ["\n### end"]), ("</s>\n", [])])
+def test_the_words_are_those_of_the_template(
+    tiny: Base, tmp_path: Path, end: str, words: list[str]
+) -> None:
+    config = with_turns(tmp_path, end)
     conversation = Conversation((Message("user", "How many?"),), place="a test")
-    for name, end, words in (("words", "\n### end\n", ["\n### end"]), ("token", "</s>\n", [])):
-        path = tmp_path / f"{name}.jinja"
-        opening = "{% if add_generation_prompt %}assistant: {% endif %}"
-        path.write_text(f"{turn}{end}{{% endfor %}}{opening}")
-        config = RunConfig(template=str(path), settings=LoRAConfig())
-        _, stops = prompts_of(config, tiny.tokenizer, tiny.model, [conversation])
-        assert [stop for stop in stops if isinstance(stop, str)] == words
+    _, stops = prompts_of(config, tiny.tokenizer, tiny.model, [conversation])
+    assert [stop for stop in stops if isinstance(stop, str)] == words
+
+
+def test_other_engines_are_told_the_words(tiny: Base, tmp_path: Path) -> None:
+    parts = tiny.tokenizer, tiny.model.generation_config
+    words = answer_format(with_turns(tmp_path, "\n### end\n"), *parts)
+    assert 'PARAMETER stop "</s>"\nPARAMETER stop """\n### end"""\n' in modelfile("x", None, words)
+    assert "an answer ends with the text '\\n### end'" in stop_note(words)
+    token = answer_format(with_turns(tmp_path, "</s>\n"), *parts)
+    assert modelfile("x", None, token).count("PARAMETER stop") == 1
+    assert stop_note(token) == ""
