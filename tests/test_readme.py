@@ -83,8 +83,8 @@ def test_the_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 VERBS = (
-    "train", "plan", "eval", "predict", "generate", "data", "compare", "runs", "show", "report",
-    "plot", "merge", "export", "convert",
+    "train", "plan", "eval", "predict", "generate", "data", "compare", "runs", "show", "watch",
+    "report", "plot", "merge", "export", "convert",
 )  # fmt: skip
 OTHER_TOOLS = {
     "--lr", "--num_train_epochs", "--output_dir", "--load_in_4bit", "--bf16",  # refused by name

@@ -35,6 +35,7 @@ from lora.finetune.verbs import (
     ReportConfig,
     RunsConfig,
     ShowConfig,
+    WatchConfig,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ VERBS = {
     "compare": "train several methods with several seeds, and print one table",
     "runs": "list runs, the newest or the best first",
     "show": "show one run: settings, machine, evaluations, result",
+    "watch": "draw a run's curves in the terminal while it trains",
     "report": "write a page on runs: verdict, tables, charts, examples",
     "plot": "draw loss and score curves of runs",
     "merge": "merge an adapter into its base and save a plain model",
@@ -517,6 +519,15 @@ def _show(arguments: list[str]) -> None:
     print(run_description(config.run))
 
 
+def _watch(arguments: list[str]) -> None:
+    from lora.finetune.config import parse
+
+    config: WatchConfig = parse(WatchConfig, _leading(arguments, "--run"), "lora watch")
+    from lora.finetune.watch import watch
+
+    watch(config.run)
+
+
 def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:
     """Returns the run or adapter that a verb's --run names."""
     from lora.finetune.source import open_source
@@ -566,19 +577,9 @@ def _methods(arguments: list[str]) -> None:
             f"lora methods does not take {arguments[0]}. Run lora methods, or lora methods check"
             " path/to/mine.py:MyMethod."
         )
-    import inspect
+    from lora.finetune.methods import described_methods
 
-    import lora.methods  # noqa: F401
-    from lora.finetune.methods import PRESETS
-    from lora.method import METHODS
-
-    for name, method in sorted(METHODS.items()):
-        first = (inspect.getdoc(method) or "").partition("\n\n")[0]
-        print(f"{name:<9} {method.when}")
-        print(f"{'':<9} learning rate {method.learning_rate:g}   {' '.join(first.split())}")
-    for name, (method_name, settings) in PRESETS.items():
-        flags = " ".join(f"--{key} {value}" for key, value in settings.items())
-        print(f"{name:<9} Short for --method {method_name} {flags}.")
+    print(described_methods())
 
 
 def _check_method(arguments: list[str]) -> None:

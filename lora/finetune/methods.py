@@ -44,6 +44,20 @@ def method_names() -> list[str]:
     return sorted({*METHODS, *PRESETS})
 
 
+def described_methods() -> str:
+    """Returns what `lora methods` prints: when to choose each method, its rate, its equation."""
+    lines = []
+    for name, method in sorted(METHODS.items()):
+        first = (inspect.getdoc(method) or "").partition("\n\n")[0]
+        lines.append(f"{name:<9} {method.when}")
+        rate = f"learning rate {method.learning_rate:g}"
+        lines.append(f"{'':<9} {rate}   {' '.join(first.split())}")
+    for name, (method_name, settings) in PRESETS.items():
+        flags = " ".join(f"--{key} {value}" for key, value in settings.items())
+        lines.append(f"{name:<9} Short for --method {method_name} {flags}.")
+    return "\n".join(lines)
+
+
 def is_outside(name: str) -> bool:
     """True if --method NAME is a class in a user's file or module."""
     return name not in METHODS and bool(FILE.fullmatch(name) or MODULE.fullmatch(name))

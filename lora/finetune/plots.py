@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +14,14 @@ from matplotlib.ticker import MaxNLocator
 
 from lora.errors import RunError
 from lora.files import writable, write_together
-from lora.finetune.record import Evaluated, StepRow, Summary, metrics_of, summary_of
+from lora.finetune.record import (
+    Evaluated,
+    StepRow,
+    Summary,
+    metrics_of,
+    smoothed_losses,
+    summary_of,
+)
 
 # Okabe and Ito's palette, distinct for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -138,10 +144,7 @@ def _loss(
     """Draws the loss of every step, smoothed over a tenth of an epoch, and the dev losses."""
     per_epoch = epochs[0]["step"] / epochs[0]["epoch"]
     width = max(1, round(per_epoch) // 10)
-    losses = [step["loss"] for step in steps]
-    sums = [0.0, *itertools.accumulate(losses)]
-    firsts = [max(0, i - width + 1) for i in range(len(losses))]
-    smooth = [(sums[i + 1] - sums[f]) / (i + 1 - f) for i, f in enumerate(firsts)]
+    smooth = smoothed_losses(steps, width)
     axes.plot([s["step"] / per_epoch for s in steps], smooth, color=colour, lw=1, alpha=0.75,
               gid=label and f"{label}, train")  # fmt: skip
     _points(axes, epochs, [e["dev_loss"] for e in epochs], colour, label and f"{label}, dev")

@@ -11,6 +11,7 @@ Record writes metrics.jsonl during training. The readers need no torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,6 +224,14 @@ def metrics_of(directory: Path) -> list[RecordedRow]:
     payload = documents.content(path, RunError, "Run lora train again.")
     whole = payload[: payload.rfind(b"\n") + 1]
     return documents.decode_lines(whole, ROW, path, RunError, "Run lora train again.")
+
+
+def smoothed_losses(steps: Sequence[StepRow], width: int) -> list[float]:
+    """Returns the mean of the loss over the last `width` steps, at each step."""
+    losses = [step["loss"] for step in steps]
+    sums = [0.0, *itertools.accumulate(losses)]
+    firsts = [max(0, i - width + 1) for i in range(len(losses))]
+    return [(sums[i + 1] - sums[f]) / (i + 1 - f) for i, f in enumerate(firsts)]
 
 
 def metrics_at(directory: Path, mark: Mark, step: int) -> tuple[list[RecordedRow], bytes]:

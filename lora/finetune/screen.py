@@ -60,6 +60,25 @@ def say(progress: Progress, text: str) -> None:
     progress.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
+def evaluation_line(row: Mapping[str, Any], epochs: int) -> str:
+    """Returns a line on an evaluation: its losses, its scores and, if there are several tasks, each
+    one's first metric. epochs: those of the whole run."""
+    scores = "  ".join(
+        f"{name} {value:.4f}" for name, value in row["dev"].items() if "/" not in name
+    )
+    metric = next(iter(row["dev"]))
+    tasks = [
+        f"{name.removeprefix(f'{metric}/')} {value:.4f}"
+        for name, value in row["dev"].items()
+        if name.startswith(f"{metric}/")
+    ]
+    scores += f"  ({metric} of {', '.join(tasks)})" if tasks else ""
+    return (
+        f"epoch {row['epoch']:.3g}/{epochs}  loss {row['loss']:.4f}"
+        f"  dev loss {row['dev_loss']:.4f}  {scores}  {row['seconds']:.1f} s"
+    )
+
+
 class TrainingScreen:
     """Shows the progress of training: a bar on a terminal, otherwise a line every 30 seconds; and
     a line for each evaluation."""
@@ -91,23 +110,8 @@ class TrainingScreen:
             say(self.progress, f"step {step.step}/{step.steps} {text} left {clock}")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
-        """Print an evaluation: its scores and, if there are several tasks, each one's first
-        metric."""
-        scores = "  ".join(
-            f"{name} {value:.4f}" for name, value in row["dev"].items() if "/" not in name
-        )
-        metric = next(iter(row["dev"]))
-        tasks = [
-            f"{name.removeprefix(f'{metric}/')} {value:.4f}"
-            for name, value in row["dev"].items()
-            if name.startswith(f"{metric}/")
-        ]
-        scores += f"  ({metric} of {', '.join(tasks)})" if tasks else ""
-        say(
-            self.progress,
-            f"epoch {row['epoch']:.3g}/{self.epochs}  loss {row['loss']:.4f}"
-            f"  dev loss {row['dev_loss']:.4f}  {scores}  {row['seconds']:.1f} s",
-        )
+        """Print an evaluation."""
+        say(self.progress, evaluation_line(row, self.epochs))
 
     def done(self) -> None:
         """Remove the bar."""

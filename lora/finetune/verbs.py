@@ -268,6 +268,15 @@ class ShowConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Draw a run's loss, dev score and learning rate in the terminal while it trains, until it is
+    complete. If the output is no terminal, print a line per evaluation."""
+
+    run: Path
+    """A run directory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckConfig:
     """Check a method: its values and gradients match its equation, it can be saved, loaded, merged
     and restored, and it respects seeds, dtypes and devices. Prints a table of the checks. Exit
