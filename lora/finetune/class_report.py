@@ -9,6 +9,7 @@ predicts a single class.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -106,8 +107,12 @@ def class_report(
 
     others = {*predictions, *references} - {*labels}
     order = [*labels, *sorted_labels(others)]
+    # Each pair once, with its count: sklearn takes long to compare many texts.
+    pairs = Counter(zip(references, predictions, strict=True))
+    true, predicted = zip(*pairs, strict=True)
+    counts = list(pairs.values())
     scores = precision_recall_fscore_support(
-        references, predictions, labels=order, zero_division=0.0
+        true, predicted, labels=order, sample_weight=counts, zero_division=0.0
     )
     named = dict(zip(labels, names))
     classes = tuple(
@@ -115,7 +120,7 @@ def class_report(
                     int(rows))
         for label, precision, recall, f1, rows in zip(order, *scores, strict=True)
     )  # fmt: skip
-    matrix = confusion_matrix(references, predictions, labels=order).tolist()
+    matrix = confusion_matrix(true, predicted, labels=order, sample_weight=counts).tolist()
     return ClassReport(classes, tuple(map(tuple, matrix)))
 
 

@@ -21,7 +21,7 @@ from lora.finetune.report.contents import MOST_EXAMPLES, tables_of
 from lora.finetune.report.curves import curves
 from lora.finetune.report.evidence import Evidence, collect, folders_of_runs
 from lora.finetune.report.formats import Table, as_csv, as_latex, as_markdown, cells
-from lora.finetune.report.mistakes import class_scores, classes_in, confusions
+from lora.finetune.report.mistakes import reports_of
 from lora.finetune.report.page import page_of
 
 
@@ -187,23 +187,26 @@ def test_every_text_of_the_data_is_escaped(tmp_path: Path) -> None:
     assert {cell["true"] for cell in data} == set(labels)
 
 
-def test_scores_per_class_are_those_of_the_rows(evidence: Evidence) -> None:
+def test_scores_per_class_are_those_of_the_rows(page: Page, evidence: Evidence) -> None:
     answers, result = evidence.answers, evidence.analysis.methods[0]
     true, predicted = [], []
     for folder in result.folders:
         predictions, references = read_predictions(folder / "predictions.jsonl")
         predicted += predictions
         true += [reference[0] for reference in references]
-    labels = classes_in(answers)
+    report = reports_of(answers)[result.name]
+    labels = [each.label for each in report.classes]
+    assert labels == ["negative", "positive"]
     expected = precision_recall_fscore_support(true, predicted, labels=labels)
-    for i, scores in enumerate(class_scores(answers, result.name, labels)):
-        assert [scores.precision, scores.recall, scores.f1] == pytest.approx(
-            [column[i] for column in expected[:3]]
+    for i, scores in enumerate(report.classes):
+        assert [scores.precision, scores.recall, scores.f1, scores.rows] == pytest.approx(
+            [column[i] for column in expected]
         )
-        assert scores.rows * len(result.folders) == expected[3][i]
     matrix = confusion_matrix(true, predicted, labels=labels)
-    counts = confusions(answers, result.name)
-    assert [[counts[t, p] for p in labels] for t in labels] == matrix.tolist()
+    assert report.matrix == tuple(map(tuple, matrix.tolist()))
+    cells = [row for row in page.tables["classes"] if row[:2] == [result.name, "positive"]]
+    assert cells[0][2] == f"{expected[0][1]:.3f}"
+    assert cells[0][5] == str(expected[3][1] // len(result.folders))
 
 
 def test_methods_disagree_where_some_are_right(evidence: Evidence) -> None:
@@ -325,6 +328,14 @@ def as_task(run: Path, task: str) -> None:
             row["references"] = [row.pop("label")]
     (run / "summary.json").write_text(json.dumps(summary | {"task": task}))
     (run / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_classes_are_shown_by_their_names(tmp_path: Path) -> None:
+    settings = (("class_names", ["bad", "good"]),)
+    make_comparison(tmp_path / "runs", ["lora", "head"], 1, labels=["0", "1"], settings=settings)
+    page = Page(page_of(evidence_of(tmp_path / "runs")).decode())
+    assert {row[1] for row in page.tables["classes"][1:]} == {"bad", "good"}
+    assert {row[2] for row in page.tables["disagreements"][1:]} <= {"bad", "good"}
 
 
 def test_forgetting_has_a_column_if_it_was_measured(tmp_path: Path, page: Page) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.finetune.comparison.analysis import Analysis, MethodResult, is_share
+from lora.finetune.data.corpus import MOST_CLASSES
 from lora.finetune.plots import COLOURS
 from lora.finetune.report.evidence import Evidence
-from lora.finetune.report.mistakes import MATRIX_CLASSES, classes_in, confusions
+from lora.finetune.report.mistakes import reports_of
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # names the version; nothing is fetched
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right")
@@ -230,19 +231,18 @@ def _confusion_chart(evidence: Evidence) -> Chart | None:
     classes, or more than a reader can see."""
     if evidence.task != "classification":
         return None
-    labels = classes_in(evidence.answers)
-    if len(labels) > MATRIX_CLASSES:
-        return None
+    reports = reports_of(evidence.answers)
     names = [result.name for result in evidence.analysis.ranked]
-    values = []
-    for name in names:
-        counts = confusions(evidence.answers, name)
-        for true in labels:
-            total = sum(counts[true, label] for label in labels) or 1
-            for label in labels:
-                count = counts[true, label]
-                cell = {"method": name, "true": true, "predicted": label, "rows": count}
-                values.append({**cell, "share": count / total})
+    labels = [each.label for each in reports[names[0]].classes]
+    if len(labels) > MOST_CLASSES:
+        return None
+    values = [
+        {"method": name, "true": true, "predicted": label, "rows": count,
+         "share": count / (sum(counts) or 1)}
+        for name in names
+        for true, counts in zip(labels, reports[name].matrix, strict=True)
+        for label, count in zip(labels, counts, strict=True)
+    ]  # fmt: skip
     axis = {"type": "nominal", "sort": labels, "axis": {"labelAngle": 0, "labelLimit": 110}}
     ink = {"condition": {"test": "datum.share > 0.5", "value": "white"}, "value": "black"}
     return _chart(

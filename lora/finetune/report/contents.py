@@ -13,13 +13,7 @@ from lora.finetune.comparison.tables import task_rows
 from lora.finetune.estimate import duration
 from lora.finetune.report.evidence import Evidence, RunFiles
 from lora.finetune.report.formats import Cell, Table, cells, numeric
-from lora.finetune.report.mistakes import (
-    MATRIX_CLASSES,
-    class_scores,
-    classes_in,
-    confusions,
-    disagreements,
-)
+from lora.finetune.report.mistakes import disagreements, reports_of
 
 MOST_EXAMPLES = 200  # rows on which methods disagree that the page shows
 MOST_CONFUSIONS = 200
@@ -47,9 +41,9 @@ def methods_table(analysis: Analysis) -> Table:
     grouped = any(result.group for result in analysis.methods)
     forgets = any("forgetting" in each for result in analysis.methods for each in result.summaries)
     head = [
-        "method", f"{analysis.split} {analysis.metric}", "95 % interval",
+        "method", f"{analysis.split} {analysis.metric}", "95 % interval", "trainable", "training",
         *(f"against {other}" for other in others), *(["group"] if grouped else []),
-        "trainable", "share", "training", "memory MiB", "saved MiB", "tokens/s",
+        "share", "memory MiB", "saved MiB", "tokens/s",
         *(["forgetting"] if forgets else []), "rate", "seeds", "frontier", "remarks",
     ]  # fmt: skip
     low = min(result.low for result in analysis.methods)
@@ -64,6 +58,8 @@ def methods_table(analysis: Analysis) -> Table:
                 Cell(result.name),
                 Cell(score_text(result, analysis.metric), result.mean),
                 Cell(_interval(result.low, result.high, analysis.metric), result.low, limits),
+                numeric(result.summaries[0]["trainable"]),
+                _seconds(result),
                 *(_versus_cell(versus.get(other)) for other in others),
                 *([Cell(result.group)] if grouped else []),
                 *_cost_cells(result),
@@ -81,16 +77,18 @@ def _versus_cell(versus: Versus | None) -> Cell:
     return Cell("") if versus is None else Cell(versus.words, versus.value)
 
 
-def _cost_cells(result: MethodResult) -> list[Cell]:
-    """Returns the cells of what a method costs: medians over its seeds."""
-    first = result.summaries[0]
+def _seconds(result: MethodResult) -> Cell:
     seconds = result.median("train_seconds")
+    return Cell("" if seconds is None else duration(seconds), seconds)
+
+
+def _cost_cells(result: MethodResult) -> list[Cell]:
+    """Returns the cells of what else a method costs: medians over its seeds."""
+    first = result.summaries[0]
     memory = result.median("training_bytes") or result.median("peak_bytes")
     saved, speed = result.median("adapter_bytes"), result.median("tokens_per_second")
     return [
-        numeric(first["trainable"]),
         numeric(100 * first["trainable"] / first["parameters"], "{:.2f} %"),
-        Cell("" if seconds is None else duration(seconds), seconds),
         numeric(memory and memory / 2**20, "{:,.0f}"),
         numeric(saved and saved / 2**20, "{:,.2f}"),
         numeric(speed),
@@ -152,6 +150,8 @@ def score_text(result: MethodResult, metric: str) -> str:
 
 
 def _interval(low: float, high: float, metric: str) -> str:
+    if low == high:  # the metric has no interval
+        return ""
     if is_share(metric):
         return f"{100 * low:.1f} to {100 * high:.1f} %"
     return f"{low:.4f} to {high:.4f}"
@@ -183,26 +183,18 @@ def _classes_tables(evidence: Evidence) -> list[Table]:
     """Returns the scores per class, and the confusions, of every method of a classification."""
     if evidence.task != "classification":
         return []
-    answers = evidence.answers
-    labels = classes_in(answers)
-    names = [result.name for result in evidence.analysis.ranked]
-    scores = [
-        (
-            Cell(name), Cell(each.label), numeric(each.precision, "{:.3f}"),
-            numeric(each.recall, "{:.3f}"), numeric(each.f1, "{:.3f}"), numeric(each.rows),
-        )
-        for name in names
-        for each in class_scores(answers, name, labels)
-    ]  # fmt: skip
-    counts = [
-        (count, name, true, predicted)
-        for name in names
-        for (true, predicted), count in confusions(answers, name).items()
-        if true != predicted
-    ]
-    counts.sort(key=lambda each: (names.index(each[1]), -each[0]))
-    if len(labels) > MATRIX_CLASSES:
-        counts.sort(key=lambda each: -each[0])
+    reports = reports_of(evidence.answers)
+    scores, counts = [], []
+    for result in evidence.analysis.ranked:
+        name, report = result.name, reports[result.name]
+        for each, row in zip(report.classes, report.matrix, strict=True):
+            numbers = [numeric(x, "{:.3f}") for x in (each.precision, each.recall, each.f1)]
+            rows = each.rows // len(result.seeds)
+            scores.append((*cells(name, each.label), *numbers, numeric(rows)))
+            for other, count in zip(report.classes, row, strict=True):
+                if count and other is not each:
+                    counts.append((count, name, each.label, other.label))
+    counts.sort(key=lambda each: -each[0])
     note = "Rows of a class for which another was predicted, summed over the seeds."
     if len(counts) > MOST_CONFUSIONS:
         note += f" The {MOST_CONFUSIONS} largest of {len(counts):,}."

@@ -30,6 +30,7 @@ class Answers:
     texts: list[str]
     references: list[list[str]]
     predictions: dict[str, list[list[str]]]  # by method: (seeds, rows)
+    labels: tuple[str, ...]  # the classes in the order of the data's labels; () if there are none
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
         advance(f"reading the curves of {result.name}")
         drawn[result.name] = curves(result.folders, analysis.metric)
     advance("reading predictions")
-    return Evidence(analysis, tuple(files), drawn, _answers(analysis))
+    settings = {each.row.run: each.settings for each in files}
+    shared = settings[analysis.methods[0].folders[0]]
+    return Evidence(analysis, tuple(files), drawn, _answers(analysis, shared))
 
 
 def _files(name: str, run: Path) -> RunFiles:
@@ -122,8 +125,11 @@ def _files(name: str, run: Path) -> RunFiles:
     return RunFiles(name, row, path.read_text(encoding="utf-8"), read_toml(path), environment)
 
 
-def _answers(analysis: Analysis) -> Answers:
-    """Returns the predictions of all runs. Raises RunError if they are of different rows."""
+def _answers(analysis: Analysis, settings: dict[str, Any]) -> Answers:
+    """Returns the predictions of all runs, with the names of classes for their labels. Raises
+    RunError if the runs are of different rows."""
+    labels = settings.get("labels", ())
+    names = dict(zip(labels, settings.get("class_names", ())))
     predictions: dict[str, list[list[str]]] = {}
     references: list[list[str]] = []
     first = analysis.methods[0].folders[0]
@@ -137,9 +143,12 @@ def _answers(analysis: Analysis) -> Answers:
                     f"{folder / 'predictions.jsonl'} has other rows than that of {first}, so they"
                     " cannot be compared. Pass runs on the same data."
                 )
-            predictions.setdefault(result.name, []).append(predicted)
+            named = [names.get(label, label) for label in predicted]
+            predictions.setdefault(result.name, []).append(named)
+    references = [[names.get(text, text) for text in expected] for expected in references]
     texts = [_text_of(row) for _, row in read_rows(first / "predictions.jsonl")]
-    return Answers(texts, references, predictions)
+    shown = tuple(names.get(label, label) for label in labels)
+    return Answers(texts, references, predictions, shown)
 
 
 def _text_of(row: Any) -> str:

@@ -1,64 +1,28 @@
-"""What classifiers and generators get wrong: confusions, scores per class, and the rows on which
+"""What classifiers and generators get wrong: the classes that they confuse, and the rows on which
 methods disagree."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from lora.finetune.class_report import ClassReport, class_report
+from lora.finetune.data.corpus import sorted_labels
 from lora.finetune.metrics import normalise
 from lora.finetune.report.evidence import Answers
 
-MATRIX_CLASSES = 20
-"""With more classes a confusion matrix cannot be read, and only its largest cells are listed."""
 
-
-@dataclass(frozen=True)
-class ClassScores:
-    """Precision, recall and F1 of a class over all seeds, and its rows in one of them."""
-
-    label: str
-    precision: float
-    recall: float
-    f1: float
-    rows: int
-
-
-def classes_in(answers: Answers) -> list[str]:
-    """Returns the classes that occur in the labels or in the predictions, in order."""
-    labels = {reference[0] for reference in answers.references}
-    for seeds in answers.predictions.values():
-        labels = labels.union(*seeds)
-    return sorted(labels, key=lambda label: (not label.isdecimal(), len(label) * label.isdecimal(),
-                                             label))  # fmt: skip
-
-
-def class_scores(answers: Answers, method: str, labels: Sequence[str]) -> list[ClassScores]:
-    """Returns the scores of each class, from the rows of all seeds together."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    # Pairs with their counts: sklearn takes long to compare hundreds of thousands of texts.
-    counts = confusions(answers, method)
-    true, predicted = zip(*counts, strict=True)
-    columns = precision_recall_fscore_support(
-        true, predicted, labels=list(labels), sample_weight=list(counts.values()), zero_division=0.0
-    )
-    seeds = len(answers.predictions[method])
-    return [
-        ClassScores(label, float(p), float(r), float(f), int(rows) // seeds)
-        for label, p, r, f, rows in zip(labels, *columns, strict=True)
-    ]
-
-
-def confusions(answers: Answers, method: str) -> Counter[tuple[str, str]]:
-    """Returns how often a class was predicted for a row of a class: (true, predicted) -> rows,
-    summed over the seeds."""
+def reports_of(answers: Answers) -> dict[str, ClassReport]:
+    """Returns the class report of each method, over the predictions of all its seeds. All have the
+    same classes, also those that a method never predicts."""
     true = [reference[0] for reference in answers.references]
-    counts: Counter[tuple[str, str]] = Counter()
-    for predicted in answers.predictions[method]:
-        counts.update(zip(true, predicted, strict=True))
-    return counts
+    seen = {label for seeds in answers.predictions.values() for seed in seeds for label in seed}
+    labels = (*answers.labels, *sorted_labels(seen.union(true).difference(answers.labels)))
+    return {
+        method: class_report([label for seed in seeds for label in seed], true * len(seeds), labels)
+        for method, seeds in answers.predictions.items()
+    }
 
 
 @dataclass(frozen=True)
