@@ -115,7 +115,10 @@ def test_the_page_holds_every_table(page: Page, evidence: Evidence) -> None:
 
 def test_the_page_has_the_verdict_and_says_what_is_missing(page: Page, evidence: Evidence) -> None:
     for sentence in evidence.analysis.verdict:
-        assert sentence in page.texts
+        assert sentence.replace(" %", "\u00a0%") in page.texts
+    best, second = evidence.analysis.ranked[:2]
+    points = 100 * (best.mean - second.mean)
+    assert f"It is {points:.1f} points ahead of {second.name}, the next." in page.texts
     assert "1 incomplete" in page.texts
     (cut,) = [row for row in page.tables["runs"] if row[0] == "cut"]
     assert cut[4] == "step 40 of 40"

@@ -157,6 +157,16 @@ def _interval(low: float, high: float, metric: str) -> str:
     return f"{low:.4f} to {high:.4f}"
 
 
+def lead_of(analysis: Analysis) -> str:
+    """Returns by how much the best method is ahead of the next, in words; "" if it is alone."""
+    if len(analysis.methods) < 2:
+        return ""
+    best, second = analysis.ranked[:2]
+    gap = abs(best.mean - second.mean)
+    shown = f"{100 * gap:.1f} points" if is_share(analysis.metric) else f"{gap:.4g}"
+    return f"It is {shown} ahead of {second.name}, the next."
+
+
 def rates_table(analysis: Analysis) -> Table:
     """Returns a row per learning rate that was tried, and its score on dev."""
     rows = []

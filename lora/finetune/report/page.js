@@ -98,7 +98,7 @@ window.drawCharts = async (embed) => {
     background: "transparent",
     font: "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif",
     axis: { ...ink, ...lines, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" },
-    legend: { ...ink, orient: "bottom", labelFontSize: 12, symbolSize: 80, labelLimit: 220 },
+    legend: { ...ink, orient: "bottom", labelFontSize: 12, symbolSize: 80, symbolOpacity: 1, labelLimit: 220 },
     view: { stroke: null },
   };
   for (const element of document.querySelectorAll("[data-chart]")) {

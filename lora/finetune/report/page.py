@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import subprocess
+import sys
 import time
 from functools import cache
 from importlib.resources import files
@@ -15,7 +17,7 @@ from markupsafe import Markup
 
 from lora import __version__
 from lora.finetune.report.charts import charts_of
-from lora.finetune.report.contents import configurations, tables_of
+from lora.finetune.report.contents import configurations, lead_of, tables_of
 from lora.finetune.report.evidence import Evidence
 from lora.finetune.report.formats import FORMATS
 
@@ -48,6 +50,7 @@ def page_of(evidence: Evidence) -> bytes:
         charts={chart.key: chart for chart in charts},
         data=data,
         verdict=list(zip(asked, verdict, strict=True)),
+        lead=lead_of(analysis),
         incomplete=evidence.incomplete,
         runs=len(evidence.runs),
         style=Markup(_resource("page.css")),
@@ -88,14 +91,20 @@ def _source_hash(script: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
+BUNDLE = """
+import sys, vl_convert
+sys.stdout.buffer.write(vl_convert.javascript_bundle("window.drawCharts(vegaEmbed);").encode())
+"""
+
+
 @cache
 def charting_library() -> str:
-    """Returns Vega, Vega-Lite and Vega-Embed as one script, which vl-convert contains. It takes two
-    seconds to bundle."""
-    import vl_convert
+    """Returns Vega, Vega-Lite and Vega-Embed as one script, which vl-convert contains.
 
-    script = vl_convert.javascript_bundle("window.drawCharts(vegaEmbed);")
+    It takes two seconds to bundle, in another process: in this one, vl-convert would let no
+    other thread run meanwhile.
+    """
+    done = subprocess.run([sys.executable, "-c", BUNDLE], stdout=subprocess.PIPE, check=True)
     # The HTML parser must not see the end of the script before its end.
-    return re.sub(r"</(?=script)", r"<\\/", str(script), flags=re.IGNORECASE).replace(
-        "<!--", r"<\!--"
-    )
+    script = re.sub(r"</(?=script)", r"<\\/", done.stdout.decode(), flags=re.IGNORECASE)
+    return script.replace("<!--", r"<\!--")

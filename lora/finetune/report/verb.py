@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lora.errors import RunError
@@ -9,7 +10,7 @@ from lora.files import writable, write_together, write_whole
 from lora.finetune.report.contents import tables_of
 from lora.finetune.report.evidence import Evidence, collect, folders_of_runs
 from lora.finetune.report.formats import FORMATS
-from lora.finetune.report.page import page_of
+from lora.finetune.report.page import charting_library, page_of
 from lora.finetune.screen import progress_bar
 from lora.finetune.verbs import ReportConfig
 
@@ -20,7 +21,8 @@ def report(config: ReportConfig) -> str:
     Raises RunError if there is no complete run, or a file cannot be written.
     """
     runs = folders_of_runs(config.runs)
-    with progress_bar() as progress:
+    with progress_bar() as progress, ThreadPoolExecutor() as pool:
+        library = pool.submit(charting_library)  # while the runs are read
         task = progress.add_task("reading runs", total=len(runs))
 
         def advance(description: str) -> None:
@@ -28,6 +30,7 @@ def report(config: ReportConfig) -> str:
 
         evidence = collect(runs, advance)
         progress.update(task, description="writing the page")
+        library.result()
         page = page_of(evidence)
     with writable(config.output, RunError, "Pass another --output."):
         config.output.parent.mkdir(parents=True, exist_ok=True)
