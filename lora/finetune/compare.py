@@ -90,8 +90,9 @@ def report_missing(result: Compared) -> None:
         )
 
 
-def prepared(grid: Grid) -> GridPlan:
-    """Returns the plan: data sets resolved, ranks matched, seeds and rows decided."""
+def prepared(grid: Grid, timed: bool = True) -> GridPlan:
+    """Returns the plan: data sets resolved, ranks matched, seeds and rows decided, and, if `timed`,
+    how long it will take."""
     data = dict.fromkeys(source for run in grid.methods.values() for source in run.data)
     for note in dict.fromkeys(note for source in data for note in resolved_with_note(source)[1]):
         _tell(f"note: {note}.")
@@ -100,13 +101,13 @@ def prepared(grid: Grid) -> GridPlan:
     grid = replace(grid, methods=methods)
     if grid.match_parameters:
         grid = with_matched_ranks(grid, _tell)
-    return planned(grid, _tell)
+    return planned(grid, _tell, timed)
 
 
 def dry_run(grid: Grid) -> list[str]:
     """Returns the commands of the runs that are left: of the search, or, if it is complete, of the
     runs that are reported. Raises ConfigError."""
-    plan = prepared(grid)
+    plan = prepared(grid, timed=False)
     _tell(", ".join(filter(None, (str(plan), note_on_rows(plan)))))
     grid, left = plan.grid, [run for run in plan.search_runs() if standing(run) != "complete"]
     if left:

@@ -66,9 +66,9 @@ class GridPlan:
         return text
 
 
-def planned(grid: Grid, say: Callable[[str], None]) -> GridPlan:
+def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridPlan:
     """Returns the plan of a comparison. Measures the first steps of each method if there is a
-    budget, or if there are many runs.
+    budget, or, if `timed`, if there are many runs.
 
     Raises ConfigError if the budget is too short, or if a search has no test split to report on.
     """
@@ -76,7 +76,8 @@ def planned(grid: Grid, say: Callable[[str], None]) -> GridPlan:
     plan = GridPlan(grid, {}, {})
     runs = plan.search_runs() + plan.final_runs()
     left = [run for run in runs if not (run.run_dir / "summary.json").is_file()]
-    if not grid.searched and (not left or (grid.budget is None and len(left) <= UNMEASURED)):
+    measured = left and (grid.budget is not None or (timed and len(left) > UNMEASURED))
+    if not measured and not grid.searched:
         return plan
     corpus = read_corpus(next(iter(grid.methods.values())))
     if grid.searched and not corpus.test:
@@ -85,7 +86,7 @@ def planned(grid: Grid, say: Callable[[str], None]) -> GridPlan:
             " needs other rows. Add a test file, or a column 'split'."
         )
     plan = replace(plan, rows={split: len(getattr(corpus, split)) for split in SPLITS})
-    if left:
+    if measured:
         say(f"measuring the first steps of {len(grid.methods)} methods")
         plan = replace(plan, costs=_costs(grid))
     if grid.budget is None or (grid.folder / BUDGET_FILE).exists() or not plan.costs:

@@ -31,10 +31,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def plan(folder: Path, *flags: str) -> GridPlan:
+def plan(folder: Path, *flags: str, timed: bool = True) -> GridPlan:
     data = () if "--data" in flags else ("--data", "demo-tiny")
     arguments = [*data, "--run-dir", str(folder), "--epochs", "2", *flags]
-    return planned(parse_compare(arguments)[1], lambda line: None)
+    return planned(parse_compare(arguments)[1], lambda line: None, timed)
 
 
 def test_a_run_costs_its_steps_and_its_evaluations() -> None:
@@ -47,6 +47,7 @@ def test_a_run_costs_its_steps_and_its_evaluations() -> None:
 
 def test_few_runs_start_at_once_and_many_are_measured(measured: list[str], tmp_path: Path) -> None:
     assert plan(tmp_path, "--seeds", "2").costs == {}
+    plan(tmp_path, "--rates", "auto", timed=False)  # a dry run
     assert measured == []
     many = plan(tmp_path, "--rates", "auto")
     assert sorted(measured) == ["full", "lora"]
