@@ -341,6 +341,8 @@ def parse_run(arguments: Sequence[str], prog: str = "lora train") -> RunConfig[A
     if name := value_of(rest, "--name"):
         table["name"] = name
     with stated_in(path):
+        if table.get("method") is not None:
+            method_named(table["method"])  # a user's class has a name once it is imported
         method = _table_named(table).get("method", table.get("method"))
         if method is not None:
             method_named(method)

@@ -32,7 +32,8 @@ import lora
 from lora import nf4
 from lora.adapter_config import method_and_config
 from lora.errors import LoraError
-from lora.finetune import config, plots, record, state, tables
+from lora.finetune import config, plots, record, state
+from lora.finetune.comparison import analysis, tables
 from lora.finetune.data import encoding, templates, tokens
 from lora.finetune.data.conversations import from_row, read_prompts
 from lora.finetune.data.corpus import Columns, Example, read_predictions, unlabelled
@@ -376,7 +377,9 @@ def documents(folder: Path) -> Read:
         kind = draw.randrange(5)
         if kind == 0:
             (folder / "summary.json").write_bytes(damage.of_document(SUMMARY, draw))
-            tables.markdown(tables.rows([record.summary_of(folder)]))
+            tables.markdown(
+                tables.rows(analysis.analysis_of([analysis.Run(folder, record.summary_of(folder))]))
+            )
         elif kind == 1:
             around = {"data": "a", "tokens": "b", "note": "", "torch": "2", "cores": 2}
             (folder / "environment.json").write_bytes(damage.of_document(around, draw))

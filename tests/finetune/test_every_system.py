@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from conftest import ROOT
 
 import lora
 from lora.files import locked
-from lora.finetune import compare, distributed, environment, peak, state
+from lora.finetune import distributed, environment, peak, state
+from lora.finetune.comparison import schedule
 from lora.finetune.config import RunConfig
 from lora.finetune.train import check_room
 from lora.injection import machine_memory
@@ -78,10 +80,11 @@ def test_a_run_is_started_where_descriptors_cannot_be_passed_on(
         started.append(options)
         return real([sys.executable, "-c", ""])
 
-    monkeypatch.setattr(compare.subprocess, "Popen", start)
+    monkeypatch.setattr(schedule.subprocess, "Popen", start)
     for platform, passed in (("linux", {"pass_fds": [0]}), ("win32", {})):
         monkeypatch.setattr(sys, "platform", platform)
-        compare._spawn(RunConfig(settings=lora.LoRAConfig(), run_dir=tmp_path), 0, False)
+        run = RunConfig(settings=lora.LoRAConfig(), run_dir=tmp_path)
+        schedule.Scheduler(tmp_path)._spawn(run, "new", 0, 0, ExitStack())
         assert started.pop() == passed
 
 

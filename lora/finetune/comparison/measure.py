@@ -64,9 +64,9 @@ def measure(config: RunConfig[Any], environment: Mapping[str, str] = {}) -> Cost
     if result.returncode:
         raise RunError(
             f"{config.name or config.method}: its first steps failed, so that no run was started."
-            f" {result.stderr.strip().splitlines()[-1] if result.stderr.strip() else ''}"
+            f" {result.stderr.strip().split('\n')[-1] if result.stderr.strip() else ''}"
         )
-    return Cost(**json.loads(result.stdout.splitlines()[-1]))
+    return Cost(**json.loads(result.stdout.strip().split("\n")[-1]))
 
 
 def _measured(config: RunConfig[Any]) -> Cost:

@@ -370,10 +370,10 @@ def test_a_split_without_trains_label_is_left_out_and_said(tmp_path: Path) -> No
 
 
 def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:
-    from lora.finetune.data.corpus import _sorted_labels
+    from lora.finetune.data.corpus import sorted_labels
 
     for labels in ({"1", "01", "2"}, {"2", "01", "1"}):
-        assert _sorted_labels(labels) == ("01", "1", "2")
+        assert sorted_labels(labels) == ("01", "1", "2")
 
 
 @pytest.mark.parametrize("value", ['{"a": 1}', '["a"]', "null"])
