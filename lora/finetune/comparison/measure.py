@@ -62,11 +62,12 @@ def measure(config: RunConfig[Any], environment: Mapping[str, str] = {}) -> Cost
             capture_output=True, text=True, env=os.environ | dict(environment),
         )  # fmt: skip
     if result.returncode:
+        reason = result.stderr.strip().rpartition("\n")[2]
         raise RunError(
             f"{config.name or config.method}: its first steps failed, so that no run was started."
-            f" {result.stderr.strip().split('\n')[-1] if result.stderr.strip() else ''}"
+            f" {reason}"
         )
-    return Cost(**json.loads(result.stdout.strip().split("\n")[-1]))
+    return Cost(**json.loads(result.stdout.strip().rpartition("\n")[2]))
 
 
 def _measured(config: RunConfig[Any]) -> Cost:
