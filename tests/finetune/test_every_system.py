@@ -84,7 +84,8 @@ def test_a_run_is_started_where_descriptors_cannot_be_passed_on(
     for platform, passed in (("linux", {"pass_fds": [0]}), ("win32", {})):
         monkeypatch.setattr(sys, "platform", platform)
         run = RunConfig(settings=lora.LoRAConfig(), run_dir=tmp_path)
-        schedule.Scheduler(tmp_path)._spawn(run, "new", 0, 0, ExitStack())
+        with ExitStack() as stack:
+            schedule.Scheduler(tmp_path)._spawn(run, "new", 0, 0, stack).wait()
         assert started.pop() == passed
 
 
