@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from lora.errors import ConfigError, RunError
 from lora.finetune.comparison.grid import RATE_STEP, rounded
-from lora.finetune.comparison.statistics import bootstrap, difference, groups, interval
+from lora.finetune.comparison.statistics import bootstrap, difference, groups
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.estimate import duration
@@ -416,8 +416,6 @@ def _with_statistics(analysis: Analysis, scores: Mapping[str, list[Any]]) -> Ana
     for method in analysis.methods:
         mean = result.mean(method.name)
         limits = (mean.low, mean.high)
-        if len(method.seeds) == 1 and analysis.metric == "accuracy":
-            limits = interval(method.mean, analysis.rows)
         letters = shared[method.name] if distinct else ""
         methods.append(
             replace(method, interval=limits, versus=tuple(versus[method.name]), group=letters)

@@ -1,8 +1,8 @@
 """Says how sure measured scores are: intervals of means, tests of differences, and their words.
 
-interval, mcnemar    one run per method; they cover the choice of the test rows only
-bootstrap            several seeds per method; covers the choice of the rows and of the seeds
-holm, groups         many differences at once
+bootstrap       means and differences of methods, each with one or several seeds
+mcnemar         the exact test for one run each
+holm, groups    many differences at once
 """
 
 from __future__ import annotations
@@ -25,15 +25,6 @@ if TYPE_CHECKING:  # numpy and scipy load where they compute: `lora train --help
 
 SIGNIFICANT = 0.05  # a p-value below this shows a difference
 POWER = 0.8  # how often a study should show a difference of `smallest`
-
-
-def interval(accuracy: float, rows: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % interval of an accuracy that was measured on this many rows."""
-    from scipy.stats import binomtest
-
-    right = min(max(round(accuracy * rows), 0), rows)
-    limits = binomtest(right, rows).proportion_ci(0.95, method="wilson")
-    return float(limits.low), float(limits.high)
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -79,27 +70,29 @@ def majority(train: Sequence[str], held_out: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Mean:
-    """The mean score of a method, with its 95 % interval."""
+    """The mean score of a method, with its 95 % interval.
+
+    With one seed the interval covers the choice of the test rows only, not that of the seed.
+    """
 
     value: float
     low: float
     high: float
-    deviation: float | None  # standard deviation over the seeds; None with one seed
-    covers_seeds: bool  # False with one seed: the interval covers the choice of the rows only
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean score of one method less that of another, with its 95 % interval."""
+    """The mean score of one method less that of another, with its 95 % interval.
+
+    The seed of a method with one seed is not covered: another run of it may differ by more.
+    """
 
     value: float
     low: float
     high: float
-    p: float  # after Holm's correction, if `among` is more than 1
+    p: float  # of this difference alone, or with Holm's correction: see `Bootstrap.differences`
     test: Literal["McNemar", "bootstrap"]
-    covers_seeds: bool  # False if one of the methods has one seed only
     smallest: float  # the smallest difference that a study like this one shows 4 times in 5
-    among: int = 1  # how many differences Holm's correction was made for
 
 
 @dataclass(frozen=True)
@@ -131,17 +124,16 @@ class Bootstrap:
         Statistics and Methodology 7(3)): mean ± t error is too short near 0 and 1.
         """
         method = self.methods[name]
-        value, seeds = method.mean, len(method.scores)
+        value, one_seed = method.mean, len(method.scores) == 1
         variance, freedom = _variance(method.by_row, [method])
-        t = _quantile(math.inf if self.bounded and seeds == 1 else freedom, 0.975)
-        deviation = math.sqrt(seeds * method.seeds) if seeds > 1 else None
+        t = _quantile(math.inf if self.bounded and one_seed else freedom, 0.975)
         center, half = value, t * math.sqrt(variance)
         if self.bounded:
             rows = 1 + value * (1 - value) / variance if variance else method.by_row.size
             shrink = 1 + t**2 / rows
             center = (value + t**2 / (2 * rows)) / shrink
             half = t * math.sqrt(value * (1 - value) / rows + (t / (2 * rows)) ** 2) / shrink
-        return Mean(value, center - half, center + half, deviation, seeds > 1)
+        return Mean(value, center - half, center + half)
 
     def difference(self, first: str, second: str) -> Difference:
         """Returns the mean of `first` less that of `second`, with McNemar's exact test if both have
@@ -160,9 +152,9 @@ class Bootstrap:
         limits = value - half, value + half
         if seeds == [1, 1] and all(((m.scores == 0) | (m.scores == 1)).all() for m in pair):
             p = mcnemar(*((method.scores[0] == 1).tolist() for method in pair))
-            return Difference(value, *limits, p, "McNemar", False, smallest)
+            return Difference(value, *limits, p, "McNemar", smallest)
         p = 2 * float(stdtr(freedom, -abs(value) / error)) if error else float(value == 0)
-        return Difference(value, *limits, p, "bootstrap", min(seeds) > 1, smallest)
+        return Difference(value, *limits, p, "bootstrap", smallest)
 
     def differences(
         self, pairs: Iterable[tuple[str, str]] | None = None
@@ -173,14 +165,9 @@ class Bootstrap:
         single = [self.difference(*pair) for pair in pairs]
         corrected = holm([difference.p for difference in single])
         return {
-            pair: replace(difference, p=p, among=len(pairs))
+            pair: replace(difference, p=p)
             for pair, difference, p in zip(pairs, single, corrected, strict=True)
         }
-
-    def groups(self) -> dict[str, str]:
-        """Returns the letters of each method: see the function `groups`."""
-        p_values = {pair: difference.p for pair, difference in self.differences().items()}
-        return groups({name: method.mean for name, method in self.methods.items()}, p_values)
 
 
 def bootstrap(scores: Mapping[str, ArrayLike]) -> Bootstrap:
@@ -209,7 +196,7 @@ def bootstrap(scores: Mapping[str, ArrayLike]) -> Bootstrap:
     so that rows which are hard for both methods cancel, and A and E are sums over both methods.
     Run means that agree better than their own noise allows are luck, so that A counts at least half
     of E: all of it covers too much, nothing calls two methods different whose seeds happen to
-    agree. With one seed A = E = 0: the result covers the rows only, and says so.
+    agree. With one seed A = E = 0: the result covers the rows only.
 
     In simulated studies (benchmarks/coverage.py) the intervals hold the truth in 94 to 96 % with 3
     to 10 seeds, and in 92 to 97 % with 2, depending on how much the seeds vary.
@@ -315,11 +302,3 @@ def groups(means: Mapping[str, float], p_values: Mapping[tuple[str, str], float]
         name: "".join(letter for letter, kept in zip(letters, sets, strict=False) if name in kept)
         for name in means
     }
-
-
-def verdict(name: str, other: str, result: Difference, scale: float = 100.0) -> str:
-    """Returns a difference of `name` and `other` in words, in points: scores times `scale`."""
-    limits = scale * result.low, scale * result.high
-    words = difference(name, other, scale * result.value, result.p, limits)
-    words += " after Holm" if result.among > 1 else ""
-    return words if result.covers_seeds else f"{words}; the seed is not covered"

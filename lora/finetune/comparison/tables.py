@@ -151,15 +151,18 @@ def _memory_measured(analysis: Analysis) -> tuple[str, str]:
 def notes(analysis: Analysis) -> str:
     """Returns what the table's columns mean, in words, and on how many rows they were measured."""
     columns = _columns(analysis)
-    several = any(len(result.seeds) > 1 for result in analysis.methods)
+    once = [result.name for result in analysis.methods if len(result.seeds) == 1]
+    several = len(once) < len(analysis.methods)
     lines = [f"Measured on {analysis.rows:,} {analysis.split} rows of {analysis.data}."]
     if "95 % interval" in columns:
         lines.append(
-            "The interval covers the choice of the test rows and of the seeds."
+            f"The interval covers the choice of the {analysis.split} rows and of the seeds."
             if several
             else f"Each method was trained once. The interval (Wilson) covers the choice of the"
             f" {analysis.split} rows. It does not cover the seed."
         )
+        if several and once:
+            lines.append(f"Trained once, so that the seed is not covered: {', '.join(once)}.")
     if any(head.startswith("against ") for head in columns):
         test = "a bootstrap over seeds and rows" if several else "McNemar's exact test"
         lines.append(
@@ -170,7 +173,10 @@ def notes(analysis: Analysis) -> str:
         lines.append("alike: methods that share a letter cannot be told apart.")
     if analysis.smallest_difference is not None:
         points = f"{100 * analysis.smallest_difference:.1f} points"
-        lines.append(f"Differences below {points} would not be shown by this many rows and seeds.")
+        lines.append(
+            f"This many rows and seeds show a difference of {points} four times in five, before"
+            " Holm's correction."
+        )
     lines.append(SIZES[_memory_measured(analysis)[0]][1])
     lines += [f"{m.name}: {warning}." for m in analysis.methods for warning in m.warnings]
     return "".join(f"{line}\n" for line in lines)

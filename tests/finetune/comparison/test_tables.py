@@ -90,6 +90,9 @@ def test_an_accuracy_has_its_interval_and_a_test_against_full() -> None:
     several = analysed(*runs, summary("lora", 1, {"accuracy": 0.8}, **more), right=right)
     assert "McNemar" not in notes(several)
     assert "and of the seeds" in notes(several)
+    assert "Trained once, so that the seed is not covered: full." in notes(several)
+    both = analysed(*runs, *({**run, "seed": 1} for run in runs), right=right)
+    assert "not covered" not in notes(both)
 
 
 def test_scores_by_task() -> None:
