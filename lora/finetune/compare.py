@@ -143,8 +143,11 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
         by_rate = sorted(enumerate(columns), key=lambda i: abs(i[0] - TRIED // 2))
-        order = [run for _, column in by_rate for run in column if run is not None]
-        outcome = schedule.train(order)
+        ended = [None, *outcome.complete, *outcome.failed]
+        now = schedule.train([r for _, column in by_rate for r in column if r not in ended])
+        outcome.complete += now.complete
+        outcome.failed += now.failed  # not tried again with the next rate
+        outcome.left += now.left
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
         searches = {name: _searched(each) for name, each in complete.items()}
         edges = [name for name, search in searches.items() if not search.bracketed]

@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import tomli_w
 import tyro
 from pydantic import (
     AfterValidator,
@@ -568,6 +569,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: a number of too many digits too
         raise ConfigError(f"{path} is not valid TOML: {error}. Fix it, or pass another.") from None
+
+
+def to_toml(config: RunConfig[Any]) -> str:
+    """Returns a run's config.toml, which is the same in whatever folder the run is."""
+    return tomli_w.dumps(to_table(replace(config, run_dir=None)))
 
 
 def to_table(config: RunConfig[Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lora.finetune.comparison.tables import markdown
 from lora.finetune.config import read_toml, to_table
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
-from lora.finetune.metrics import LOWER
+from lora.finetune.metrics import signed
 from lora.finetune.record import Forgetting, Summary, metrics_of, summary_of
 from lora.finetune.run_folder import config_of
 from lora.finetune.verbs import RunsConfig
@@ -43,9 +43,7 @@ class RunRow:
     @property
     def better(self) -> float:
         """The score with its sign, so that larger is better; less than any if there is none."""
-        if self.score is None:
-            return float("-inf")
-        return -self.score if self.metric in LOWER else self.score
+        return signed(self.metric, self.score)
 
 
 def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:

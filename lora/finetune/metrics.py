@@ -7,6 +7,7 @@ sacrebleu.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import string
 from collections.abc import Sequence
@@ -17,6 +18,13 @@ from lora.finetune.data.columns import LARGEST_LABEL
 
 SCORED_TASKS = ("classification", "regression", "text")
 LOWER = ("perplexity", "mse")  # metrics that are better if they are lower
+
+
+def signed(metric: str, score: float | None) -> float:
+    """Returns a score with the sign that makes larger better; less than any if there is none."""
+    if score is None:
+        return -math.inf
+    return -score if metric in LOWER else score
 
 
 def score(

@@ -286,6 +286,14 @@ class _Result:
     forgetting: Forgetting | None
 
 
+def hyperparameters(config: RunConfig[Any], corpus: Corpus) -> Hyperparameters:
+    """What fit() takes of a run's configuration and data."""
+    return Hyperparameters(
+        config.epochs, config.batch_size, config.micro_batch_size, config.warmup, config.schedule,
+        config.max_grad_norm, config.seed, corpus.class_weights, config.label_smoothing,
+    )  # fmt: skip
+
+
 class _Loop:
     """The training of a run: steps, evaluations on dev, checkpoints; then the held-out split."""
 
@@ -334,11 +342,7 @@ class _Loop:
 
     def _train(self, stop: Callable[[], int]) -> None:
         config, training = self.config, self.training
-        settings = Hyperparameters(
-            config.epochs, config.batch_size, config.micro_batch_size, config.warmup,
-            config.schedule, config.max_grad_norm, config.seed,
-            self.parts.corpus.class_weights, config.label_smoothing,
-        )  # fmt: skip
+        settings = hyperparameters(config, self.parts.corpus)
         # A run that was killed between a checkpoint and its evaluation has still to evaluate.
         unscored = training.step > 0 and self._evaluates(training.step)
         if not (unscored and self._evaluate()):

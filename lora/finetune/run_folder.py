@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 
 from lora.card import FORMER_NAMES
 from lora.errors import ConfigError, RunError, command
 from lora.files import locked, readable, writable, write_together
 from lora.finetune import state
-from lora.finetune.config import RunConfig, from_table, read_toml, to_table
+from lora.finetune.config import RunConfig, from_table, read_toml, to_toml
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.included import TINY, absolute_source
 from lora.finetune.environment import environment
@@ -62,7 +61,7 @@ def create(
     if digest := digest_of(config.method):
         start["method"] = digest
     files = {
-        "config.toml": tomli_w.dumps(to_table(replace(config, run_dir=None))).encode(),
+        "config.toml": to_toml(config).encode(),
         "environment.json": json.dumps(start, indent=2).encode(),
     }
     temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora.finetune import state
 from lora.finetune.config import RunConfig
-from lora.finetune.metrics import LOWER
+from lora.finetune.metrics import signed
 
 Evaluations = Sequence[Mapping[str, Any]]
 """The evaluations of metrics.jsonl, in the order of their steps."""
@@ -20,7 +20,7 @@ def ranked(evaluations: Evaluations) -> list[Mapping[str, Any]]:
 
     def rank(row: Mapping[str, Any]) -> tuple[float, float]:
         name, score = next(iter(row["dev"].items()))
-        score = -score if name in LOWER else score
+        score = signed(name, score)
         return (-math.inf if math.isnan(score) else score), -row["dev_loss"]
 
     return sorted(evaluations, key=rank, reverse=True)

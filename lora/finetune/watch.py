@@ -179,7 +179,7 @@ def _figure(title: str, lines: Sequence[Curve], last: int, width: int, height: i
     figure.y_ticks_fkt = lambda value, _: f"{value:.3g}"
     for line in lines:
         figure.plot(line.x, line.y, lc=line.colour, marker=line.marker)
-    drawn = figure.show().splitlines()
+    drawn = figure.show().split("\n")
     rows = [Text(f"{'':<12}{title}"), *map(Text.from_ansi, drawn[1:])]
     for row in rows:
         row.truncate(width)  # the arrow of an axis is longer than the axis

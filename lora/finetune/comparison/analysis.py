@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
-from lora.finetune.metrics import LOWER, normalise
+from lora.finetune.metrics import LOWER, normalise, signed
 from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
 from lora.interop.documents import read_document
 
@@ -38,9 +38,7 @@ class TriedRate:
     @property
     def better(self) -> float:
         """The score with its sign, so that larger is better; less than any if there is none."""
-        if self.score is None:
-            return -math.inf
-        return -self.score if self.metric in LOWER else self.score
+        return signed(self.metric, self.score)
 
 
 @dataclass(frozen=True)
@@ -126,10 +124,7 @@ class Analysis:
     @property
     def ranked(self) -> tuple[MethodResult, ...]:
         """The methods, the best mean first."""
-        return tuple(sorted(self.methods, key=self._sign_of))
-
-    def _sign_of(self, result: MethodResult) -> float:
-        return -result.mean if self.higher_is_better else result.mean
+        return tuple(sorted(self.methods, key=lambda m: -signed(self.metric, m.mean)))
 
 
 @dataclass(frozen=True)
@@ -142,6 +137,8 @@ class Run:
     right: tuple[bool, ...] | None = None
     """Whether each test row is right; None if the first metric is no share of the rows."""
     falling: bool = False  # the training loss was still falling at the end
+    predictions: Sequence[str] = ()
+    references: Sequence[Sequence[str]] = ()  # of each test row
 
     @property
     def name(self) -> str:
@@ -156,26 +153,30 @@ def read_run(folder: Path) -> Run:
     """Returns a complete run. Raises RunError or DataError."""
     summary = summary_of(folder)
     metric = next(iter(summary["metrics"]))
-    right = _right(folder, summary, metric) if is_share(metric) else None
-    return Run(folder, summary, _table_of(folder), right, _still_falling(folder))
-
-
-def _right(folder: Path, summary: Summary, metric: str) -> tuple[bool, ...] | None:
-    """Returns whether each prediction of a run is right."""
     path = folder / "predictions.jsonl"
-    same = str if metric == "accuracy" else normalise
-    right = tuple(
-        same(text) in {same(each) for each in texts}
-        for text, texts in zip(*read_predictions(path), strict=True)
-    )
-    if metric == "exact_match" and len(right) != summary["rows"]:
-        return right  # only some of the prompts were answered, or some texts have none
-    if len(right) != summary["rows"]:
+    predictions, references = read_predictions(path)
+    # Of texts only some of the prompts may have been answered.
+    if metric == "accuracy" and len(predictions) != summary["rows"]:
         raise RunError(
-            f"{path} has {len(right):,} rows, and summary.json says {summary['rows']:,}. Remove"
-            f" {folder}, and run it again."
+            f"{path} has {len(predictions):,} rows, and summary.json says {summary['rows']:,}."
+            f" Remove {folder}, and run it again."
         )
-    return right
+    return Run(
+        folder, summary, _table_of(folder),
+        _right(metric, predictions, references) if is_share(metric) else None,
+        _still_falling(folder), predictions, references,
+    )  # fmt: skip
+
+
+def _right(
+    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[bool, ...]:
+    """Returns whether each prediction of a run is right."""
+    same: Callable[[str], str] = str if metric == "accuracy" else normalise
+    return tuple(
+        same(text) in {same(each) for each in texts}
+        for text, texts in zip(predictions, references, strict=True)
+    )
 
 
 def is_share(metric: str) -> bool:
@@ -184,10 +185,15 @@ def is_share(metric: str) -> bool:
 
 
 def analyse(folders: Sequence[Path]) -> Analysis:
-    """Returns what runs on the same data show.
+    """Returns what runs on the same data show. Raises RunError if none is complete, or if they
+    cannot be compared."""
+    return analysis_of(*read_runs(folders))
 
-    Those with `test_limit = 0` only tried a learning rate. Of the others, incomplete ones are left
-    out. Raises RunError if none is complete, or if they cannot be compared.
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, list[TriedRate]]]:
+    """Returns the complete runs, and by the name of a method the rates that were tried for it.
+
+    Runs with `test_limit = 0` only tried a rate. Of the others, incomplete ones are left out.
     """
     tables = {folder: _table_of(folder) for folder in folders}
     tries: dict[str, list[TriedRate]] = {}
@@ -198,7 +204,7 @@ def analyse(folders: Sequence[Path]) -> Analysis:
             tries.setdefault(name, []).append(read_try(folder))
         elif (folder / "summary.json").is_file():
             runs.append(read_run(folder))
-    return analysis_of(runs, tries)
+    return runs, tries
 
 
 def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = {}) -> Analysis:
@@ -301,6 +307,11 @@ def _check_alike(runs: Sequence[Run]) -> None:
                     f"{run.folder} has {key} {others}, and {first.folder} has {ours}, so they"
                     " cannot be compared. Pass runs on the same data."
                 )
+        if run.references != first.references:
+            raise RunError(
+                f"{run.folder / 'predictions.jsonl'} has other rows than that of {first.folder}, so"
+                " they cannot be compared. Pass runs on the same data."
+            )
         if odd := sorted(run.summary["metrics"].keys() ^ first.summary["metrics"].keys()):
             raise RunError(
                 f"{run.folder / 'summary.json'} has the scores {', '.join(run.summary['metrics'])},"
@@ -471,12 +482,10 @@ def _with_verdict(analysis: Analysis) -> Analysis:
 
 def _certainty(best: MethodResult, others: Sequence[MethodResult]) -> str:
     """Returns a sentence on whether the best method is better than the others."""
-    if not best.group and not any(other.versus for other in others):
-        return "The differences were not tested."
-    alike = [o.name for o in others if set(o.group) & set(best.group)] if best.group else []
-    if not best.group:  # two methods, which the references cover
+    if not best.group:  # two methods that cannot be told apart, or untested differences
         words = [v.words for o in (best, *others) for v in o.versus]
-        return f"Between the two: {words[0]}."
+        return f"Between the two: {words[0]}." if words else "The differences were not tested."
+    alike = [o.name for o in others if set(o.group) & set(best.group)]
     if not alike:
         return "All others are worse by more than chance explains (after Holm's correction)."
     listed = ", ".join(alike)

@@ -20,10 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-
 from lora.errors import RunError
-from lora.finetune.config import RunConfig, from_table, read_toml, to_table
+from lora.finetune.config import RunConfig, from_table, read_toml, to_toml
 
 STEPS = 6
 """Optimizer steps that are measured; the first one also fills caches and is not counted."""
@@ -56,7 +54,7 @@ def measure(config: RunConfig[Any], environment: Mapping[str, str] = {}) -> Cost
     """Returns the cost of a run, measured in a process of its own. Raises RunError."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.toml"
-        file.write_text(tomli_w.dumps(to_table(replace(config, run_dir=None))), encoding="utf-8")
+        file.write_text(to_toml(config), encoding="utf-8")
         result = subprocess.run(
             [sys.executable, "-m", __name__, str(file)],
             capture_output=True, text=True, env=os.environ | dict(environment),
@@ -78,17 +76,14 @@ def _measured(config: RunConfig[Any]) -> Cost:
     from lora.finetune import distributed
     from lora.finetune.evaluate import evaluate
     from lora.finetune.generate import scored
-    from lora.finetune.run import prepare
-    from lora.finetune.train import Hyperparameters, fit
+    from lora.finetune.run import hyperparameters, prepare
+    from lora.finetune.train import fit
 
     config = replace(config, dev_limit=min(config.dev_limit or SCORED, SCORED), test_limit=0)
     parts = prepare(config, distributed.device(config.device), lambda done, total: None)
     load = time.time() - psutil.Process().create_time()
     config, model, split = parts.config, parts.training.model, parts.splits["dev"]
-    settings = Hyperparameters(
-        config.epochs, config.batch_size, config.micro_batch_size, config.warmup, config.schedule,
-        config.max_grad_norm, config.seed,
-    )  # fmt: skip
+    settings = hyperparameters(config, parts.corpus)
     training = fit(parts.training, parts.splits["train"], parts.corpus.task, settings, lambda: 0)
     seconds = [step.seconds for step in itertools.islice(training, STEPS)]
     rows = parts.corpus.dev

@@ -15,17 +15,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
-import tomli_w
 
 from lora.errors import ConfigError, RunError, StoppedError, command
 from lora.files import locked, writable
 from lora.finetune.comparison.standing import SUFFIX, Standing, standing
-from lora.finetune.config import RunConfig, from_table, parse_run, to_table
+from lora.finetune.config import RunConfig, from_table, parse_run, to_table, to_toml
 from lora.finetune.estimate import duration
 from lora.finetune.flags import as_flag
 from lora.finetune.methods import label
@@ -157,7 +156,7 @@ class Scheduler:
         """Start `lora train`. One run at a time prints to this terminal, several to log files."""
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         file = folder / "run.toml"
-        file.write_text(tomli_w.dumps(to_table(replace(run, run_dir=None))), encoding="utf-8")
+        file.write_text(to_toml(run), encoding="utf-8")
         arguments = list(PROGRAM)
         if state == "interrupted":
             arguments += ["--resume", str(run.run_dir)]

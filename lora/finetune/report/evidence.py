@@ -13,9 +13,8 @@ from typing import Any
 
 from lora.errors import RunError, command
 from lora.files import read_json, readable
-from lora.finetune.comparison.analysis import Analysis, analyse
+from lora.finetune.comparison.analysis import Analysis, Run, analysis_of, read_runs
 from lora.finetune.config import read_toml
-from lora.finetune.data.corpus import read_predictions
 from lora.finetune.data.rows import read_rows
 from lora.finetune.listing import RunRow, run_folders, run_row
 from lora.finetune.report.curves import Point, curves
@@ -102,7 +101,8 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
         )
     advance("computing statistics")
     failed = [e.row.run for e in files if e.settings.get("test_limit") == 0]  # of a rate search
-    analysis = analyse(list(dict.fromkeys([*complete, *failed])))
+    read, tries = read_runs(list(dict.fromkeys([*complete, *failed])))
+    analysis = analysis_of(read, tries)
     drawn = {}
     for result in analysis.methods:
         advance(f"reading the curves of {result.name}")
@@ -110,7 +110,7 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
     advance("reading predictions")
     settings = {each.row.run: each.settings for each in files}
     shared = settings[analysis.methods[0].folders[0]]
-    return Evidence(analysis, tuple(files), drawn, _answers(analysis, shared))
+    return Evidence(analysis, tuple(files), drawn, _answers(analysis, read, shared))
 
 
 def _files(name: str, run: Path) -> RunFiles:
@@ -125,28 +125,20 @@ def _files(name: str, run: Path) -> RunFiles:
     return RunFiles(name, row, path.read_text(encoding="utf-8"), read_toml(path), environment)
 
 
-def _answers(analysis: Analysis, settings: dict[str, Any]) -> Answers:
-    """Returns the predictions of all runs, with the names of classes for their labels. Raises
-    RunError if the runs are of different rows."""
+def _answers(analysis: Analysis, runs: Sequence[Run], settings: dict[str, Any]) -> Answers:
+    """Returns the predictions of all runs, with the names of classes for their labels."""
     labels = settings.get("labels", ())
     names = dict(zip(labels, settings.get("class_names", ())))
-    predictions: dict[str, list[list[str]]] = {}
-    references: list[list[str]] = []
-    first = analysis.methods[0].folders[0]
-    for result in analysis.methods:
-        for folder in result.folders:
-            predicted, expected = read_predictions(folder / "predictions.jsonl")
-            if folder == first:
-                references = expected
-            if expected != references:
-                raise RunError(
-                    f"{folder / 'predictions.jsonl'} has other rows than that of {first}, so they"
-                    " cannot be compared. Pass runs on the same data."
-                )
-            named = [names.get(label, label) for label in predicted]
-            predictions.setdefault(result.name, []).append(named)
-    references = [[names.get(text, text) for text in expected] for expected in references]
-    texts = [_text_of(row) for _, row in read_rows(first / "predictions.jsonl")]
+    by_folder = {run.folder: run for run in runs}
+    predictions = {
+        result.name: [
+            [names.get(label, label) for label in by_folder[folder].predictions]
+            for folder in result.folders
+        ]
+        for result in analysis.methods
+    }
+    references = [[names.get(text, text) for text in texts] for texts in runs[0].references]
+    texts = [_text_of(row) for _, row in read_rows(runs[0].folder / "predictions.jsonl")]
     shown = tuple(names.get(label, label) for label in labels)
     return Answers(texts, references, predictions, shown)
 

@@ -17,8 +17,9 @@ import pytest
 
 from lora.errors import RunError, StoppedError
 from lora.files import locked
+from lora.finetune.compare import MORE_ROUNDS, _search
 from lora.finetune.comparison import schedule
-from lora.finetune.comparison.grid import parse_compare
+from lora.finetune.comparison.grid import TRIED, parse_compare
 from lora.finetune.comparison.schedule import LOCKS, Scheduler, share_of_cores
 
 PROGRAM = """
@@ -43,7 +44,8 @@ if run.name in behaviour.split():
 if "wait" in behaviour:
     signal.signal(signal.SIGTERM, lambda *ignored: sys.exit(143))
     time.sleep(60)
-summary = json.loads(os.environ["SUMMARY"]) | {"method": table["method"], "seed": table["seed"]}
+copied = {key: table[key] for key in ("method", "seed", "learning_rate")}
+summary = json.loads(os.environ["SUMMARY"]) | copied
 (run / "summary.json").write_text(json.dumps(summary))
 """
 SUMMARY = {
@@ -188,3 +190,16 @@ def test_the_cores_are_divided_among_the_runs(
     monkeypatch.setattr(schedule, "_pin", lambda process, cores: None)
     Scheduler(tmp_path / "c", 2).train(runs_of(tmp_path / "c"))
     assert {line.split()[1] for line in program.read_text().splitlines()} == {"2"}
+
+
+def test_a_rate_that_failed_is_not_tried_again(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in scores all rates alike, so that the lowest is chosen and the grid widened."""
+    monkeypatch.setenv("BEHAVIOUR", "lora-0.0046")
+    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
+    searches, outcome = _search(parse_compare(flags)[1], Scheduler(tmp_path / "c"))
+    assert len(starts(program)) == len(set(starts(program))) == TRIED + MORE_ROUNDS
+    assert [run.run_dir.name for run in outcome.failed] == ["lora-0.0046"]
+    assert [t.rate for t in searches["lora"].tried if t.score is None] == [0.0046]
+    assert not searches["lora"].bracketed

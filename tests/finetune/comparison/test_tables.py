@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import pytest
+
+from lora.errors import RunError
 from lora.finetune.comparison.analysis import Analysis, Run, analysis_of
 from lora.finetune.comparison.tables import all_tables, by_task, markdown, notes, rows, task_rows
 
@@ -103,3 +106,12 @@ def test_scores_by_task() -> None:
         ("a", "2.0000", ""),
         ("b", "", "4.0000"),
     ]
+
+
+def test_runs_on_other_rows_are_not_compared() -> None:
+    runs = [
+        Run(Path(name), cast("Any", summary(name, 0, {"accuracy": 0.5})), references=[[label]])
+        for name, label in (("lora", "0"), ("full", "1"))
+    ]
+    with pytest.raises(RunError, match=r"full/predictions.jsonl has other rows than that of lora"):
+        analysis_of(runs)
