@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,18 +21,22 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import lora
 from benchmarks import gpu_steps
 from benchmarks.gpu_steps import Bench, R, autocast, loss_of, pack_blocks
 from benchmarks.machine import RESULTS, write
 from lora import nf4
+from lora.finetune.demo.bases import build_demo
 from lora.finetune.record import StepRow, metrics_of
 from lora.kernels.products import summed
 from lora.testing import CLAUSES, cases, run_clause
@@ -100,51 +105,67 @@ def product(bench: Bench, m: int, k: int, n: int) -> float:
 
 def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     """The contract on the device, the tests that need one, steps without a synchronisation, and
-    whole runs in the modes that only a device shows."""
-    result: dict[str, Any] = {"contract": contract(bench)}
+    whole runs in the modes that only a device shows. All but the steps run beside each other:
+    nothing here is timed."""
+    modes = {"plain": (), "float16": ("--dtype", "float16")}
     if bench.on_cuda:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-m",
-            "gpu",
-            "-p",
-            "no:cacheprovider",
-        ]
-        done = subprocess.run([*command, "tests"], capture_output=True, text=True, cwd=ROOT)
-        result["tests"] = done.stdout.strip().splitlines()[-1:] or done.stderr[-500:]
+        modes |= {"compiled": ("--compile",), "offloaded": ("--offload",), "sharded": ("--shard",)}
+        modes |= {
+            "nf4": ("--quantize", "nf4", "--activation-checkpointing", "--lora-dropout", "0.1"),
+            "dora": ("--method", "dora"),
+        }
+    at_once = 8 if bench.on_cuda else 2
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(at_once) as pool:
+        folder = Path(name)
+        tests = pool.submit(device_tests) if bench.on_cuda else None
+        runs = {
+            mode: pool.submit(run_of, bench, folder / mode, *flags) for mode, flags in modes.items()
+        }
+        result: dict[str, Any] = {"contract": contract(bench, at_once)}
+        result["runs"] = {mode: run.result() for mode, run in runs.items()}
+        if tests is not None:
+            result["tests"] = tests.result()
     result["synchronisations"] = {
         name: synchronisations(bench, name) for name in ("lora", "lora on NF4", "dora")
     }
-    modes = {"plain": (), "float16": ("--dtype", "float16")}
-    if bench.on_cuda:
-        modes |= {"compiled": ("--compile",), "offloaded": ("--offload",)}
-    with tempfile.TemporaryDirectory() as folder:
-        result["runs"] = {
-            name: run_of(bench, Path(folder) / name, *flags) for name, flags in modes.items()
-        }
-        if not result["runs"]["plain"]["exit code"]:
-            result["plan"] = planned(bench, Path(folder) / "plain")
     return result
 
 
-def contract(bench: Bench) -> dict[str, Any]:
-    """Returns how many checks of the contract held, and which failed."""
-    names = ("lora",) if bench.tiny else lora.METHODS
-    failed, held = [], 0
-    for name in names:
-        method = lora.METHODS[name]
-        config = method.Config(**method.example)
-        for clause in CLAUSES:
-            for case in cases(str(bench.device)):
-                outcome = run_clause(clause, method, config, case).outcome
-                held += outcome == "held"
-                if outcome.startswith("failed"):
-                    failed.append(f"{name}, {clause}, {case}: {outcome}")
-    return {"held": held, "failed": failed}
+def device_tests() -> dict[str, Any]:
+    """Returns how the tests that need a GPU ended."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "tests/kernels", "-k", "cuda or device"], capture_output=True, text=True,
+        cwd=ROOT, check=False,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines() or [done.stderr[-500:]]
+    return {"last line": lines[-1], "failed": [x for x in lines if x.startswith("FAILED")]}
+
+
+def contract(bench: Bench, at_once: int) -> dict[str, Any]:
+    """Returns how many checks of the contract held, and which failed, over all methods."""
+    names = ["lora"] if bench.tiny else list(lora.METHODS)
+    spawn = get_context("spawn")  # CUDA does not work in a process that was forked
+    with ProcessPoolExecutor(at_once, mp_context=spawn) as pool:
+        found = list(pool.map(contract_of, names, [str(bench.device)] * len(names)))
+    return {
+        "held": sum(held for held, _ in found),
+        "failed": [line for _, failed in found for line in failed],
+    }
+
+
+def contract_of(name: str, device: str) -> tuple[int, list[str]]:
+    """Returns how many checks of one method held, and a line for each that failed."""
+    method = lora.METHODS[name]
+    config = method.Config(**method.example)
+    held, failed = 0, []
+    for clause in CLAUSES:
+        for case in cases(device):
+            outcome = run_clause(clause, method, config, case).outcome
+            held += outcome == "held"
+            if outcome.startswith("failed"):
+                failed.append(f"{name}, {clause}, {case}: {outcome}")
+    return held, failed
 
 
 def synchronisations(bench: Bench, name: str) -> str:
@@ -176,25 +197,68 @@ def command_line(*arguments: object) -> list[str]:
 
 def run_of(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
     """Returns how a small `lora train` on the device ended."""
-    command = command_line(
-        "train", *TINY_RUN, "--device", bench.device, *flags, "--run-dir", folder
-    )
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return trained(bench, folder, *TINY_RUN, *flags)
+
+
+def trained(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
+    """Returns how a `lora train` on the device ended, and its peak memory in bytes."""
+    command = command_line("train", *flags, "--device", bench.device, "--run-dir", folder)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         return {"exit code": done.returncode, "error": done.stderr.strip()[-600:]}
     summary = json.loads((folder / "summary.json").read_text())
-    return {"exit code": 0, "loss": summary["loss"], "metrics": summary["metrics"]}
+    return {"exit code": 0} | {key: summary[key] for key in ("loss", "metrics", "peak_bytes")}
 
 
-def planned(bench: Bench, run: Path) -> dict[str, Any]:
-    """Returns the peak that `lora plan` expects of a run, beside the measured one, in bytes."""
+def planned(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
+    """Returns the peak that `lora plan` expects of runs on a larger base, beside the measured one,
+    in bytes."""
     from lora.finetune.config import parse_run
     from lora.finetune.plan import plan
 
-    estimate = plan(parse_run([*TINY_RUN, "--device", str(bench.device)], "lora plan"))
-    summary = json.loads((run / "summary.json").read_text())
-    expected, measured = estimate.memory[0].peak, summary["peak_bytes"]
-    return {"planned": expected, "measured": measured, "planned / measured": expected / measured}
+    result: dict[str, Any] = {}
+    kinds = {"plain": (), "checkpointed": ("--activation-checkpointing",)}
+    kinds["nf4, checkpointed"] = ("--quantize", "nf4", *kinds["checkpointed"])
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(3) as pool:
+        flags = larger_run(bench, Path(name))
+        runs = {
+            kind: pool.submit(trained, bench, Path(name) / kind, *flags, *more)
+            for kind, more in kinds.items()
+        }
+        for kind, more in kinds.items():
+            device = ("--device", str(bench.device))
+            expected = plan(parse_run([*flags, *more, *device], "lora plan")).memory[0].peak
+            row = result[kind] = {"planned": expected, **runs[kind].result()}
+            if row["exit code"] == 0:
+                row["planned / measured"] = expected / row["peak_bytes"]
+    return result
+
+
+def larger_run(bench: Bench, folder: Path) -> tuple[str, ...]:
+    """Writes a base of 0.7 billion random weights and rows of 1,000 letters; returns the flags of a
+    run on them."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16}
+    if bench.tiny:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    _, tokenizer, _ = build_demo("demo-lm-tiny", 0, "text", weights=False)
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=16, num_key_value_heads=4, vocab_size=len(tokenizer),
+        max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device(bench.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    del model
+    bench.free()
+    letters = random.Random(0)
+    length = 50 if bench.tiny else 1000
+    rows = [{"text": "".join(letters.choices("abcdefgh ", k=length))} for _ in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return (
+        "--base", str(folder / "base"), "--data", str(folder / "rows.jsonl"), "--batch-size", "8",
+        "--task", "text", "--epochs", "1", "--max-length", "1024",
+    )  # fmt: skip
 
 
 def step(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
@@ -238,23 +302,23 @@ def packed(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
 
 def resume(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     """A run stopped by SIGTERM and resumed, beside one that was not: the adapters' bytes and the
-    losses, with and without --deterministic."""
-    result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        # On a CPU both are the same: one of them shows that the lines run.
-        for flags in (("--deterministic",),) if bench.tiny else ((), ("--deterministic",)):
-            folder = Path(name) / ("deterministic" if flags else "plain")
-            result[folder.name] = stopped_and_resumed(bench, folder, flags)
-    if len(result) == 2:
-        fixed, free = (result[kind]["train seconds"] for kind in ("deterministic", "plain"))
-        result["cost of --deterministic"] = fixed / free
-    return result
+    losses, with and without --deterministic. Its cost is in the section step."""
+    kinds = {"plain": (), "deterministic": ("--deterministic",)}
+    if bench.tiny:
+        del kinds["plain"]  # on a CPU both are the same
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
+        runs = {
+            kind: pool.submit(stopped_and_resumed, bench, Path(name) / kind, flags)
+            for kind, flags in kinds.items()
+        }
+        return {kind: run.result() for kind, run in runs.items()}
 
 
 def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Returns whether the resumed run equals the whole one."""
+    epochs = () if bench.tiny else ("--epochs", 60)  # long enough to be stopped on a GPU
     train = command_line(
-        "train", *TINY_RUN, "--lora-dropout", 0.1, "--device", bench.device, *flags
+        "train", *TINY_RUN, *epochs, "--lora-dropout", 0.1, "--device", bench.device, *flags
     )
     whole, cut = folder / "whole", folder / "cut"
     subprocess.run([*train, "--run-dir", str(whole)], check=True, capture_output=True, cwd=ROOT)
@@ -277,7 +341,6 @@ def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dic
         "stopped at": stopped_at,
         "adapters are equal": adapters[0] == adapters[1],
         "losses are equal": losses[0] == losses[1],
-        "train seconds": json.loads((whole / "summary.json").read_text())["train_seconds"],
     }
 
 
@@ -291,6 +354,7 @@ def steps_of(run: Path) -> list[StepRow]:
 SECTIONS: dict[str, Section] = {
     "ceilings": Section(12, ceilings),
     "correctness": Section(75, correctness),
+    "plan": Section(30, planned),
     "step": Section(60, step),
     "all layers": Section(45, lambda bench, _: gpu_steps.all_layers(bench)),
     "nf4": Section(15, packed),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import lora
 from benchmarks.step import embeddings_pass_gradient, with_lora, with_peft
 from benchmarks.turns import median, ratio, take_turns
 from lora import nf4
+from lora.finetune.devices import deterministic
 from lora.finetune.losses import batch_loss
 from lora.finetune.memory import checkpoint_activations
 
@@ -191,6 +193,7 @@ def steps_of_8_layers(bench: Bench, peak_flops: float) -> dict[str, Any]:
         "limit": lambda: frozen(bench.llama(8, head=False)),
         "ours": lambda: ours(bench.llama(8, head=False)),
         "ours, dropout": lambda: ours(bench.llama(8, head=False), lora_dropout=0.1),
+        "ours, deterministic": lambda: ours(bench.llama(8, head=False)),
         "full": lambda: bench.llama(8, head=False),
     }
     if have("peft"):
@@ -201,16 +204,18 @@ def steps_of_8_layers(bench: Bench, peak_flops: float) -> dict[str, Any]:
                 bench.llama(8, head=False), adapters_in_16_bits=True
             ),
         }
-    steps, peaks, kernels = {}, {}, {}
+    steps, peaks, profiles = {}, {}, {}
     tokens = linear = 0
     for name, build in builders.items():
         with bench.peak(peaks, name):
             model = build()
             ids = bench.ids(4, 2048, model)
             step = stepper(model, ids, nullcontext() if "peft" in name else autocast(bench))
+            if name == "ours, deterministic":
+                step = partial(deterministically, step)
             for _ in range(2):
                 step()
-        steps[name], kernels[name] = step, count_kernels(bench, step)
+        steps[name], profiles[name] = step, profile_of(bench, step)
         tokens = ids.numel()
         linear = linear or sum(
             m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)
@@ -220,25 +225,39 @@ def steps_of_8_layers(bench: Bench, peak_flops: float) -> dict[str, Any]:
         ("ours", "limit"), ("ours, dropout", "limit"), ("full", "limit"), ("peft", "limit"),
         ("ours", "peft"), ("ours, dropout", "peft, dropout"),
         ("ours", "peft, adapters in bfloat16"), ("ours", "full"),
+        ("ours, deterministic", "ours"),
     ]  # fmt: skip
     result = bench.compare(steps, [pair for pair in wanted if set(pair) <= set(steps)])
     for name, seconds in result["seconds"].items():
         flops = (6 if name == "full" else 4) * linear * tokens
         result.setdefault("tokens per second", {})[name] = tokens / seconds
         result.setdefault("share of the products' rate", {})[name] = flops / seconds / peak_flops
-    return result | {"peak bytes": peaks, "kernels": kernels, "tokens": tokens}
+    return result | {"peak bytes": peaks, "profiles": profiles, "tokens": tokens}
 
 
-def count_kernels(bench: Bench, step: Callable[[], Any]) -> int:
-    """Returns how many kernels a step starts on the device; 0 on the CPU."""
+def deterministically(step: Callable[[], None]) -> None:
+    """A step as --deterministic takes it."""
+    with deterministic(True):
+        step()
+
+
+def profile_of(bench: Bench, step: Callable[[], Any]) -> dict[str, Any]:
+    """Returns how many kernels a step starts on the device, and those that take most of it, in
+    milliseconds; nothing on the CPU."""
     if not bench.on_cuda:
-        return 0
+        return {"kernels": 0, "most": {}}
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         step()
         torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [event for event in seen.events() if event.device_type == on_device]
+    times: Counter[str] = Counter()
+    for event in events:
+        times[event.name[:90]] += event.device_time_total / 1000
+    most = {name: round(taken, 3) for name, taken in times.most_common(25)}
+    return {"kernels": len(events), "device ms": sum(times.values()), "most": most}
 
 
 Change = Callable[[Any], Any]
@@ -305,58 +324,95 @@ def pack_blocks(model: Any) -> None:
     nf4.quantize_layers(model, names, double_quant=True)
 
 
+def bitsandbytes_blocks(model: Any) -> None:
+    """Put bitsandbytes' NF4 layers in place of the linears of the blocks, doubly quantised."""
+    import bitsandbytes
+
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] in LINEARS:
+            packed = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16,
+                quant_type="nf4", device="meta",
+            )  # fmt: skip
+            packed.weight = bitsandbytes.nn.Params4bit(
+                layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
+            ).to(layer.weight.device)
+            model.set_submodule(name, packed)
+    model.is_loaded_in_4bit = True  # peft reads it
+
+
 def qlora(bench: Bench) -> dict[str, Any]:
-    """Steps on a base in 4 bits and on one in 16, rows of 4096 tokens, plain and checkpointed."""
+    """Steps on a base in 4 bits and on one in 16, rows of 4096 tokens, plain and checkpointed;
+    beside bitsandbytes and peft."""
     result: dict[str, Any] = {}
-    for quantized in (False, True):
+    for kind in ("bf16", "nf4", "bitsandbytes, peft"):
+        theirs = kind.startswith("bitsandbytes")
+        if theirs and not (have("bitsandbytes") and have("peft")):
+            continue
         for checkpointed in (False, True):
             base = bench.llama(32)
-            if quantized:
-                pack_blocks(base)
+            if kind != "bf16":
+                (bitsandbytes_blocks if theirs else pack_blocks)(base)
             if checkpointed:
                 checkpoint_activations(base)
-            name = f"{'nf4' if quantized else 'bf16'}{', checkpointed' if checkpointed else ''}"
-            result[name] = one_step(bench, base, ours, lora.eject, 1, 4096)
+            name = f"{kind}{', checkpointed' if checkpointed else ''}"
+            put_on, take_off = (pefts, lambda adapted: None) if theirs else (ours, lora.eject)
+            result[name] = one_step(bench, base, put_on, take_off, 1, 4096)
             del base
             bench.free()
-    for kind in ("", ", checkpointed"):
-        pair = [result[f"{dtype}{kind}"].get("seconds") for dtype in ("nf4", "bf16")]
-        if all(pair):
-            result[f"nf4 / bf16{kind}"] = pair[0] / pair[1]
+    for way in ("", ", checkpointed"):
+        for name, other in (("nf4", "bf16"), ("nf4", "bitsandbytes, peft")):
+            pair = [result.get(f"{kind}{way}", {}).get("seconds") for kind in (name, other)]
+            if all(pair):
+                result[f"{name} / {other}{way}"] = pair[0] / pair[1]
     return result
 
 
 def writing(bench: Bench) -> dict[str, Any]:
     """Tokens per second of greedy decoding, 64 new tokens, for one prompt and for 32."""
     result: dict[str, Any] = {}
-    new = 4 if bench.tiny else 64
     base = bench.llama(32).eval()
     for batch in (1, 2 if bench.tiny else 32):
         ids = bench.ids(batch, 32, base)
-
-        def generate(model: Any, ids: Tensor = ids) -> float:
-            def run() -> None:
-                with torch.inference_mode():
-                    model.generate(
-                        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                        max_new_tokens=new, min_new_tokens=new,
-                    )  # fmt: skip
-
-            run()
-            return len(ids) * new / bench.seconds(run)
-
-        rates = {"base": generate(base)}
+        rates = {"base": tokens_per_second(bench, base, ids)}
         lora.inject(base, lora.LoRAConfig(r=R, target_modules=LINEARS))
-        rates["ours"] = generate(base.eval())
+        rates["ours"] = tokens_per_second(bench, base.eval(), ids)
         lora.merge(base)
-        rates["ours, merged"] = generate(base)
+        rates["ours, merged"] = tokens_per_second(bench, base, ids)
         lora.restore(base)
         lora.eject(base)
         if have("peft"):
             adapted: Any = pefts(base).eval()
-            rates["peft"] = generate(adapted)
+            rates["peft"] = tokens_per_second(bench, base, ids)
             adapted.unload()
-        rates |= {f"{name} / base": rate / rates["base"] for name, rate in list(rates.items())[1:]}
         result[f"batch of {len(ids)}"] = rates
         bench.free()
+    packers = {"NF4": pack_blocks}
+    if have("bitsandbytes"):
+        packers["bitsandbytes"] = bitsandbytes_blocks
+    for name, pack in packers.items():
+        del base
+        bench.free()
+        base = bench.llama(32).eval()
+        pack(base)
+        for batch in (1, 2 if bench.tiny else 32):
+            ids = bench.ids(batch, 32, base)
+            result[f"batch of {batch}"][name] = tokens_per_second(bench, base, ids)
+    for rates in result.values():
+        rates |= {f"{name} / base": rate / rates["base"] for name, rate in list(rates.items())[1:]}
     return result
+
+
+def tokens_per_second(bench: Bench, model: Any, ids: Tensor) -> float:
+    """Returns the rate of greedy decoding, all rows together; the second call counts."""
+    new = 4 if bench.tiny else 64
+
+    def run() -> None:
+        with torch.inference_mode():
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                max_new_tokens=new, min_new_tokens=new,
+            )  # fmt: skip
+
+    run()
+    return ids.shape[0] * new / bench.seconds(run)

@@ -92,7 +92,8 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, or None if no view of it exists."""
     # Parametrized and weight-normed layers keep no plain weight and bias: not this way.
-    if type(module) is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
+    held = module._parameters
+    if type(module) is nn.Linear and "weight" in held and "bias" in held:
         return "Linear"
     return type(module).__name__ if type(module) in VIEWS else _rare_kind(module)
 

@@ -57,8 +57,9 @@ def copies_and_moves(method: type[Method], config: MethodConfig, case: Case) -> 
     require_same(model(x), expected, "output of the original after its deepcopy changed")
     on_meta = copy.deepcopy(model).to("meta")
     require(all(p.is_meta for p in on_meta.parameters()), "a parameter was not moved")
-    if torch.cuda.is_available():
-        require_near(copy.deepcopy(model).cuda()(x.cuda()).cpu(), expected, "on CUDA", k=256)
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        output = copy.deepcopy(model).to(device)(x.to(device)).to(expected.device)
+        require_near(output, expected, f"on {device}", k=256)
 
 
 def restore_is_bit_exact(method: type[Method], config: MethodConfig, case: Case) -> None:

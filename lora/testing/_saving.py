@@ -40,7 +40,7 @@ def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case
         stored = safetensors.torch.load_file(Path(folder) / WEIGHTS)
         require(len(stored) == len(saved), "the file holds other tensors than the adapter's")
         for key, parameter in saved.items():
-            require_same(stored[whole_key(key)], parameter.detach(), f"stored {key}")
+            require_same(stored[whole_key(key)], parameter.detach().cpu(), f"stored {key}")
         other = Toy(case)
         load(other, folder)
     other.eval()
