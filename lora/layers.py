@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +89,16 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
     return getattr(module, "_former_parameters", module._parameters)
 
 
+def _plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """True for nn.Linear with plain weight and bias, which a parametrized layer does not have."""
+    # torch.compile of torch 2.11 cannot compare a set with keys().
+    parameters = module._parameters
+    return type(module) is nn.Linear and "weight" in parameters and "bias" in parameters
+
+
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, or None if no view of it exists."""
-    # Parametrized and weight-normed layers keep no plain weight and bias: not this way.
-    held = module._parameters
-    if type(module) is nn.Linear and "weight" in held and "bias" in held:
+    if _plain_linear(module):
         return "Linear"
     return type(module).__name__ if type(module) in VIEWS else _rare_kind(module)
 
@@ -171,7 +176,7 @@ def _takes_ids_alone(forward: Callable[..., Any]) -> bool:
 
 def views(module: nn.Module) -> list[View]:
     """The module's views. Raises TargetError if it has none."""
-    if type(module) is nn.Linear and {"weight", "bias"} <= module._parameters.keys():
+    if _plain_linear(module):
         rows, columns = module.weight.shape
         return [View(module, rows, columns, transposed=False)]
     return [_rare_view(module)]
