@@ -316,7 +316,7 @@ def resume(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
 
 def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
     """Returns whether the resumed run equals the whole one."""
-    epochs = () if bench.tiny else ("--epochs", 60)  # long enough to be stopped on a GPU
+    epochs = () if bench.tiny else ("--epochs", 20)  # long enough to be stopped on a GPU
     train = command_line(
         "train", *TINY_RUN, *epochs, "--lora-dropout", 0.1, "--device", bench.device, *flags
     )
