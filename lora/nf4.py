@@ -281,7 +281,7 @@ def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = No
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.codes.device)
     flat, device = out.view(-1), q.codes.device
-    if triton.usable(device):
+    if triton.usable(device) and _in_words(q, count):
         _dequantize_on_gpu(q, flat)
         return out
     scales, table = q.scales(), pairs(device)
@@ -305,6 +305,11 @@ def dequantize(q: NF4, dtype: torch.dtype | None = None, out: Tensor | None = No
         tail = table.index_select(0, q.codes[whole // 2 :].int()).view(torch.float32)
         flat[whole:] = tail[: count - whole] * scales[-1]
     return out
+
+
+def _in_words(q: NF4, count: int) -> bool:
+    """True if the codes are whole words of 32 bits, each of one block, as those of a layer are."""
+    return q.block_size % 8 == 0 == count % 8 and q.codes.storage_offset() % 4 == 0
 
 
 def _dequantize_on_gpu(q: NF4, out: Tensor) -> None:

@@ -6,12 +6,14 @@ the CPU in Triton's interpreter, in another process: Triton reads the switch whe
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,12 +110,11 @@ def test_in_the_interpreter(which: str) -> None:
 @pytest.mark.parametrize(
     ("shape", "block_size"),
     [
-        ((33, 65), 64),  # a short last block and an odd count
-        ((300, 10), 48),  # no power of 2
-        ((9000,), 8192),  # longer than a tile
+        ((33, 72), 64),  # a short last block
+        ((300, 16), 48),  # no power of 2
+        ((9000,), 8192),  # longer than a program's part
         pytest.param((64, 48), 64, marks=slow),
-        pytest.param((3,), 64, marks=slow),
-        pytest.param((0, 4), 64, marks=slow),
+        pytest.param((8,), 64, marks=slow),
     ],
 )
 def test_nf4_is_bit_equal_on_the_device(
@@ -129,14 +130,30 @@ def test_nf4_is_bit_equal_on_the_device(
     assert torch.equal(values, nf4.reference(q).to(dtype))
 
 
-def test_nf4_writes_into_a_given_tensor_on_the_device(device: torch.device) -> None:
-    q = nf4.quantize(torch.randn(5, 7, device=device))
-    memory = torch.zeros(40, device=device)
-    out = memory[2:37].view(5, 7)
+@pytest.mark.parametrize("shape", [(5, 8), (5, 7)])
+def test_nf4_writes_into_a_given_tensor_on_the_device(
+    shape: tuple[int, int], device: torch.device
+) -> None:
+    q, count = nf4.quantize(torch.randn(shape, device=device)), math.prod(shape)
+    memory = torch.zeros(count + 5, device=device)
+    out = memory[2 : count + 2].view(shape)
     assert nf4.dequantize(q, out=out) is out
     assert torch.equal(out, nf4.reference(q))
     assert memory[:2].tolist() == [0, 0]
-    assert memory[37:].tolist() == [0, 0, 0]
+    assert memory[count + 2 :].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("case", ["odd count", "odd block", "odd start", "empty"])
+def test_nf4_of_no_whole_words_is_computed_plainly_on_the_device(
+    case: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"odd count": (33, 65), "empty": (0, 4)}.get(case, (33, 72))
+    q = nf4.quantize(torch.randn(shape, device=device), 36 if case == "odd block" else 64)
+    calls = spy(monkeypatch, nf4_kernels, "write_values")
+    if case == "odd start":  # of the codes in their memory
+        q = replace(q, codes=torch.cat([q.codes[:1], q.codes])[1:])
+    assert torch.equal(nf4.dequantize(q), nf4.reference(q))
+    assert calls == (["write_values"] if case == "empty" else [])
 
 
 @pytest.mark.parametrize(
@@ -387,9 +404,9 @@ def test_dequantization_keeps_to_registers(
 ) -> None:
     needs_a_compiler()
     types = f"*{'u8' if nested else 'fp32'} *fp32 *fp32 *fp32 *fp32 *{out} i32 i32"
-    constants = {"NESTED": nested, "BLOCKS": 64, "HALF": 32}
+    constants = {"NESTED": nested, "WORDS": nf4_kernels.WORDS}
     kernel = compiled(
-        nf4_kernels._write_values, f"*u8 {types}", constants, capability, enable_fp_fusion=False
+        nf4_kernels._write_values, f"*i32 {types}", constants, capability, enable_fp_fusion=False
     )
     assert_no_spill(kernel, tmp_path)
     assert ".f32" in kernel.asm["ptx"]
