@@ -117,6 +117,10 @@ def _title(directories: Sequence[Path]) -> str:
     data, base = pairs.pop()
     if len(data) > 60:  # as of several data sets: it would not fit the picture
         data = f"{data[:59]}…"
+    folder, current = Path(base), Path.cwd()
+    if folder.is_absolute():  # a run records the absolute path of a base in a folder
+        inside = folder.is_relative_to(current)
+        base = folder.relative_to(current).as_posix() if inside else folder.name
     return f"{data}, base {base}"
 
 

@@ -13,6 +13,18 @@ from matplotlib.figure import Figure
 from lora.errors import RunError
 from lora.finetune.plots import draw_curves
 
+SUMMARY = {
+    "method": "lora", "task": "classification", "base": "demo", "data": "opinions/films",
+    "seed": 0, "note": "", "trainable": 1, "adapter_parameters": 1, "parameters": 2,
+    "learning_rate": 1e-3, "step": 2, "split": "test", "rows": 10, "loss": 0.5,
+    "metrics": {"accuracy": 0.7}, "train_seconds": 1.0, "seconds": 1.0, "peak_bytes": 1,
+    "majority": {"dev": 0.52, "test": 0.51},
+    "evaluations": [
+        {"step": 1, "epoch": 1.0, "loss": 1.0, "first_loss": 1.0, "seconds": 1.0,
+         "padding": 0.0, "dev_loss": 1.0, "dev": {"accuracy": 0.7}},
+    ],
+}  # fmt: skip
+
 
 def a_run(directory: Path, epoch: float = 2.0, metric: str = "accuracy") -> Path:
     """A run that recorded two steps and two evaluations."""
@@ -95,25 +107,36 @@ def test_the_axis_shows_the_most_frequent_class_and_no_cliffs(
     assert high - low == pytest.approx(0.3)
     assert low < 0.7 < high <= 1
     run = a_run(tmp_path / "run")
-    result = {
-        "method": "lora", "task": "classification", "base": "demo", "data": "opinions/films",
-        "seed": 0, "note": "", "trainable": 1, "adapter_parameters": 1, "parameters": 2,
-        "learning_rate": 1e-3, "step": 2, "split": "test", "rows": 10, "loss": 0.5,
-        "metrics": {"accuracy": 0.7}, "train_seconds": 1.0, "seconds": 1.0, "peak_bytes": 1,
-        "majority": {"dev": 0.52, "test": 0.51},
-        "evaluations": [
-            {"step": 1, "epoch": 1.0, "loss": 1.0, "first_loss": 1.0, "seconds": 1.0,
-             "padding": 0.0, "dev_loss": 1.0, "dev": {"accuracy": 0.7}},
-        ],
-    }  # fmt: skip
-    (run / "summary.json").write_text(json.dumps(result))
+    (run / "summary.json").write_text(json.dumps(SUMMARY))
     draw_curves([run], tmp_path / "out")
     axes = figures[-1].axes[0]
     (line,) = [line for line in axes.get_lines() if line.get_gid() == "most frequent class"]
     assert line.get_ydata()[0] == 0.52
-    assert axes.get_title() == "opinions/films, base demo"
-    (run / "summary.json").write_text(json.dumps(result | {"data": "opinions/films " * 8}))
-    draw_curves([run], tmp_path / "out")
-    title = figures[-1].axes[0].get_title()
-    assert title.startswith("opinions/films opinions/films")
-    assert len(title) < 75
+
+
+@pytest.mark.parametrize(
+    ("stated", "title"),
+    [
+        ({}, "opinions/films, base demo"),
+        ({"data": "opinions/films " * 8}, f"{'opinions/films ' * 3}opinions/films…, base demo"),
+        ({"base": "bases/small"}, "opinions/films, base bases/small"),
+        ({"base": "HERE/bases/small"}, "opinions/films, base bases/small"),
+        ({"base": "HERE/../small"}, "opinions/films, base small"),
+    ],
+    ids=["built in", "long", "relative", "below the current folder", "elsewhere"],
+)
+def test_the_title_names_data_and_base(
+    stated: dict[str, str],
+    title: str,
+    tmp_path: Path,
+    figures: list[Figure],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A run records the absolute path of a base in a folder, which would not fit the picture."""
+    here = tmp_path / "here"
+    run = a_run(here / "run")
+    monkeypatch.chdir(here)
+    text = json.dumps(SUMMARY | stated).replace("HERE/..", tmp_path.as_posix())
+    (run / "summary.json").write_text(text.replace("HERE", here.as_posix()))
+    draw_curves([run], here / "out")
+    assert figures[-1].axes[0].get_title() == title
