@@ -404,7 +404,7 @@ def test_dequantization_keeps_to_registers(
 ) -> None:
     needs_a_compiler()
     types = f"*{'u8' if nested else 'fp32'} *fp32 *fp32 *fp32 *fp32 *{out} i32 i32"
-    constants = {"NESTED": nested, "WORDS": nf4_kernels.WORDS}
+    constants = {"NESTED": nested, "WORDS": nf4_kernels.WORDS_PER_PROGRAM}
     kernel = compiled(
         nf4_kernels._write_values, f"*i32 {types}", constants, capability, enable_fp_fusion=False
     )

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 VALUES = tl.constexpr(8)  # in a word of 32 bits; a thread writes them together
-WORDS = 512  # that a program takes
+WORDS_PER_PROGRAM = 512
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def write_values(
     tensors = words, absmax, nested_absmax, offset, absmax_levels, levels, out
     if len(words):
         with torch.cuda.device_of(out):
-            _write_values[(triton.cdiv(len(words), WORDS),)](
-                *tensors, len(words), block_size // 8, size, WORDS,
+            _write_values[(triton.cdiv(len(words), WORDS_PER_PROGRAM),)](
+                *tensors, len(words), block_size // 8, size, WORDS_PER_PROGRAM,
                 num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
