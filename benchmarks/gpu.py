@@ -21,9 +21,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ TINY_RUN = (
 class Section:
     """One part of the script. `run` gets the bench and the results so far."""
 
-    seconds: int  # about what it takes on an H100
+    seconds: int  # about what it takes on an H200
     run: Callable[[Bench, dict[str, Any]], dict[str, Any]]
 
 
@@ -79,9 +80,9 @@ def ceilings(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     thin = {
         r: torch.randn(r, wide, dtype=torch.bfloat16, device=bench.device) for r in (8, 16, 48, 5)
     }
-    seconds = bench.compare({str(r): lambda A=A: x @ A.t() for r, A in thin.items()})["seconds"]
     result["thin product, share of the copy"] = {
-        r: x.nbytes / taken / bandwidth for r, taken in seconds.items()
+        r: x.nbytes / bandwidth / bench.device_seconds(partial(torch.mm, x, A.t()))
+        for r, A in thin.items()
     }
     h = torch.randn(tokens, R, dtype=torch.bfloat16, device=bench.device)
     forms: dict[str, Callable[[], Any]] = {
@@ -91,7 +92,9 @@ def ceilings(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     }
     if bench.on_cuda:
         forms["out_dtype"] = lambda: torch.mm(h.t(), x, out_dtype=torch.float32)
-    result["gradient of A, seconds"] = bench.compare(forms)["seconds"]
+    result["gradient of A, seconds"] = {
+        name: bench.device_seconds(form) for name, form in forms.items()
+    }
     return result
 
 
@@ -104,31 +107,45 @@ def product(bench: Bench, m: int, k: int, n: int) -> float:
 
 
 def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
-    """The contract on the device, the tests that need one, steps without a synchronisation, and
-    whole runs in the modes that only a device shows. All but the steps run beside each other:
-    nothing here is timed."""
-    modes = {"plain": (), "float16": ("--dtype", "float16")}
-    if bench.on_cuda:
-        modes |= {"compiled": ("--compile",), "offloaded": ("--offload",), "sharded": ("--shard",)}
-        modes |= {
-            "nf4": ("--quantize", "nf4", "--activation-checkpointing", "--lora-dropout", "0.1"),
-            "dora": ("--method", "dora"),
-        }
+    """The contract on the device, the tests that need one, steps without a synchronisation, whole
+    runs in the modes that only a device shows, stopped and resumed ones, and the plan of memory.
+    All but the steps run beside each other: nothing here is timed."""
     at_once = 8 if bench.on_cuda else 2
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(at_once) as pool:
         folder = Path(name)
-        tests = pool.submit(device_tests) if bench.on_cuda else None
-        runs = {
-            mode: pool.submit(run_of, bench, folder / mode, *flags) for mode, flags in modes.items()
+        pending: dict[str, Future[Any] | dict[str, Future[Any]]] = {
+            "resume": resumed(bench, folder, pool),
+            "plan": planned(bench, folder, pool),
+            "runs": {
+                mode: pool.submit(run_of, bench, folder / mode, *flags)
+                for mode, flags in modes(bench).items()
+            },
         }
+        if bench.on_cuda:
+            pending["tests"] = pool.submit(device_tests)
         result: dict[str, Any] = {"contract": contract(bench, at_once)}
-        result["runs"] = {mode: run.result() for mode, run in runs.items()}
-        if tests is not None:
-            result["tests"] = tests.result()
+        for key, futures in pending.items():
+            result[key] = (
+                {name: each.result() for name, each in futures.items()}
+                if isinstance(futures, dict)
+                else futures.result()
+            )
     result["synchronisations"] = {
         name: synchronisations(bench, name) for name in ("lora", "lora on NF4", "dora")
     }
     return result
+
+
+def modes(bench: Bench) -> dict[str, tuple[str, ...]]:
+    """Returns the flags of the small runs."""
+    if bench.tiny:
+        return {"float16": ("--dtype", "float16")}
+    return {
+        "plain": (), "float16": ("--dtype", "float16"),
+        "compiled": ("--compile",), "offloaded": ("--offload",), "sharded": ("--shard",),
+        "nf4": ("--quantize", "nf4", "--activation-checkpointing", "--lora-dropout", "0.1"),
+        "dora": ("--method", "dora"),
+    }  # fmt: skip
 
 
 def device_tests() -> dict[str, Any]:
@@ -175,6 +192,8 @@ def synchronisations(bench: Bench, name: str) -> str:
         pack_blocks(model)
     gpu_steps.ours(model, "dora" if name == "dora" else "lora")
     ids = bench.ids(2, 64, model)
+    # transformers asks the device once a forward whether rows are packed; that is not ours.
+    transformers.masking_utils.find_packed_sequence_indices = lambda position_ids: None
     for _ in range(2):  # caches are made, and counters are read, in the first step
         with autocast(bench):
             loss_of(model, ids).backward()
@@ -210,28 +229,30 @@ def trained(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
     return {"exit code": 0} | {key: summary[key] for key in ("loss", "metrics", "peak_bytes")}
 
 
-def planned(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
-    """Returns the peak that `lora plan` expects of runs on a larger base, beside the measured one,
-    in bytes."""
+def planned(bench: Bench, folder: Path, pool: ThreadPoolExecutor) -> dict[str, Future[Any]]:
+    """Begins runs on a larger base, whose peak `lora plan` foretells."""
+    flags = larger_run(bench, folder)
+    kinds = {"plain": (), "checkpointed": ("--activation-checkpointing",)}
+    kinds["nf4, checkpointed"] = ("--quantize", "nf4", *kinds["checkpointed"])
+    if bench.tiny:
+        del kinds["plain"], kinds["checkpointed"]
+    return {
+        kind: pool.submit(beside_its_plan, bench, folder / f"planned, {kind}", *flags, *more)
+        for kind, more in kinds.items()
+    }
+
+
+def beside_its_plan(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
+    """Returns the peak that `lora plan` expects of a run, and the measured one, in bytes."""
     from lora.finetune.config import parse_run
     from lora.finetune.plan import plan
 
-    result: dict[str, Any] = {}
-    kinds = {"plain": (), "checkpointed": ("--activation-checkpointing",)}
-    kinds["nf4, checkpointed"] = ("--quantize", "nf4", *kinds["checkpointed"])
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(3) as pool:
-        flags = larger_run(bench, Path(name))
-        runs = {
-            kind: pool.submit(trained, bench, Path(name) / kind, *flags, *more)
-            for kind, more in kinds.items()
-        }
-        for kind, more in kinds.items():
-            device = ("--device", str(bench.device))
-            expected = plan(parse_run([*flags, *more, *device], "lora plan")).memory[0].peak
-            row = result[kind] = {"planned": expected, **runs[kind].result()}
-            if row["exit code"] == 0:
-                row["planned / measured"] = expected / row["peak_bytes"]
-    return result
+    row = trained(bench, folder, *flags)
+    device = ("--device", str(bench.device))
+    row["planned"] = plan(parse_run([*flags, *device], "lora plan")).memory[0].peak
+    if row["exit code"] == 0:
+        row["planned / measured"] = row["planned"] / row["peak_bytes"]
+    return row
 
 
 def larger_run(bench: Bench, folder: Path) -> tuple[str, ...]:
@@ -290,7 +311,7 @@ def packed(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
                 W.to(bench.device), quant_type="nf4", compress_statistics=True
             )
             forms["bitsandbytes"] = lambda w4=w4, state=state: theirs.dequantize_4bit(w4, state)
-        seconds = bench.compare(forms)["seconds"]
+        seconds = {name: bench.device_seconds(form) for name, form in forms.items()}
         moved = W.numel() * (0.5 + 1 / 64 + 2)  # codes and scales read, bfloat16 written
         row: dict[str, Any] = {"bits as on the CPU": torch.equal(ours.cpu(), on_cpu)}
         row["seconds"] = seconds
@@ -300,18 +321,15 @@ def packed(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def resume(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
-    """A run stopped by SIGTERM and resumed, beside one that was not: the adapters' bytes and the
-    losses, with and without --deterministic. Its cost is in the section step."""
+def resumed(bench: Bench, folder: Path, pool: ThreadPoolExecutor) -> dict[str, Future[Any]]:
+    """Begins runs that are stopped and resumed. The section step has what --deterministic costs."""
     kinds = {"plain": (), "deterministic": ("--deterministic",)}
     if bench.tiny:
         del kinds["plain"]  # on a CPU both are the same
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(2) as pool:
-        runs = {
-            kind: pool.submit(stopped_and_resumed, bench, Path(name) / kind, flags)
-            for kind, flags in kinds.items()
-        }
-        return {kind: run.result() for kind, run in runs.items()}
+    return {
+        kind: pool.submit(stopped_and_resumed, bench, folder / f"resumed, {kind}", flags)
+        for kind, flags in kinds.items()
+    }
 
 
 def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
@@ -352,15 +370,13 @@ def steps_of(run: Path) -> list[StepRow]:
 
 
 SECTIONS: dict[str, Section] = {
-    "ceilings": Section(12, ceilings),
-    "correctness": Section(75, correctness),
-    "plan": Section(30, planned),
-    "step": Section(60, step),
-    "all layers": Section(45, lambda bench, _: gpu_steps.all_layers(bench)),
-    "nf4": Section(15, packed),
-    "qlora": Section(35, lambda bench, _: gpu_steps.qlora(bench)),
-    "resume": Section(45, resume),
-    "writing": Section(25, lambda bench, _: gpu_steps.writing(bench)),
+    "ceilings": Section(5, ceilings),
+    "correctness": Section(120, correctness),
+    "step": Section(25, step),
+    "all layers": Section(60, lambda bench, _: gpu_steps.all_layers(bench)),
+    "nf4": Section(10, packed),
+    "qlora": Section(50, lambda bench, _: gpu_steps.qlora(bench)),
+    "writing": Section(60, lambda bench, _: gpu_steps.writing(bench)),
 }
 
 
@@ -406,6 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--device cuda: this machine has no CUDA device. Try --device cpu --tiny.")
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # of the processes that run beside each other
     bench, started = Bench(device, given.tiny), time.perf_counter()
     results: dict[str, Any] = {}
     if given.json.is_file():  # sections that --only leaves out keep what was measured

@@ -27,6 +27,7 @@ from lora import nf4
 from lora.finetune.devices import deterministic
 from lora.finetune.losses import batch_loss
 from lora.finetune.memory import checkpoint_activations
+from lora.kernels import adapters_constant
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 R = 16
@@ -75,6 +76,31 @@ class Bench:
             "seconds": {name: median(rounds, name) for name in contenders},
             "ratios": {f"{a} / {b}": ratio(rounds, a, b) for a, b in ratios},
         }
+
+    def device_seconds(self, run: Callable[[], Any], calls: int = 10) -> float:
+        """Returns the seconds that the device computes in one call. One small operation takes less
+        than its launch, which `seconds` would measure; on a CPU there is no difference."""
+        run()
+        if not self.on_cuda:
+            return self.seconds(run)
+        kernels = self.kernels(lambda: [run() for _ in range(calls)])
+        return sum(seconds for _, seconds in kernels) / calls
+
+    def kernels(self, run: Callable[[], Any]) -> list[tuple[str, float]]:
+        """Returns the name and the seconds of each kernel that a call starts; none on a CPU."""
+        if not self.on_cuda:
+            return []
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+            run()
+            torch.cuda.synchronize()
+        cuda = torch.autograd.DeviceType.CUDA
+        return [
+            (event.name, event.device_time_total / 1e6)
+            for event in seen.events()
+            if event.device_type == cuda
+        ]
 
     def memory(self) -> int:
         """Returns the bytes that are allocated on the device; 0 on the CPU."""
@@ -242,22 +268,13 @@ def deterministically(step: Callable[[], None]) -> None:
 
 
 def profile_of(bench: Bench, step: Callable[[], Any]) -> dict[str, Any]:
-    """Returns how many kernels a step starts on the device, and those that take most of it, in
-    milliseconds; nothing on the CPU."""
-    if not bench.on_cuda:
-        return {"kernels": 0, "most": {}}
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    events = [event for event in seen.events() if event.device_type == on_device]
+    """Returns how many kernels a step starts on the device, the seconds that they take, and the
+    names of those that take most; none on a CPU."""
+    kernels = bench.kernels(step)
     times: Counter[str] = Counter()
-    for event in events:
-        times[event.name[:90]] += event.device_time_total / 1000
-    most = {name: round(taken, 3) for name, taken in times.most_common(25)}
-    return {"kernels": len(events), "device ms": sum(times.values()), "most": most}
+    for name, seconds in kernels:
+        times[name[:90]] += seconds
+    return {"kernels": len(kernels), "seconds": times.total(), "most": dict(times.most_common(15))}
 
 
 Change = Callable[[Any], Any]
@@ -295,7 +312,8 @@ def all_layers(bench: Bench) -> dict[str, Any]:
 def one_step(
     bench: Bench, base: Any, put_on: Change, take_off: Change, rows: int = 4, length: int = 2048
 ) -> dict[str, Any]:
-    """Returns the median seconds of a step, tokens/s and peak bytes; says so if memory is short."""
+    """Returns the median seconds of a step, the part of them in which the device computes, tokens/s
+    and peak bytes; says so if memory is short."""
     peaks: dict[str, int] = {}
     model = put_on(base)
     # Users of peft in bfloat16 without autocast get float32 products with its adapters.
@@ -305,7 +323,11 @@ def one_step(
         with bench.peak(peaks, "bytes"):
             step = stepper(model, ids, mixed)
             timed = bench.compare({"step": step})["seconds"]["step"]
-        return {"seconds": timed, "tokens per second": ids.numel() / timed, "peak": peaks["bytes"]}
+        busy = sum(seconds for _, seconds in bench.kernels(step))
+        return {
+            "seconds": timed, "of them the device computes": busy,
+            "tokens per second": ids.numel() / timed, "peak": peaks["bytes"],
+        }  # fmt: skip
     except torch.OutOfMemoryError as error:
         return {"out of memory": str(error).split(".")[0]}
     finally:
@@ -376,7 +398,8 @@ def writing(bench: Bench) -> dict[str, Any]:
         ids = bench.ids(batch, 32, base)
         rates = {"base": tokens_per_second(bench, base, ids)}
         lora.inject(base, lora.LoRAConfig(r=R, target_modules=LINEARS))
-        rates["ours"] = tokens_per_second(bench, base.eval(), ids)
+        with adapters_constant():  # as `lora generate` does
+            rates["ours"] = tokens_per_second(bench, base.eval(), ids)
         lora.merge(base)
         rates["ours, merged"] = tokens_per_second(bench, base, ids)
         lora.restore(base)

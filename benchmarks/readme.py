@@ -39,7 +39,7 @@ def tables() -> dict[str, str]:
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
         "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
-        "fits": fits(),
+        "fits": fits(), "gpu steps": gpu_steps(), "gpu nf4": gpu_nf4(),
     }  # fmt: skip
     texts |= {name: markdown(rows) for name, rows in measured.items()}
     return texts | parts() | {"tree": f"```\n{tree()}```\n"}
@@ -312,6 +312,30 @@ def fits() -> list[tuple[str, ...]]:
             card = need["smallest card, GB"]
             cells += [f"{need['bytes'] / 10**9:.1f}", f"{card} GB" if card else "several"]
         table.append((size, *cells))
+    return table
+
+
+def gpu_steps() -> list[tuple[str, ...]]:
+    """Steps of 8 layers of an 8B model on a GPU: tokens/s, time relative to the limit, memory."""
+    step = read("gpu/gpu")["sections"]["step"]
+    table: list[tuple[str, ...]] = [("step", "tokens/s", "time / limit", "peak, GB", "kernels")]
+    for name, rate in step["tokens per second"].items():
+        seconds = step["seconds"][name] / step["seconds"]["limit"]
+        ratio = step["ratios"].get(f"{name} / limit", {"median": seconds})["median"]
+        peak, kernels = step["peak bytes"][name], step["profiles"][name]["kernels"]
+        shown = f"{name}, frozen model" if name == "limit" else name.replace("peft", "PEFT")
+        cells = (f"{rate:,.0f}", f"{ratio:.2f}", f"{peak / 10**9:.1f}", f"{kernels:,}")
+        table.append((shown, *cells))
+    return table
+
+
+def gpu_nf4() -> list[tuple[str, ...]]:
+    """The time to dequantize a weight on a GPU, relative to a copy of the same bytes."""
+    table: list[tuple[str, ...]] = [("weight", "ours", "bitsandbytes")]
+    for shape, row in read("gpu/second")["sections"]["nf4"].items():
+        times = row["over the copy limit"]
+        cells = (f"{times[name]:.2f}" for name in ("words", "bitsandbytes"))
+        table.append((shape.replace("x", "×"), *cells))
     return table
 
 

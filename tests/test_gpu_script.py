@@ -52,10 +52,12 @@ def test_every_section_runs_on_small_sizes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     sections = json.loads(file.read_text())["sections"]
     assert sections.keys() == gpu.SECTIONS.keys()
-    assert sections["correctness"]["contract"]["failed"] == []
-    assert {run["exit code"] for run in sections["correctness"]["runs"].values()} == {0}
+    correctness = sections["correctness"]
+    assert correctness["contract"]["failed"] == []
+    assert {run["exit code"] for run in correctness["runs"].values()} == {0}
+    assert {run["exit code"] for run in correctness["plan"].values()} == {0}
     assert sections["nf4"]["64 x 128"]["bits as on the CPU"]
-    resumed = sections["resume"]["deterministic"]
+    resumed = correctness["resume"]["deterministic"]
     assert resumed["adapters are equal"]
     assert resumed["losses are equal"]
     assert {"limit", "ours", "ours, dropout", "full"} <= sections["step"]["seconds"].keys()

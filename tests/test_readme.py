@@ -162,6 +162,40 @@ def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
         assert all(full - mean > 0.01 for mean in loras)
 
 
+def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
+    first, second = result("gpu/gpu")["sections"], result("gpu/second")["sections"]
+    ratios = {name: ratio["median"] for name, ratio in first["step"]["ratios"].items()}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    page = " ".join((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split())
+    assert (
+        f"{ratios['ours / peft']:.2f} of PEFT's time and {ratios['ours / full']:.2f} of full"
+        " fine-tuning's on an H200" in readme
+    )
+    steps = second["steps of 32 layers, 1 x 4096"]
+    busy = {name: step["seconds that the device computes"] for name, step in steps.items()}
+    profiles = first["step"]["profiles"]
+    more = [busy[name] / busy["limit"] for name in ("ours", "ours, dropout")]
+    more.append(profiles["ours"]["device ms"] / profiles["limit"]["device ms"])
+    low, high = (100 * (share - 1) for share in (min(more), max(more)))
+    assert f"computes {low:.0f} to {high:.0f} % longer than at the limit" in page
+    for name, start in (("ours", "busy for"), ("ours, dropout", "dropout for")):
+        launched, taken = (steps[name][key] for key in ("seconds until all is launched", "seconds"))
+        assert f"{start} {launched:.2f} of {taken:.2f} s" in page
+    assert {step["synchronisations"] for step in steps.values()} == {"none"}
+    assert f"costs {ratios['ours, deterministic / ours'] - 1:.0%}".replace("%", " %") in page
+    plans = [run["planned / measured"] - 1 for run in first["plan"].values() if type(run) is dict]
+    assert f"expected {100 * min(plans):.0f} to {100 * max(plans):.0f} % more memory" in page
+    resumed = [second["resume"][kind] for kind in ("plain", "deterministic")]
+    assert all(run["adapters are equal"] and run["losses are equal"] for run in resumed)
+    qlora = first["qlora"]
+    for numbers in (
+        f"{qlora['nf4 / bf16, checkpointed']:.2f} times as long as one on a bfloat16 base",
+        f"{qlora['nf4 / bitsandbytes, peft, checkpointed']:.2f} times as long as bitsandbytes",
+        f"says {qlora['nf4 / bf16']:.2f} and {qlora['nf4 / bitsandbytes, peft']:.2f},",
+    ):
+        assert numbers in page
+
+
 def test_intervals_hold_the_truth_as_often_as_the_page_says() -> None:
     measured = json.loads((RESULTS / "coverage.json").read_text())
     cells = [cell for cell in measured["cells"] if cell["seeds"] > 2]
