@@ -104,6 +104,15 @@ class MethodResult:
         numbers = [value for value in values if isinstance(value, int | float)]
         return statistics.median(numbers) if numbers and len(numbers) == len(values) else None
 
+    @property
+    def forgetting(self) -> tuple[float, float] | None:
+        """The perplexity of --unrelated-text before and after training, as means over the seeds."""
+        texts = [summary["forgetting"] for summary in self.summaries if "forgetting" in summary]
+        if not texts:
+            return None
+        before, after = (statistics.fmean(t[key] for t in texts) for key in ("before", "after"))
+        return before, after
+
 
 @dataclass(frozen=True)
 class Analysis:

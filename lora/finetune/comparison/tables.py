@@ -9,6 +9,7 @@ from lora.finetune.comparison.analysis import Analysis, MethodResult, is_share, 
 
 BASE = "(the base)"  # what a table calls the base without an adapter
 MOST_FREQUENT = "(most frequent class)"
+FORGETTING = "unrelated text"
 
 
 def rows(analysis: Analysis) -> list[tuple[str, ...]]:
@@ -47,8 +48,14 @@ def _columns(analysis: Analysis) -> dict[str, Callable[[MethodResult], str]]:
         )
     if any(m.group for m in methods):
         columns["alike"] = lambda m: m.group
+    if any(m.forgetting for m in methods):
+        columns[FORGETTING] = lambda m: (
+            "{:.2f} to {:.2f}".format(*m.forgetting) if m.forgetting else ""
+        )
     columns["train s"] = lambda m: f"{m.median('train_seconds'):.1f}"
     columns[memory] = lambda m: _mebibytes(m.median(size))
+    if all(m.median("adapter_bytes") for m in methods):  # older runs lack it
+        columns["saved MiB"] = lambda m: _mebibytes(m.median("adapter_bytes"))
     return columns
 
 
@@ -177,6 +184,8 @@ def notes(analysis: Analysis) -> str:
             f"This many rows and seeds show a difference of {points} four times in five, before"
             " Holm's correction."
         )
+    if FORGETTING in columns:
+        lines.append(f"{FORGETTING}: its perplexity before and after training. More is forgetting.")
     lines.append(SIZES[_memory_measured(analysis)[0]][1])
     lines += [f"{m.name}: {warning}." for m in analysis.methods for warning in m.warnings]
     return "".join(f"{line}\n" for line in lines)

@@ -212,7 +212,8 @@ def _examples_of(
     if taken.label is None:
         raise DataError(
             f"--data {data}: no label column among {', '.join(names_of(splits[main]))}."
-            f" {first_row(splits[main])} Set --label-column."
+            f" {first_row(splits[main])} Set --label-column, or --task text to train a language"
+            " model on the texts."
         )
     examples = {}
     for name, rows in splits.items():

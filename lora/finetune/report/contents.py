@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from dataclasses import replace
 
@@ -39,7 +38,7 @@ def methods_table(analysis: Analysis) -> Table:
     """Returns a row per method, the best first: scores, how sure they are, and costs."""
     others = list(dict.fromkeys(v.other for result in analysis.methods for v in result.versus))
     grouped = any(result.group for result in analysis.methods)
-    forgets = any("forgetting" in each for result in analysis.methods for each in result.summaries)
+    forgets = any(result.forgetting for result in analysis.methods)
     head = [
         "method", f"{analysis.split} {analysis.metric}", "95 % interval", "trainable", "training",
         *(f"against {other}" for other in others), *(["group"] if grouped else []),
@@ -96,13 +95,10 @@ def _cost_cells(result: MethodResult) -> list[Cell]:
 
 
 def _forgetting(result: MethodResult) -> Cell:
-    """Returns the perplexity of the unrelated text before and after training, as means."""
-    measured = [each["forgetting"] for each in result.summaries if "forgetting" in each]
-    if not measured:
+    """Returns the perplexity of the unrelated text before and after training."""
+    if result.forgetting is None:
         return Cell("")
-    before, after = (
-        statistics.fmean(each[key] for each in measured) for key in ("before", "after")
-    )
+    before, after = result.forgetting
     return Cell(f"{before:.2f} to {after:.2f}", after / before)
 
 

@@ -53,6 +53,23 @@ def test_tasks_have_a_row_each_and_the_base_comes_first() -> None:
     assert markdown(task_rows(analysed(*runs))) in all_tables(analysed(*runs))
 
 
+def test_what_is_saved_and_what_is_forgotten_have_columns() -> None:
+    text = {"source": "plays.txt", "tokens": 9, "before": 20.0}
+    runs = [
+        summary(method, seed, {"accuracy": 0.5}, adapter_bytes=3 * 2**18,
+                **({"forgetting": {**text, "after": after}} if after else {}))
+        for method, seed, after in (("lora", 0, 20.5), ("lora", 1, 21.5), ("head", 0, None))
+    ]  # fmt: skip
+    table = rows(analysed(*runs))
+    cells = [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+    assert [each["unrelated text"] for each in cells] == ["20.00 to 21.00", ""]
+    assert [each["saved MiB"] for each in cells] == ["0.8", "0.8"]
+    assert "unrelated text: its perplexity before and after training" in notes(analysed(*runs))
+    head = rows(analysed(summary("lora", 0, {"accuracy": 0.5}, adapter_bytes=2), summary(
+        "head", 0, {"accuracy": 0.5})))[0]  # fmt: skip
+    assert not {"unrelated text", "saved MiB"} & {*head}
+
+
 def test_the_memory_is_that_of_training_if_all_runs_measured_it() -> None:
     old = [summary(method, 0, {"accuracy": 0.5}) for method in ("lora", "full")]
     new = [{**run, "training_bytes": 3 * 2**19} for run in old]
