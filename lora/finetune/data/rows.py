@@ -159,8 +159,9 @@ def read_rows(path: Path, headed: Headed = lambda path, cells: True) -> Iterator
     else:
         read = {".jsonl": _json_lines, ".json": _json, ".txt": _text_lines}[path.suffix]
         rows = read(path, text_of(path))
+    file = str(path)
     for location, row in rows:
-        place = f"{path}, {location}"
+        place = f"{file}, {location}"
         yield place, DataError(f"{place}: {row}") if isinstance(row, str) else row
 
 
