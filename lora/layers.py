@@ -26,7 +26,7 @@ from lora.errors import TargetError
 from lora.patterns import compiled
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class View:
     """Where `module` keeps one linear map x -> y (..., out), and its W (out, in) and b (out,)."""
 
@@ -39,15 +39,13 @@ class View:
 
     def parameters(self) -> tuple[Any, Any]:
         """The weight and the bias (or None) as the module stores them."""
-        # torch.func and nn.DataParallel put tensors in the parameters' place.
-        module: Any = self.module
-        return module.weight, getattr(module, "bias", None)
+        parameters = own_parameters(self.module)
+        return parameters["weight"], parameters.get("bias")
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in), which shares the module's memory, and b (out,) or None."""
-        module: Any = self.module
-        weight, bias = module.weight, getattr(module, "bias", None)
-        if hasattr(weight, "full_tensor"):  # sharded over several processes
+        weight, bias = self.parameters()
+        if in_pieces(weight):
             weight, bias = gathered(weight), gathered(bias)
         return (weight.T if self.transposed else weight), bias
 
@@ -84,9 +82,11 @@ VIEWS: dict[type[nn.Module], type[View]] = {}  # further kinds of linear layer: 
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters by name, without its children's. Replicas of nn.DataParallel keep them
-    under another attribute."""
-    return getattr(module, "_former_parameters", module._parameters)
+    """A module's parameters by name, without its children's. torch.func puts tensors in their
+    place, and replicas of nn.DataParallel keep tensors under another attribute."""
+    # Not by getattr: nn.Module looks a missing name up in Python, for microseconds a call.
+    former: dict[str, Any] | None = module.__dict__.get("_former_parameters")
+    return module._parameters if former is None else former
 
 
 def _plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lora.kernels.dropout import Mask
-from lora.kernels.products import OFF, off_in_backward, possible
+from lora.kernels.products import KEPT, OFF, off_in_backward, possible
 from lora.kernels.products import adapters_constant as adapters_constant
 from lora.kernels.products import off as off
 from lora.layers import View, in_pieces
@@ -41,10 +41,11 @@ def attempt(
     """The output of a layer under its adapters, dtype of the layer's output; None if no kernel
     computes it, and the specification has to."""
     # torch.compile cannot read a ContextVar; under it off() does not apply.
-    off_here = not torch.compiler.is_compiling() and (OFF.get() or off_in_backward())
-    if off_here or not all(isinstance(adapter, Fast) for adapter in adapters):
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (OFF.get() or off_in_backward()):
         return None
-    kernels = [adapter.kernel(view) for adapter in adapters]
+    kept = None if compiling or torch.is_grad_enabled() else KEPT.get()
+    kernels = [_kernel(adapter, view, kept) for adapter in adapters]
     # A sharded weight is gathered by its block, outside of which no kernel may read it.
     if None in kernels or in_pieces(view.parameters()[0]):
         return None
@@ -58,3 +59,15 @@ def attempt(
     for kernel, mask in zip(kernels, masks, strict=True):
         y = y + kernel.delta(x, mask)
     return y.to(base.dtype)
+
+
+def _kernel(adapter: Any, view: View, kept: dict[tuple[int, int], Any] | None) -> Any:
+    """The adapter's kernel for the layer: the one that is kept, inside adapters_constant()."""
+    if not isinstance(adapter, Fast):
+        return None
+    if kept is None:
+        return adapter.kernel(view)
+    key = id(adapter), id(view.module)
+    if key not in kept:
+        kept[key] = adapter, adapter.kernel(view)
+    return kept[key][1]

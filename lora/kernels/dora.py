@@ -6,7 +6,7 @@ With dropout (W' − W)(m ∘ x) needs a second matmul with W, here and in PEFT.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from lora.kernels.products import (
 from lora.layers import View, apply
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class DoRAKernel:
     """A layer with the weight W and bias b under DoRA; magnitude is m (out,)."""
 
@@ -41,6 +41,11 @@ class DoRAKernel:
     s: float
     magnitude: Tensor
     start: Start = None  # A₀ and B₀
+    direction: LowRankKernel = field(init=False)  # V in W's place, without the bias
+    f: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.direction = LowRankKernel(self.view, self.A, self.B, self.s, self.start, biased=False)
 
     def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
         """y (..., out), by one autograd Function."""
@@ -66,19 +71,16 @@ class DoRAKernel:
         z = self.factor() * (y if more is None else y + more)
         return (z if b is None else z + b).to(y.dtype)
 
-    @property
-    def direction(self) -> LowRankKernel:
-        """V in W's place, without the bias."""
-        return LowRankKernel(self.view, self.A, self.B, self.s, self.start, biased=False)
-
     def factor(self) -> Tensor:
         """f (out,): m / ‖V‖, and m for a row of zeros, which stays zero."""
-        W, _ = self.view.read()
-        # Under autocast a length would be off by a percent. It gets no gradient (section 4.3).
-        with without_autocast(W):
-            with torch.no_grad():
-                length = self.lengths(W)
-            return self.magnitude / torch.where(length > 0, length, 1.0)
+        if self.f is None:
+            W, _ = self.view.read()
+            # Under autocast a length would be off by a percent. It gets no gradient (section 4.3).
+            with without_autocast(W):
+                with torch.no_grad():
+                    length = self.lengths(W)
+                self.f = self.magnitude / torch.where(length > 0, length, 1.0)
+        return self.f
 
     def lengths(self, W: Tensor) -> Tensor:
         """‖V‖ of each row, (out,), from thin products.
@@ -120,7 +122,7 @@ class _DoRA(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         stored, dtype = stored_weight(k.view, x)
         with without_autocast(x):
-            rows, W = as_rows(x).to(dtype), k.view.unpacked(stored, dtype)
+            rows, W = as_rows(x, dtype), k.view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             kept, factors = mask.keep(rows).mul_(rows), factor_pairs(A, B, k.s, k.start, dtype)
             q = F.linear(kept, W)
@@ -142,7 +144,7 @@ class _DoRA(torch.autograd.Function):
         assert mask is not None
         with without_autocast(g):
             W, gz = ctx.view.unpacked(stored, ctx.dtype), (mask.scale * f * g).to(ctx.dtype)
-            rows = None if x is None else as_rows(x).to(ctx.dtype)
+            rows = None if x is None else as_rows(x, ctx.dtype)
             thin = [(gz @ up.t(), A) for A, up in factors]
             gA, _ = thin_gradients(thin, rows, mask, False)
             if needs_x:
@@ -153,7 +155,7 @@ class _DoRA(torch.autograd.Function):
                     drop_(gx[part], keep)
                 gx = gx.addmm_(g, W).view(ctx.shape).to(ctx.x_dtype)
             if needs_B:
-                gB = ctx.s * summed(h, gz).t().contiguous()
+                gB = ctx.s * summed(h, gz).t()
             if needs_b:
                 gb = g.sum(0, dtype=f.dtype)
             if needs_f:

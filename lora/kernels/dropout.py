@@ -47,7 +47,7 @@ BLOCK = 2**23  # bytes of a mask that a CPU expands at a time, so that it stays 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Mask:
     """Which elements of x (tokens, in) stay, each with probability 1 − p."""
 

@@ -31,7 +31,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         with without_autocast(x):
             W = view.unpacked(stored, dtype)
-            y = F.linear(as_rows(x).to(dtype), W, None if b is None else b.to(dtype))
+            y = F.linear(as_rows(x, dtype), W, None if b is None else b.to(dtype))
         save_for_backward(ctx, x, dtype, None, stored)  # the codes, an eighth of W in float32
         ctx.view = view
         return y

@@ -7,7 +7,7 @@ dropout one bit an element. Backward computes the rest again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor
 
 from lora.kernels.dropout import Mask, drop
 from lora.kernels.products import (
+    Factors,
     Start,
     add_update,
     as_rows,
+    cast,
     compute_dtype,
     dropped_product,
     factor_pairs,
@@ -36,7 +38,7 @@ SMALL = 6
 """W' is computed if it has this many times fewer elements than the update adds to activations."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LowRankKernel:
     """A layer with the weight W and bias b under s (B A − B₀ A₀)."""
 
@@ -47,6 +49,7 @@ class LowRankKernel:
     start: Start = None  # A₀ and B₀
     shift: Tensor | None = None  # what the adapter adds to b, (out,)
     biased: bool = True  # False leaves b out
+    made: dict[Any, Factors] = field(default_factory=dict)  # by dtype and scale
 
     def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
         """y (..., out), by one autograd Function."""
@@ -56,9 +59,23 @@ class LowRankKernel:
             b = self.shift if b is None else b + self.shift
         if mask is None and self.is_small(x):
             y = _Merged.apply(x, self, b, self.A, self.B)  # type: ignore[no-untyped-call]
-        else:
+        elif torch.is_grad_enabled():
             y = _LowRank.apply(x, self, mask, b, self.A, self.B)  # type: ignore[no-untyped-call]
+        else:
+            y = self.product(x, mask, b)[0]
         return shaped(y, x)
+
+    def product(
+        self, x: Tensor, mask: Mask | None, b: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Factors]:
+        """y (tokens, out), and what backward multiplies with: h, what W is stored as, factors."""
+        stored, dtype = stored_weight(self.view, x)
+        with without_autocast(x):
+            rows, W = as_rows(x, dtype), self.view.unpacked(stored, dtype)
+            y = F.linear(rows, W, None if b is None else cast(b, dtype))
+            factors = self.factors(dtype, 1.0 if mask is None else mask.scale)
+            hs = [dropped_product(rows, A, mask) for A, _ in factors]
+            return add_update(y, hs, factors), hs[0], stored, factors
 
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
         """y (..., out), by plain operations."""
@@ -73,6 +90,14 @@ class LowRankKernel:
             A0, B0 = self.start
             y = y - self.s * F.linear(apply(self.view, dropped, A0), B0)
         return y if self.shift is None else y + self.shift
+
+    def factors(self, dtype: torch.dtype, scale: float) -> Factors:
+        """What products multiply with, s times `scale`."""
+        key = dtype, scale
+        if key not in self.made:
+            s = self.s * scale
+            self.made[key] = factor_pairs(self.A, self.B, s, self.start, dtype)
+        return self.made[key]
 
     def is_small(self, x: Tensor) -> bool:
         """True if W' is small beside the activations, and nothing is lost by its dtype."""
@@ -101,16 +126,10 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, k: LowRankKernel, mask: Mask | None, b: Tensor | None, A: Tensor,
         B: Tensor,
     ) -> Tensor:  # fmt: skip
-        stored, dtype = stored_weight(k.view, x)
+        y, h, stored, factors = k.product(x, mask, b)
         ctx.view, ctx.s = k.view, k.s if mask is None else k.s * mask.scale
-        with without_autocast(x):
-            rows, W = as_rows(x).to(dtype), k.view.unpacked(stored, dtype)
-            y = F.linear(rows, W, None if b is None else b.to(dtype))
-            factors = factor_pairs(A, B, ctx.s, k.start, dtype)
-            hs = [dropped_product(rows, A, mask) for A, _ in factors]
-            y = add_update(y, hs, factors)  # in place: y is ours until the Function returns
         needs_A = ctx.needs_input_grad[4]  # False under LoRA-FA, which then keeps no x
-        save_for_backward(ctx, x, dtype, mask, (x if needs_A else None, hs[0]), stored, *factors)
+        save_for_backward(ctx, x, y.dtype, mask, (x if needs_A else None, h), stored, *factors)
         return y
 
     @staticmethod
@@ -119,14 +138,15 @@ class _LowRank(torch.autograd.Function):
         needs_x, _, _, needs_b, _, needs_B = ctx.needs_input_grad
         gb = gB = None
         with without_autocast(g):
-            thin = [(g @ up.t(), A) for A, up in factors]
-            gA, gx = thin_gradients(thin, None if x is None else as_rows(x), mask, needs_x)
+            thin = [(F.linear(g, up), A) for A, up in factors]
+            rows = None if x is None else as_rows(x, x.dtype)
+            gA, gx = thin_gradients(thin, rows, mask, needs_x)
             if gx is not None:
                 # W is unpacked or cast again: to keep it would cost a copy of the base a layer.
                 gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
-                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+                gx = cast(gx.view(ctx.shape), ctx.x_dtype)
             if needs_B:
-                gB = ctx.s * summed(h, g).t().contiguous()
+                gB = ctx.s * summed(h, g).t()
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         return gx, None, None, gb, gA, gB
@@ -150,7 +170,7 @@ class _Merged(torch.autograd.Function):
             else:  # computed apart from W, so that at the start the two cancel to the last bit
                 A0, B0 = k.start
                 W = torch.add(W, B @ A - B0 @ A0, alpha=k.s)
-            rows = as_rows(x)
+            rows = as_rows(x, x.dtype)
             y = F.linear(rows, W, None if b is None else b.to(x.dtype))
             needs_A, needs_B = ctx.needs_input_grad[3:]
             h = rows @ A.t() if needs_B and not needs_A else None  # LoRA-FA keeps it in x's place
@@ -165,7 +185,7 @@ class _Merged(torch.autograd.Function):
         gx = gA = gB = None
         with without_autocast(g):
             if x is not None:
-                rows = as_rows(x)
+                rows = as_rows(x, x.dtype)
                 h, gA = rows @ A.t(), ctx.s * summed(g @ B, rows)
             if needs_B:
                 gB = ctx.s * summed(g, h)

@@ -17,6 +17,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
@@ -37,8 +38,10 @@ HALVES = (torch.bfloat16, torch.float16)
 # A ContextVar, so that a thread or a task that turns kernels off does not do so for others.
 OFF: ContextVar[bool] = ContextVar("OFF", default=False)
 _off_anywhere: list[None] = []  # as long as the number of threads and tasks inside off()
-# Inside adapters_constant(): A, B, s and dtype -> their factors, with A and B, to keep their ids.
-_KEPT: ContextVar[dict[tuple[Any, ...], tuple[Any, ...]] | None] = ContextVar("KEPT", default=None)
+# Inside adapters_constant(): the ids of an adapter and a base layer -> the adapter and its kernel,
+# which keep both alive, so that their ids stay theirs.
+KEPT: ContextVar[dict[tuple[int, int], tuple[Any, Any]] | None] = ContextVar("KEPT", default=None)
+_AS_IT_IS = nullcontext()
 # Weak keys: a cast lives as long as the weight that it was made of.
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)
 
@@ -66,15 +69,16 @@ def off_in_backward() -> bool:
 
 @contextmanager
 def adapters_constant() -> Iterator[None]:
-    """Inside, no adapter may be written to: kernels make its factors once, not at every call.
+    """Inside, nobody may write to an adapter or to a weight below one. Calls without gradients
+    then share one kernel an adapter, and what the kernel makes of the weights.
 
     Versions of tensors cannot replace this promise, since fused optimizers raise none.
     """
-    before = _KEPT.set({})
+    before = KEPT.set({})
     try:
         yield
     finally:
-        _KEPT.reset(before)
+        KEPT.reset(before)
 
 
 def possible(view: View, x: Tensor) -> bool:
@@ -83,7 +87,7 @@ def possible(view: View, x: Tensor) -> bool:
     A subclass of nn.Linear with a forward of its own must be called: FalconLinear rounds its
     product before it adds the bias.
     """
-    module, (weight, _) = view.module, view.parameters()
+    module, weight = view.module, view.parameters()[0]
     overridden = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     return plain_call(module) and not (
         overridden
@@ -115,7 +119,9 @@ def plain_call(module: nn.Module) -> bool:
 
 def autocast_on(x: Tensor) -> bool:
     """True if autocast chooses the dtypes for x; the meta device has no autocast."""
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    # The first question answers most calls: to make the name of a device takes a microsecond.
+    any_device = torch._C._is_any_autocast_enabled()
+    return any_device and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -130,8 +136,11 @@ def stored_weight(view: View, x: Tensor) -> tuple[tuple[Tensor, ...], torch.dtyp
 
     Under autocast a weight that is not packed is cast once, and again only after it was written to.
     """
-    stored, dtype = view.stored(), compute_dtype(x)
-    if autocast_on(x) and not view.packed:
+    stored = view.stored()
+    if not autocast_on(x):
+        return stored, x.dtype
+    dtype = compute_dtype(x)
+    if not view.packed:
         stored = tuple(part if part.dtype == dtype else _cast(part, dtype) for part in stored)
     return stored, dtype
 
@@ -158,17 +167,22 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Turns autocast off inside: the kernel has chosen the dtypes already."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocast_on(x) else _AS_IT_IS
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x as (tokens, features)."""
-    return x.reshape(-1, x.shape[-1])
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes microseconds even if there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as (tokens, features) in `dtype`."""
+    return cast(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), dtype)
 
 
 def shaped(y: Tensor, x: Tensor) -> Tensor:
     """y (tokens, out) as (..., out). Outside of the Functions, so that y may be overwritten."""
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def summed(left: Tensor, right: Tensor) -> Tensor:
@@ -184,7 +198,7 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
         exact: Tensor = torch.mm(left.t(), right, out_dtype=torch.float32)
         return exact
     wide = torch.promote_types(right.dtype, torch.float32)
-    left, right = left.to(wide), right.to(wide)
+    left, right = cast(left, wide), cast(right, wide)
     parts = len(left) // PART
     if parts < 2 or right.numel() < FEW or left.device.type != "cpu":
         return left.t() @ right
@@ -199,7 +213,7 @@ def summed(left: Tensor, right: Tensor) -> Tensor:
 def dropped_product(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
     """(m ∘ rows) Aᵀ"""
     if mask is None:
-        return rows @ A.t()
+        return F.linear(rows, A)
     if triton.usable(rows.device) and triton.thin(len(A), rows, A):
         from lora.kernels.triton import dropout  # loads Triton
 
@@ -216,22 +230,13 @@ def factor_pairs(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtyp
 
     Bᵀ is made contiguous: products with it then take half the time.
     """
-    kept = None if torch.compiler.is_compiling() else _KEPT.get()
-    pairs = [(A, B, s), *([] if start is None else [(*start, -s)])]
-    return tuple(_factor_pair(A, B, s, dtype, kept) for A, B, s in pairs)
+    pair = _factor_pair(A, B, s, dtype)
+    return (pair,) if start is None else (pair, _factor_pair(*start, -s, dtype))
 
 
-def _factor_pair(
-    A: Tensor, B: Tensor, s: float, dtype: torch.dtype, kept: dict[Any, Any] | None
-) -> tuple[Tensor, Tensor]:
-    key = (id(A), id(B), s, dtype)
-    if kept is not None and key in kept:
-        left, right, *_ = kept[key]
-    else:
-        left, right = A.to(dtype), (s * B).to(dtype).t().contiguous()
-        if kept is not None:
-            kept[key] = left, right, A, B
-    return left, right
+def _factor_pair(A: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Scaled, cast and transposed in one pass over B.
+    return cast(A, dtype), torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
 
 
 def add_update(y: Tensor, hs: Sequence[Tensor], factors: Factors) -> Tensor:

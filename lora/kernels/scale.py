@@ -10,7 +10,7 @@ from lora.kernels.dropout import Mask, drop
 from lora.layers import View, apply
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class ScaleKernel:
     """A layer whose outputs (out,) or inputs (in,) are scaled by `factor`."""
 

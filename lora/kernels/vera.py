@@ -23,7 +23,7 @@ from lora.kernels.products import (
 from lora.layers import View, apply
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class VeRAKernel:
     """A layer with the weight W and bias b under W + λ_b B λ_d A."""
 
@@ -67,7 +67,7 @@ class _VeRA(torch.autograd.Function):
         stored, dtype = stored_weight(k.view, x)
         ctx.view, ctx.c = k.view, 1.0 if mask is None else mask.scale
         with without_autocast(x):
-            rows, W = as_rows(x).to(dtype), k.view.unpacked(stored, dtype)
+            rows, W = as_rows(x, dtype), k.view.unpacked(stored, dtype)
             y = F.linear(rows, W, None if b is None else b.to(dtype))
             A, B = A.to(dtype), B.to(dtype)
             h = dropped_product(rows, A, mask)

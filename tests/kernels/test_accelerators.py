@@ -155,8 +155,30 @@ def test_unchanged_adapters_make_their_factors_once(method: str, device: torch.d
             for _ in range(2):
                 with Operations() as operations:
                     torch.testing.assert_close(layer(x), expected)
-                names.append([name for name in operations.names if "contiguous" in name])
+                names.append([name for name in operations.names if name == "aten.mul.out"])
         assert [len(each) for each in names] == [1, 0]
+
+
+def test_a_hook_runs_that_is_set_while_adapters_are_constant() -> None:
+    layer = nn.Sequential(nn.Linear(12, 16))
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
+    x, shapes = torch.randn(7, 12), []
+    with torch.inference_mode(), adapters_constant():
+        layer(x)
+        layer[0].base_layer.register_forward_hook(lambda _, __, y: shapes.append(y.shape))
+        layer(x)
+    assert shapes == [(7, 16)]
+
+
+def test_adapters_that_are_constant_follow_a_new_base_layer() -> None:
+    layer = nn.Sequential(nn.Linear(12, 16))
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
+    x = torch.randn(7, 12)
+    with torch.inference_mode(), adapters_constant():
+        layer(x)
+        layer[0].base_layer = nn.Linear(12, 16)
+        found = layer(x)
+    torch.testing.assert_close(found, layer(x))
 
 
 def test_writing_promises_that_the_adapter_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +188,7 @@ def test_writing_promises_that_the_adapter_is_unchanged(monkeypatch: pytest.Monk
     real = model.generate
 
     def generate(**more: Any) -> Any:
-        entered.append(products._KEPT.get() is not None)
+        entered.append(products.KEPT.get() is not None)
         return real(**more)
 
     monkeypatch.setattr(model, "generate", generate)
@@ -175,4 +197,4 @@ def test_writing_promises_that_the_adapter_is_unchanged(monkeypatch: pytest.Monk
     )
     written(model, tokenizer, [[5, 6]], Writing(max_new_tokens=3))
     assert entered == [True]
-    assert products._KEPT.get() is None
+    assert products.KEPT.get() is None

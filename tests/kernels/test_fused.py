@@ -67,6 +67,25 @@ def test_both_roads_agree_with_the_same_mask(which: str, dropout: float, tokens:
         torch.testing.assert_close(fast[name], slow[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("which", list(METHODS))
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_call_without_gradients_gives_the_same_bits(which: str, dropout: float) -> None:
+    model, x = adapted(which, dropout), torch.randn(2, 7, 12)
+    outputs = []
+    for gradients in (True, False):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(gradients):
+            outputs.append(model(x).detach())
+    assert torch.equal(*outputs)
+
+
+def test_a_call_without_gradients_starts_no_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(), torch.randn(2, 12)
+    monkeypatch.setattr(lowrank._LowRank, "apply", None)
+    with torch.no_grad():
+        assert model(x).shape == (2, 10)
+
+
 def test_a_mask_in_several_blocks_is_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = adapted(dropout=0.3).double(), torch.randn(50, 12, dtype=torch.float64)
     whole = outcome(model, x, False)
