@@ -133,7 +133,7 @@ class _DoRA(torch.autograd.Function):
         save_for_backward(
             ctx, x, dtype, mask, (x if needs_A else None, hs[0], f, z), stored, *factors
         )
-        ctx.view, ctx.s = k.view, k.s
+        ctx.view, ctx.s, ctx.rank = k.view, k.s, len(A)
         return y
 
     @staticmethod
@@ -147,6 +147,8 @@ class _DoRA(torch.autograd.Function):
             rows = None if x is None else as_rows(x, ctx.dtype)
             thin = [(gz @ up.t(), A) for A, up in factors]
             gA, _ = thin_gradients(thin, rows, mask, False)
+            if gA is not None:
+                gA = gA[: ctx.rank]
             if needs_x:
                 _, gx = thin_gradients(thin, None, None, True)
                 assert gx is not None
@@ -155,7 +157,7 @@ class _DoRA(torch.autograd.Function):
                     drop_(gx[part], keep)
                 gx = gx.addmm_(g, W).view(ctx.shape).to(ctx.x_dtype)
             if needs_B:
-                gB = ctx.s * summed(h, gz).t()
+                gB = ctx.s * summed(h, gz)[: ctx.rank].t()
             if needs_b:
                 gb = g.sum(0, dtype=f.dtype)
             if needs_f:

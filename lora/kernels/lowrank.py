@@ -128,6 +128,7 @@ class _LowRank(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         y, h, stored, factors = k.product(x, mask, b)
         ctx.view, ctx.s = k.view, k.s if mask is None else k.s * mask.scale
+        ctx.rank = len(A)
         needs_A = ctx.needs_input_grad[4]  # False under LoRA-FA, which then keeps no x
         save_for_backward(ctx, x, y.dtype, mask, (x if needs_A else None, h), stored, *factors)
         return y
@@ -141,12 +142,14 @@ class _LowRank(torch.autograd.Function):
             thin = [(F.linear(g, up), A) for A, up in factors]
             rows = None if x is None else as_rows(x, x.dtype)
             gA, gx = thin_gradients(thin, rows, mask, needs_x)
+            if gA is not None:
+                gA = gA[: ctx.rank]
             if gx is not None:
                 # W is unpacked or cast again: to keep it would cost a copy of the base a layer.
                 gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
                 gx = cast(gx.view(ctx.shape), ctx.x_dtype)
             if needs_B:
-                gB = ctx.s * summed(h, g).t()
+                gB = ctx.s * summed(h, g)[: ctx.rank].t()
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         return gx, None, None, gb, gA, gB

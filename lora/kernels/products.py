@@ -228,7 +228,8 @@ def dropped_product(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
 def factor_pairs(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtype) -> Factors:
     """A and s Bᵀ, then A₀ and −s B₀ᵀ if there is a start: what forward and backward multiply with.
 
-    Bᵀ is made contiguous: products with it then take half the time.
+    Bᵀ is made contiguous: products with it then take half the time. On a GPU rows of zeros may
+    follow the r rows; the gradients of A and Bᵀ then have as many rows too many.
     """
     pair = _factor_pair(A, B, s, dtype)
     return (pair,) if start is None else (pair, _factor_pair(*start, -s, dtype))
@@ -236,7 +237,19 @@ def factor_pairs(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtyp
 
 def _factor_pair(A: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     # Scaled, cast and transposed in one pass over B.
-    return cast(A, dtype), torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
+    left, right = cast(A, dtype), torch.mul(B.t(), s, out=B.new_empty(B.shape[::-1], dtype=dtype))
+    if extra := _rows_to_add(A, dtype):
+        left, right = (F.pad(factor, (0, 0, 0, extra)) for factor in (left, right))
+    return left, right
+
+
+def _rows_to_add(A: Tensor, dtype: torch.dtype) -> int:
+    """How many rows of zeros A (r, in) gets in products.
+
+    cuBLAS's kernels for 16 bits read 16 bytes at a time. With a rank that is no multiple of 8 it
+    takes others, which take two to three times as long (benchmarks/results/gpu/second.json).
+    """
+    return -len(A) % 8 if A.is_cuda and dtype in HALVES else 0
 
 
 def add_update(y: Tensor, hs: Sequence[Tensor], factors: Factors) -> Tensor:
