@@ -185,6 +185,9 @@ def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
     assert f"costs {ratios['ours, deterministic / ours'] - 1:.0%}".replace("%", " %") in page
     plans = [run["planned / measured"] - 1 for run in first["plan"].values() if type(run) is dict]
     assert f"expected {100 * min(plans):.0f} to {100 * max(plans):.0f} % more memory" in page
+    thin = second["thin products, 8192 tokens"]
+    slower = [thin["rank 5"][name] / seconds for name, seconds in thin["rank 8"].items()]
+    assert f"took {min(slower):.1f} to {max(slower):.1f} times as long as at r = 8" in page
     resumed = [second["resume"][kind] for kind in ("plain", "deterministic")]
     assert all(run["adapters are equal"] and run["losses are equal"] for run in resumed)
     qlora = first["qlora"]
