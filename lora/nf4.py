@@ -64,7 +64,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE = "weight.quant_state.bitsandbytes__nf4"  # bitsandbytes' key for its JSON metadata
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class NF4:
     """A tensor in NF4. dequantize() gives its values."""
 
@@ -85,9 +85,9 @@ class NF4:
         """The absmax of each block, (blocks,) float32, dequantized if it is stored in 8 bits."""
         if self.nested_absmax is None or self.offset is None:
             return self.absmax
-        scales = dynamic_map(self.absmax.device)[self.absmax.int()]
+        scales = dynamic_map(self.absmax.device).index_select(0, self.absmax.int())
         scales = F.pad(scales, (0, -len(scales) % NESTED)).view(-1, NESTED)
-        scales = (scales * self.nested_absmax[:, None]).flatten()[: len(self.absmax)]
+        scales = (scales * self.nested_absmax[:, None]).view(-1)[: len(self.absmax)]
         return scales + self.offset
 
 
@@ -558,8 +558,8 @@ class NF4View(View):
         return dequantize(self.module.quantized()), layers.gathered(self.parameters()[1])
 
     def stored(self) -> tuple[Tensor, ...]:
-        layer = self.module
-        tensors = (layer.weight, layer.absmax, layer.nested_absmax, layer.offset)
+        parameters = layers.own_parameters(self.module)
+        tensors = [parameters.get(name) for name in ("weight", "absmax", "nested_absmax", "offset")]
         return tuple(tensor for tensor in tensors if tensor is not None)
 
     def unpacked(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from lora.kernels.products import (
     Start,
     add_update,
     as_rows,
+    cast,
     factor_pairs,
     save_for_backward,
     saved,
@@ -123,7 +124,7 @@ class _DoRA(torch.autograd.Function):
         stored, dtype = stored_weight(k.view, x)
         with without_autocast(x):
             rows, W = as_rows(x, dtype), k.view.unpacked(stored, dtype)
-            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            y = F.linear(rows, W, None if b is None else cast(b, dtype))
             kept, factors = mask.keep(rows).mul_(rows), factor_pairs(A, B, k.s, k.start, dtype)
             q = F.linear(kept, W)
             hs = [kept @ A.t() for A, _ in factors]

@@ -11,6 +11,7 @@ from torch import Tensor
 from lora.kernels.products import (
     as_rows,
     autocast_on,
+    cast,
     possible,
     save_for_backward,
     saved,
@@ -29,9 +30,7 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, view: View, b: Tensor | None, stored: tuple[Tensor, ...],
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        with without_autocast(x):
-            W = view.unpacked(stored, dtype)
-            y = F.linear(as_rows(x, dtype), W, None if b is None else b.to(dtype))
+        y = product(x, view, b, stored, dtype)
         save_for_backward(ctx, x, dtype, None, stored)  # the codes, an eighth of W in float32
         ctx.view = view
         return y
@@ -44,7 +43,7 @@ class _Linear(torch.autograd.Function):
         with without_autocast(g):
             if needs_x:
                 gx = g @ ctx.view.unpacked(stored, ctx.dtype)
-                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+                gx = cast(gx.view(ctx.shape), ctx.x_dtype)
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
         return gx, None, gb, None, None
@@ -56,5 +55,14 @@ def linear(view: View, x: Tensor) -> Tensor:
     if not possible(view, x):
         W = view.read()[0]
         return F.linear(x, W if autocast_on(x) else W.to(x.dtype), b)
-    y: Tensor = _Linear.apply(x, view, b, *stored_weight(view, x))  # type: ignore[no-untyped-call]
-    return shaped(y, x)
+    compute: Any = _Linear.apply if torch.is_grad_enabled() else product
+    return shaped(compute(x, view, b, *stored_weight(view, x)), x)
+
+
+def product(
+    x: Tensor, view: View, b: Tensor | None, stored: tuple[Tensor, ...], dtype: torch.dtype
+) -> Tensor:
+    """y (tokens, out)"""
+    with without_autocast(x):
+        W = view.unpacked(stored, dtype)
+        return F.linear(as_rows(x, dtype), W, None if b is None else cast(b, dtype))

@@ -12,6 +12,7 @@ from torch import Tensor
 from lora.kernels.dropout import Mask, drop
 from lora.kernels.products import (
     as_rows,
+    cast,
     dropped_product,
     save_for_backward,
     saved,
@@ -68,7 +69,7 @@ class _VeRA(torch.autograd.Function):
         ctx.view, ctx.c = k.view, 1.0 if mask is None else mask.scale
         with without_autocast(x):
             rows, W = as_rows(x, dtype), k.view.unpacked(stored, dtype)
-            y = F.linear(rows, W, None if b is None else b.to(dtype))
+            y = F.linear(rows, W, None if b is None else cast(b, dtype))
             A, B = A.to(dtype), B.to(dtype)
             h = dropped_product(rows, A, mask)
             u = F.linear((h * inner).to(dtype), B)
@@ -92,5 +93,5 @@ class _VeRA(torch.autograd.Function):
             _, gx = thin_gradients([((gv * inner).to(ctx.dtype), A)], None, mask, needs_x)
             if gx is not None:
                 gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
-                gx = gx.view(ctx.shape).to(ctx.x_dtype)
+                gx = cast(gx.view(ctx.shape), ctx.x_dtype)
         return gx, None, None, gb, None, None, ginner, gouter

@@ -234,6 +234,18 @@ def test_it_moves_copies_and_goes_through_a_file(tmp_path: Path) -> None:
     assert 8 * size / (70 * 30) < 4.8  # 17 bytes of header and statistics are much at this size
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_call_without_gradients_starts_no_function(
+    double_quant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = NF4Linear.of(nn.Linear(64, 8), double_quant=double_quant)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    y = layer(x)
+    monkeypatch.setattr("lora.kernels.linear._Linear.apply", None)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
 def test_layers_share_one_buffer() -> None:
     small, large = NF4Linear.of(nn.Linear(8, 8)), NF4Linear.of(nn.Linear(64, 64))
     x, wide = torch.randn(2, 8), torch.randn(2, 64)
