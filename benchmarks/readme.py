@@ -40,6 +40,7 @@ def tables() -> dict[str, str]:
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
         "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
         "fits": fits(), "gpu steps": gpu_steps(), "gpu nf4": gpu_nf4(),
+        "tiny": conditions(),
     }  # fmt: skip
     texts |= {name: markdown(rows) for name, rows in measured.items()}
     return texts | parts() | {"tree": f"```\n{tree()}```\n"}
@@ -48,11 +49,11 @@ def tables() -> dict[str, str]:
 def comparison(name: str) -> list[tuple[str, ...]]:
     """The table of a `lora compare` in results/."""
     table = rows(analysis(name))
-    # The runs of sst2 shared the processor, so their times mean nothing. Those of sst2 and
-    # demo-lm-tiny measured the memory of the whole run, which does not depend on the method alone.
+    # The runs of both shared the processor, so their times mean nothing. Those of sst2 measured the
+    # memory of the whole run, which does not depend on the method alone.
     left_out = {
         "sst2": ("train s", "peak MiB of the run"),
-        "demo-lm-tiny": ("peak MiB of the run",),
+        "demo-lm-tiny": ("train s",),
     }.get(name, ())
     columns = [number for number, head in enumerate(table[0]) if head not in left_out]
     return [tuple(row[number] for number in columns) for row in table]
@@ -127,6 +128,24 @@ def language() -> list[tuple[str, ...]]:
         )
         rows.append((shown[name], rate, *ratios))
     return rows
+
+
+def conditions() -> list[tuple[str, ...]]:
+    """The exact match of the byte model and of each method on it, by condition."""
+    result = read("tiny")
+    scores = {
+        name: {
+            "(the base, on its tasks)": condition["base"]["exact match"],
+            **{method: run["exact match"] for method, run in condition["methods"].items()},
+        }
+        for name, condition in result["conditions"].items()
+    }
+    table: list[tuple[str, ...]] = [("exact match, %", *next(iter(scores.values())))]
+    for name, row in scores.items():
+        table.append((name, *(f"{100 * score:.1f}" for score in row.values())))
+    points = (f"{100 * value:.1f}" for value in result["best less worst"].values())
+    table.append(("best less worst, points", *points))
+    return table
 
 
 def vocabulary() -> list[tuple[str, ...]]:

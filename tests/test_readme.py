@@ -409,6 +409,23 @@ def test_a_small_language_model_learns_what_it_has_not_seen() -> None:
     assert len(summaries) == 4
 
 
+def test_the_byte_model_trains_stably() -> None:
+    """Over seeds, threads and kernels, before and after adapting. BitFit is shown as it is."""
+    measured = result("tiny")
+    spread, first = measured["best less worst"], measured["conditions"]["seed 0, 1 thread"]
+    assert len(measured["conditions"]) == 3
+    assert spread.keys() == {"base", "lora", "qlora", "bitfit", "full"}
+    assert (
+        max(spread[name] for name in ("base", "lora", "qlora", "full")) <= 0.03 < spread["bitfit"]
+    )
+    page = " ".join((ROOT / "docs" / "language.md").read_text(encoding="utf-8").split())
+    assert "LoRA, QLoRA and full fine-tuning are within 3 points. BitFit's are not" in page
+    runs = {s["method"]: s for s in summaries_of("demo-lm-tiny")}
+    assert f"it trains only {runs['bitfit']['trainable']:,} numbers" in page
+    shown = {method: run["metrics"]["exact_match"] for method, run in runs.items()}
+    assert shown == {method: run["exact match"] for method, run in first["methods"].items()}
+
+
 def test_smollm2_learns_real_tasks() -> None:
     """The demo's language model, on the four tasks of real texts with two labels."""
     summaries = summaries_of("demo-lm")

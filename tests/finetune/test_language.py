@@ -21,6 +21,7 @@ from lora.finetune.chat import HELP
 from lora.finetune.cli import main
 from lora.finetune.comparison.grid import parse_compare
 from lora.finetune.comparison.standing import standing
+from lora.finetune.config import parse_run
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.demo import language
 from lora.finetune.generate import Writing, padded, written
@@ -1085,3 +1086,15 @@ def test_the_demos_tokenizer_is_of_bytes() -> None:
     assert [i - len(language.SPECIAL) for i in ids] == list(text.encode())
     assert tokenizer.decode(ids) == text
     assert len(tokenizer) == language.LLAMA["vocab_size"]
+
+
+def test_the_recipes_template_ends_a_prompt_with_a_line_break() -> None:
+    """The model's own puts nothing there, and runs of earlier versions were trained with it."""
+    tokenizer = load_base("demo-lm-tiny", 1, "text", 0).tokenizer
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s>qa</s>"
+    root = Path(__file__).parents[2]
+    config = parse_run(["--config", str(root / "recipes" / "demo-lm-tiny-base.toml")])
+    template = (root / config.template).read_text(encoding="utf-8")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template)
+    assert text == "<s>q\na</s>"

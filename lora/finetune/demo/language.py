@@ -14,7 +14,13 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}\n{% endif %}{% endfor %}"
 )
-"""A line per message; after an answer, the end token."""
+"""The messages one after another, and the end token after an answer.
+
+Templates are rendered with Jinja's trim_blocks, which removes the line break here. So nothing
+separates a prompt from its answer: the b after "spell: bade" could belong to either. Runs of
+earlier versions were trained with this template, so it does not change;
+recipes/demo-lm-tiny-base.toml has another.
+"""
 
 # Arguments of LlamaConfig that differ from its defaults.
 LLAMA = {
