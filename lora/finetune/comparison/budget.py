@@ -22,15 +22,16 @@ MARGIN = 1.15
 """Runs take longer than measured: checkpoints, and other processes."""
 UNMEASURED = 5
 """The most runs that start without measuring how long they will take."""
-FEWEST_ROWS = 200
-"""Training rows that a run has at least, even if the budget is short."""
+FEWEST_ROWS = {"train": 200, "dev": 300}
+"""Rows that a run has at least, even if the budget is short. All of test is always scored."""
 
 
 @dataclass(frozen=True)
 class GridPlan:
     """A comparison whose seeds and rows are decided, and the seconds of its runs.
 
-    rows: of train, dev and test. costs: by method; empty if nothing was measured.
+    rows: of train, dev and test, before a budget limits them. costs: by method; empty if nothing
+    was measured.
     """
 
     grid: Grid
@@ -42,7 +43,8 @@ class GridPlan:
         cost = self.costs.get(run.name or run.method)
         if cost is None:
             return 0.0
-        rows = self.rows | {"train": min(self.rows["train"], run.limit or self.rows["train"])}
+        limits = {"train": run.limit, "dev": run.dev_limit}
+        rows = {split: min(count, limits.get(split) or count) for split, count in self.rows.items()}
         return MARGIN * cost.seconds(run, rows)
 
     def total(self, runs: list[Any]) -> float:
@@ -72,14 +74,14 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
 
     Raises ConfigError if the budget is too short, or if a search has no test split to report on.
     """
-    grid = _as_before(grid, say)
+    given, grid = grid, _as_before(grid, say)
     plan = GridPlan(grid, {}, {})
     runs = plan.search_runs() + plan.final_runs()
     left = [run for run in runs if not (run.run_dir / "summary.json").is_file()]
     measured = left and (grid.budget is not None or (timed and len(left) > UNMEASURED))
     if not measured and not grid.searched:
         return plan
-    corpus = read_corpus(next(iter(grid.methods.values())))
+    corpus = read_corpus(next(iter(given.methods.values())))
     if grid.searched and not corpus.test:
         raise ConfigError(
             f"--rates: {corpus.source} has no test split. Rates are chosen on dev, so the report"
@@ -105,7 +107,7 @@ def _costs(grid: Grid) -> dict[str, Cost]:
 
 
 def _fitted(plan: GridPlan, budget: float) -> GridPlan:
-    """Returns the plan with as many seeds as fit, and else with fewer training rows."""
+    """Returns the plan with as many seeds as fit, and else with fewer rows of train and dev."""
     grid = plan.grid
     counts = [len(grid.seeds)] if grid.seeds_given else range(MOST_SEEDS, FEWEST_SEEDS - 1, -1)
     for count in counts:
@@ -113,7 +115,7 @@ def _fitted(plan: GridPlan, budget: float) -> GridPlan:
         plan = replace(plan, grid=replace(grid, seeds=seeds))
         if _time(plan) <= budget:
             return plan
-    low, high = FEWEST_ROWS, plan.rows["train"]
+    low, high = FEWEST_ROWS["train"], plan.rows["train"]
     if high <= low or _time(_with_rows(plan, low)) > budget:
         least = _time(_with_rows(plan, min(low, high)))
         raise ConfigError(
@@ -133,8 +135,11 @@ def _time(plan: GridPlan) -> float:
 
 
 def _with_rows(plan: GridPlan, rows: int) -> GridPlan:
-    """Returns the plan with at most this many training rows a run, and all of dev and test."""
-    return replace(plan, grid=_with_limit(plan.grid, rows, plan.rows["dev"], plan.rows["test"]))
+    """Returns the plan with at most this many training rows a run, the same share of dev, and all
+    of test."""
+    dev = max(plan.rows["dev"] * rows // plan.rows["train"], FEWEST_ROWS["dev"])
+    dev = min(dev, plan.rows["dev"])
+    return replace(plan, grid=_with_limit(plan.grid, rows, dev, plan.rows["test"]))
 
 
 def _with_limit(grid: Grid, train: int, dev: int, test: int) -> Grid:
@@ -163,9 +168,9 @@ def _as_before(grid: Grid, say: Callable[[str], None]) -> Grid:
 def _write_budget(plan: GridPlan) -> None:
     grid = plan.grid
     table: dict[str, Any] = {"seeds": list(grid.seeds)}
-    limit = next(iter(grid.methods.values())).limit
-    if limit is not None:
-        table |= plan.rows | {"train": limit}
+    run = next(iter(grid.methods.values()))
+    if run.limit is not None:
+        table |= plan.rows | {"train": run.limit, "dev": run.dev_limit or plan.rows["dev"]}
     with writable(grid.folder, RunError, "Pass another --run-dir."):
         grid.folder.mkdir(parents=True, exist_ok=True)
         write_whole(grid.folder / BUDGET_FILE, json.dumps(table, indent=2).encode())
@@ -173,10 +178,11 @@ def _write_budget(plan: GridPlan) -> None:
 
 def note_on_rows(plan: GridPlan) -> str:
     """Returns a line on the rows if the budget limits them, else ""."""
-    limit = next(iter(plan.grid.methods.values())).limit
-    if plan.grid.budget is None or limit is None or limit >= plan.rows["train"]:
+    run = next(iter(plan.grid.methods.values()))
+    if plan.grid.budget is None or run.limit is None or run.limit >= plan.rows["train"]:
         return ""
+    dev = f" and {run.dev_limit:,} of {plan.rows['dev']:,} dev rows" if run.dev_limit else ""
     return (
-        f"to fit into the budget, every run trains on the first {limit:,} of"
-        f" {plan.rows['train']:,} rows"
+        f"to fit into the budget, every run has the first {run.limit:,} of"
+        f" {plan.rows['train']:,} training rows{dev}"
     )

@@ -51,7 +51,7 @@ class CompareConfig:
     lowest or the highest. Default: no search."""
     budget: str | None = None
     """Time that the comparison may take, such as 90m or 2h. It chooses the number of seeds, and, if
-    that is not enough, the number of training rows of every run."""
+    that is not enough, the number of rows of train and dev of every run."""
     jobs: int = 1
     """Runs at a time. The processor's cores, or the GPUs, are divided among them."""
     match_parameters: bool = False

@@ -11,7 +11,13 @@ import pytest
 
 from lora.errors import ConfigError, RunError
 from lora.finetune.comparison import budget
-from lora.finetune.comparison.budget import BUDGET_FILE, GridPlan, note_on_rows, planned
+from lora.finetune.comparison.budget import (
+    BUDGET_FILE,
+    FEWEST_ROWS,
+    GridPlan,
+    note_on_rows,
+    planned,
+)
 from lora.finetune.comparison.grid import FEWEST_SEEDS, MOST_SEEDS, parse_compare
 from lora.finetune.comparison.measure import Cost
 
@@ -82,16 +88,18 @@ def test_a_short_budget_trains_on_fewer_rows(measured: list[str], tmp_path: Path
     assert limit is not None
     assert len(short.grid.seeds) == FEWEST_SEEDS
     rows = short.rows
-    assert {(run.dev_limit, run.test_limit) for run in short.final_runs()} == {
-        (rows["dev"], rows["test"])
-    }
+    ((dev, test),) = {(run.dev_limit, run.test_limit) for run in short.final_runs()}
+    assert test == rows["test"]
+    assert dev == min(rows["dev"], max(FEWEST_ROWS["dev"], rows["dev"] * limit // rows["train"]))
     assert {run.test_limit for run in short.search_runs()} == {0}
-    assert f"the first {limit:,} of {rows['train']:,} rows" in note_on_rows(short)
+    note = f"the first {limit:,} of {rows['train']:,} training rows and {dev:,} of"
+    assert note in note_on_rows(short)
     # The same command again makes the same runs, whatever is measured then.
     flags = ("--budget", "10h", "--seeds", "3", "--rates", "auto")
     assert plan(tmp_path / "b", *flags).final_runs() == [
         replace(run, run_dir=run.run_dir) for run in short.final_runs()
     ]
+    assert note in note_on_rows(plan(tmp_path / "b", *flags))
     (tmp_path / "b" / BUDGET_FILE).write_text(json.dumps({"seeds": ["x"]}))
     with pytest.raises(RunError, match="is damaged"):
         plan(tmp_path / "b", *flags)
