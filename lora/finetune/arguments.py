@@ -1,6 +1,6 @@
 """Reads a verb's command line before tyro does: unknown flags, and flags that are given twice.
 
-check_flags(arguments, known, "lora train")    ConfigError for a flag that the verb lacks
+check_flags(arguments, known, "lora train")    ConfigError for an unknown flag
 joined(arguments, {"data"})                    --data a --data b  ->  --data a b
 """
 
@@ -42,7 +42,12 @@ def _flag(argument: str) -> str | None:
 
 
 def check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) -> None:
-    """Raise ConfigError for a flag that the verb does not have."""
+    """Raise ConfigError for a flag that the verb does not have, or a value before any flag."""
+    if arguments and not arguments[0].startswith("-"):
+        advice = f" Did you mean --data {arguments[0]}?" if "data" in known else ""
+        raise ConfigError(
+            f"{prog} takes flags, found {arguments[0]} before any.{advice} See {prog} --help."
+        )
     for argument in arguments:
         name = _flag(argument)
         if name is None or argument in ("-h", "--help") or (name in known and argument[1] == "-"):

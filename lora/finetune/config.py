@@ -52,6 +52,7 @@ from lora.finetune.methods import (
     recordable,
     settings_brought,
 )
+from lora.finetune.verbs import EXAMPLES
 from lora.interop import documents
 from lora.interop.documents import wanted
 from lora.method import METHODS
@@ -443,6 +444,7 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
         text = more.get("description") or inspect.getdoc(kinds[0]) or ""
         # tyro does not wrap it, and joins lines unless they begin with a space.
         lines = textwrap.wrap(" ".join(text.split()), shutil.get_terminal_size().columns - 1)
+        lines += ["Examples:", *(f"   {example}" for example in EXAMPLES[prog])]
         more["description"] = "\n".join(f" {line}" for line in lines)
     report = io.StringIO()
     try:

@@ -1,4 +1,4 @@
-"""The flags of each verb: one frozen dataclass per verb, one field per flag.
+"""The flags and examples of each verb: one frozen dataclass per verb, one field per flag.
 
 Elsewhere: lora train in config.RunConfig, lora compare in compare.CompareConfig, lora convert in
 lora/interop.
@@ -9,6 +9,48 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+EXAMPLES = {
+    "lora train": (
+        "lora train --data reviews.csv --text-column message --label-column topic",
+        "lora train --base my/llama --data chat.jsonl --method qlora",
+        "lora train --resume runs/mine",
+    ),
+    "lora plan": ("lora plan --base my/llama --data chat.jsonl --method qlora",),
+    "lora eval": (
+        "lora eval runs/mine",
+        "lora eval runs/mine --data other.csv",
+        "lora eval --predictions runs/mine/predictions.jsonl",
+    ),
+    "lora predict": (
+        'lora predict runs/mine --text "Not a wasted frame."',
+        "lora predict runs/mine --data new.csv --output labelled.jsonl",
+    ),
+    "lora generate": (
+        "lora generate runs/mine",
+        'lora generate runs/mine --prompt "What is 3 plus 4?" --adapter both',
+        "lora generate runs/mine --data questions.jsonl --output answers.jsonl",
+    ),
+    "lora data preview": ("lora data preview --base my/llama --data chat.jsonl --count 5",),
+    "lora data fetch": ("lora data fetch reviews",),
+    "lora compare": (
+        "lora compare --data reviews.csv --methods lora dora full --seeds 3",
+        "lora compare --data reviews.csv --rates auto --budget 2h",
+    ),
+    "lora runs": ("lora runs --sort score --method lora dora",),
+    "lora show": ("lora show runs/mine",),
+    "lora watch": ("lora watch runs/mine",),
+    "lora report": ("lora report runs/compare --output report.html",),
+    "lora plot": ("lora plot runs/first runs/second --output pictures",),
+    "lora merge": ("lora merge runs/mine --output plain",),
+    "lora export": (
+        "lora export runs/mine --merged --output model.gguf",
+        "lora export runs/mine --format vllm",
+    ),
+    "lora convert": ("lora convert loralib.pt --lora-alpha 32",),
+    "lora methods check": ("lora methods check path/to/mine.py:MyMethod",),
+}
+"""The commands that --help shows. Many begin with a value, which the usage line shows as a flag."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from lora.finetune.cli import main
 from lora.finetune.comparison.grid import CompareConfig
 from lora.finetune.config import field_names, from_table, parse_run
 from lora.finetune.flags import HOW, NEAR, as_flag, hint
-from lora.finetune.verbs import ExportConfig
+from lora.finetune.verbs import EXAMPLES, ExportConfig
 from lora.interop.loralib import ConvertConfig
 
 VERBS: dict[str, Any] = {
@@ -173,6 +174,30 @@ def test_flags_that_are_taken_first_stand_in_the_list(capsys: pytest.CaptureFixt
             main([*verb.split(), "--help"])
         shown = capsys.readouterr().out
         assert all(re.search(rf"^\W*{flag} ", shown, re.MULTILINE) for flag in flags), verb
+
+
+@pytest.mark.parametrize("prog", EXAMPLES)
+def test_help_shows_examples_whose_flags_exist(
+    prog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*prog.split()[1:], "--help"])
+    shown = capsys.readouterr().out
+    flags = set(re.findall(r"--[a-z-]+", shown.rpartition(EXAMPLES[prog][-1])[2]))
+    if prog in ("lora plan", "lora compare", "lora data preview"):
+        flags |= set(map(as_flag, TRAIN))
+    for example in EXAMPLES[prog]:
+        assert example.startswith(prog)
+        assert example in shown
+        assert {word for word in shlex.split(example) if word.startswith("--")} <= flags
+
+
+@pytest.mark.parametrize("verb", [("train",), ("plan",), ("compare",), ("data", "preview")])
+def test_a_file_without_a_flag_leads_to_data(
+    verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb, "reviews.csv", "--epochs", "1"]) == 2
+    assert "Did you mean --data reviews.csv?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [80, 120])
