@@ -417,7 +417,8 @@ def corpus_to_show(config: RunConfig[Any]) -> Corpus:
     try:
         return read_corpus(config)
     except DataError:
-        if config.task != "auto" or len(config.data) > 1:
+        # The base demo labels texts only, so the error about the labels is the one that helps.
+        if config.task != "auto" or len(config.data) > 1 or config.base == "demo":
             raise
         # If neither reading works, the first error is the better one.
         with suppress(DataError):

@@ -1056,6 +1056,24 @@ def test_preview_is_of_what_training_would_make(
     assert "U│s│e│r" not in shown
 
 
+def test_data_that_the_demo_base_cannot_use_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A preview reports what training would, and a task that nobody typed is explained."""
+    ids = tmp_path / "ids.csv"
+    ids.write_text(
+        "id,day,text,kind\n" + "".join(f"{i},2026-01-{i},t{i},k\n" for i in range(10, 30))
+    )
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text(
+        "".join(json.dumps({"question": f"{i}?", "answer": "so"}) + "\n" for i in range(20))
+    )
+    for data, words in ((ids, "no label column among id, day, text, kind"), (asked, "prompts")):
+        for verb in (("data", "preview"), ("plan",)):
+            assert lora(*verb, "--base", "demo", "--data", data) == 2
+            assert words in capsys.readouterr().err
+
+
 def test_a_made_task_is_asked_as_it_was_learned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -131,6 +131,8 @@ def read_examples(
         notes.append(f"{data} has no column 'split': divided 80/10/10 into train, dev and test")
     if not splits.get("train") and not splits.get(""):
         bad.judge(left=False)
+        if not splits and Path(data).is_file():
+            raise DataError(f"--data {data} has a header and no rows below it. Add rows.")
         raise DataError(
             f"--data {data} has no training rows, found {', '.join(splits) or 'nothing'}."
             " Pass a folder with train.tsv, .csv or .jsonl."

@@ -26,10 +26,14 @@ def build_demo(
     Raises ModelError if the base cannot do the task.
     """
     if (task == "text") != (base == "demo-lm-tiny"):
-        another = "demo-lm-tiny or another" if task == "text" else "demo"
+        if task == "text":  # often not asked for: the keys of the data's rows imply it
+            raise ModelError(
+                f"--base {base} is no language model, which prompts, conversations and plain texts"
+                " (--task text) need. Pass --base demo-lm-tiny, smollm2, or a language model's"
+                " folder."
+            )
         raise ModelError(
-            f"--base {base} is {'no' if task == 'text' else 'a'} language model, so it cannot do"
-            f" --task {task}. Pass --base {another}."
+            f"--base {base} is a language model, so it cannot do --task {task}. Pass --base demo."
         )
     if base == "demo-lm-tiny":
         model, tokenizer = _language_model()

@@ -172,6 +172,9 @@ def test_missing_columns_files_and_folders(tmp_path: Path) -> None:
     write(tmp_path / "data" / "train.csv", "text,label\na,1\n")
     with pytest.raises(DataError, match="train.csv, train.tsv for one split. Keep one"):
         read_examples(data)
+    for name, header in (("header.csv", "text,label\n"), ("header.tsv", "text\tlabel\r\n")):
+        with pytest.raises(DataError, match=f"{name} has a header and no rows below it. Add rows"):
+            read_examples(str(write(tmp_path / name, header)))
     with pytest.raises(DataError, match="found .xlsx. Known"):
         read_examples(str(write(tmp_path / "x.xlsx", "a")))
 
