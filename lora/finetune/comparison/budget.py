@@ -119,8 +119,8 @@ def _fitted(plan: GridPlan, budget: float) -> GridPlan:
     if high <= low or _time(_with_rows(plan, low)) > budget:
         least = _time(_with_rows(plan, min(low, high)))
         raise ConfigError(
-            f"--budget {duration(budget)} is too short: {plan} with {min(low, high)} training rows"
-            f" takes about {duration(least)}. Pass a longer one, or fewer --methods or --seeds."
+            f"--budget {duration(budget)} is too short: {plan}, and with {min(low, high)} training"
+            f" rows about {duration(least)}. Pass a longer one, or fewer --methods or --seeds."
         )
     while high - low > 1:
         middle = (low + high) // 2

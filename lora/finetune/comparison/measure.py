@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from lora.finetune.config import RunConfig, from_table, read_toml, to_toml
 
 STEPS = 6
 """Optimizer steps that are measured; the first one also fills caches and is not counted."""
-SCORED = 32
-"""Rows of dev that are scored."""
-SLOW = 20
-"""Seconds after which the rows are not scored again."""
+SCORED = 128
+"""Rows of dev of each data set that are scored: enough for batches of texts of like length."""
+ANSWERED = 32
+"""Prompts that a language model answers."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,18 @@ class Cost:
 
     load: float  # until the first step: imports, data, base
     step: float
-    dev_row: float  # a row of an evaluation during training
-    test_row: float  # a row of the last evaluation, in which a language model writes its answers
+    row: float  # to score a row
+    answer: float = 0.0  # to write the answer to a prompt, in the last evaluation
 
     def seconds(self, config: RunConfig[Any], rows: Mapping[str, int]) -> float:
         """Returns how long a run takes with this many rows in train, dev and test."""
         steps = config.epochs * -(-rows["train"] // config.batch_size)
         evaluations = -(-steps // config.eval_steps) if config.eval_steps else config.epochs
         last = rows["test"] if rows["test"] and config.test_limit != 0 else rows["dev"]
-        if config.task == "text" and config.answered is not None:
-            last = min(last, config.answered)
-        last *= 2 if config.baseline else 1
-        scoring = evaluations * rows["dev"] * self.dev_row + last * self.test_row
-        return self.load + steps * self.step + scoring
+        prompts = last if config.answered is None else config.answered * len(config.data)
+        final = last * self.row + min(last, prompts) * self.answer
+        final *= 2 if config.baseline else 1
+        return self.load + steps * self.step + evaluations * rows["dev"] * self.row + final
 
 
 def measure(config: RunConfig[Any], environment: Mapping[str, str] = {}) -> Cost:
@@ -88,26 +87,19 @@ def _measured(config: RunConfig[Any]) -> Cost:
     settings = hyperparameters(config, parts.corpus)
     training = fit(parts.training, parts.splits["train"], parts.corpus.task, settings, lambda: 0)
     seconds = [step.seconds for step in itertools.islice(training, STEPS)]
-    rows = parts.corpus.dev
-
-    def evaluated() -> None:
-        evaluate(model, parts.corpus, split, rows)
-
-    def answered() -> None:
-        with torch.no_grad():
-            scored(config, model, parts.base.tokenizer, parts.corpus, split, rows, None)
-
-    # The first call imports what computes the metrics, which takes longer than 32 rows.
-    evaluation, first = _seconds(evaluated), _seconds(answered)
-    evaluation, last = _seconds(evaluated), _seconds(answered) if first < SLOW else first
-    step = statistics.mean(seconds[1:] or seconds)
-    return Cost(load, step, evaluation / len(rows), last / len(rows))
-
-
-def _seconds(call: Callable[[], None]) -> float:
+    corpus, rows = parts.corpus, parts.corpus.dev
+    evaluate(model, corpus, split, rows)  # the first call imports what computes the metrics
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    evaluate(model, corpus, split, rows)
+    row = (time.perf_counter() - start) / len(rows)
+    answer = 0.0
+    if corpus.task == "text":
+        config = replace(config, answered=-(-ANSWERED // len(config.data)))
+        start = time.perf_counter()
+        with torch.no_grad():
+            *_, records = scored(config, model, parts.base.tokenizer, corpus, split, rows)
+        answer = (time.perf_counter() - start - row * len(rows)) / max(1, len(records))
+    return Cost(load, statistics.mean(seconds[1:] or seconds), row, max(0.0, answer))
 
 
 if __name__ == "__main__":

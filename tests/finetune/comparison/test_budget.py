@@ -21,7 +21,7 @@ from lora.finetune.comparison.budget import (
 from lora.finetune.comparison.grid import FEWEST_SEEDS, MOST_SEEDS, parse_compare
 from lora.finetune.comparison.measure import Cost
 
-COST = Cost(load=4.0, step=0.1, dev_row=0.01, test_row=0.02)
+COST = Cost(load=4.0, step=0.1, row=0.01, answer=0.5)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def measure(run: Any, environment: Any = None) -> Cost:
         names.append(run.name or run.method)
-        return COST
+        return replace(COST, answer=0.0)  # a classifier writes nothing
 
     monkeypatch.setattr(budget, "measure", measure)
     return names
@@ -46,9 +46,11 @@ def plan(folder: Path, *flags: str, timed: bool = True) -> GridPlan:
 def test_a_run_costs_its_steps_and_its_evaluations() -> None:
     run = parse_compare(["--epochs", "2", "--batch-size", "10"])[1].finals("lora")[0]
     rows = {"train": 101, "dev": 20, "test": 30}
-    assert COST.seconds(run, rows) == pytest.approx(4 + 22 * 0.1 + 2 * 20 * 0.01 + 30 * 0.02)
-    search = replace(run, test_limit=0, eval_steps=5, baseline=True)
-    assert COST.seconds(search, rows) == pytest.approx(4 + 2.2 + 5 * 0.2 + 2 * 20 * 0.02)
+    run = replace(run, data=("a", "b"), answered=4)
+    assert COST.seconds(run, rows) == pytest.approx(4 + 2.2 + 2 * 0.2 + 0.3 + 8 * 0.5)
+    search = replace(run, test_limit=0, eval_steps=5, baseline=True, answered=None)
+    assert COST.seconds(search, rows) == pytest.approx(4 + 2.2 + 5 * 0.2 + 2 * (0.2 + 20 * 0.5))
+    assert replace(COST, answer=0.0).seconds(run, rows) == pytest.approx(4 + 2.2 + 2 * 0.2 + 0.3)
 
 
 def test_few_runs_start_at_once_and_many_are_measured(measured: list[str], tmp_path: Path) -> None:
