@@ -17,6 +17,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from lora.errors import RunError
 from lora.finetune.cli import main
 from lora.finetune.data.corpus import read_predictions
+from lora.finetune.report.charts import charts_of
 from lora.finetune.report.contents import MOST_EXAMPLES, tables_of
 from lora.finetune.report.curves import curves
 from lora.finetune.report.evidence import Evidence, collect, folders_of_runs
@@ -231,6 +232,17 @@ def test_many_disagreements_are_cut_and_counted(tmp_path: Path) -> None:
     assert len(table.rows) <= MOST_EXAMPLES
     assert max(len(row[1].text) for row in table.rows) == 300
     assert re.search(r"disagree on \d+ of 900 rows", table.note)
+
+
+def test_one_evaluation_makes_no_curve(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "lora-0", Made())
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    evaluations = [line for line in lines if json.loads(line)["kind"] == "evaluation"]
+    kept = [line for line in lines if line not in evaluations[:-1]]
+    (run / "metrics.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    titles = [chart.title for chart in charts_of(evidence_of(tmp_path))]
+    assert "Train loss over the epochs" in titles
+    assert not [title for title in titles if title.startswith("Dev ")]
 
 
 def test_a_curve_spans_its_seeds(folder: Path) -> None:

@@ -144,6 +144,8 @@ def _curve_charts(evidence: Evidence) -> list[Chart]:
             for method, curves in evidence.curves.items()
             for p in curves.get(name, ())
         ]
+        if len({value["epoch"] for value in values}) < 2:
+            continue  # after one evaluation there is no curve
         several = any(len(result.seeds) > 1 for result in analysis.methods)
         band = " The band spans the lowest and the highest seed." * several
         charts.append(_curves(analysis, f"curve-{number}", title, band, values, share))
