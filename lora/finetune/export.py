@@ -10,7 +10,7 @@ from lora.errors import ConfigError, command
 from lora.finetune.data.conversations import Conversation, from_row
 from lora.finetune.data.messages import Message
 from lora.finetune.demo import bases
-from lora.finetune.inputs import answer_format, hand_on, prompts_of
+from lora.finetune.inputs import answer_format, prompts_of, set_answer_format
 from lora.finetune.merged import merge_source
 from lora.finetune.models import place_of, writing_parts
 from lora.finetune.record import answers_of
@@ -114,8 +114,8 @@ def _export_adapter(config: ExportConfig, base: str, answer: AnswerFormat | None
     file = gguf_in(base)
     model = "BASE.gguf" if file is None else str(file.resolve())
     flags: list[object] = ["--lora", output]
-    if answer and answer.turn is not None:
-        flags += ["--override-kv", f"tokenizer.ggml.eot_token_id=int:{answer.turn}"]
+    if answer and answer.new_end_token is not None:
+        flags += ["--override-kv", f"tokenizer.ggml.eot_token_id=int:{answer.new_end_token}"]
     if answer and answer.template:
         template = write_beside(output.with_suffix(".jinja"), answer.template)
         flags += ["--jinja", "--chat-template-file", template]
@@ -129,8 +129,8 @@ def _export_adapter(config: ExportConfig, base: str, answer: AnswerFormat | None
 
 
 def stop_note(answer: AnswerFormat | None) -> str:
-    """Returns a line for a run whose template ends a turn in words, which no file of an engine can
-    say; "" for others."""
+    """Returns a note for a run whose answers end with a text and not with a token: the files that
+    engines read can only name tokens. "" for other runs."""
     if answer is None or not answer.stop_text:
         return ""
     return (
@@ -169,7 +169,7 @@ def _export_merged(config: ExportConfig) -> str:
         merged = merge_source(source, config.dequantize)
         trained, model = merged.trained, merged.trained.model
         answer = answer_format(trained.config, trained.tokenizer, model.generation_config)
-        hand_on(trained.config, trained.tokenizer, model)
+        set_answer_format(trained.config, trained.tokenizer, model)
         rows = model.get_input_embeddings().weight.shape[0]
         parts = trained.tokenizer, rows, answer
         content = (
@@ -180,7 +180,7 @@ def _export_merged(config: ExportConfig) -> str:
         prompts = _prompts(trained, config.adapter)
         with new_file(output) as temporary:
             write_gguf_model(model, content, temporary, config.dtype)
-            ends = [*answer.ends.values()]
+            ends = [*answer.end_tokens.values()]
             compared = certificate(temporary, model, trained.tokenizer, prompts, ends)
     run = f"Run {command('llama-cli', '-m', output)}{stop_note(answer)}"
     if config.format == "ollama":

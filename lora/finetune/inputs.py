@@ -346,7 +346,7 @@ def _eos_ids(generation: Any) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else [*ids]
 
 
-def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
+def set_answer_format(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
     """Sets the run's template and end tokens in the tokenizer and the model's generation config.
 
     Then generate() and apply_chat_template() of transformers do the same as the run.
@@ -360,7 +360,7 @@ def hand_on(config: RunConfig[Any], tokenizer: Any, model: Any) -> None:
 
 
 def answer_format(config: RunConfig[Any], tokenizer: Any, generation: Any) -> AnswerFormat:
-    """Returns the end tokens and the template of a run, for engines that read what it trained.
+    """Returns what another engine must know to answer as a run does.
 
     tokenizer, generation: the base's tokenizer and generation config.
     """
@@ -368,8 +368,8 @@ def answer_format(config: RunConfig[Any], tokenizer: Any, generation: Any) -> An
     ids = ends_of(template, generation)
     known = {tokenizer.eos_token_id, *_eos_ids(generation)}
     return AnswerFormat(
-        ends=dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True)),
-        turn=next((token for token in template.stops if token not in known), None),
+        end_tokens=dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True)),
+        new_end_token=next((token for token in template.stops if token not in known), None),
         generation={**generation.to_diff_dict(), "eos_token_id": [*ids]},
         template=None if template.jinja == base_template else template.jinja,
         turns=text_around_turns(template),

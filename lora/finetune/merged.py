@@ -18,7 +18,7 @@ from lora.finetune.data.conversations import from_row
 from lora.finetune.data.corpus import Corpus, Example
 from lora.finetune.data.tokens import collate, layout
 from lora.finetune.generate import padded
-from lora.finetune.inputs import decoder_start, hand_on, prompts_of
+from lora.finetune.inputs import decoder_start, prompts_of, set_answer_format
 from lora.finetune.methods import method_named
 from lora.finetune.record import answers_of
 from lora.finetune.run_folder import check_free
@@ -56,7 +56,7 @@ def merge_run(
         trained, model = merged.trained, merged.trained.model
         report = f"{merged.report}; {_round(model, trained.stored, dtype, merged.probe)}"
         if trained.config.task == "text":
-            hand_on(trained.config, trained.tokenizer, model)
+            set_answer_format(trained.config, trained.tokenizer, model)
         temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
         try:
             with writable(output, RunError):

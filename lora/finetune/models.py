@@ -31,7 +31,7 @@ from lora.finetune.weights import (
     check_weights_finite,
     dtype_of_files,
 )
-from lora.interop.gguf_base import check_tensors_placed, gguf_model
+from lora.interop.gguf_base import check_tensors_used, gguf_model
 from lora.interop.gguf_file import gguf_in, read_header
 from lora.interop.pretrained import (
     auto_class,
@@ -267,7 +267,7 @@ def _skeleton_of_gguf(file: Path, labels: int, task: str, device: torch.device |
     filed, header = base_config(str(file)), read_header(file)
     config = base_config(str(file), **head_settings(labels, task))
     check_size(str(file), config, task, 4 * sum(tensor.size for tensor in header.tensors))
-    check_tensors_placed(file, skeleton_of(filed, "text"))
+    check_tensors_used(file, skeleton_of(filed, "text"))
     model = skeleton_of(config, task, device)
     tokenizer = load_tokenizer(str(file), model, task)
     stored = {"F16": torch.float16, "BF16": torch.bfloat16}.get(header.weight_type, torch.float32)

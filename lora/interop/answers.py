@@ -15,17 +15,17 @@ class Turns:
     # Role -> the text before and after its content. After a user's message the assistant's turn
     # begins.
     around: Mapping[str, tuple[str, str]]
-    system: str | None  # the system prompt that it writes if a conversation has none
+    system: str | None  # the default system prompt; None if the template has none
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
     """What ends an answer of a run, and its chat template."""
 
-    ends: Mapping[str, int]  # all tokens that end an answer, with their ids
-    turn: int | None  # the id of the one that the base does not name; None if it names all
-    generation: Mapping[str, Any]  # the base's generation config, with all of them
-    template: str | None  # in Jinja; None if it is the base's, or none
+    end_tokens: Mapping[str, int]  # every token that ends an answer -> its id
+    new_end_token: int | None  # the id of the one that the base's own files do not name as an end
+    generation: Mapping[str, Any]  # the base's generation config, with the ids of all end tokens
+    template: str | None  # in Jinja; None if the run uses the base's template, or none
     turns: Turns | None  # None if the template does more than write text around messages
     max_new_tokens: int
-    stop_text: str = ""  # what ends an answer if none of these tokens does
+    stop_text: str = ""  # the text that ends an answer, if no token does

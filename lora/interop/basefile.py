@@ -14,16 +14,16 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, TypeAdapter
 from typing_extensions import TypedDict
 
-MOST = {"layers?$": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
-"""The largest value of a key that matches the pattern. The first match counts: num_hidden_layers
-matches two. Real models stay far below: they have at most a few hundred layers."""
+LARGEST_VALUES = {"layers?$": 4_096, "label|expert|head|block|num_": 100_000, "position": 2**26}
+"""Pattern of a key -> the largest value allowed. If several match, the first counts. Real models
+stay far below: they have at most a few hundred layers."""
 
 
-def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
-    """Returns a validator of an integer or a list of them. none: null, a default, is valid too."""
+def _whole(least: int, most: int, optional: bool = True) -> Callable[[Any], Any]:
+    """Returns a validator of an integer or a list of them. optional: null is valid too."""
 
     def check_bounds(value: Any) -> Any:
-        values = value if isinstance(value, list) else [value] * (value is not None or not none)
+        values = value if isinstance(value, list) else [value] * (value is not None or not optional)
         # type(), not isinstance(): True is an int too.
         if not all(type(number) is int and least <= number <= most for number in values):
             raise ValueError(f"must be a whole number from {least} to {most:,}")
@@ -35,20 +35,20 @@ def _whole(least: int, most: int, none: bool = True) -> Callable[[Any], Any]:
 def _check_counts(config: Any) -> Any:
     """Raises ValueError if a count of layers, heads, labels, ... is larger than any model has.
 
-    It looks at parts of the keys, so it covers keys that the schema does not name.
+    It matches parts of the keys, so it also covers keys that the schema does not list.
     """
     for key, value in config.items():
         if isinstance(value, Mapping):  # text_config, vision_config and others
             _check_counts(value)
-        most = next((most for part, most in MOST.items() if re.search(part, key)), None)
+        most = next((most for part, most in LARGEST_VALUES.items() if re.search(part, key)), None)
         # Floats too: JSON's 1e9 is one.
         if most is not None and isinstance(value, int | float) and value > most:
             raise ValueError(f"states {key}={value:.6g}, at most {most:,} are allowed")
     return config
 
 
-LayerCount = Annotated[Any, AfterValidator(_whole(0, 4_096, none=False))]
-Heads = Annotated[Any, AfterValidator(_whole(1, 100_000, none=False))]
+LayerCount = Annotated[Any, AfterValidator(_whole(0, 4_096, optional=False))]
+Heads = Annotated[Any, AfterValidator(_whole(1, 100_000, optional=False))]
 Groups = Annotated[Any, AfterValidator(_whole(1, 100_000))]
 Width = Annotated[Any, AfterValidator(_whole(1, 2**26))]
 Token = Annotated[Any, AfterValidator(_whole(-1, 2**31))]
@@ -57,7 +57,7 @@ Token = Annotated[Any, AfterValidator(_whole(-1, 2**31))]
 class BaseFile(TypedDict, total=False):
     """config.json: the keys that we read, and the sizes that most architectures have.
 
-    Every key is optional: an architecture has its own names, and transformers has defaults.
+    Every key is optional: architectures use different names, and transformers has defaults.
     """
 
     model_type: str

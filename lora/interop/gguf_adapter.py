@@ -1,16 +1,18 @@
 """Writes a LoRA adapter as a GGUF file for llama.cpp.
 
-llama.cpp computes W x + (alpha / r) B (A x) for each adapted tensor, with one alpha for the file
-and the tensor's rank r. It orders the rows of some weights differently from transformers, and the
-rows of B follow, as in llama.cpp's convert_lora_to_gguf.py:
+llama.cpp computes W x + (alpha / r) B (A x) for each adapted tensor: alpha is the same for the
+whole file, r is the tensor's rank. It orders the rows of some weights differently from
+transformers. The rows of B must have the same order, as in llama.cpp's convert_lora_to_gguf.py:
 
     llama, mistral, mixtral   q_proj, k_proj    rows 0, d/2, 1, d/2 + 1, ... of each head: RoPE
                                                 rotates neighbours
     gpt_neox                  query_key_value   q of all heads, then k, then v; not head by head
 
+The file has these entries and tensors:
+
     general.type = adapter    general.architecture    adapter.type = lora    adapter.lora.alpha
-    TENSOR.weight.lora_a      (r, in)     of the embedding (vocab, r)
-    TENSOR.weight.lora_b      (out, r)    of the embedding (dim, r)
+    TENSOR.weight.lora_a      (r, in); for the embedding (vocab, r)
+    TENSOR.weight.lora_b      (out, r); for the embedding (dim, r)
 
 GPT-2's Conv1D needs no transposition: A and B are (r, in) and (out, r) there too.
 """
@@ -34,27 +36,29 @@ from lora.methods._lowrank_options import by_layer
 
 AdapterDtype = Literal["f16", "bf16", "f32"]
 ADAPTER_DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
-ADAPTED = {
+ADAPTABLE = {
     **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
     **{name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2", "t5")},
     "phi": "phi2",
     "gpt_neox": "gptneox",
 }
-"""model_type -> general.architecture, of the models whose adapters we can write."""
+"""model_type -> general.architecture, for the models whose adapters we can write."""
 
 
 def write_gguf_adapter(adapter: Path, base: Any, output: Path, dtype: AdapterDtype = "f16") -> int:
     """Writes an adapter as a GGUF file, for the base with this transformers config.
 
-    If layers have different alphas, the difference is multiplied into B. Returns the number of
-    layers. Raises CheckpointError if llama.cpp cannot compute what the adapter does, ConfigError if
-    the base's architecture is unknown or the file exists, and what read_saved_lora() raises.
+    If layers differ in alpha, the file has the commonest, and B is scaled to make up for it.
+    Returns the number of adapted layers.
+
+    Raises CheckpointError if llama.cpp cannot compute what the adapter does, ConfigError if the
+    base's architecture is unknown or the file exists, and what read_saved_lora() raises.
     """
     check_new(output)
-    if base.model_type not in ADAPTED:
+    if base.model_type not in ADAPTABLE:
         raise ConfigError(
             f"the base's model_type is {base.model_type!r}, and adapters for llama.cpp can be"
-            f" written for {', '.join(ADAPTED)}. {MERGE_ADVICE}"
+            f" written for {', '.join(ADAPTABLE)}. {MERGE_ADVICE}"
         )
     saved = read_saved_lora(adapter, base)
     alpha, _ = by_layer(saved.alphas)
@@ -66,7 +70,7 @@ def write_gguf_adapter(adapter: Path, base: Any, output: Path, dtype: AdapterDty
                 " export an earlier checkpoint."
             )
     with new_file(output) as temporary:
-        _write(temporary, ADAPTED[base.model_type], alpha, tensors, dtype)
+        _write(temporary, ADAPTABLE[base.model_type], alpha, tensors, dtype)
     return len(saved.layers)
 
 
@@ -114,13 +118,13 @@ def _write(
 
 def adapter_tensors(saved: SavedLoRA, base: Any, alpha: float) -> dict[str, Tensor]:
     """Returns the tensors of the GGUF file by name, float32, for a file with this alpha."""
-    if saved.others:
+    if saved.other_keys:
         raise CheckpointError(
-            f"{saved.folder}: {saved.others[0]} is not part of a low-rank update, and llama.cpp's"
-            f" adapters hold nothing else. {MERGE_ADVICE}"
+            f"{saved.folder}: {saved.other_keys[0]} is not part of a low-rank update, and adapters"
+            f" for llama.cpp contain nothing else. {MERGE_ADVICE}"
         )
     blocks = max(base.num_hidden_layers, getattr(base, "num_decoder_layers", 0))
-    names = tensor_names(ADAPTED[base.model_type], blocks)
+    names = tensor_names(ADAPTABLE[base.model_type], blocks)
     tensors: dict[str, Tensor] = {}
     for name, (A, B) in saved.layers.items():
         target = names.get_name(name)
@@ -158,10 +162,12 @@ def tensor_names(architecture: str, blocks: int) -> Any:
 def row_order(base: Any, name: str, outputs: int) -> Tensor:
     """Returns the indices (outputs,) of a layer's outputs in llama.cpp's order.
 
-    Raises ValueError if the heads of the base's config do not divide them.
+    Raises ValueError if the number of outputs is not a multiple of the heads in the base's config.
     """
     rows, leaf = torch.arange(outputs), name.rpartition(".")[2]
-    rotated = ADAPTED[base.model_type] == "llama" and leaf in ("q_proj", "k_proj")
+    # RoPE rotates each row of the first half of a head with the same row of the second half. In
+    # llama.cpp's order these two rows are neighbours.
+    rotated = ADAPTABLE[base.model_type] == "llama" and leaf in ("q_proj", "k_proj")
     fused = base.model_type == "gpt_neox" and leaf == "query_key_value"
     if not rotated and not fused:
         return rows

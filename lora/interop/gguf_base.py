@@ -1,8 +1,8 @@
 """Loads a GGUF file as a transformers model: config, tokenizer, and the weights as float32.
 
-transformers translates the file (`gguf_file=`). This module adds what it leaves out: errors that
-name what is wrong with a file, the llama3 RoPE of a table of factors, the token that ends a turn,
-pre-tokenizers that it does not know, and a check that every tensor of the file has a place.
+transformers translates the file (`gguf_file=`). This module adds what transformers lacks: errors
+that name what is wrong with a file, the scaled RoPE of Llama 3, the token that ends a turn, some
+pre-tokenizers, and a check that the model uses every tensor of the file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lora.interop.basefile import BASE_FILE
 from lora.interop.gguf_file import GGUFHeader, read_header
 
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Tensors that are tables of llama.cpp, no weights."""
-DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""Tables of RoPE factors, which GGUF files store as tensors. They are not weights."""
+SPLITS_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 """Values of tokenizer.ggml.pre that split numbers into digits, and the rest as GPT-2 does."""
 
 
@@ -43,7 +43,7 @@ def gguf_config(path: Path, **head: Any) -> Any:
     head: settings of the head, from head_settings().
     """
     header = read_header(path)
-    config = transformers.AutoConfig.for_model(**_stated_config(header), **head)
+    config = transformers.AutoConfig.for_model(**_settings_in(header), **head)
     names = (
         modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         if config.is_encoder_decoder
@@ -56,12 +56,12 @@ def gguf_config(path: Path, **head: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _stated_config(header: GGUFHeader) -> dict[str, Any]:
-    """Returns the settings of the config that a header states. Raises ModelError."""
+def _settings_in(header: GGUFHeader) -> dict[str, Any]:
+    """Returns the settings of the transformers config that a header states. Raises ModelError."""
     path = header.path
     _check_mapped(header)
     try:
-        with _quick_library(header), _only_file(path) as (folder, file):
+        with _fast_reader(header), _isolated(path) as (folder, file):
             stated, _ = transformers.PretrainedConfig.get_config_dict(folder, gguf_file=file)
     except Exception as error:  # a damaged file may raise any error
         raise ModelError(f"--base {path} cannot be loaded: {error}. Pass another file.") from error
@@ -75,7 +75,7 @@ def _stated_config(header: GGUFHeader) -> dict[str, Any]:
 
 
 def _sizes(header: GGUFHeader, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns sizes that the file has, and transformers would take from its defaults."""
+    """Returns sizes that transformers does not read from the file, but takes from its defaults."""
     keys = {"qwen3": ("head_dim", "attention.key_length"),
             "gpt2": ("n_positions", "context_length")}  # fmt: skip
     sizes = {"vocab_size": stated.get("vocab_size", header.lengths["tokenizer.ggml.tokens"])}
@@ -104,15 +104,15 @@ def _check_mapped(header: GGUFHeader) -> None:
 
 
 def _without_separators(architecture: str) -> str:
-    """Returns qwen2moe for qwen2_moe: llama.cpp and transformers differ in the separators."""
+    """Returns qwen2moe for qwen2_moe: llama.cpp and transformers use different separators."""
     return architecture.replace("_", "").replace("-", "")
 
 
 def _rope(header: GGUFHeader, stated: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the RoPE settings that transformers does not read from the file.
 
-    Raises ModelError for a scaling that we cannot translate: the model would compute something
-    else, and no error would say so.
+    Raises ModelError for a scaling that we cannot translate. Without this error, the model would
+    silently compute something else.
     """
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     tables = [tensor for tensor in header.tensors if tensor.name in ROPE_FACTORS]
@@ -124,6 +124,8 @@ def _rope(header: GGUFHeader, stated: Mapping[str, Any]) -> dict[str, Any]:
             file.seek(tables[0].start)
             table = torch.frombuffer(bytearray(file.read(tables[0].length)), dtype=torch.float32)
         theta, width = stated.get("rope_theta", 10000.0), 2 * len(table)
+        # The file has only the factors. Compute them from the settings of Llama 3.1 and 3.2, and
+        # use these settings if the factors agree.
         settings = {
             "rope_type": "llama3",
             "rope_theta": theta,
@@ -134,22 +136,23 @@ def _rope(header: GGUFHeader, stated: Mapping[str, Any]) -> dict[str, Any]:
         }
         if torch.allclose(llama3_factors(settings, width), table, rtol=1e-4):
             return {"rope_parameters": settings}
-    found = tables[0].name if tables else f"rope.scaling.type {scaling!r}"
+    cause = tables[0].name if tables else f"rope.scaling.type {scaling!r}"
     raise ModelError(
-        f"--base {header.path}: its RoPE is scaled ({found}), which transformers does not read from"
+        f"--base {header.path}: its RoPE is scaled ({cause}), which transformers does not read from"
         " GGUF files. Pass the folder of the model in safetensors."
     )
 
 
 def llama3_factors(settings: Mapping[str, Any], width: int) -> Tensor:
-    """Returns what Llama 3 divides each of its width / 2 rotation frequencies by, float32.
+    """Returns the divisors (width / 2,) of Llama 3's rotation frequencies, in float32.
 
-    They are llama.cpp's tensor rope_freqs.weight. settings: rope_parameters of rope_type llama3.
+    GGUF files store them as the tensor rope_freqs.weight. settings: rope_parameters of rope_type
+    llama3.
     """
     old, factor = settings["original_max_position_embeddings"], settings["factor"]
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     powers = torch.arange(0, width, 2, dtype=torch.float64) / width
-    lengths = 2 * math.pi * settings["rope_theta"] ** powers  # of a full turn, in tokens
+    lengths = 2 * math.pi * settings["rope_theta"] ** powers  # tokens that a full turn takes
     smooth = ((old / lengths - low) / (high - low)).clamp(0, 1)
     factors: Tensor = 1 / ((1 - smooth) / factor + smooth)
     return factors.float()
@@ -159,13 +162,13 @@ def gguf_tokenizer(path: Path) -> Any:
     """Returns the tokenizer of a GGUF file, with its chat template. Raises ModelError."""
     header = read_header(path)
     _check_mapped(header)
-    # Before 5.23 transformers read the tokens with the reader that we replace.
-    light = importlib.util.find_spec("transformers.integrations.gguf") is not None
+    # Before 5.23, transformers reads the tokens with gguf.GGUFReader, so we must not replace it.
+    replaceable = importlib.util.find_spec("transformers.integrations.gguf") is not None
     try:
         with contextlib.ExitStack() as stack:
-            folder, file = stack.enter_context(_only_file(path))
-            if light:
-                stack.enter_context(_quick_library(header))
+            folder, file = stack.enter_context(_isolated(path))
+            if replaceable:
+                stack.enter_context(_fast_reader(header))
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     except Exception as error:  # a damaged file may raise any error
         raise ModelError(
@@ -176,7 +179,7 @@ def gguf_tokenizer(path: Path) -> Any:
             f"--base {path} states no end token (tokenizer.ggml.eos_token_id), so an answer would"
             " never end. Add it with gguf_set_metadata of the gguf library, or pass another file."
         )
-    if header.metadata.get("tokenizer.ggml.pre") in DIGITS_APART:
+    if header.metadata.get("tokenizer.ggml.pre") in SPLITS_DIGITS:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -195,7 +198,7 @@ def gguf_model(path: Path, config: Any, auto: Any) -> tuple[Any, Mapping[str, An
 
     auto: the Auto class of the task. The caller turns its errors into ModelError.
     """
-    if importlib.util.find_spec("accelerate") is None:  # which transformers asks for
+    if importlib.util.find_spec("accelerate") is None:  # transformers requires it
         raise ModelError(
             "GGUF files are read with the library accelerate, which is not installed. Run pip"
             " install 'lora-from-scratch[gguf]'."
@@ -206,13 +209,14 @@ def gguf_model(path: Path, config: Any, auto: Any) -> tuple[Any, Mapping[str, An
     with contextlib.ExitStack() as stack:
         # The bar of transformers' GGUF reader ignores disable_progress_bar().
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        stack.enter_context(_quick_library(read_header(path)))
-        folder, file = stack.enter_context(_only_file(path))
+        stack.enter_context(_fast_reader(read_header(path)))
+        folder, file = stack.enter_context(_isolated(path))
         model, loading = auto.from_pretrained(
             folder, gguf_file=file, config=config, dtype=torch.float32,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
-    # The weights are dense, but the model calls itself quantized, and save_pretrained refuses.
+    # transformers marks the model as quantized, though its weights are dense now. Then
+    # save_pretrained would be an error.
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -221,20 +225,23 @@ def gguf_model(path: Path, config: Any, auto: Any) -> tuple[Any, Mapping[str, An
 
 
 @contextlib.contextmanager
-def _only_file(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields the folder and the gguf_file with which transformers reads this file and nothing else:
-    beside it there may be a tokenizer, a config, or an adapter that names another base."""
+def _isolated(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields the folder and the gguf_file to pass, so that transformers reads only this file.
+
+    In the file's own folder, transformers would also read a tokenizer, a config, or an adapter that
+    names another base.
+    """
     with tempfile.TemporaryDirectory() as empty:
         yield empty, str(path.resolve())
 
 
 @contextlib.contextmanager
-def _quick_library(header: GGUFHeader) -> Iterator[None]:
-    """Inside, transformers reads the header that we read, without the vocabulary.
+def _fast_reader(header: GGUFHeader) -> Iterator[None]:
+    """Inside, transformers gets the header that we read, without the vocabulary, from GGUFReader.
 
-    gguf.GGUFReader makes several objects of each token, score and merge, and transformers makes one
-    for the config, one for the tokenizer and one for the weights, and a map of all tensors' names
-    for each module. Of a model with 49,152 tokens and 30 layers this takes 20 s.
+    gguf.GGUFReader makes several objects for each token, score and merge. transformers makes a new
+    reader for the config, the tokenizer and the weights, and a new map of all tensor names for each
+    module. For a model with 49,152 tokens and 30 layers this takes 20 s.
     """
     import gguf
 
@@ -248,7 +255,7 @@ def _quick_library(header: GGUFHeader) -> Iterator[None]:
 
 
 class _Reader:
-    """What transformers uses of gguf.GGUFReader: `fields` and `tensors`."""
+    """Replaces gguf.GGUFReader. It has what transformers reads: `fields` and `tensors`."""
 
     def __init__(self, header: GGUFHeader) -> None:
         import gguf
@@ -285,15 +292,15 @@ def _reader_field(key: str, value: Any) -> Any:
     return gguf.gguf_reader.ReaderField(0, key, parts, list(range(len(parts))), types)
 
 
-def check_tensors_placed(path: Path, model: Any) -> None:
-    """Raises ModelError if a file holds more weights than its model: transformers drops those that
+def check_tensors_used(path: Path, model: Any) -> None:
+    """Raises ModelError if a file has more weights than its model: transformers ignores those that
     it has no place for, and the model would compute something else.
 
-    model: the language model, with values or without.
+    model: the language model; it may be on the meta device.
     """
     header, config = read_header(path), model.config
     skipped = {*ROPE_FACTORS, *(["output.weight"] if config.tie_word_embeddings else [])}
-    # Blocks after the last predict further tokens ahead, and no model needs them.
+    # Some files have more blocks than the model: they predict further tokens ahead, and are unused.
     blocks = re.compile(r"blk\.(\d+)\.")
     tensors = [
         tensor
@@ -306,17 +313,18 @@ def check_tensors_placed(path: Path, model: Any) -> None:
         names = {_stem(tensor.name) for tensor in tensors} - _stems_of(model, header.architecture)
         listed = f" ({', '.join(sorted(names)[:5])})" if names else ""
         raise ModelError(
-            f"--base {path} holds {surplus:,} values{listed} that transformers has no place for in"
+            f"--base {path} has {surplus:,} values{listed} that transformers has no place for in"
             f" {type(model).__name__}. Pass the folder of the model in safetensors."
         )
 
 
 def _stem(name: str) -> str:
+    """Returns a tensor's name without numbers: blk.attn_q.weight for blk.3.attn_q.weight."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def _stems_of(model: Any, architecture: str) -> set[str]:
-    """Returns llama.cpp's names of a model's parameters, without the numbers of the blocks."""
+    """Returns the stems of llama.cpp's names for a model's parameters."""
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}

@@ -1,8 +1,8 @@
 """Reads the header of a GGUF file: its metadata, and the name, type and size of each tensor.
 
 Every count that the file states is compared with the size of the file before anything is allocated
-or looped over, so that a damaged file cannot use all memory. The gguf library, which we and
-transformers read the values with, trusts these counts.
+or looped over, so that a damaged file cannot use all memory. The gguf library, with which we and
+transformers read the values, does not check them.
 
     "GGUF"    version u32    tensor count u64    entry count u64
     entry     key, type u32, value                  a string is its length u64, then UTF-8;
@@ -25,7 +25,7 @@ from typing import Any
 from lora.errors import ModelError
 from lora.files import readable
 
-MOST_ELEMENTS = 2**21  # of an array; the largest vocabularies and merge lists have about 500,000
+MOST_ELEMENTS = 2**21  # in an array; the largest vocabularies and merge lists have about 500,000
 MOST_DIMENSIONS = 4  # as in ggml
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
            12: "d"}  # fmt: skip
@@ -72,10 +72,10 @@ class GGUFHeader:
 
 
 def gguf_in(base: str) -> Path | None:
-    """Returns the GGUF file that --base names, None if it names another kind of base.
+    """Returns the GGUF file that --base means; None if it means another kind of base.
 
-    It is the file itself, or the only .gguf in a folder without config.json. Raises ModelError if
-    the folder has several.
+    --base may be the file itself, or a folder without config.json in which it is the only .gguf.
+    Raises ModelError if such a folder has several.
     """
     with readable(base, ModelError, BASE_ADVICE):
         path = Path(base)
@@ -94,10 +94,10 @@ def gguf_in(base: str) -> Path | None:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Returns the header of a GGUF file that holds a whole model with its tokenizer.
+    """Returns the header of a GGUF file that contains a whole model with its tokenizer.
 
-    Raises ModelError if the file is not GGUF, is damaged or truncated, or holds something else: an
-    adapter, a part of a split model, a model without a tokenizer.
+    Raises ModelError if the file is not GGUF, is damaged or truncated, or contains something else:
+    an adapter, a part of a split model, a model without a tokenizer.
     """
     with readable(path, ModelError, BASE_ADVICE):
         status = path.stat()
@@ -106,7 +106,7 @@ def read_header(path: Path) -> GGUFHeader:
 
 @functools.lru_cache(maxsize=4)
 def _read_header(path: Path, size: int, changed: int) -> GGUFHeader:
-    """read_header() of a file with this size and time of its last change."""
+    """Implements read_header(). size, changed: so that a file that changed is read again."""
     types = ggml_types()
     if size < 24:
         raise ModelError(f"{path} has {size} bytes, which is no GGUF file. {BASE_ADVICE}")
@@ -158,7 +158,7 @@ class _Cursor:
         version = self.number("I")
         if version not in (2, 3):
             raise ValueError(f"it states version {version}, and versions 2 and 3 exist")
-        # The least that a tensor and an entry of the metadata take.
+        # A tensor takes at least 24 bytes, and an entry of the metadata 13.
         tensor_count = self.count("tensors", 24)
         entry_count = self.count("metadata entries", 13)
         metadata: dict[str, Any] = {}
@@ -189,27 +189,31 @@ class _Cursor:
         return GGUFHeader(path, metadata, lengths, tuple(tensors))
 
     def take(self, length: int) -> bytes:
+        """Reads the next bytes."""
         if length > len(self.data) - self.at:
             raise ValueError(f"it ends within its header, at byte {len(self.data):,}")
         self.at += length
         return self.data[self.at - length : self.at]
 
     def number(self, kind: str) -> Any:
+        """Reads a number, by its format character of struct."""
         (value,) = struct.unpack(f"<{kind}", self.take(struct.calcsize(f"<{kind}")))
         return value
 
-    def count(self, what: str, least: int) -> int:
-        """Reads a number of things that each take at least so many bytes."""
+    def count(self, what: str, smallest: int) -> int:
+        """Reads a count of things that take at least `smallest` bytes each. Raises ValueError if
+        the file is too short for them."""
         count: int = self.number("Q")
-        if count * least > len(self.data) - self.at:
+        if count * smallest > len(self.data) - self.at:
             raise ValueError(f"it states {count:,} {what}, and has {len(self.data):,} bytes")
         return count
 
     def string(self) -> str:
+        """Reads a string: its length, then UTF-8."""
         return self.take(self.number("Q")).decode()
 
     def value(self, kind: int) -> Any:
-        """Reads a value of the metadata, and skips the strings of an array."""
+        """Reads a value of the metadata. The strings of an array are skipped, and only counted."""
         if kind in SCALARS:
             return self.number(SCALARS[kind])
         if kind == STRING:
@@ -232,7 +236,7 @@ class _Cursor:
         return _Strings(count)
 
     def tensor(self, types: dict[int, tuple[str, int, int]]) -> TensorEntry:
-        """Reads an entry. Its start counts from the start of all tensors' values."""
+        """Reads a tensor's entry. Its `start` is relative to the values of the first tensor."""
         name, dimensions = self.string(), self.number("I")
         if dimensions > MOST_DIMENSIONS:
             raise ValueError(f"tensor {name} has {dimensions:,} dimensions")
@@ -247,7 +251,7 @@ class _Cursor:
 
 
 def _check_whole_model(header: GGUFHeader) -> None:
-    """Raises ModelError if the file does not hold a whole model with its tokenizer."""
+    """Raises ModelError if the file does not contain a whole model with its tokenizer."""
     path, metadata = header.path, header.metadata
     if not isinstance(metadata.get("general.architecture"), str):
         raise ModelError(f"{path} does not state general.architecture. {BASE_ADVICE}")

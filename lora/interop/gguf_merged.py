@@ -1,9 +1,9 @@
 """Writes a whole language model as a GGUF file, by the rules of llama.cpp's convert_hf_to_gguf.py.
 
-Matrices are written in the type that is asked for, norms and biases in float32. The rows of q and k
-are reordered for the llama architecture, where RoPE rotates neighbours. A tied head is left out. If
-the base is a GGUF file, its metadata and tokenizer are copied; for a transformers model they are
-made from the config and the tokenizer.
+Matrices are written in the type that --dtype names, norms and biases in float32. In the llama
+architecture, the rows of q and k are reordered, because llama.cpp's RoPE rotates neighbours. A tied
+head is not written. If the base is a GGUF file, its metadata and tokenizer are copied. If it is a
+transformers model, they are made from its config and tokenizer.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ GGUFType = Literal["f16", "q8_0", "bf16", "f32"]
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 """--dtype -> general.file_type."""
 WHOLE_MODELS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""model_type -> general.architecture, of the models that we can write whole."""
+"""model_type -> general.architecture, for the models that we can write whole."""
 
 
 @dataclass
 class GGUFContent:
-    """What a GGUF file holds besides the model's parameters."""
+    """What a GGUF file contains besides the model's parameters."""
 
     architecture: str
-    entries: dict[str, tuple[Any, ...]]  # key -> value, its type, and of an array that of its items
-    tables: dict[str, Tensor] = field(default_factory=dict)  # tensors that are no parameters
+    # Key -> (value, type), or for an array (value, ARRAY, type of the items).
+    entries: dict[str, tuple[Any, ...]]
+    tables: dict[str, Tensor] = field(default_factory=dict)  # tensors that are not parameters
 
 
 def check_writable(config: Any) -> None:
-    """Raises ModelError if we cannot write a model with this config whole."""
+    """Raises ModelError if a model with this config cannot be written."""
     if config.model_type not in WHOLE_MODELS:
         raise ModelError(
             f"models of model_type {config.model_type!r} cannot be written as GGUF here, only"
@@ -61,7 +62,7 @@ def content_of_model(
 ) -> GGUFContent:
     """Returns the content for a transformers model with this tokenizer. Raises ModelError.
 
-    rows: of its embedding.
+    rows: the number of rows of its embedding.
     """
     architecture = WHOLE_MODELS[config.model_type]
     heads = config.num_attention_heads
@@ -81,7 +82,7 @@ def content_of_model(
         "vocab_size": rows,
         **rope,
     }
-    ends = answer.ends if answer else {}
+    ends = answer.end_tokens if answer else {}
     stated = {f"{architecture}.{key}": value for key, value in values.items()}
     stated |= vocabulary(tokenizer, rows, ends)
     return GGUFContent(
@@ -90,7 +91,7 @@ def content_of_model(
 
 
 def _rope_entries(config: Any, width: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the RoPE settings of a config as entries, and the table of llama3's factors."""
+    """Returns the RoPE settings of a config as entries, and for llama3 the table of factors."""
     rope = config.rope_parameters
     entries = {"rope.freq_base": float(rope["rope_theta"])}
     kind = rope.get("rope_type", "default")
@@ -107,7 +108,8 @@ def _rope_entries(config: Any, width: int) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _with_type(value: Any) -> tuple[Any, ...]:
-    """Returns a value with GGUF's type for it: llama.cpp takes unsigned ids and sizes only."""
+    """Returns (value, its GGUF type). Integers are unsigned: llama.cpp reads no others as ids and
+    sizes."""
     import gguf
 
     kind = gguf.GGUFValueType.get_type(value)
@@ -119,12 +121,13 @@ def content_of_file(
 ) -> GGUFContent:
     """Returns the content of a GGUF base: its metadata key for key, and its RoPE tables.
 
-    What a run changes is changed: its chat template, the token that ends its turns, and the tokens
-    that were added to the base.
+    The run's chat template, its new end token and the tokens that it added to the base replace
+    those of the base. rows: the number of rows of the model's embedding.
     """
     import gguf
 
     header, reader = read_header(path), gguf.GGUFReader(path)
+    # The types of an array are ARRAY, once for each level of nesting, and that of its items.
     entries = {
         key: (entry.contents(), *entry.types[:1], *entry.types[1:][-1:])
         for key, entry in reader.fields.items()
@@ -137,22 +140,23 @@ def content_of_file(
     }
     if answer and answer.template:
         entries["tokenizer.chat_template"] = _with_type(answer.template)
-    if answer and answer.turn is not None:
-        entries["tokenizer.ggml.eot_token_id"] = _with_type(answer.turn)
+    if answer and answer.new_end_token is not None:
+        entries["tokenizer.ggml.eot_token_id"] = _with_type(answer.new_end_token)
     known = len(entries["tokenizer.ggml.tokens"][0])
     if rows > known:
-        _extend(entries, known, *tokens_of(tokenizer, rows))
+        _extend_vocabulary(entries, known, *tokens_of(tokenizer, rows))
         if f"{header.architecture}.vocab_size" in entries:
             entries[f"{header.architecture}.vocab_size"] = _with_type(rows)
     return GGUFContent(header.architecture, entries, tables)
 
 
-def _extend(
+def _extend_vocabulary(
     entries: dict[str, tuple[Any, ...]], known: int, tokens: list[str], types: list[int]
 ) -> None:
-    """Adds the tokens after the first `known` to the entries of a vocabulary."""
+    """Adds to a vocabulary's entries the tokens that it lacks: those after the first `known`."""
     added: dict[str, list[Any]] = {"tokens": tokens[known:], "token_type": types[known:]}
-    added["scores"] = [-1000.0] * len(added["tokens"])  # SentencePiece's, never chosen in a text
+    # SentencePiece never chooses a token with such a low score in a text.
+    added["scores"] = [-1000.0] * len(added["tokens"])
     for name, values in added.items():
         key = f"tokenizer.ggml.{name}"
         if key in entries:
@@ -161,11 +165,12 @@ def _extend(
 
 
 def write_gguf_model(model: Any, content: GGUFContent, output: Path, dtype: GGUFType) -> None:
-    """Writes a model's parameters with the content as a GGUF file, and rounds the model to it.
+    """Writes a model's parameters and the content as a GGUF file.
 
-    Afterwards the model computes with the values in the file. Each tensor is converted when it is
-    written, so that no second copy of the model is in memory. Raises CheckpointError if a value is
-    not finite in the type.
+    Each parameter of the model is rounded to the values in the file, so that the model then
+    computes what the file does. A tensor is converted just before it is written, so that memory
+    never has a second copy of the model. Raises CheckpointError if a value is not finite in the
+    type, and ModelError if llama.cpp has no name for a parameter.
     """
     import gguf
 
@@ -176,12 +181,13 @@ def write_gguf_model(model: Any, content: GGUFContent, output: Path, dtype: GGUF
     }
     for key, entry in entries.items():
         writer.add_key_value(key, *entry)
-    tensors = [_Tensor(name, parameter) for name, parameter in model.named_parameters()]
     names = tensor_names(content.architecture, model.config.num_hidden_layers)
+    tensors = [
+        _Tensor(name, parameter, names, model.config, dtype)
+        for name, parameter in model.named_parameters()
+    ]
     for tensor in tensors:
-        tensor.place(names, model.config, dtype)
-    for tensor in tensors:
-        tensor.announce(writer)
+        tensor.add_to_header(writer)
     for name, table in content.tables.items():
         writer.add_tensor_info(name, table.shape, table.numpy().dtype, table.numpy().nbytes)
     try:
@@ -197,31 +203,33 @@ def write_gguf_model(model: Any, content: GGUFContent, output: Path, dtype: GGUF
 
 
 class _Tensor:
-    """A parameter of a model, and how it is written."""
+    """A parameter of a model, with its name, row order and type in the file.
 
-    def __init__(self, name: str, parameter: Tensor) -> None:
-        self.name, self.parameter = name, parameter
+    names: tensor_names(). Raises ModelError if they have no name for the parameter.
+    """
 
-    def place(self, names: Any, config: Any, dtype: GGUFType) -> None:
-        """Finds the parameter's name, row order and type in the file. Raises ModelError."""
+    def __init__(
+        self, name: str, parameter: Tensor, names: Any, config: Any, dtype: GGUFType
+    ) -> None:
         import gguf
 
-        layer, _, leaf = self.name.rpartition(".")
+        self.name, self.parameter = name, parameter
+        layer, _, leaf = name.rpartition(".")
         target = names.get_name(layer)
         if target is None or leaf not in ("weight", "bias"):
             raise ModelError(
-                f"{self.name} has no name in llama.cpp's {config.model_type}, so the model cannot"
+                f"{name} has no name in llama.cpp's {config.model_type}, so the model cannot"
                 " be written as GGUF."
             )
-        self.target, columns = f"{target}.{leaf}", self.parameter.shape[-1]
-        self.rows = row_order(config, layer, len(self.parameter))
-        matrix = self.parameter.dim() > 1 and not target.endswith("_norm")
-        kind = dtype if matrix else "f32"
-        if kind == "q8_0" and columns % 32:  # its blocks have 32 values
+        self.target = f"{target}.{leaf}"
+        self.rows = row_order(config, layer, len(parameter))
+        is_matrix = parameter.dim() > 1 and not target.endswith("_norm")
+        kind = dtype if is_matrix else "f32"
+        if kind == "q8_0" and parameter.shape[-1] % 32:  # a block of q8_0 has 32 values of a row
             kind = "f16"
         self.kind = gguf.GGMLQuantizationType[kind.upper()]
 
-    def announce(self, writer: Any) -> None:
+    def add_to_header(self, writer: Any) -> None:
         """Adds the tensor to the file's header."""
         import gguf
 
@@ -231,15 +239,15 @@ class _Tensor:
         writer.add_tensor_info(self.target, self.parameter.shape, dtype, length, self.kind)
 
     def rounded(self) -> Any:
-        """Returns the values as the file holds them, and rounds the parameter to them."""
+        """Returns the values in the file's type, and rounds the parameter to them."""
         import gguf
 
-        with np.errstate(over="ignore"):  # infinity is refused below
+        with np.errstate(over="ignore"):  # an overflow raises CheckpointError below
             data = gguf.quantize(self.parameter.detach().float().cpu().numpy(), self.kind)
             values = torch.from_numpy(gguf.dequantize(data, self.kind))
         if not bool(values.isfinite().all()):
             raise CheckpointError(
-                f"{self.name} holds numbers outside the range of {self.kind.name.lower()}. Set"
+                f"{self.name} has values outside the range of {self.kind.name.lower()}. Set"
                 " --dtype bf16 or f32."
             )
         self.parameter.data.copy_(values)

@@ -1,8 +1,8 @@
 """A tokenizer of transformers as the metadata that llama.cpp reads: byte-level BPE.
 
-llama.cpp splits a text with one of its own patterns, which the file names (tokenizer.ggml.pre). We
-write a file only if we know the name of what the tokenizer does, since any other splits some texts
-differently, without an error.
+llama.cpp splits a text with one of its built-in patterns, which the file names in
+tokenizer.ggml.pre. A wrong name would split some texts differently, without an error. So a file is
+written only if we know the name of the pattern that the tokenizer uses.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def vocabulary(tokenizer: Any, rows: int, ends: Mapping[str, int]) -> dict[str, Any]:
-    """Returns the entries of tokenizer.* for a tokenizer and an embedding of so many rows.
+    """Returns the entries tokenizer.* for a tokenizer and an embedding with this many rows.
 
-    ends: the tokens that end an answer. Raises ModelError if llama.cpp has no equal.
+    ends: the tokens that end an answer, with their ids. Raises ModelError if llama.cpp has no
+    equivalent.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -64,7 +65,7 @@ def vocabulary(tokenizer: Any, rows: int, ends: Mapping[str, int]) -> dict[str, 
 
 
 def tokens_of(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
-    """Returns the tokens and their types by id, with unused ones up to the embedding's rows."""
+    """Returns the tokens and their types by id. Ids of rows without a token get unused ones."""
     tokens = [f"[PAD{number}]" for number in range(rows)]
     types = [UNUSED] * rows
     added = tokenizer.added_tokens_decoder
@@ -77,7 +78,7 @@ def tokens_of(tokenizer: Any, rows: int) -> tuple[list[str], list[int]]:
 
 
 def _pairs(merges: list[Any]) -> list[list[str]]:
-    """Returns merges as pairs: tokenizers wrote "a b" before it wrote ["a", "b"]."""
+    """Returns merges as pairs. Old versions of tokenizers saved "a b" in place of ["a", "b"]."""
     return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
 
 

@@ -32,10 +32,13 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """Returns {task: {metric: value}} of a causal or encoder-decoder model.
 
-    The model keeps its device, its adapters on or off, and its train or eval mode. limit: only the
-    first examples of each task. chat: apply the chat template. A metric that the library computes
-    after a filter is named "metric (filter)". A YAML file may run code (`!function`), so pass only
-    files that you trust. Raises DataError if a task is unknown or its data cannot be loaded.
+    The model is used as it is: on its device, with the adapters that are active. Its train or eval
+    mode is restored afterwards.
+
+    limit: evaluate only this many examples of each task. chat: apply the chat template. A metric
+    that the library computes after a filter is named "metric (filter)". A YAML file may run code
+    (`!function`), so pass only files that you trust. Raises DataError if a task is unknown or its
+    data cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # To know its own task names the library reads about ten thousand files. Skip that if all tasks
@@ -71,20 +74,20 @@ def run_tasks(
 
 
 class _Model(HFLM):  # type: ignore[misc]
-    """The library's model, with the chat template tried first under limits of time and memory."""
+    """The library's model. It first renders each chat template with limits of time and memory."""
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Renders as the library does. Raises DataError if the template exceeds a limit."""
-        values = {
+        context = {
             **self.tokenizer.special_tokens_map,
             "messages": chat_history,
             "add_generation_prompt": add_generation_prompt,
         }
-        (tried,) = render(self.tokenizer.get_chat_template(), [values])
-        if isinstance(tried, LimitError):
-            raise DataError(f"the base's chat template cannot be used: {tried}. Fix it.")
+        (text_or_error,) = render(self.tokenizer.get_chat_template(), [context])
+        if isinstance(text_or_error, LimitError):
+            raise DataError(f"the base's chat template cannot be used: {text_or_error}. Fix it.")
         text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         return text
 

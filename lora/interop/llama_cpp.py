@@ -21,10 +21,10 @@ PART_OF_CHARACTER = re.compile(rb"(?:[\xc0-\xf7]|[\xe0-\xf7].|[\xf0-\xf7]..)\Z",
 def certificate(
     file: Path, model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int]
 ) -> str:
-    """Returns how many greedy answers to the prompts are equal, and the first difference.
+    """Returns a sentence: how many greedy answers are equal, and what the first difference is.
 
-    model: with the weights that are in the file. ends: the tokens that end an answer. The engine is
-    xllamacpp; without it the sentence says that nothing was compared.
+    model: its weights are rounded as in the file. ends: the tokens that end an answer. llama.cpp
+    runs in the package xllamacpp. If that is not installed, the sentence says so.
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return (
@@ -59,7 +59,7 @@ def greedy(model: Any, ids: Sequence[int], ends: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer as llama.cpp gives it: tokens that end within a character are not named."""
+    """An answer as bytes: llama.cpp does not give the tokens that end within a character."""
 
     text: bytes
     ended: bool  # by an end token, not by the limit
@@ -71,21 +71,23 @@ def _answer_of(tokenizer: Any, tokens: Sequence[int], ends: Sequence[int]) -> _A
 
 
 def _agree(ours: _Answer, theirs: _Answer) -> bool:
-    """True if the answers are equal. llama.cpp holds bytes back until they are whole characters."""
-    text, known = ours.text, len(theirs.text)
-    held_back = all(PART_OF_CHARACTER.search(text[: at + 1]) for at in range(known, len(text)))
-    return ours.ended == theirs.ended and text[:known] == theirs.text and held_back
+    """True if the answers are equal. llama.cpp omits an incomplete character at the end."""
+    text, length = ours.text, len(theirs.text)
+    rest_incomplete = all(
+        PART_OF_CHARACTER.search(text[:end]) for end in range(length + 1, len(text) + 1)
+    )
+    return ours.ended == theirs.ended and text[:length] == theirs.text and rest_incomplete
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """Returns what a token writes; nothing for a special one."""
+    """Returns the bytes of a token's text; none for a special token."""
     added = tokenizer.added_tokens_decoder.get(token)
     if added is not None:
         return b"" if added.special else str(added.content).encode()
     text = str(tokenizer.convert_ids_to_tokens(token))
-    signs = {sign: byte for byte, sign in bytes_to_unicode().items()}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     if json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]["type"] == "ByteLevel":
-        return bytes(signs[sign] for sign in text)
+        return bytes(byte_of[character] for character in text)
     byte = re.fullmatch("<0x([0-9A-F]{2})>", text)  # SentencePiece
     return bytes.fromhex(byte[1]) if byte else text.replace("\u2581", " ").encode()
 
@@ -93,7 +95,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 def _difference(
     model: Any, tokenizer: Any, number: int, ids: list[int], tokens: list[int], theirs: _Answer
 ) -> str:
-    """Returns the first token that differs, and how near the model was to another."""
+    """Describes the first token that differs, with the margin between the two largest logits."""
     text, at = b"", 0
     while at < len(tokens) - 1:
         following = text + token_bytes(tokenizer, tokens[at])
@@ -112,7 +114,7 @@ def _difference(
 
 
 class _Engine:
-    """A GGUF file in llama.cpp, with float32 keys and values."""
+    """llama.cpp with a GGUF file, and float32 keys and values."""
 
     def __init__(self, file: Path, length: int) -> None:
         import xllamacpp
@@ -121,7 +123,7 @@ class _Engine:
         params.model.path = str(file)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = length, 1, 0, 0
         params.warmup = params.fit_params = False
-        # More threads than cores that are free spin while they wait for each other.
+        # With more threads than free cores, they would spin while they wait for each other.
         threads = torch.get_num_threads()
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -129,8 +131,8 @@ class _Engine:
         self.server = xllamacpp.Server(params)
 
     def answer(self, ids: Sequence[int]) -> _Answer:
-        """Returns the most probable tokens after a prompt."""
-        asked = {"prompt": list(ids), "n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 1}
-        (choice,) = self.server.handle_completions(asked)["choices"]
+        """Returns the greedy answer to a prompt."""
+        request = {"prompt": list(ids), "n_predict": NEW_TOKENS, "temperature": 0, "n_probs": 1}
+        (choice,) = self.server.handle_completions(request)["choices"]
         pieces = [bytes(entry["bytes"]) for entry in choice["logprobs"]["content"]]
         return _Answer(b"".join(pieces), choice["finish_reason"] == "stop")

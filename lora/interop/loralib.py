@@ -11,10 +11,12 @@ its own update of rank r. PEFT has one update per layer, so the k updates become
 A is used unchanged, and B is block-diagonal. r and lora_alpha are both multiplied by k, which keeps
 the scaling lora_alpha / r.
 
-The file does not say which kind a layer is. A MergedLinear shows by its ranks, which differ, and a
-ConvLoRA by the key M.conv.bias. A ConvLoRA raises an error: its update has rank k·r over
-(out·k, in·k), which PEFT's format cannot express. Without biases it looks like a Linear; then
-lora.load and PEFT report the shape when they load it.
+The file does not say which kind a layer is. In a MergedLinear with k > 1, A and B differ in rank; a
+ConvLoRA has a key M.conv.bias. Nothing marks an Embedding, so the user has to name it.
+
+A ConvLoRA raises an error: its update has rank k·r over (out·k, in·k), which PEFT's format cannot
+express. If its biases were not saved, it looks like a Linear; then lora.load and PEFT report the
+wrong shape when they load the adapter.
 """
 
 from __future__ import annotations
@@ -147,10 +149,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise any exception
         # torch's own message advises weights_only=False, which would run the file's code.
-        found = "the file is damaged, or torch.save did not write it"
+        reason = "the file is damaged, or torch.save did not write it"
         if kind := re.search(r"GLOBAL (\S+)", str(error)):
-            found = f"it contains {kind[1]}, which is not a tensor"
-        raise CheckpointError(f"{path} cannot be read as tensors: {found}. {HOW_TO_SAVE}") from None
+            reason = f"it contains {kind[1]}, which is not a tensor"
+        raise CheckpointError(
+            f"{path} cannot be read as tensors: {reason}. {HOW_TO_SAVE}"
+        ) from None
     state = _state_dict(path, content)
     _check_sizes(path, state, size)
     return state
@@ -199,17 +203,17 @@ def _check_archive(path: Path, size: int) -> None:
         raise CheckpointError(f"{path} is a damaged archive: {error}. {HOW_TO_SAVE}") from None
     compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
     if compressed or sum(record.file_size for record in records) > size:
-        found = "compressed" if compressed else "larger than the file"
+        problem = "compressed" if compressed else "larger than the file"
         raise CheckpointError(
-            f"{path}: its records are {found}, which torch.save does not write. {HOW_TO_SAVE}"
+            f"{path}: its records are {problem}, which torch.save does not write. {HOW_TO_SAVE}"
         )
 
 
 def _check_sizes(path: Path, state: Mapping[str, Tensor], size: int) -> None:
     """Raises CheckpointError if the tensors are much larger than the file.
 
-    Elements can share memory (stride 0), so that a file of 1 KB states terabytes. The check for
-    finite values would allocate them.
+    Elements can share memory (stride 0), so a file of 1 KB can describe tensors of terabytes. The
+    later check for finite values would allocate them.
     """
     total = sum(
         tensor.numel() * tensor.element_size() for tensor in state.values() if _is_dense(tensor)
@@ -222,7 +226,7 @@ def _check_sizes(path: Path, state: Mapping[str, Tensor], size: int) -> None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Returns True if each element has a place in memory: not sparse, nested or meta."""
+    """Returns True if the tensor is an ordinary strided one: not sparse, nested or meta."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
@@ -234,7 +238,7 @@ def _without_prefix(state: dict[str, Tensor], prefix: str | None) -> dict[str, T
             if all(key.startswith(wrapper) for key in state):
                 raise CheckpointError(
                     f"every key begins with {wrapper!r}, which a wrapper of the model adds. Set"
-                    f" --prefix {wrapper}, or --prefix '' if the model's own names begin so."
+                    f" --prefix {wrapper}, or --prefix '' if the model's own names begin with it."
                 )
     prefix = prefix or ""
     prefix += "." if prefix and not prefix.endswith(".") else ""
@@ -319,7 +323,7 @@ def _converted_layer(
             f" found {_description(A)} and {_description(B)}. Use an earlier checkpoint."
         )
     shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
-    blocks = next((on for ending, on in enabled.items() if fits(name, (ending,))), None)
+    blocks = next((flags for ending, flags in enabled.items() if fits(name, (ending,))), None)
     r, alpha = B.shape[1], config.lora_alpha
     if blocks is not None:
         k = sum(blocks)
@@ -345,13 +349,14 @@ def _converted_layer(
 def _block_diagonal(B: Tensor, blocks: list[bool]) -> Tensor:
     """B (k·size, r) of a MergedLinear -> (blocks·size, k·r).
 
-    The i-th enabled block's part of B goes to that block's rows and to columns i·r to (i + 1)·r,
-    where it meets the rows of A that belong to it.
+    B contains only the enabled blocks, one below the other. The i-th of them is copied to the rows
+    that its block has in the whole projection, and to columns i·r to (i + 1)·r, since rows i·r to
+    (i + 1)·r of A belong to it.
     """
     k, r = sum(blocks), B.shape[1]
     size = B.shape[0] // k
     result = B.new_zeros(size * len(blocks), k * r)
-    enabled = [block for block, on in enumerate(blocks) if on]
+    enabled = [block for block, adapted in enumerate(blocks) if adapted]
     for i, block in enumerate(enabled):
         part = B[i * size : (i + 1) * size]
         result[block * size : (block + 1) * size, i * r : (i + 1) * r] = part
@@ -370,7 +375,7 @@ def _check_bias(key: str, tensor: Tensor, layer: ConvertedLayer | None) -> None:
 
 
 def _is_finite(tensor: Tensor, dims: int) -> bool:
-    """Returns True if it is dense, not empty, of `dims` dimensions, and every element is finite."""
+    """Returns True if it is dense, floating point, not empty and finite, and has `dims` axes."""
     # torch has no isfinite for one-byte floats.
     floating = tensor.is_floating_point() and tensor.element_size() >= 2
     if not _is_dense(tensor) or not floating or tensor.dim() != dims or not tensor.numel():
@@ -379,6 +384,7 @@ def _is_finite(tensor: Tensor, dims: int) -> bool:
 
 
 def _description(tensor: Tensor) -> str:
+    """Returns a tensor's dtype and shape for an error. A nested tensor has no shape to print."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype} {'nested' if tensor.is_nested else tuple(tensor.shape)}"
 

@@ -1,16 +1,20 @@
 """Renders chat templates in a separate process, with limits of time and memory.
 
-    render(template, values)    one text per values, the same characters that transformers renders
+    render(template, contexts)      one text per context, equal to transformers' to the character
+
+A context is what Jinja calls so: the values of the template's variables, such as messages.
 
 A chat template is a Jinja program that comes with a model. Jinja's sandbox denies it files and
 Python's internals, but does not stop an endless loop or a huge allocation. A thread cannot be
-stopped either, so this file is also a program: it imports only Jinja, renders the requests that it
-reads, and exits if a text takes too long. One process serves all templates. It ends with the
-process that started it.
+stopped from outside either, so this file is also a program: it imports only Jinja, renders the
+requests on its stdin, and exits if a text takes too long. One process serves all templates. It ends
+when the process that started it ends, because its stdin is then closed.
 
-    request: one line of JSON           [template, [values, ...]]
-    answer: one line of JSON per values {"text": ...}, {"error": ...} if the template raised one,
-                                        {"limit": ...} past a limit, {"missing": ...} without Jinja
+    request, one line of JSON               [template, [context, ...]]
+    answer, one line of JSON per context    {"text": ...}
+                                            {"error": ...} if the template raised an error
+                                            {"limit": ...} if the text exceeds a limit
+                                            {"missing": ...} if Jinja is not installed
 """
 
 from __future__ import annotations
@@ -46,48 +50,51 @@ class LimitError(RenderError):
     """The template exceeded a limit of time, memory or length."""
 
 
-def render(template: str, values: Sequence[Mapping[str, Any]]) -> list[str | RenderError]:
-    """Returns the text of each values, or the error that the template raised for them.
+def render(template: str, contexts: Sequence[Mapping[str, Any]]) -> list[str | RenderError]:
+    """Returns a text per context, or in its place the error that the template raised.
 
-    Each values maps the template's variables to JSON values. Raises ImportError if Jinja is not
+    contexts: each maps the template's variables to JSON values. Raises ImportError if Jinja is not
     installed.
     """
-    return _renderer.render(template, values)
+    return _renderer.render(template, contexts)
 
 
 class _Renderer:
-    """The process. It starts at the first text, and again after a text that ended it."""
+    """Starts the process at the first text, and again after a text that ended it."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
-        if hasattr(os, "register_at_fork"):  # a fork would read its parent's answers
+        # A forked child inherits the pipe, and would read answers to its parent's requests.
+        if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
         self.process, self.lock = None, threading.Lock()
 
-    def render(self, template: str, values: Sequence[Mapping[str, Any]]) -> list[str | RenderError]:
+    def render(
+        self, template: str, contexts: Sequence[Mapping[str, Any]]
+    ) -> list[str | RenderError]:
         texts: list[str | RenderError] = []
         with self.lock:
-            while len(texts) < len(values):
-                texts += self._render_some(template, values[len(texts) :])
+            while len(texts) < len(contexts):
+                texts += self._render_some(template, contexts[len(texts) :])
         return texts
 
     def _render_some(
-        self, template: str, values: Sequence[Mapping[str, Any]]
+        self, template: str, contexts: Sequence[Mapping[str, Any]]
     ) -> list[str | RenderError]:
         """Returns the texts up to and including the first one that ends the process."""
         texts: list[str | RenderError] = []
         try:
             try:
-                request = json.dumps([template, values]).encode()
+                request = json.dumps([template, contexts]).encode()
             except RecursionError:
-                if len(values) > 1:  # find out which of them is nested too deeply
-                    return self._render_some(template, values[:1])
+                if len(contexts) > 1:  # find out which of them is nested too deeply
+                    return self._render_some(template, contexts[:1])
                 return [RenderError("it is nested too deeply")]
             answers = self._send(request + b"\n")
-            for _ in values:
+            for _ in contexts:
                 line = answers.readline()
                 if not line:
                     self.close()
@@ -96,7 +103,7 @@ class _Renderer:
                 if "missing" in answer:
                     raise ImportError(answer["missing"])
                 texts.append(_result(answer))
-        except BaseException:  # Ctrl-C too: else the next request would read this one's answers
+        except BaseException:  # Ctrl-C too: the next request would read this one's answers
             self.close()
             raise
         return texts
@@ -114,7 +121,7 @@ class _Renderer:
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None
-        with contextlib.suppress(OSError):  # it has ended; then reading an answer reports it
+        with contextlib.suppress(OSError):  # the process has ended; reading an answer reports it
             process.stdin.write(request)
             process.stdin.flush()
         return process.stdout
@@ -124,17 +131,19 @@ class _Renderer:
         process, self.process = self.process, None
         if process is not None:
             process.kill()
-            with contextlib.suppress(OSError):  # if only a part of the request was sent
+            with contextlib.suppress(OSError):  # only a part of the request was sent
                 process.communicate()
 
 
 def _limits(time_limit: str = "") -> str:
+    """Says which limit a text exceeded: memory, or either one if a time limit is passed."""
     memory = f"{MEMORY >> 20} MiB of memory"
     limits = f"{time_limit} or {memory}" if time_limit else memory
     return f"it needed more than {limits} for one text"
 
 
 def _result(answer: dict[str, str]) -> str | RenderError:
+    """Returns the text of an answer, or its error."""
     if "error" in answer:
         return RenderError(answer["error"])
     return LimitError(answer["limit"]) if "limit" in answer else answer["text"]
@@ -158,13 +167,13 @@ def _serve() -> None:
         missing = ""
         _limit_memory()
     for line in sys.stdin.buffer:
-        template, all_values = json.loads(line)
+        template, contexts = json.loads(line)
         max_length = EXTRA_LENGTH + 10 * len(line)
         with _watchdog() as restart:
-            for values in all_values:
+            for context in contexts:
                 restart()
                 answer = (
-                    {"missing": missing} if missing else _rendered(template, values, max_length)
+                    {"missing": missing} if missing else _rendered(template, context, max_length)
                 )
                 sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
                 sys.stdout.buffer.flush()
@@ -172,7 +181,7 @@ def _serve() -> None:
 
 @contextlib.contextmanager
 def _watchdog() -> Iterator[Callable[[], None]]:
-    """Yields a function that restarts the time limit. If it runs out, the process exits.
+    """Yields a function that restarts the time limit. The process exits when the time is up.
 
     faulthandler's thread does not need the GIL, so it also interrupts one long operation in C, such
     as 10 ** 10 ** 9.
@@ -200,10 +209,10 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
-def _rendered(template: str, values: dict[str, Any], max_length: int) -> dict[str, str]:
+def _rendered(template: str, context: dict[str, Any], max_length: int) -> dict[str, str]:
     """Returns the answer for one text."""
     try:
-        text = _compiled(template).render(**values)
+        text = _compiled(template).render(**context)
     except MemoryError:
         return {"limit": _limits()}
     except RecursionError:
@@ -221,7 +230,7 @@ def _compiled(template: str) -> Any:
 
 
 class _Dict:
-    """Calls dict, but lacks the attributes of a class that lead to Python's internals."""
+    """What templates call as dict. The class itself would give them Python's internals."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -248,7 +257,8 @@ def _environment() -> Any:
     class Generation(jinja2.ext.Extension):
         """{% generation %} ... {% endgeneration %} renders its body unchanged.
 
-        transformers marks the trained tokens with it. A parser that lacks it rejects the template.
+        Templates mark the assistant's tokens with it, for transformers. Without this extension,
+        Jinja would reject such a template.
         """
 
         tags = {"generation"}
@@ -286,7 +296,7 @@ def _environment() -> Any:
     environment.filters["tojson"] = _tojson
     environment.globals.update(
         raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.now().strftime(form),
+        strftime_now=lambda pattern: datetime.now().strftime(pattern),
         dict=_Dict(),
         namespace=Namespace,
     )

@@ -1,6 +1,6 @@
 """Reads a saved LoRA adapter for another engine: its matrices, checked against the base's config.
 
-What lora.load refuses is refused here in the same words: both use lora.checkpoint.read_adapter.
+What lora.load refuses is refused here with the same error: both use lora.checkpoint.read_adapter.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MERGE_ADVICE = "Merge it into the base instead: lora merge RUN --output FOLDER."
 
 @dataclass(frozen=True)
 class SavedLoRA:
-    """A LoRA adapter as its folder holds it."""
+    """What the folder of a LoRA adapter contains."""
 
     folder: Path
     config: LoRAConfig
     layers: dict[str, tuple[Tensor, Tensor]]  # A (r, in), B (out, r)
     alphas: dict[str, float]  # each layer's scaling times its rank
     embeddings: frozenset[str]  # the layers that are embeddings
-    others: tuple[str, ...]  # keys that are not low-rank: biases, saved modules, tokens
+    other_keys: tuple[str, ...]  # what is not low-rank: biases, saved modules, trained tokens
 
     def rank(self, name: str) -> int:
         return len(self.layers[name][0])
@@ -62,13 +62,13 @@ def read_saved_lora(adapter: Path, base: Any) -> SavedLoRA:
     model = skeleton_of(base, "text")
     _check_rows(folder, model, getattr(base, "_name_or_path", ""))
     saved = read_adapter(model, folder)
-    others = dict.fromkeys(saved.values)
+    other_keys = dict.fromkeys(saved.values)
     layers: dict[str, tuple[Tensor, Tensor]] = {}
     adapters = {n: a for n, a in saved.parts.adapters.items() if isinstance(a, LoRA)}
     for name, lora in adapters.items():
         A, B = (f"{name}.{lora.keys[side]}" for side in ("lora_A", "lora_B"))
         layers[name] = saved.values[A], saved.values[B]
-        del others[A], others[B]
+        del other_keys[A], other_keys[B]
     if not layers:
         raise CheckpointError(f"{folder} adapts no layer. {MERGE_ADVICE}")
     return SavedLoRA(
@@ -77,15 +77,15 @@ def read_saved_lora(adapter: Path, base: Any) -> SavedLoRA:
         layers,
         {name: lora.scaling * lora.r for name, lora in adapters.items()},
         frozenset(name for name, lora in adapters.items() if "embedding" in lora.keys["lora_A"]),
-        tuple(others),
+        tuple(other_keys),
     )
 
 
 def _check_rows(folder: Path, model: Any, base: str) -> None:
     """Raises CheckpointError if the adapter was trained on a base with another number of tokens: no
     other engine resizes a base."""
-    filed, rows = rows_filed(model, folder), rows_of(model)
-    if filed is None or rows is None or filed == rows:
+    rows_in_file, rows = rows_filed(model, folder), rows_of(model)
+    if rows_in_file is None or rows is None or rows_in_file == rows:
         return
     of_run = (folder.parent / "config.toml").is_file()
     flags = [] if of_run else ["--resize-embeddings"]
@@ -93,7 +93,7 @@ def _check_rows(folder: Path, model: Any, base: str) -> None:
         flags += ["--base", base]
     merge = command("lora", "merge", folder.parent if of_run else folder, *flags)
     raise CheckpointError(
-        f"{folder}: the adapter was trained on a base with {filed:,} tokens, found one with"
-        f" {rows:,}, and other engines do not resize it. Merge it into the base instead: {merge}"
-        " --output FOLDER."
+        f"{folder}: the adapter was trained on a base with {rows_in_file:,} tokens, found one"
+        f" with {rows:,}, and other engines do not resize it. Merge it into the base instead:"
+        f" {merge} --output FOLDER."
     )

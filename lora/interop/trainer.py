@@ -47,29 +47,29 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.name = name
         self.hooks: list[Any] = []
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Installs the hooks now: Trainer loads a checkpoint to resume before on_train_begin."""
-        self._slim(model)
+        self._install_hooks(model)
 
-    def _slim(self, model: nn.Module) -> None:
-        """Makes the model's state dict leave out frozen weights. Allows save_pretrained().
+    def _install_hooks(self, model: nn.Module) -> None:
+        """Makes the model's state dict omit frozen weights, and allows save_pretrained().
 
-        save_pretrained() of an injected model is an error otherwise, since it would write the
+        Otherwise save_pretrained() of an injected model is an error, since it would write the
         wrappers' names. Trainer calls it with the reduced state dict, which only Trainer reads.
         """
         refuse_whole_saves(model, False)
         for hook in self.hooks:
             hook.remove()
         self.hooks = [
-            model.register_state_dict_post_hook(_leave_out),  # type: ignore[no-untyped-call]
-            model.register_load_state_dict_post_hook(_do_without),  # type: ignore[no-untyped-call]
+            model.register_state_dict_post_hook(_omit_from_state_dict),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(_allow_missing),  # type: ignore[no-untyped-call]
         ]
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **given: Any
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any
     ) -> None:
         """Checks the number of steps, and that the optimizer has the method's learning rates."""
-        self._slim(model)
+        self._install_hooks(model)
         check_steps(model, state.max_steps)
         rates = {
             id(p): group.get("initial_lr", group["lr"])
@@ -79,13 +79,13 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         used = {rates.get(id(p)) for parameters, _ in param_groups(model) for p in parameters}
         if len(param_groups(model)) > 1 and len(used) == 1:
             raise ConfigError(
-                "the adapter trains at more than one rate, Trainer's optimizer has one. Pass"
+                "the adapter trains at several learning rates, Trainer's optimizer has one. Pass"
                 " optimizers=(torch.optim.AdamW(groups(model, rate, decay)), None), with"
                 " lora.finetune.train.optimizer_groups."
             )
         self.checked = False
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Sets the gradients to those of the penalty. backward() then adds those of the loss."""
         extra = penalty(model)
         if extra is not None:
@@ -95,26 +95,24 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
                 parameter.grad = gradient
 
     def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any, **given: Any
+        self, args: Any, state: Any, control: Any, model: Any, **_: Any
     ) -> None:
         """Raises TargetError before the first update if an adapter has no gradient."""
         if not self.checked:
             check_alive(model)
             self.checked = True
 
-    def on_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any, **given: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Runs the method's work after an update. global_step is not yet increased here."""
         after_step(model, state.global_step + 1, state.max_steps)
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Saves the adapter beside the checkpoint."""
         if args.should_save:
             save(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / ADAPTER,
                  self.name)  # fmt: skip
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
         """Saves the adapter in output_dir and removes the hooks."""
         if args.should_save:
             save(model, Path(args.output_dir) / ADAPTER, self.name)
@@ -123,26 +121,27 @@ class AdapterCallback(transformers.TrainerCallback):  # type: ignore[misc]
         refuse_whole_saves(model, bool(injected(model)))
 
 
-def _spared(model: nn.Module) -> set[str]:
-    """Returns the parameter names to leave out of a checkpoint: frozen ones and second names."""
+def _names_to_omit(model: nn.Module) -> set[str]:
+    """Returns the parameter names to omit from a checkpoint: frozen ones, and second names of one
+    parameter."""
     seen = {id(p) for _, p in base_parameters(model) if not p.requires_grad}
-    spared = set()
+    omitted = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
-            spared.add(name)
+            omitted.add(name)
         seen.add(id(parameter))
-    return spared
+    return omitted
 
 
-def _leave_out(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The state dict hook. A model that was ejected in the meantime keeps all its names."""
+def _omit_from_state_dict(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """State dict hook: removes what a checkpoint omits. An ejected model keeps all its names."""
     if injected(model):
-        for name in _spared(model):
+        for name in _names_to_omit(model):
             state.pop(prefix + name, None)
 
 
-def _do_without(model: nn.Module, incompatible: Any) -> None:
-    """The load hook: the names that a checkpoint leaves out are not missing."""
+def _allow_missing(model: nn.Module, incompatible: Any) -> None:
+    """Load hook: the names that a checkpoint omits do not count as missing."""
     if injected(model):
-        spared = _spared(model)
-        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in spared]
+        omitted = _names_to_omit(model)
+        incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if k not in omitted]

@@ -19,27 +19,27 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 def reasons_against_vllm(saved: SavedLoRA) -> list[str]:
     """Returns the reasons why vLLM cannot serve an adapter, one sentence each; [] if it can.
 
-    The folder does not say if vLLM runs adapters on the base's architecture.
+    It cannot tell whether vLLM runs adapters on the base's architecture: the folder does not say.
     """
     config, reasons = saved.config, []
-    if saved.others:
+    if saved.other_keys:
         reasons.append(
-            f"{saved.others[0]}: vLLM reads only low-rank updates, no biases, no modules_to_save,"
-            " no trained tokens."
+            f"{saved.other_keys[0]}: vLLM reads only low-rank updates, no biases, no"
+            " modules_to_save, no trained tokens."
         )
     # vLLM scales every layer by lora_alpha and r (or √r), and reads no pattern.
     scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-    other = [n for n in saved.layers if not math.isclose(saved.alphas[n] / saved.rank(n), scaling)]
-    if other:
+    odd = [n for n in saved.layers if not math.isclose(saved.alphas[n] / saved.rank(n), scaling)]
+    if odd:
         reasons.append(
-            f"{other[0]} and {len(other) - 1} others have another rank or alpha: vLLM would scale"
+            f"{odd[0]} and {len(odd) - 1} others have another rank or alpha: vLLM would scale"
             " them like the rest, without an error."
         )
     if _largest(saved) > VLLM_RANKS[-1]:
         reasons.append(f"rank {_largest(saved)}: vLLM takes at most {VLLM_RANKS[-1]}.")
-    odd = [name for name in saved.embeddings if name.rpartition(".")[2] != "embed_tokens"]
-    if odd:
-        reasons.append(f"{odd[0]}: the only embedding that vLLM adapts is embed_tokens.")
+    embeddings = [name for name in saved.embeddings if name.rpartition(".")[2] != "embed_tokens"]
+    if embeddings:
+        reasons.append(f"{embeddings[0]}: the only embedding that vLLM adapts is embed_tokens.")
     return reasons
 
 
@@ -50,7 +50,8 @@ def _largest(saved: SavedLoRA) -> int:
 def vllm_command(adapter: Path, base: str, answer: AnswerFormat | None = None) -> str:
     """Returns the command that serves an adapter with vLLM, on the base in a folder or on the hub.
 
-    If the answer format of a run differs from the base's, it is written into the adapter's folder.
+    If the run's end tokens or template differ from the base's, they are written into the adapter's
+    folder, and the command names the files.
     Raises CheckpointError if vLLM cannot serve it, and what read_saved_lora() raises.
     """
     saved = read_saved_lora(adapter, base_config(base))
@@ -61,7 +62,7 @@ def vllm_command(adapter: Path, base: str, answer: AnswerFormat | None = None) -
     rank = next(rank for rank in VLLM_RANKS if rank >= _largest(saved))
     module = f"{adapter.resolve().name}={saved.folder}"
     flags: list[object] = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", module]
-    if answer and answer.turn is not None:
+    if answer and answer.new_end_token is not None:
         generation = json.dumps(answer.generation, indent=2)
         write_beside(saved.folder / "generation_config.json", generation)
         flags += ["--generation-config", saved.folder]

@@ -276,7 +276,7 @@ def test_a_value_beyond_half_precision_is_named(tmp_path: Path) -> None:
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
     base = write_base(model, tmp_path / "a.gguf", bytes_of_gpt2(TOKENS), CHATML, positions=512)
     run = adapter_on(base, tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match=r"up_proj.weight holds numbers outside .* f16.*bf16"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight has values outside .* f16.*bf16"):
         export(ExportConfig(adapter=run, merged=True))
     assert not (run / "merged.gguf").exists()
 

@@ -209,7 +209,7 @@ def test_the_penalty_of_a_method_is_in_its_gradients(tmp_path: Path) -> None:
 
 def test_what_trainer_cannot_do_is_refused(tmp_path: Path) -> None:
     plus = lora.LoRAConfig(r=4, loraplus_lr_ratio=16.0, modules_to_save=CLASSIFIER)
-    with pytest.raises(ConfigError, match="more than one rate, Trainer's optimizer has one"):
+    with pytest.raises(ConfigError, match="several learning rates, Trainer's optimizer has one"):
         trainer(classifier(plus), tmp_path).train()
     model = classifier(plus)
     own = torch.optim.AdamW(optimizer_groups(model, 1e-2, 0.0))
