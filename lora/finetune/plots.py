@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora.errors import RunError
 from lora.files import writable, write_together
+from lora.finetune.colours import COLOURS
 from lora.finetune.record import (
     Evaluated,
     StepRow,
@@ -22,10 +23,6 @@ from lora.finetune.record import (
     smoothed_losses,
     summary_of,
 )
-
-# Okabe and Ito's palette, distinct for colour-blind readers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
 
 SHARES = ("accuracy", "macro_f1", "exact_match", "token_accuracy")  # metrics from 0 to 1
 NARROWEST = 0.3  # the least that the axis of a share covers

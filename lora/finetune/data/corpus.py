@@ -131,12 +131,7 @@ def read_examples(
         notes.append(f"{data} has no column 'split': divided 80/10/10 into train, dev and test")
     if not splits.get("train") and not splits.get(""):
         bad.judge(left=False)
-        if not splits and Path(data).is_file():
-            raise DataError(f"--data {data} has a header and no rows below it. Add rows.")
-        raise DataError(
-            f"--data {data} has no training rows, found {', '.join(splits) or 'nothing'}."
-            " Pass a folder with train.tsv, .csv or .jsonl."
-        )
+        raise _no_training_rows(data, splits)
     examples, taken = _examples_of(data, splits, columns, bad)
     label = taken.label
     if "" in examples:
@@ -172,6 +167,15 @@ def read_examples(
         raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
     note, layout = "; ".join(notes), _columns_line(data, header.seen, taken)
     return replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note=note, layout=layout)
+
+
+def _no_training_rows(data: str, splits: Mapping[str, Any]) -> DataError:
+    if not splits and Path(data).is_file():
+        return DataError(f"--data {data} has a header and no rows below it. Add rows.")
+    return DataError(
+        f"--data {data} has no training rows, found {', '.join(splits) or 'nothing'}."
+        " Pass a folder with train.tsv, .csv or .jsonl."
+    )
 
 
 def _dev_of(

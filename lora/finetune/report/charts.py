@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora.finetune.colours import COLOURS
 from lora.finetune.comparison.analysis import Analysis, MethodResult, is_share
 from lora.finetune.data.corpus import MOST_CLASSES
-from lora.finetune.plots import COLOURS
 from lora.finetune.report.evidence import Evidence
 from lora.finetune.report.mistakes import reports_of
 
