@@ -27,7 +27,7 @@ STEPS = 6
 """Optimizer steps that are measured; the first one also fills caches and is not counted."""
 SCORED = 128
 """Rows of dev of each data set that are scored: enough for batches of texts of like length."""
-ANSWERED = 32
+PROMPTS_MEASURED = 32
 """Prompts that a language model answers."""
 
 
@@ -94,7 +94,7 @@ def _measured(config: RunConfig[Any]) -> Cost:
     row = (time.perf_counter() - start) / len(rows)
     answer = 0.0
     if corpus.task == "text":
-        config = replace(config, answered=-(-ANSWERED // len(config.data)))
+        config = replace(config, answered=-(-PROMPTS_MEASURED // len(config.data)))
         start = time.perf_counter()
         with torch.no_grad():
             *_, records = scored(config, model, parts.base.tokenizer, corpus, split, rows)

@@ -131,7 +131,7 @@ def read_examples(
         notes.append(f"{data} has no column 'split': divided 80/10/10 into train, dev and test")
     if not splits.get("train") and not splits.get(""):
         bad.judge(left=False)
-        raise _lacks_training_rows(data, splits)
+        raise _no_training_rows(data, splits)
     examples, taken = _examples_of(data, splits, columns, bad)
     label = taken.label
     if "" in examples:
@@ -169,7 +169,7 @@ def read_examples(
     return replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note=note, layout=layout)
 
 
-def _lacks_training_rows(data: str, splits: Mapping[str, Any]) -> DataError:
+def _no_training_rows(data: str, splits: Mapping[str, Any]) -> DataError:
     if not splits and Path(data).is_file():
         return DataError(f"--data {data} has a header and no rows below it. Add rows.")
     return DataError(
