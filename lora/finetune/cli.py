@@ -281,6 +281,7 @@ def _compare(arguments: list[str]) -> None:
     print(all_tables(result.analysis), end="")
     drawn = ", ".join(path.name for path in pictures)
     print(f"recorded in {grid.folder}: comparison.md, comparison.json, {drawn}")
+    print(f"next: {command('lora', 'report', grid.folder)}")
     report_missing(result)
 
 

@@ -167,9 +167,13 @@ def records_of(
     corpus: Corpus, examples: Sequence[Example], logits: Tensor
 ) -> Iterator[dict[str, Any]]:
     """Yields a record per example: text, label if known, prediction, its name if the classes have
-    names, and class probabilities."""
+    names, and the probability of each class by its label."""
     scores = logits.tolist() if corpus.task == "regression" else logits.softmax(-1).tolist()
     names = dict(zip(corpus.labels, corpus.class_names))
+
+    def probabilities(row: Sequence[float]) -> dict[str, float]:
+        return {label: round(p, 6) for label, p in zip(corpus.labels, row, strict=True)}
+
     for example, answer, row in zip(examples, predicted(corpus, logits), scores, strict=True):
         known = {"pair": example.pair, "label": example.label}
         yield {
@@ -177,5 +181,5 @@ def records_of(
             **{key: value for key, value in known.items() if value is not None},
             "prediction": float(answer) if corpus.task == "regression" else answer,
             **({"prediction_name": names[answer]} if names else {}),
-            **({} if corpus.task == "regression" else {"scores": [round(p, 6) for p in row]}),
+            **({} if corpus.task == "regression" else {"scores": probabilities(row)}),
         }

@@ -250,6 +250,7 @@ def _put_out(rows: Iterable[dict[str, Any]], output: Path | None) -> None:
     """Write the rows to the file, or print them as JSON lines."""
     if output is not None:
         write_lines(output, rows)
+        print(f"written: {output}")
         return
     for row in rows:
         print(json.dumps(row, ensure_ascii=False))

@@ -126,7 +126,8 @@ class EvalConfig(ModelFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(ModelFlags):
-    """Label texts with a trained model. Prints JSON lines, or writes them to --output."""
+    """Label texts with a trained model. Prints JSON lines, or writes them to --output: the text,
+    the prediction, and the probability of each class."""
 
     run: Path = field()
     text: tuple[str, ...] = ()
