@@ -139,9 +139,11 @@ def arguments_of(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
         return {}
     config: Any = getattr(model, "config", None)
     names = ("num_labels", "pad_token_id")
-    given = {n: value for n in names if (value := getattr(config, n, None)) is not None}
+    arguments = {n: value for n in names if (value := getattr(config, n, None)) is not None}
     # The base's head may have another number of labels. The adapter's file replaces it.
-    return given | ({"ignore_mismatched_sizes": True} if set(heads_of(model)) <= set(saved) else {})
+    return arguments | (
+        {"ignore_mismatched_sizes": True} if set(heads_of(model)) <= set(saved) else {}
+    )
 
 
 def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
@@ -161,7 +163,7 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
     ]
     if peft:
         lines.append('    peft.PeftModel.from_pretrained(model, "this folder")  # PEFT')
-    given = "".join(f", {name}={value!r}" for name, value in arguments.items())
+    listed = "".join(f", {name}={value!r}" for name, value in arguments.items())
     if base is not None and base.startswith(BUILT_IN_PREFIX):
         name, labels = base.removeprefix(BUILT_IN_PREFIX), arguments.get("num_labels")
         kind = {None: "text", 1: "regression"}.get(labels, "classification")
@@ -177,7 +179,7 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
             "",
             "Its base is a GGUF file:",
             "",
-            f"    transformers.{auto}.from_pretrained(FOLDER, gguf_file=NAME{given})",
+            f"    transformers.{auto}.from_pretrained(FOLDER, gguf_file=NAME{listed})",
         ]
     elif peft and base is not None and (task or settings["auto_mapping"]):
         kind = f"For{AUTO[task]}" if task else ""
@@ -185,6 +187,6 @@ def card(method: str, peft: bool, settings: Mapping[str, Any], arguments: Mappin
             "",
             "or together with its base:",
             "",
-            f'    peft.AutoPeftModel{kind}.from_pretrained("this folder"{given})',
+            f'    peft.AutoPeftModel{kind}.from_pretrained("this folder"{listed})',
         ]
     return "\n".join(lines) + "\n"

@@ -10,5 +10,5 @@ import platformdirs
 
 def folder() -> Path:
     """Returns $LORA_CACHE, or the user's cache folder."""
-    given = os.environ.get("LORA_CACHE")
-    return Path(given) if given else platformdirs.user_cache_path("lora-from-scratch")
+    path = os.environ.get("LORA_CACHE")
+    return Path(path) if path else platformdirs.user_cache_path("lora-from-scratch")

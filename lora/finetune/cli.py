@@ -427,8 +427,8 @@ def _data(arguments: list[str]) -> None:
 
         print(f"{DATA_USAGE}\n\n{listing()}")
         if action not in ("--help", "-h"):
-            found = " ".join(arguments) or "nothing"
-            raise ConfigError(f"lora data takes preview, fetch or tasks, found {found}.")
+            words = " ".join(arguments) or "nothing"
+            raise ConfigError(f"lora data takes preview, fetch or tasks, found {words}.")
         return
     from lora.finetune.config import parse, parse_run
     from lora.settings import whole_number

@@ -113,8 +113,8 @@ def dry_run(grid: Grid) -> list[str]:
     if left:
         _tell("the commands are those that find the learning rates. Run them, then this one again.")
     else:
-        found = {name: _searched(grid.searches(name)) for name in grid.searched}
-        left = [run for run in _in_order_of_seeds(grid, found) if standing(run) != "complete"]
+        searches = {name: _searched(grid.searches(name)) for name in grid.searched}
+        left = [run for run in _in_order_of_seeds(grid, searches) if standing(run) != "complete"]
     return [train_command(run) for run in left]
 
 

@@ -473,14 +473,14 @@ def stated_in(path: Path | None) -> Iterator[None]:
 def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
     """Returns the configuration of a TOML table for a method. Raises ConfigError."""
     kind = config_of_method(method)
-    own = _table_named({**table, "name": table.get("name") or label(method)})
-    if own.get("method", method) != method:
+    method_table = _table_named({**table, "name": table.get("name") or label(method)})
+    if method_table.get("method", method) != method:
         raise ConfigError(
-            f"[methods.{table['name']}] has method = {own['method']!r}, but --method is {method}."
-            " Remove one of them, or pass another --name."
+            f"[methods.{table['name']}] has method = {method_table['method']!r}, but --method is"
+            f" {method}. Remove one of them, or pass another --name."
         )
     values = {k: v for k, v in table.items() if k not in ("methods", "seeds", "rates")}
-    values = settings_brought(method) | values | own | {"method": method}
+    values = settings_brought(method) | values | method_table | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     of_method = {field.name for field in fields(kind)}
     shared = {field.name for field in fields(RunConfig)} - {"settings"}

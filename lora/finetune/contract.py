@@ -21,7 +21,7 @@ def check_named(name: str) -> str:
     """
     method = method_named(name)
     settings = {"": method.example, **method.variants}
-    configs = {variant: method.Config(**given) for variant, given in settings.items()}
+    configs = {variant: method.Config(**values) for variant, values in settings.items()}
     jobs = [(v, clause, case) for v in configs for clause in CLAUSES for case in cases()]
     results: list[Result] = []
     with progress_bar() as progress:

@@ -84,9 +84,9 @@ def group(alone: bool = False, on: str = "auto") -> Iterator[None]:
         return
     backends = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl"}
     backend = backends.get(device(on).type, "gloo")
-    one: Any = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
+    options: Any = {} if launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     try:
-        dist.init_process_group(backend, timeout=WAIT, **one)
+        dist.init_process_group(backend, timeout=WAIT, **options)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"rank {os.environ.get('RANK', 0)} does not find the others: {_line(error)}. Start all"
@@ -250,7 +250,7 @@ def _homes(units: Sequence[nn.Module]) -> dict[nn.Parameter, list[Home]]:
     """Returns where each parameter is used: in which units, by which modules."""
     homes: dict[nn.Parameter, list[Home]] = {}
     for number, unit in enumerate(units):
-        for module in _own(unit, units):
+        for module in _outside_units(unit, units):
             for leaf, parameter in module.named_parameters(recurse=False):
                 homes.setdefault(parameter, []).append((number, module, leaf))
     return homes
@@ -314,12 +314,12 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from _blocks(child)
 
 
-def _own(module: nn.Module, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
-    """The module and those within it, but for what belongs to a unit within it."""
+def _outside_units(module: nn.Module, units: Sequence[nn.Module]) -> Iterator[nn.Module]:
+    """Yields the module and the modules inside it, except units and what is inside them."""
     yield module
     for child in module.children():
         if not any(child is unit for unit in units):
-            yield from _own(child, units)
+            yield from _outside_units(child, units)
 
 
 def launch(count: int, arguments: Sequence[str], on: str = "auto") -> int:

@@ -108,18 +108,18 @@ def runs(config: RunsConfig) -> str:
     for folder in config.folders:
         if not folder.is_dir():
             raise RunError(f"{folder} is not a folder. Pass one that holds runs: lora runs FOLDER.")
-    found = [run_row(run) for folder in config.folders for run in run_folders(folder)]
-    if not found:
+    rows = [run_row(run) for folder in config.folders for run in run_folders(folder)]
+    if not rows:
         where = ", ".join(map(str, config.folders))
         raise RunError(f"{where}: no run in there. Run lora train, or pass another folder.")
-    chosen = [row for row in found if _matches(row, config)]
+    chosen = [row for row in rows if _matches(row, config)]
     chosen.sort(key=SORTS[config.sort])
     chosen = chosen[: config.limit]
     if config.json:
         return json.dumps([{**vars(row), "run": str(row.run)} for row in chosen], indent=2)
     head = ("run", "method", "rate", "seed", "data", "state", "score", "train", "changed")
     table = [head, *(_run_cells(row) for row in chosen)]
-    return f"{markdown(table)}\n{len(chosen)} of {len(found)} runs"
+    return f"{markdown(table)}\n{len(chosen)} of {len(rows)} runs"
 
 
 def _matches(row: RunRow, config: RunsConfig) -> bool:

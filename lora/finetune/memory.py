@@ -83,8 +83,8 @@ def set_dtype(model: Any, dtype: str, device: torch.device | None = None) -> Non
         if kind(module) in ("Linear", "Conv1D"):
             weights = [module.weight]
         elif everything and not isinstance(module, Adapter | NF4Linear):
-            own = module.parameters(recurse=False)
-            weights = [p for p in own if p.is_floating_point() and id(p) not in trained]
+            parameters = module.parameters(recurse=False)
+            weights = [p for p in parameters if p.is_floating_point() and id(p) not in trained]
         for weight in weights:
             if not weight.requires_grad:
                 weight.data = _converted(weight.data, half, path)
@@ -108,8 +108,8 @@ def _converted(weight: Tensor, dtype: torch.dtype, path: str) -> Tensor:
 def _under_autocast(
     dtype: torch.dtype, forward: Callable[..., Any], *args: Any, **named: Any
 ) -> Any:
-    given = (value for value in (*args, *named.values()) if isinstance(value, Tensor))
-    with torch.autocast(next(given, torch.empty(0)).device.type, dtype):
+    tensors = (value for value in (*args, *named.values()) if isinstance(value, Tensor))
+    with torch.autocast(next(tensors, torch.empty(0)).device.type, dtype):
         return forward(*args, **named)
 
 

@@ -104,24 +104,24 @@ def digest_of(name: str) -> str | None:
     return hashlib.sha256(_source(_file_of(name), name)).hexdigest()
 
 
-def reopened(directory: Path, recorded: Any, given: str | None = None, exact: bool = False) -> Any:
-    """Returns --method for opening a run: as recorded, or as `given` if its file has moved.
+def reopened(directory: Path, recorded: Any, passed: str | None = None, exact: bool = False) -> Any:
+    """Returns --method for opening a run: as recorded, or as `passed` if its file has moved.
 
-    Raises RunError if the file is missing or has changed since the run. If `given` names a changed
+    Raises RunError if the file is missing or has changed since the run. If `passed` names a changed
     file, it is used and a note is printed; with `exact`, for resuming, that is an error too.
     """
     if not isinstance(recorded, str) or not is_outside(recorded):
-        if given not in (None, recorded):
+        if passed not in (None, recorded):
             raise ConfigError(
-                f"--method {given}: {directory} was trained with --method {recorded}. Remove it."
+                f"--method {passed}: {directory} was trained with --method {recorded}. Remove it."
             )
         return recorded
-    if given is not None and not is_outside(given):
+    if passed is not None and not is_outside(passed):
         raise ConfigError(
-            f"--method {given}: {directory} was trained with {recorded}. {HOW_TO_NAME}"
+            f"--method {passed}: {directory} was trained with {recorded}. {HOW_TO_NAME}"
         )
-    name = recordable(given) if given is not None else recorded
-    file = _file_of(name) if given is not None else _recorded_file(directory, recorded)
+    name = recordable(passed) if passed is not None else recorded
+    file = _file_of(name) if passed is not None else _recorded_file(directory, recorded)
     if environment_of(directory).get("method") == hashlib.sha256(_source(file, name)).hexdigest():
         method_named(name)  # raises here, so that a broken file is not taken for a damaged run
         return name
@@ -129,7 +129,7 @@ def reopened(directory: Path, recorded: Any, given: str | None = None, exact: bo
     if exact:
         anew = command("lora", "train", "--config", directory / "config.toml")
         raise RunError(f"{changed}. Restore the file, or start a new run: {anew}.")
-    if given is None:
+    if passed is None:
         raise RunError(
             f"{changed}, so its results may differ. Restore the file, or pass"
             f" {command('--method', name)} to use the changed one."

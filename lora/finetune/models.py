@@ -280,11 +280,11 @@ def _check_packed(base: str, model: Any, unexpected: Sequence[str]) -> None:
     """Raise ModelError unless files that state bitsandbytes hold layers in its 4 bits."""
     odd = [key for key in unexpected if ".weight." in key]
     if odd or not any(isinstance(module, NF4Linear) for module in model.modules()):
-        found = f"hold {odd[0]}, which is not of its format" if odd else "hold no layer in 4 bits"
+        problem = f"hold {odd[0]}, which is not of its format" if odd else "hold no layer in 4 bits"
         raise ModelError(
-            f"--base {base} was saved by bitsandbytes, says its config.json, but its files {found}."
-            " Take quantization_config out of a config.json that is not theirs, or pass the weights"
-            " as they were before."
+            f"--base {base} was saved by bitsandbytes, says its config.json, but its files"
+            f" {problem}. Take quantization_config out of a config.json that is not theirs, or pass"
+            " the weights as they were before."
         )
 
 

@@ -114,7 +114,7 @@ class _NF4Config(QuantizationConfigMixin):  # type: ignore[misc]
 
     quant_method: Any = "lora-nf4"
 
-    def __init__(self, reading: BaseReading, **given: Any) -> None:
+    def __init__(self, reading: BaseReading, **options: Any) -> None:
         self.reading = reading
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,10 +130,10 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
 
     is_trainable = True
 
-    def is_serializable(self, **given: Any) -> bool:
+    def is_serializable(self, **options: Any) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model: Any, **given: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **options: Any) -> None:
         self.reading: BaseReading = self.quantization_config.reading
         self.expected = model.state_dict()  # on the meta device: shapes and dtypes
         self.names: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
         else:
             self.names = packable(model, self.reading.dense)
 
-    def _process_model_after_weight_loading(self, model: Any, **given: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **options: Any) -> None:
         self.remove_quantization_config(model)  # an NF4Linear needs none of it
         for name, tensor in model.state_dict().items():
             path, _, leaf = name.rpartition(".")
@@ -165,7 +165,7 @@ class _NF4Quantizer(HfQuantizer):  # type: ignore[misc]
                 )
             ]
 
-    def param_needs_quantization(self, model: Any, param_name: str, **given: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         # The operation checks the shapes of all tensors. It leaves out those in a dtype of their
         # own, since what goes through an operation is cast to the model's.
         if self.pre_quantized or param_name not in self.expected:
@@ -200,7 +200,7 @@ class _Pack(_Operation):
         super().__init__(reading)
         self.names = names
 
-    def convert(self, input_dict: dict[str, Any], model: Any, **given: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], model: Any, **options: Any) -> dict[str, Any]:
         reading, result = self.reading, dict[str, Any]()
         for name, value in input_dict.items():
             read = reading.fitting(model, name, value[0] if isinstance(value, list) else value)
@@ -227,7 +227,7 @@ class _Fit(_Operation):
     """Takes a tensor if it has the model's shape."""
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **given: Any
+        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **options: Any
     ) -> dict[str, Any]:
         ((tensor,),) = input_dict.values()
         return self.reading.fitting(model, full_layer_name, tensor)
@@ -245,7 +245,7 @@ class _Take(_Operation):
     )  # fmt: skip
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **given: Any
+        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **options: Any
     ) -> dict[str, Any]:
         reading = self.reading
         tensors = {key.removesuffix("$"): values[0] for key, values in input_dict.items()}

@@ -119,21 +119,21 @@ def _of_run(directory: Path, base: str | None, method: str | None) -> Source:
     return Source(directory, adapter, config, resizes=config.resize_embeddings)
 
 
-def _of_adapter(directory: Path, folder: Path, base: str | None, given: str | None) -> Source:
+def _of_adapter(directory: Path, folder: Path, base: str | None, passed: str | None) -> Source:
     settings = settings_in(folder)
-    if given is not None:
-        method_named(given)  # imports the class, so that method_and_config knows it
+    if passed is not None:
+        method_named(passed)  # imports the class, so that method_and_config knows it
     method, filed = method_and_config(folder)
-    if given is not None and method_named(given) is not method:
+    if passed is not None and method_named(passed) is not method:
         raise ConfigError(
-            f"--method {given}: the adapter in {folder} was trained with {method.name}. Remove it."
+            f"--method {passed}: the adapter in {folder} was trained with {method.name}. Remove it."
         )
     stated = base_in(settings)
     if base is None and stated is None:
         raise RunError(f"{folder / CONFIG} does not name its base. Pass --base FOLDER or NAME.")
     config: RunConfig[Any] = RunConfig(
         base=stated or str(base),
-        method=given or method.name,
+        method=passed or method.name,
         dtype=pick_dtype(distributed.device()),
         settings=filed,
     )

@@ -99,8 +99,8 @@ def fit(
         targets, divisor = _divisors(encoded, rows, settings.class_weights)
         for index, part in enumerate(parts):
             penalized = index == distributed.rank() == 0  # once in each step
-            given = part, task, divisor, penalized, training.scaler, entropy
-            losses.append(add_gradients(model, *given))
+            arguments = part, task, divisor, penalized, training.scaler, entropy
+            losses.append(add_gradients(model, *arguments))
             positions += part.batch["input_ids"].numel() if part.counts else 0
         if number == first:
             check_alive(model)

@@ -20,9 +20,9 @@ FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 LARGEST_NEW = 2**27  # parameters that a base's weights may lack: a head, a pooler
 
 
-def another_shape(name: str, found: Any, stated: Any) -> ModelError:
+def another_shape(name: str, shape: Any, stated: Any) -> ModelError:
     return ModelError(
-        f"{name} is {tuple(found)} in its files and {tuple(stated)} in the model that config.json"
+        f"{name} is {tuple(shape)} in its files and {tuple(stated)} in the model that config.json"
         " states. Pass the config.json that belongs to the weights."
     )
 

@@ -162,12 +162,12 @@ def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
     if not names:
         raise DataError("the rows have no columns. Give each a text and a label.")
     flags = {"text": columns.text, "pair": columns.pair, "label": columns.label}
-    given: dict[str, str | None] = {}
+    chosen: dict[str, str | None] = {}
     for role, name in flags.items():
-        given[role] = find_column(name, names)
-        if name is not None and given[role] is None:
+        chosen[role] = find_column(name, names)
+        if name is not None and chosen[role] is None:
             raise DataError(f"--{role}-column {name}: no such column. Found: {', '.join(names)}.")
-    taken = [name for name in given.values() if name is not None]
+    taken = [name for name in chosen.values() if name is not None]
     if len(set(taken)) < len(taken):
         raise DataError(
             f"one column cannot be two of text, pair and label: {', '.join(taken)}."
@@ -178,12 +178,12 @@ def choose_columns(rows: Sequence[Placed], columns: Columns) -> Columns:
     # A `question` beside a `sentence` is the first text of a pair (QNLI). A `sentence` alone is
     # the text, so pairs are looked up first.
     paired = [usual[a] for a, b in PAIR.items() if a in usual and b in usual]
-    text = given["text"] or next(iter(paired or texts), None)
-    pair = given["pair"]
+    text = chosen["text"] or next(iter(paired or texts), None)
+    pair = chosen["pair"]
     if text is not None:
         pair = pair or usual.get(PAIR.get(text.strip().lower(), ""))
     labels = [usual[name] for name in LABEL if name in usual and usual[name] != text]
-    label = given["label"] or (labels[0] if labels else None)
+    label = chosen["label"] or (labels[0] if labels else None)
     free = [n for n in names if n not in (text, pair, label) and n.strip().lower() != "split"]
     # No usual name for the text: look at the values. The same for a label, if only one column is
     # left that it can be.

@@ -35,8 +35,8 @@ def text_around_turns(template: Template) -> Turns | None:
     parts = []
     rest = whole
     for mark in (SYSTEM_MARK, FIRST_MARK, ANSWER_MARK, SECOND_MARK):
-        before, found, rest = rest.partition(mark)
-        if not found:
+        before, separator, rest = rest.partition(mark)
+        if not separator:
             return None
         parts.append(before)
     start, after_system, after_user, after_answer = parts
@@ -74,9 +74,9 @@ def _prompt(template: Template, **contents: str) -> str:
 
 def _divided(text: str, closing: str) -> tuple[str, str]:
     """Returns the text up to the end of a turn with the space after it, and the rest."""
-    before, found, after = text.partition(closing)
+    before, end, after = text.partition(closing)
     rest = after.lstrip()
-    return (before + found + after[: len(after) - len(rest)], rest) if found else ("", text)
+    return (before + end + after[: len(after) - len(rest)], rest) if end else ("", text)
 
 
 def _agrees(template: Template, turns: Turns) -> bool:

@@ -72,8 +72,8 @@ def of_word(answer: Callable[[str], str]) -> Callable[[random.Random], tuple[str
     """Returns a draw whose input is a word."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
-        given = word(rng)
-        return given, answer(given)
+        text = word(rng)
+        return text, answer(text)
 
     return draw
 
@@ -84,8 +84,8 @@ def of_words(
     """Returns a draw whose input is several short words."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
-        given = [word(rng, 2, 5) for _ in range(rng.randint(least, most))]
-        return " ".join(given), answer(given)
+        words = [word(rng, 2, 5) for _ in range(rng.randint(least, most))]
+        return " ".join(words), answer(words)
 
     return draw
 
@@ -94,9 +94,9 @@ def of_letter(answer: Callable[[str, str], str]) -> Callable[[random.Random], tu
     """Returns a draw whose input is one letter of a word, then the word."""
 
     def draw(rng: random.Random) -> tuple[str, str]:
-        given = word(rng)
-        letter = rng.choice(given)
-        return f"{letter} {given}", answer(letter, given)
+        text = word(rng)
+        letter = rng.choice(text)
+        return f"{letter} {text}", answer(letter, text)
 
     return draw
 
@@ -113,9 +113,9 @@ def of_numbers(answer: Callable[[int, int], int]) -> Callable[[random.Random], t
 
 def draw_replace(rng: random.Random) -> tuple[str, str]:
     """Draws an old letter, a new letter and a word. The answer has the new letter for the old."""
-    given = word(rng)
-    old, new = rng.choice(given), rng.choice(VOWELS + CONSONANTS)
-    return f"{old} {new} {given}", given.replace(old, new)
+    text = word(rng)
+    old, new = rng.choice(text), rng.choice(VOWELS + CONSONANTS)
+    return f"{old} {new} {text}", text.replace(old, new)
 
 
 def draw_date(rng: random.Random) -> tuple[str, str]:
@@ -166,9 +166,9 @@ def generate(
     for _ in range(100 * count):  # dev and test take 1 draw in 20 each
         if len(answers) == count:
             break
-        given, answer = MADE_TASKS[name].draw(rng)
-        if split_of(given) == split:
-            answers[f"{name}: {given}"] = answer
+        text, answer = MADE_TASKS[name].draw(rng)
+        if split_of(text) == split:
+            answers[f"{name}: {text}"] = answer
     if len(answers) < count:
         raise DataError(
             f"task {name!r}: {count:,} different prompts asked for split {split!r}, found"
@@ -177,6 +177,6 @@ def generate(
     return list(answers.items())
 
 
-def split_of(given: str) -> str:
+def split_of(text: str) -> str:
     """Returns the split of an input by its hash: 1 of 20 is dev, 1 test, the others train."""
-    return {0: "test", 1: "dev"}.get(zlib.crc32(given.encode()) % 20, "train")
+    return {0: "test", 1: "dev"}.get(zlib.crc32(text.encode()) % 20, "train")
