@@ -152,6 +152,7 @@ def test_predict_and_generate_answer_a_file_alike(
     data = talks(tmp_path / "asked.jsonl", 3)
     assert lora("predict", run, "--data", data, "--output", tmp_path / "one.jsonl") == 0
     assert lora("generate", run, "--data", data, "--output", tmp_path / "two.jsonl") == 0
+    assert capsys.readouterr().out.count("written: ") == 2
     one, two = lines(tmp_path / "one.jsonl"), lines(tmp_path / "two.jsonl")
     assert one == two
     assert [row["references"] for row in one] == [["2"], ["3"], ["4"]]
