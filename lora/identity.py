@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import nf4
+from lora.card import BUILT_IN_PREFIX
 from lora.errors import CheckpointError, LoraError
 from lora.files import json_object
 from lora.inventory import selections
@@ -139,6 +140,7 @@ def verify(
                 return "trained on this base in NF4, whose weights are not rounded here"
         key = common[0]
         base = settings.get("base_model_name_or_path") or "its base"
+        base = str(base).removeprefix(BUILT_IN_PREFIX)
         raise CheckpointError(
             f"{folder}: the adapter was trained on another base: fingerprint"
             f" {mark[key][:16]}…, found {here[key][:16]}…. Load it onto {base}"

@@ -72,8 +72,8 @@ def _check_place(base: str) -> None:
         )
     if not local and not hub_answers() and not cached(base):
         raise ModelError(
-            f"--base {base} is a name on the hub, which does not answer, and it is not in the"
-            " local cache. Run lora train --base demo, or pass the folder of a downloaded model."
+            f"--base {base}: no such folder here, and the hub, where it may be a name, does not"
+            " answer. Run lora train --base demo, or pass the folder of a downloaded model."
         )
 
 

@@ -474,7 +474,10 @@ def _with_pareto(analysis: Analysis) -> Analysis:
 
 
 def _with_verdict(analysis: Analysis) -> Analysis:
-    """Adds three sentences: which method is best, whether that is certain, and what it costs."""
+    """Adds three sentences: which method is best, whether that is certain, and what it costs.
+
+    If there is one method, only its score.
+    """
     best, *others = analysis.ranked
     share = is_share(analysis.metric)
     score = f"{100 * best.mean:.1f} %" if share else f"{best.mean:.4g}"
@@ -482,11 +485,15 @@ def _with_verdict(analysis: Analysis) -> Analysis:
     if best.interval and share:
         low, high = (100 * limit for limit in best.interval)
         spread = f" (95 % interval {low:.1f} to {high:.1f} %)"
-    sentences = [f"{best.name} has the best {analysis.split} {analysis.metric}: {score}{spread}."]
-    if others:
-        sentences.append(_certainty(best, others))
-        sentences.append(_cost(best, others))
-    return replace(analysis, verdict=tuple(sentences))
+    what = f"{analysis.split} {analysis.metric}"
+    if not others:
+        return replace(analysis, verdict=(f"{best.name} has a {what} of {score}{spread}.",))
+    verdict = (
+        f"{best.name} has the best {what}: {score}{spread}.",
+        _certainty(best, others),
+        _cost(best, others),
+    )
+    return replace(analysis, verdict=verdict)
 
 
 def _certainty(best: MethodResult, others: Sequence[MethodResult]) -> str:
