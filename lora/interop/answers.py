@@ -1,4 +1,4 @@
-"""How a run of --task text writes conversations, for the engines that it is exported to."""
+"""What another engine must know to answer as a run of --task text does: end tokens and template."""
 
 from __future__ import annotations
 

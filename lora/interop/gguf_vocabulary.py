@@ -1,4 +1,4 @@
-"""A tokenizer of transformers as the metadata that llama.cpp reads: byte-level BPE.
+"""Converts a byte-level BPE tokenizer of transformers into the metadata that llama.cpp reads.
 
 llama.cpp splits a text with one of its built-in patterns, which the file names in
 tokenizer.ggml.pre. A wrong name would split some texts differently, without an error. So a file is

@@ -1,4 +1,4 @@
-"""Compares the answers of a GGUF file in llama.cpp with those of the transformers model in it."""
+"""Compares the answers of a GGUF file in llama.cpp with those of its model in transformers."""
 
 from __future__ import annotations
 

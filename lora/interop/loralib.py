@@ -1,4 +1,4 @@
-"""A checkpoint of Microsoft's loralib as an adapter in PEFT's format.
+"""Converts a checkpoint of Microsoft's loralib into an adapter in PEFT's format.
 
 loralib              its state dict                              PEFT
 Linear               M.lora_A (r, in), M.lora_B (out, r)         M.lora_A.weight, M.lora_B.weight
