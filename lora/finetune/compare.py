@@ -20,6 +20,7 @@ from lora.files import writable, write_together
 from lora.finetune.comparison.analysis import (
     Analysis,
     RateSearch,
+    TriedRate,
     analyse,
     as_json,
     next_rate,
@@ -62,13 +63,14 @@ def compare(grid: Grid) -> Compared:
     _tell(", ".join(filter(None, (str(plan), note_on_rows(plan)))))
     finals = plan.total(plan.final_runs())
     deadline = None if grid.budget is None else started + grid.budget
-    search_deadline = None if deadline is None else deadline - finals
-    searching = Scheduler(grid.folder, grid.jobs, search_deadline, plan.seconds, _tell)
+    searched = None if deadline is None else deadline - finals
+    searching = Scheduler(grid.folder, grid.jobs, deadline, plan.seconds, _tell, searched)
     searches, outcome = _search(grid, searching)
     runs = _in_order_of_seeds(grid, searches)
     reported = Scheduler(grid.folder, grid.jobs, deadline, plan.seconds, _tell).train(runs)
     folders = [run.run_dir for run in runs if run in reported.complete]
     tried = [each.run for search in searches.values() for each in search.tried]
+    tried = [run for run in tried if (run / "config.toml").is_file()]
     analysis = analyse([*folders, *tried])
     with writable(grid.folder, RunError, "Pass another --run-dir."):
         files = {
@@ -143,23 +145,39 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
         by_rate = sorted(enumerate(columns), key=lambda i: abs(i[0] - TRIED // 2))
-        ended = [None, *outcome.complete, *outcome.failed]
-        now = schedule.train([r for _, column in by_rate for r in column if r not in ended])
+        known = [None, *outcome.complete, *outcome.failed]
+        now = schedule.train([r for _, column in by_rate for r in column if r not in known])
         outcome.complete += now.complete
         outcome.failed += now.failed  # not tried again with the next rate
         outcome.left += now.left
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
-        searches = {name: _searched(each) for name, each in complete.items()}
+        ended = [*outcome.complete, *outcome.failed]
+        searches = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
         edges = [name for name, search in searches.items() if not search.bracketed]
         if grid.rates is not None or not edges or outcome.left:
             break
-        _tell(f"the best rate of {', '.join(edges)} is at an edge: one more rate for every method")
-        for name, search in searches.items():
-            rates = [tried.rate for tried in search.tried]
-            runs[name] = grid.searches(name, sorted([*rates, next_rate(search)]))
+        wider = {
+            name: grid.searches(
+                name, sorted([*(tried.rate for tried in search.tried), next_rate(search)])
+            )
+            for name, search in searches.items()
+        }
+        at_edge = f"the best rate of {', '.join(edges)} is at an edge"
+        if schedule.too_late([run for name in wider for run in wider[name] if run not in ended]):
+            _tell(f"{at_edge}, and the budget leaves no time for one more rate of every method")
+            break
+        _tell(f"{at_edge}: one more rate for every method")
+        runs |= wider
     return searches, outcome
 
 
 def _searched(runs: Sequence[Any]) -> RateSearch:
     """Returns the search that these runs of one method made."""
-    return rate_search([read_try(run.run_dir) for run in runs])
+    return rate_search([_tried(run) for run in runs])
+
+
+def _tried(run: Any) -> TriedRate:
+    """Returns what a run that tried a rate shows, also one that failed before it wrote anything."""
+    if not (run.run_dir / "config.toml").is_file():
+        return TriedRate(run.learning_rate, None, "", run.run_dir)
+    return read_try(run.run_dir)

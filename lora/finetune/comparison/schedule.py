@@ -59,7 +59,8 @@ class _Process:
 class Scheduler:
     """Runs of one comparison, and the processes that train them.
 
-    jobs: runs at a time. deadline: time.monotonic() after which none may run. seconds: how long a
+    jobs: runs at a time. deadline: time.monotonic() after which none may run; planned_end: that by
+    which all should have ended, so that none starts which would take longer. seconds: how long a
     run will take. say: prints a line for the user.
     """
 
@@ -70,8 +71,10 @@ class Scheduler:
         deadline: float | None = None,
         seconds: Callable[[Any], float] = lambda run: 0.0,
         say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+        planned_end: float | None = None,
     ) -> None:
         self.folder, self.jobs, self.deadline = folder, jobs, deadline
+        self.planned_end = deadline if planned_end is None else planned_end
         self.seconds, self.say = seconds, say
         self.interrupted = 0  # the signal that asked to stop
         self.late = False  # the deadline has passed
@@ -91,7 +94,7 @@ class Scheduler:
             try:
                 while waiting and free and not self.interrupted:
                     number, run = waiting.popleft()
-                    if self._too_late(run):
+                    if self.too_late([run]):
                         outcome.left.append(run)
                         continue
                     begun = self._begin(run, f"[{number}/{len(runs)}] ", min(free))
@@ -119,11 +122,13 @@ class Scheduler:
                 self.interrupted = self.interrupted or 2
         return outcome
 
-    def _too_late(self, run: Any) -> bool:
-        """True if a run would not end before the deadline. A complete one needs no time."""
-        if self.deadline is None or (run.run_dir / "summary.json").is_file():
+    def too_late(self, runs: Sequence[Any]) -> bool:
+        """True if runs would not end by the time that is planned. Complete ones need no time."""
+        left = [run for run in runs if not (run.run_dir / "summary.json").is_file()]
+        if self.planned_end is None or not left:
             return False
-        return self.late or time.monotonic() + self.seconds(run) > self.deadline
+        needed = sum(map(self.seconds, left)) / min(self.jobs, len(left))
+        return self.late or time.monotonic() + needed > self.planned_end
 
     def _stop_late(self, active: Sequence[_Process]) -> None:
         """After the deadline, ask the runs to save a checkpoint and end."""
@@ -186,13 +191,14 @@ class Scheduler:
         ended.resources.close()
         run, code = ended.run, ended.process.returncode
         taken = duration(time.monotonic() - ended.started)
-        if code == 0:
+        # A signal may reach a run that is complete and about to exit.
+        if code == 0 or (run.run_dir / "summary.json").is_file():
             outcome.complete.append(run)
             if self.jobs > 1:
                 summary = summary_of(run.run_dir)
                 metric, score = next(iter(summary["metrics"].items()))
                 self.say(f"      {title(run)}: {summary['split']} {metric} {score:.4f}, {taken}")
-        elif code in STOPPED:
+        elif code in STOPPED or (self.late and code < 0):
             outcome.left.append(run)
             if not self.late:
                 self.interrupted = self.interrupted or code - 128

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ if "wait" in behaviour:
 copied = {key: table[key] for key in ("method", "seed", "learning_rate")}
 summary = json.loads(os.environ["SUMMARY"]) | copied
 (run / "summary.json").write_text(json.dumps(summary))
+if "linger" in behaviour:
+    time.sleep(60)
 """
 SUMMARY = {
     "task": "classification", "base": "b", "data": "d", "note": "", "trainable": 1,
@@ -155,6 +158,48 @@ def test_a_run_is_stopped_at_the_deadline(
     monkeypatch.setenv("BEHAVIOUR", "wait")
     outcome = Scheduler(tmp_path / "c", 2, time.monotonic() + 1.0).train(runs_of(tmp_path / "c"))
     assert len(outcome.left) == 4
+    assert not outcome.failed
+
+
+def test_a_run_that_the_deadline_meets_as_it_exits_is_complete(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVIOUR", "linger")
+    runs = runs_of(tmp_path / "c", "--methods", "lora")
+    schedule_, outcomes = Scheduler(tmp_path / "c"), list[Any]()
+    thread = threading.Thread(target=lambda: outcomes.append(schedule_.train(runs)))
+    thread.start()
+    while not (runs[0].run_dir / "summary.json").is_file():
+        time.sleep(0.02)
+    schedule_.deadline = time.monotonic()
+    thread.join()
+    assert [outcome.complete for outcome in outcomes] == [runs]
+
+
+@pytest.mark.parametrize(
+    ("time_for", "tried"), [(3, 3), (TRIED, TRIED), (100, TRIED + MORE_ROUNDS)]
+)
+def test_a_search_ends_with_the_rates_for_which_there_was_time(
+    time_for: int, tried: int, program: Path, tmp_path: Path
+) -> None:
+    """All rates score alike, so that the lowest is chosen and the grid would be widened."""
+    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
+    lines: list[str] = []
+    begun, now = time.monotonic(), 1000.0
+    schedule_ = Scheduler(
+        tmp_path / "c", 1, begun + 10_000, lambda run: now, lines.append,
+        begun + now * time_for + now / 2,
+    )  # fmt: skip
+
+    def clock() -> float:  # the runs take as long as is planned
+        done = (tmp_path / "c" / "search").glob("*/summary.json")
+        return begun + now * len(list(done))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora.finetune.comparison.schedule.time.monotonic", clock)
+        searches, outcome = _search(parse_compare(flags)[1], schedule_)
+    assert len(searches["lora"].tried) == tried
+    assert len(outcome.left) == max(0, TRIED - time_for)
     assert not outcome.failed
 
 
