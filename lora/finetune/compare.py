@@ -173,10 +173,10 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
 
 def _searched(runs: Sequence[Any]) -> RateSearch:
     """Returns the search that these runs of one method made."""
-    return rate_search([_tried(run) for run in runs])
+    return rate_search([_try_of(run) for run in runs])
 
 
-def _tried(run: Any) -> TriedRate:
+def _try_of(run: Any) -> TriedRate:
     """Returns what a run that tried a rate shows, also one that failed before it wrote anything."""
     if not (run.run_dir / "config.toml").is_file():
         return TriedRate(run.learning_rate, None, "", run.run_dir)
