@@ -20,7 +20,7 @@ from typing import Any
 import lora.methods  # noqa: F401  (fills METHODS)
 from benchmarks.machine import RESULTS
 from lora.finetune.comparison.analysis import Analysis, read_analysis
-from lora.finetune.comparison.tables import markdown, notes, rows, task_rows
+from lora.finetune.comparison.tables import markdown, notes, rate_rows, rows, task_rows
 from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,8 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
     texts = {name: markdown(comparison(name)) for name in ("demo", "sst2")}
+    study = analysis("study-films")
+    texts["study-films"] = f"{markdown(comparison('study-films'))}\n{markdown(rate_rows(study))}"
     for name in ("demo-lm", "demo-lm-tiny"):
         texts[name] = f"{markdown(comparison(name))}\n{markdown(task_rows(analysis(name)))}"
     texts["demo"] += "\n" + textwrap.fill(notes(analysis("demo")), 100) + "\n"
@@ -49,11 +51,12 @@ def tables() -> dict[str, str]:
 def comparison(name: str) -> list[tuple[str, ...]]:
     """The table of a `lora compare` in results/."""
     table = rows(analysis(name))
-    # The runs of both shared the processor, so their times mean nothing. Those of sst2 measured the
+    # These runs shared the processor, so their times mean nothing. Those of sst2 measured the
     # memory of the whole run, which does not depend on the method alone.
     left_out = {
         "sst2": ("train s", "peak MiB of the run"),
         "demo-lm-tiny": ("train s",),
+        "study-films": ("train s",),
     }.get(name, ())
     columns = [number for number, head in enumerate(table[0]) if head not in left_out]
     return [tuple(row[number] for number in columns) for row in table]

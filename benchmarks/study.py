@@ -3,14 +3,13 @@
 python -m benchmarks.study films|sst2 [--methods NAME ...] [--runs DIR]
 
 Hours of two cores. Each step runs `lora compare` of recipes/study-NAME.toml with one method more,
-then copies the table and the curves to results/study-NAME/: what is finished can be committed while
+then copies comparison.json to results/study-NAME/: what is finished can be committed while
 the next method trains. Runs that are complete are not run again, so that a stopped study goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,7 +18,6 @@ from pathlib import Path
 from benchmarks.machine import RESULTS
 
 ROOT = Path(__file__).parents[1]
-KEPT = ("comparison.json", "comparison.md", "accuracy.png", "loss.png")
 
 
 def main() -> int:
@@ -40,9 +38,10 @@ def main() -> int:
                    *methods[:count], "--jobs", str(given.jobs), "--run-dir", folder]  # fmt: skip
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
             return code
-        for name in KEPT:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, results)
+        # Folders of runs as from the root of a checkout, whatever --runs is.
+        text = (folder / "comparison.json").read_text(encoding="utf-8")
+        text = text.replace(f'"{folder}/', f'"runs/{folder.name}/')
+        (results / "comparison.json").write_text(text, encoding="utf-8")
     return 0
 
 

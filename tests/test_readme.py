@@ -162,6 +162,32 @@ def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
         assert all(full - mean > 0.01 for mean in loras)
 
 
+def test_the_study_shows_what_its_page_says() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    study = read_analysis(RESULTS / "study-films" / "comparison.json")
+    lora, full = (next(m for m in study.methods if m.name == name) for name in ("lora-qv", "full"))
+    trains = lora.summaries[0]["trainable"] / lora.summaries[0]["parameters"]
+    memory = [method.median("training_bytes") for method in (lora, full)]
+    assert memory[0] is not None
+    assert memory[1] is not None
+    assert f"trains {100 * trains:.1f} % of the parameters" in page
+    assert f"needs {memory[0] / memory[1]:.1f} of the memory" in page
+    assert study.smallest_difference is not None
+    assert f"of less than {100 * study.smallest_difference:.1f} points would not show" in page
+    (versus,) = [each for each in lora.versus if each.other == "full"]
+    assert versus.words.startswith("no difference shown")
+    lowest, second, *_ = sorted(100 * score for score in full.scores)
+    assert f"scores {second - lowest:.1f} points less than the next" in page
+    assert f"within {100 * (max(lora.scores) - min(lora.scores)):.1f} points" in page
+    tried = []
+    for method in (lora, full):
+        assert method.search is not None
+        tried.append({each.rate: 100 * (each.score or 0) for each in method.search.tried})
+    assert f"loses {tried[1][0.00023] - tried[1][0.0005]:.1f} points on dev" in page
+    assert f"{0.0046 / METHODS['lora'].learning_rate:.1f} times its default" in page
+    assert f"loses {tried[0][0.0046] - tried[0][0.00046]:.1f} points on dev" in page
+
+
 def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
     first, second = result("gpu/gpu")["sections"], result("gpu/second")["sections"]
     ratios = {name: ratio["median"] for name, ratio in first["step"]["ratios"].items()}

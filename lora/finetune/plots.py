@@ -20,6 +20,7 @@ from lora.finetune.record import (
     StepRow,
     Summary,
     metrics_of,
+    shown_name,
     smoothed_losses,
     summary_of,
 )
@@ -91,7 +92,7 @@ def draw_curves(directories: Sequence[Path], folder: Path) -> list[Path]:
 
 def _method(directory: Path) -> str:
     try:
-        return summary_of(directory)["method"]
+        return shown_name(summary_of(directory))
     except RunError:  # the run was interrupted
         return directory.name
 

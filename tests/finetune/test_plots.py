@@ -140,3 +140,15 @@ def test_the_title_names_data_and_base(
     (run / "summary.json").write_text(text.replace("HERE", here.as_posix()))
     draw_curves([run], here / "out")
     assert figures[-1].axes[0].get_title() == title
+
+
+def test_two_settings_of_one_method_are_two_curves(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = []
+    for name in ("small", "large"):
+        runs.append(a_run(tmp_path / name))
+        (runs[-1] / "summary.json").write_text(json.dumps(SUMMARY | {"name": name}))
+    draw_curves(runs, tmp_path / "plots")
+    legend = figures[0].axes[0].get_legend()
+    assert legend is not None
+    names = {text.get_text().partition(",")[0] for text in legend.get_texts()}
+    assert names == {"small", "large"}
