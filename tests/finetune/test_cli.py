@@ -793,7 +793,7 @@ def test_a_run_is_scored_on_other_data_whole(
     assert "has no dev split, found test" in capsys.readouterr().err
     (tmp_path / "only" / "test.tsv").write_text("text\tlabel\nfine\t7\n")
     assert lora("eval", trained, "--data", tmp_path / "only") == 2
-    assert "label '7' is outside the set 0, 1" in capsys.readouterr().err
+    assert "label '7' is outside the set 0, 1. Fix the row.\n" in capsys.readouterr().err
 
 
 def test_labels_that_look_like_flags_reopen(base: str, tmp_path: Path) -> None:

@@ -513,7 +513,8 @@ def _misfit(corpus: Corpus, example: Example) -> str:
     if example.label in corpus.labels:
         return ""
     many = 2 * len(corpus.labels) > len(corpus.train) > 4  # then the column is probably wrong
-    advice = "Fix the row, or set --labels."
+    # Without rows to train on, a trained model is scored, whose labels are given.
+    advice = f"Fix the row{', or set --labels' if corpus.train else ''}."
     if many:
         advice = "There are about as many labels as rows: set --text-column and --label-column."
     shown = ", ".join(corpus.labels[:12])

@@ -151,7 +151,7 @@ def test_training_files_that_cannot_be(tmp_path: Path, content: str | bytes, mat
 def test_a_label_outside_the_set_is_named_by_its_row(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dev.tsv, line 3: label '2' is outside the set 0, 1"):
         read_examples(folder(tmp_path, dev="sentence\tlabel\nok\t1\nmeh\t2\n"))
-    with pytest.raises(DataError, match="train.tsv, line 2: label '1' is outside the set no, yes"):
+    with pytest.raises(DataError, match="set no, yes. Fix the row, or set --labels"):
         read_examples(folder(tmp_path, dev=TSV), labels=("no", "yes"))
 
 
