@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,9 @@ class View:
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """W (out, in), which shares the module's memory, and b (out,) or None."""
-        weight, bias = self.parameters()
-        if in_pieces(weight):
+        module: Any = self.module
+        weight, bias = module.weight, getattr(module, "bias", None)
+        if hasattr(weight, "full_tensor"):  # sharded over several processes
             weight, bias = gathered(weight), gathered(bias)
         return (weight.T if self.transposed else weight), bias
 
@@ -85,20 +86,14 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
     """A module's parameters by name, without its children's. torch.func puts tensors in their
     place, and replicas of nn.DataParallel keep tensors under another attribute."""
     # Not by getattr: nn.Module looks a missing name up in Python, for microseconds a call.
-    former: dict[str, Any] | None = module.__dict__.get("_former_parameters")
-    return module._parameters if former is None else former
-
-
-def _plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """True for nn.Linear with plain weight and bias, which a parametrized layer does not have."""
-    # torch.compile of torch 2.11 cannot compare a set with keys().
-    parameters = module._parameters
-    return type(module) is nn.Linear and "weight" in parameters and "bias" in parameters
+    return module.__dict__.get("_former_parameters") or module._parameters
 
 
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, or None if no view of it exists."""
-    if _plain_linear(module):
+    # Parametrized and weight-normed layers keep no plain weight and bias: not this way.
+    plain = module._parameters
+    if type(module) is nn.Linear and "weight" in plain and "bias" in plain:
         return "Linear"
     return type(module).__name__ if type(module) in VIEWS else _rare_kind(module)
 
@@ -176,7 +171,8 @@ def _takes_ids_alone(forward: Callable[..., Any]) -> bool:
 
 def views(module: nn.Module) -> list[View]:
     """The module's views. Raises TargetError if it has none."""
-    if _plain_linear(module):
+    plain = module._parameters
+    if type(module) is nn.Linear and "weight" in plain and "bias" in plain:
         rows, columns = module.weight.shape
         return [View(module, rows, columns, transposed=False)]
     return [_rare_view(module)]

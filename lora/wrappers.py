@@ -46,12 +46,11 @@ class AdaptedLayer(nn.Module):
         if not torch.compiler.is_compiling():
             self.__dict__["was_called"] = True
         # Read from the dicts: nn.Module looks its children up in Python, at every call.
-        base_layer: Any = self._modules["base_layer"]
+        inner: Any = self._modules
         if not self.active or not self.enabled or self.kept is not None:
-            output: Tensor = base_layer(x)
+            output: Tensor = inner["base_layer"](x)
             return output
-        by_name: Any = self._modules["adapters"]
-        view, adapters = views(base_layer)[0], [by_name[name] for name in self.active]
+        view, adapters = views(inner["base_layer"])[0], [inner["adapters"][n] for n in self.active]
         # Drawn here, so that a kernel and the specification drop the same elements.
         masks = [adapter.draw_mask(x) if adapter.dropout else None for adapter in adapters]
         y = kernels.attempt(adapters, view, x, masks)

@@ -63,10 +63,8 @@ def attempt(
 
 def _kernel(adapter: Any, view: View, kept: dict[tuple[int, int], Any] | None) -> Any:
     """The adapter's kernel for the layer: the one that is kept, inside adapters_constant()."""
-    if not isinstance(adapter, Fast):
-        return None
-    if kept is None:
-        return adapter.kernel(view)
+    if kept is None or not isinstance(adapter, Fast):
+        return adapter.kernel(view) if isinstance(adapter, Fast) else None
     key = id(adapter), id(view.module)
     if key not in kept:
         kept[key] = adapter, adapter.kernel(view)

@@ -93,16 +93,15 @@ class LowRankKernel:
 
     def factors(self, dtype: torch.dtype, scale: float) -> Factors:
         """What products multiply with, s times `scale`."""
-        key = dtype, scale
-        if key not in self.made:
-            s = self.s * scale
-            self.made[key] = factor_pairs(self.A, self.B, s, self.start, dtype)
-        return self.made[key]
+        if (dtype, scale) not in self.made:
+            self.made[dtype, scale] = factor_pairs(
+                self.A, self.B, self.s * scale, self.start, dtype
+            )
+        return self.made[dtype, scale]
 
     def is_small(self, x: Tensor) -> bool:
         """True if W' is small beside the activations, and nothing is lost by its dtype."""
-        dtype, view = x.dtype, self.view
-        tokens = x.numel() // max(1, x.shape[-1])
+        dtype, view, tokens = x.dtype, self.view, x.numel() // max(1, x.shape[-1])
         size, added = view.in_features * view.out_features, view.in_features + view.out_features
         # In 16 bits W + s B A would round the update away: it is added to activations instead.
         return (
@@ -127,8 +126,7 @@ class _LowRank(torch.autograd.Function):
         B: Tensor,
     ) -> Tensor:  # fmt: skip
         y, h, stored, factors = k.product(x, mask, b)
-        ctx.view, ctx.s = k.view, k.s if mask is None else k.s * mask.scale
-        ctx.rank = len(A)
+        ctx.view, ctx.rank, ctx.s = k.view, len(A), k.s if mask is None else k.s * mask.scale
         needs_A = ctx.needs_input_grad[4]  # False under LoRA-FA, which then keeps no x
         save_for_backward(ctx, x, y.dtype, mask, (x if needs_A else None, h), stored, *factors)
         return y
@@ -140,10 +138,7 @@ class _LowRank(torch.autograd.Function):
         gb = gB = None
         with without_autocast(g):
             thin = [(F.linear(g, up), A) for A, up in factors]
-            rows = None if x is None else as_rows(x, x.dtype)
-            gA, gx = thin_gradients(thin, rows, mask, needs_x)
-            if gA is not None:
-                gA = gA[: ctx.rank]
+            gA, gx = thin_gradients(thin, None if x is None else as_rows(x, x.dtype), mask, needs_x)
             if gx is not None:
                 # W is unpacked or cast again: to keep it would cost a copy of the base a layer.
                 gx.addmm_(g, ctx.view.unpacked(stored, ctx.dtype))
@@ -152,7 +147,7 @@ class _LowRank(torch.autograd.Function):
                 gB = ctx.s * summed(h, g)[: ctx.rank].t()
             if needs_b:
                 gb = g.sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
-        return gx, None, None, gb, gA, gB
+        return gx, None, None, gb, gA if gA is None else gA[: ctx.rank], gB
 
 
 class _Merged(torch.autograd.Function):

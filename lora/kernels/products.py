@@ -272,8 +272,7 @@ def thin_gradients(
     rank = sum(len(A) for _, A in thin)
     if mask is not None and triton.usable(gh.device) and triton.thin(rank, gh, rows):
         return _thin_gradients_on_gpu(thin, rows, mask, needs_x)
-    gA = None
-    gx = gh @ A if needs_x else None
+    gA, gx = None, gh @ A if needs_x else None
     if gx is not None:
         for gh0, A0 in more:
             gx.addmm_(gh0, A0)
@@ -306,10 +305,9 @@ def save_for_backward(
     ctx: Any, x: Tensor, dtype: torch.dtype, mask: Mask | None, *groups: Sequence[Tensor | None]
 ) -> None:
     """Save for backward: tensors in groups, the mask's bits, and what casts gx back."""
-    ctx.dtype, ctx.shape, ctx.x_dtype = dtype, x.shape, x.dtype
+    ctx.dtype, ctx.shape, ctx.x_dtype, ctx.sizes = dtype, x.shape, x.dtype, [*map(len, groups)]
     # By save_for_backward and not as attributes: activation checkpointing drops what it saves.
     ctx.p, bits = (0.0, None) if mask is None else (mask.p, mask.bits)
-    ctx.sizes = [len(group) for group in groups]
     ctx.save_for_backward(bits, *chain.from_iterable(groups))
 
 

@@ -938,7 +938,7 @@ class TestBadInput:
     ) -> None:
         data = pairs(tmp_path / "x.jsonl")
         said = self.refused(capsys, tmp_path, "--data", data, *FLAGS)
-        assert "Pass --base demo-lm-tiny or another" in said
+        assert "Pass --base demo-lm-tiny, smollm2, or a lang" in said
 
     @pytest.mark.parametrize(
         ("flags", "says"),

@@ -145,7 +145,8 @@ class TestAnAdapterAlone:
         rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         for row, scores in zip(rows, wanted, strict=True):
             assert row["prediction"] == str(int(scores.argmax()))
-            torch.testing.assert_close(torch.tensor(row["scores"]), scores, atol=2e-6, rtol=0)
+            given = torch.tensor([*row["scores"].values()])
+            torch.testing.assert_close(given, scores, atol=2e-6, rtol=0)
         data = tmp_path / "data.tsv"
         lines = [f"{row['text']}\t{row['prediction']}" for row in rows]
         data.write_text("\n".join(["text\tlabel", *lines]) + "\n")
