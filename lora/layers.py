@@ -91,7 +91,8 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
 
 def kind(module: nn.Module) -> str | None:
     """The name of the module's kind, or None if no view of it exists."""
-    # Parametrized and weight-normed layers keep no plain weight and bias: not this way.
+    # Parametrized and weight-normed layers keep no plain weight and bias: not this way. Asked for
+    # one by one, since torch.compile of torch 2.11 cannot compare a set with keys().
     plain = module._parameters
     if type(module) is nn.Linear and "weight" in plain and "bias" in plain:
         return "Linear"

@@ -140,18 +140,19 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
     each gets one more, at most MORE_ROUNDS times.
     """
     runs = {name: grid.searches(name) for name in grid.searched}
-    outcome, searches = Outcome(), dict[str, RateSearch]()
+    outcome, searches, ended = Outcome(), dict[str, RateSearch](), list[Any]()
     for _ in range(1 + MORE_ROUNDS if runs else 0):
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
         by_rate = sorted(enumerate(columns), key=lambda i: abs(i[0] - TRIED // 2))
-        known = [None, *outcome.complete, *outcome.failed]
-        now = schedule.train([r for _, column in by_rate for r in column if r not in known])
+        now = schedule.train(
+            [r for _, column in by_rate for r in column if r not in [None, *ended]]
+        )
         outcome.complete += now.complete
         outcome.failed += now.failed  # not tried again with the next rate
         outcome.left += now.left
+        ended = outcome.complete + outcome.failed
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
-        ended = [*outcome.complete, *outcome.failed]
         searches = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
         edges = [name for name, search in searches.items() if not search.bracketed]
         if grid.rates is not None or not edges or outcome.left:
