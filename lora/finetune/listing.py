@@ -119,7 +119,7 @@ def runs(config: RunsConfig) -> str:
         return json.dumps([{**vars(row), "run": str(row.run)} for row in chosen], indent=2)
     head = ("run", "method", "rate", "seed", "data", "state", "score", "train", "changed")
     table = [head, *(_run_cells(row) for row in chosen)]
-    return f"{markdown(table)}\n{len(chosen)} of {len(rows)} runs"
+    return f"{markdown(table)}\nruns: {len(chosen)} of {len(rows)}"
 
 
 def _matches(row: RunRow, config: RunsConfig) -> bool:

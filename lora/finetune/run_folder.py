@@ -115,7 +115,8 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
         exists = path.is_file()
     if not exists:
         raise RunError(
-            f"{directory} is not a run directory: it has no config.toml. Run lora train first."
+            f"{directory} is not a run directory: it has no config.toml. lora runs lists the runs"
+            " in ./runs, lora runs FOLDER those of another folder."
         )
     with _damaged(path):
         table = read_toml(path)
@@ -137,7 +138,7 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
         )
     if config.task == "auto" or (config.task == "classification") != bool(config.labels):
         raise RunError(
-            f"{path} names no task with its labels, so no run wrote it. Run lora train first."
+            f"{path} is damaged: it names no task with its labels. Restore it, or start a new run."
         )
     return config
 

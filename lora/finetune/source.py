@@ -99,7 +99,7 @@ def open_source(
         )
     raise RunError(
         f"{directory} is neither a run directory (no config.toml) nor an adapter's folder (no"
-        f" {CONFIG}). Run lora train first, or pass another folder."
+        f" {CONFIG}). lora runs lists the runs in ./runs, lora runs FOLDER those of another."
     )
 
 

@@ -76,7 +76,8 @@ class ModelFlags:
     """
 
     run: Path | None = None
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    """A run directory, or the folder of an adapter, ours or PEFT's. As the first argument it needs
+    no --run."""
     base: str | None = None
     """Base model, if the adapter does not name it or it has moved: a folder, a GGUF file, or a name
     on the Hugging Face hub."""
@@ -158,7 +159,7 @@ class GenerateConfig(ModelFlags):
 
     run: Path = field()
     """A run directory of --task text, or the folder of an adapter for a language model, ours or
-    PEFT's."""
+    PEFT's. As the first argument it needs no --run."""
     prompt: tuple[str, ...] = ()
     """Prompts to answer."""
     data: str | None = None
@@ -238,7 +239,8 @@ class ExportConfig:
     Ollama, or check the adapter and print the command that serves it with vLLM."""
 
     adapter: Path
-    """A run directory, or the folder of an adapter, ours or PEFT's."""
+    """A run directory, or the folder of an adapter, ours or PEFT's. As the first argument it needs
+    no --adapter."""
     format: Literal["gguf", "ollama", "vllm"] = "gguf"
     """gguf: write a GGUF file. ollama: write a GGUF file and a Modelfile. vllm: check the adapter's
     folder and print the command that serves it; if a run's template or end-of-turn token differs
@@ -307,7 +309,7 @@ class ShowConfig:
     """Show one run: its settings, the machine, its evaluations, its result, and what to do next."""
 
     run: Path
-    """A run directory, complete or not."""
+    """A run directory, complete or not. As the first argument it needs no --run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +318,7 @@ class WatchConfig:
     complete. If the output is no terminal, print a line per evaluation."""
 
     run: Path
-    """A run directory."""
+    """A run directory. As the first argument it needs no --run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,7 @@ def test_the_table_counts_what_it_leaves_out(
     assert lora("runs", folder, "--state", "complete") == 0
     shown = capsys.readouterr().out
     assert "| accuracy 1 " in shown or "accuracy 0." in shown
-    assert "2 of 5 runs" in shown
+    assert "runs: 2 of 5" in shown
     assert lora("runs", folder / "none") == 2
     assert "is not a folder. Pass one that holds runs" in capsys.readouterr().err
     (folder / "empty").mkdir()
