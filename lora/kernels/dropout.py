@@ -110,17 +110,19 @@ def draw(p: float, x: Tensor) -> Mask:
     # share, and eight for each element of the group.
     words = random(2 * groups * (width + 1), x.device)
     shared, single = words[: 2 * groups].view(torch.int16), words[2 * groups :]
-    last = _compare(x.new_zeros(groups, 1, dtype=torch.int16), shared.view(8, groups, 1), digits)
+    last = _compare_digits(
+        x.new_zeros(groups, 1, dtype=torch.int16), shared.view(8, groups, 1), digits
+    )
     # Four words at a time take less time than one.
     wide = torch.int64 if groups * width % 4 == 0 else torch.int16
     planes = single.view(wide).view(8, 2 * groups * width // wide.itemsize)
     bits = torch.empty_like(planes[0])
     bits.view(torch.int16).view(groups, width).copy_(last)
-    bits = _compare(bits, planes, digits >> 8)
+    bits = _compare_digits(bits, planes, digits >> 8)
     return Mask(p, bits.view(torch.int16).view(groups, width))
 
 
-def _compare(m: Tensor, u: Tensor, d: int) -> Tensor:
+def _compare_digits(m: Tensor, u: Tensor, d: int) -> Tensor:
     """Overwrites m with one step of the comparison above for each digit, from the last to the
     first: u (digits, ...) are random words of the shape of m."""
     for place, words in enumerate(u):
