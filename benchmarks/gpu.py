@@ -176,7 +176,7 @@ def contract_of(name: str, device: str) -> tuple[int, list[str]]:
     for clause in CLAUSES:
         for case in cases(device):
             outcome = run_clause(clause, method, config, case).outcome
-            held += outcome == "held"
+            held += outcome == "passed"
             if outcome.startswith("failed"):
                 failed.append(f"{name}, {clause}, {case}: {outcome}")
     return held, failed

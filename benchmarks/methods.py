@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from lora.method import METHODS, Method
 from lora.testing import CLAUSES, WRAPPING, Case, cases, run_clause
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+PASSED = "passed"
+SOME = "on some layers: "  # begins a cell whose clause passes on the other layers
 
 
 def settings() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
@@ -38,7 +41,7 @@ def settings() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
 
 
 def outcomes(label: str, clause: str, chosen_cases: Sequence[Case] | None = None) -> list[str]:
-    """The distinct outcomes of a clause over the cases (all by default): held, exempt: REASON."""
+    """The distinct outcomes of a clause over the cases (all by default): passed, exempt: REASON."""
     method, chosen = settings()[label]
     config = method.Config(**chosen)
     every = cases() if chosen_cases is None else chosen_cases
@@ -47,12 +50,12 @@ def outcomes(label: str, clause: str, chosen_cases: Sequence[Case] | None = None
 
 def cell(outcomes: list[str]) -> str:
     """A clause's outcomes over all cases, as the page shows them."""
-    if outcomes == ["held"]:
-        return "held"
+    if outcomes == [PASSED]:
+        return PASSED
     reasons = " and ".join(
-        outcome.removeprefix("exempt: ") for outcome in outcomes if outcome != "held"
+        outcome.removeprefix("exempt: ") for outcome in outcomes if outcome != PASSED
     )
-    return f"on some layers: {reasons}" if "held" in outcomes else reasons
+    return SOME + reasons if PASSED in outcomes else reasons
 
 
 def page(cells: Mapping[tuple[str, str], str]) -> str:
@@ -67,21 +70,21 @@ INTRODUCTION = """\
 
 This page is written by `python -m benchmarks.methods`. Do not edit it.
 
-The rate is the default learning rate of `lora train`. A step is forward, backward and AdamW on a
-model of DistilBERT-base's width (16 × 128 tokens, two CPU cores). Its time is given relative to a
-step of LoRA without dropout that was measured in the same round. The columns "step" and "dropout"
-are ours without and with dropout 0.1; each is followed by PEFT's. An empty cell was not measured,
-or the method has no dropout.
+The learning rate is the default of `lora train`. A step is forward, backward and AdamW on two
+layers with DistilBERT-base's shapes (16 × 128 tokens, two CPU cores). Each of 11 rounds measured
+all methods once. The table shows the median over the rounds of the time relative to a LoRA step
+without dropout in the same round. Dropout is 0.1. An empty cell was not measured, or the method has
+no dropout.
 
 <!-- family -->
 <!-- /family -->
 
-Measured by `python -m benchmarks.family` into
-[`family.json`](../benchmarks/results/family.json). With dropout, DoRA needs a second matmul with W,
-here and in PEFT.
+Measured by `python -m benchmarks.family` ([`family.json`](../benchmarks/results/family.json)). With
+dropout, DoRA needs a second matmul with W, here and in PEFT.
 
-Below, each method is given as its docstring states it: the equation, its source, and the adapter's
-parameters with shapes and initial values. To write a method of your own, see
+The sections below show the docstring of each method: the equation, its source, and the adapter's
+parameters with shapes and initial values. `lora train --method NAME --help` explains the settings,
+which have PEFT's names if PEFT has the method. To write a method of your own, see
 [own-method.md](own-method.md)."""
 
 VARIANTS = """\
@@ -97,11 +100,13 @@ These variants are settings of LoRA:
 | another rank or alpha for some layers | `--rank-pattern q_lin 16`, `--alpha-pattern q_lin 32` |
 | trainable biases | `--bias lora_only` or `all` |
 | trainable tokens | `--trainable-token-indices 17 42` |
-| another start | `--init-lora-weights` with gaussian, pissa, pissa_niter_4, olora, eva or lora_ga |
-| a start that corrects 4-bit quantization | [qlora.md](qlora.md) |
+| initial values | `--init-lora-weights` gaussian, pissa, pissa_niter_4, olora, eva or lora_ga |
+| QLoRA: LoRA on a 4-bit base | `--method qlora`: [qlora.md](qlora.md) |
+| initial values that correct the quantization error | [qlora.md](qlora.md) |
 
-A start with B A ≠ 0 never changes the base weights. The saved file is an ordinary LoRA of rank 2r.
-Which layers are adapted: see [python.md](python.md#injecting)."""
+If the initial B A ≠ 0, it is subtracted as a frozen term: W' = W at step 0, and the base weights
+never change. The saved file holds the trained pair and the subtracted pair as one ordinary LoRA of
+rank 2r. Which layers are adapted: see [python.md](python.md#injecting)."""
 
 
 def _section(name: str) -> str:
@@ -111,15 +116,21 @@ def _section(name: str) -> str:
     assert source is not None
     file = f"lora/methods/{Path(source).name}"
     settings = ", ".join(f"`{field.name}`" for field in fields(method.Config)) or "none"
-    variants = ", ".join(method.variants)
+    variants = ", ".join(map(_variant, method.variants, repeat(method)))
     paragraphs = [
         f"## {name}",
         f"[{file}](../{file})",
         f"```\n{inspect.getdoc(method) or ''}\n```",
         f"Settings: {settings}.",
-        *([f"The contract also checks it as: {variants}."] if variants else []),
+        *([f"The [contract](#the-contract) also checks: {variants}."] if variants else []),
     ]
     return "\n\n".join(paragraphs)
+
+
+def _variant(name: str, method: type[Method]) -> str:
+    """A variant's name and the settings in which it differs from the method's example."""
+    changed = [k for k, v in method.variants[name].items() if method.example.get(k) != v]
+    return f"{name} ({', '.join(f'`{setting}`' for setting in changed)})"
 
 
 def _contract(cells: Mapping[tuple[str, str], str]) -> str:
@@ -129,9 +140,16 @@ def _contract(cells: Mapping[tuple[str, str], str]) -> str:
 def _contract_lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
     yield "## The contract"
     yield ""
+    dtypes: dict[str, list[str]] = {}
+    for case in cases():
+        kind, _, dtype = str(case).rpartition(", ")
+        dtypes.setdefault(kind, []).append(dtype)
+    layers = "; ".join(f"{kind} ({', '.join(names)})" for kind, names in dtypes.items())
     yield (
-        f"`lora.testing.check_method` checks {len(CLAUSES)} clauses on {len(cases())} layers:"
-        f" {'; '.join(map(str, cases()))}."
+        "The contract is the test suite that every method must pass. Each test is a clause."
+        f" `lora.testing.check_method` runs {len(CLAUSES)} clauses on {len(cases())} layers:"
+        f" {layers}. NF4Linear is a linear layer with a 4-bit weight; Conv1D is that of"
+        " transformers."
     )
     yield ""
     yield "| clause | what it demands |"
@@ -143,37 +161,38 @@ def _contract_lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
     yield ""
     yield (
         "Clauses marked (wrapped) concern only methods that wrap layers. The next table names the"
-        " clauses that are not asked of a method, with the reason."
+        " clauses from which a method is exempt, with the reason."
     )
     yield ""
-    yield "| method | held | not asked, and why |"
+    yield "| method | clauses that pass | exempt, and why |"
     yield "| --- | --- | --- |"
     for label in settings():
         outcomes = {clause: cells[label, clause] for clause in CLAUSES}
-        held = sum(text == "held" or text.startswith("on some") for text in outcomes.values())
-        reasons: dict[str, list[str]] = {}
-        for clause, text in outcomes.items():
-            if text != "held":
-                reasons.setdefault(text, []).append(clause)
-        parts = {_short(names): reason for reason, names in reasons.items()}
-        first, *_ = [*parts, ""]
-        if len(parts) > 1 and sum(map(len, reasons.values())) == len(outcomes):
-            parts = {OTHERS: parts.pop(first)} | parts
-        column = "<br>".join(f"{names}: {reason}" for names, reason in parts.items())
-        yield f"| {label} | {held} of {len(outcomes)} | {column} |"
+        passed = sum(text == PASSED or text.startswith(SOME) for text in outcomes.values())
+        column = "<br>".join(_exemptions(outcomes))
+        yield f"| {label} | {passed} of {len(outcomes)} | {column} |"
 
 
-OTHERS = "every other clause"  # comes first in a row; the rest of the row names its exceptions
-GROUPS = {
-    OTHERS: list(CLAUSES),
-    "every clause": list(CLAUSES),
-    "all of the wrapped": [c for c in CLAUSES if c in WRAPPING],
-}
+ALL, OTHERS = "all clauses", "all others"
+WRAPPED = [clause for clause in CLAUSES if clause in WRAPPING]
+ALL_WRAPPED = "all marked (wrapped)"
+ON_SOME = ", on some layers only"
 
 
-def _short(names: list[str]) -> str:
-    groups = {short: group for short, group in GROUPS.items() if short != OTHERS}
-    return next((short for short, group in groups.items() if group == names), ", ".join(names))
+def _exemptions(outcomes: Mapping[str, str]) -> Iterator[str]:
+    """CLAUSES: REASON for each reason in a method's row; `outcomes` are its cells by clause."""
+    reasons: dict[str, list[str]] = {}
+    for clause, text in outcomes.items():
+        if text != PASSED:
+            reasons.setdefault(text, []).append(clause)
+    left = list(CLAUSES)
+    # A reason for some layers only comes last, since it often is that of all other clauses.
+    for text in sorted(reasons, key=lambda text: text.startswith(SOME)):
+        names = reasons[text]
+        short = {ALL: list(CLAUSES), OTHERS: left, ALL_WRAPPED: WRAPPED}
+        listed = next((word for word, group in short.items() if group == names), ", ".join(names))
+        yield f"{listed}{ON_SOME if text.startswith(SOME) else ''}: {text.removeprefix(SOME)}"
+        left = [clause for clause in left if clause not in names]
 
 
 def read_cells(text: str) -> dict[tuple[str, str], str]:
@@ -181,11 +200,15 @@ def read_cells(text: str) -> dict[tuple[str, str], str]:
     cells: dict[tuple[str, str], str] = {}
     rows = re.findall(r"^\| ([^|]+) \| \d+ of \d+ \| (.*) \|$", text, flags=re.MULTILINE)
     for label, column in rows:
-        cells |= {(label, clause): "held" for clause in CLAUSES}
+        row = dict.fromkeys(CLAUSES, PASSED)
         for part in filter(None, column.split("<br>")):
             listed, _, reason = part.partition(": ")
-            names = GROUPS.get(listed, listed.split(", "))
-            cells |= {(label, name): reason for name in names}
+            listed, mark, _ = listed.partition(ON_SOME)
+            others = [clause for clause, text in row.items() if text == PASSED]
+            short = {ALL: list(CLAUSES), OTHERS: others, ALL_WRAPPED: WRAPPED}
+            names = short.get(listed, listed.split(", "))
+            row |= dict.fromkeys(names, SOME + reason if mark else reason)
+        cells |= {(label, clause): cell for clause, cell in row.items()}
     return cells
 
 

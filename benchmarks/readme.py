@@ -114,7 +114,10 @@ def language() -> list[tuple[str, ...]]:
     """Texts per second of each contender, and the ratio of ours to the others."""
     result = read("language")
     names = list(result["seeds"][0])
-    others = {"trainer": "relative to Trainer", "trainer, best": "relative to Trainer, grouped"}
+    others = {
+        "trainer": "relative to Trainer, defaults",
+        "trainer, best": "relative to Trainer, texts grouped by length",
+    }
     shown = {
         "ours": "`lora train`", "ours, packed": "`lora train --packing`",
         "trainer": "transformers.Trainer with PEFT, defaults",
@@ -138,7 +141,7 @@ def conditions() -> list[tuple[str, ...]]:
     result = read("tiny")
     scores = {
         name: {
-            "(the base, on its tasks)": condition["base"]["exact match"],
+            "the base, on its five training tasks": condition["base"]["exact match"],
             **{method: run["exact match"] for method, run in condition["methods"].items()},
         }
         for name, condition in result["conditions"].items()
@@ -147,7 +150,7 @@ def conditions() -> list[tuple[str, ...]]:
     for name, row in scores.items():
         table.append((name, *(f"{100 * score:.1f}" for score in row.values())))
     points = (f"{100 * value:.1f}" for value in result["best less worst"].values())
-    table.append(("best less worst, points", *points))
+    table.append(("best minus worst, points", *points))
     return table
 
 
@@ -159,7 +162,13 @@ def vocabulary() -> list[tuple[str, ...]]:
         "ours": "ours, a label at every token",
         "ours, answers": "ours, labels on a quarter of the tokens",
     }  # fmt: skip
-    rows = [("loss", "peak memory of a step, MiB", "time relative to the first")]
+    rows = [
+        (
+            "loss",
+            "peak memory of a step, MiB",
+            "time relative to the first row, median [quartiles]",
+        )
+    ]
     for name, what in shown.items():
         rows.append((what, f"{result['bytes'][name] / 2**20:,.0f}", spread(result["ratios"][name])))
     return rows
@@ -396,7 +405,10 @@ def parts() -> dict[str, str]:
 def family() -> list[tuple[str, ...]]:
     """Each method, when to choose it, and its step over LoRA's, ours and PEFT's."""
     steps = read("family")["steps"]
-    head = ("method", "choose it", "rate", "step", "PEFT's", "dropout", "PEFT's", "paper")
+    head = (
+        "method", "when to choose it", "learning rate", "step", "step in PEFT", "step with dropout",
+        "the same in PEFT", "paper",
+    )  # fmt: skip
     table: list[tuple[str, ...]] = [head]
     for name, method in sorted(METHODS.items()):
         ratios = [

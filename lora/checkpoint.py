@@ -210,8 +210,8 @@ def load(
         # Buffers are not in the file. initialise() computes them from the base.
         if next(adapter.buffers(), None) is not None:
             initialise(adapter, view, seed=0)
-        # Buffers hold a start that the equation subtracts from W. If the file replaces W, PEFT has
-        # subtracted the start from it already.
+        # Buffers hold initial values that the equation subtracts from W. If the file replaces W,
+        # PEFT has subtracted them from it already.
         if f"{path}.weight" in planned.carried and not isinstance(adapter, Tokens):
             for buffer in adapter.buffers():
                 buffer.zero_()

@@ -1,4 +1,4 @@
-"""Reads and writes files, and turns the system's errors into ours.
+"""Reads and writes files, and raises LoraError in place of the system's errors.
 
 readable() and writable() turn what the system or a library raises into a LoraError with the path,
 the reason and the next step: for missing permissions, a full disk, a name that is too long or

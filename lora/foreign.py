@@ -1,4 +1,4 @@
-"""Translates an adapter that PEFT saved: which modules its settings and its keys name in a model.
+"""Reads a PEFT adapter by PEFT's rules: finds the modules that its settings and tensor keys mean.
 
 Our settings match whole names or dotted endings, and a setting that matches nothing is an error.
 PEFT has other rules for some of them. A file that PEFT wrote must be read by PEFT's rules.

@@ -1,4 +1,4 @@
-"""Adapters into a model and out again: inject, activate, disabled, eject.
+"""Puts adapters into a model and takes them out: inject, activate, disabled, eject.
 
 Every step that can fail comes before the model is touched: targets.plan_of reads, `wrap` writes.
 """
@@ -85,12 +85,12 @@ def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, p
     check_statistics(model, plan)
     needs = issubclass(plan.method, Calibrated) and plan.method.needs_batches(config)
     if needs != shown:
-        then = "starts from data: pass batches=[...]" if needs else "takes no batches: remove them"
+        then = "needs data: pass batches=[...]" if needs else "takes no batches: remove them"
         raise ConfigError(f"{plan.method.name} {then}. init_lora_weights decides.")
     if issubclass(plan.method, Packs) and plan.method.needs_packing(config) and not packs:
         raise ConfigError(
-            f"{plan.method.name} starts from a base that is quantized with it, as set. Pass"
-            " --quantize nf4, or in Python pack=[names of layers]."
+            f"{plan.method.name}: init_lora_weights needs a base that is quantized with the"
+            " adapter. Pass --quantize nf4, or in Python pack=[names of layers]."
         )
     return plan
 
@@ -321,9 +321,9 @@ def _check_whole(model: nn.Module, plan: Plan) -> None:
     """Raise ConfigError if the base's values are not all here."""
     if any(p.is_meta for _, p in base_parameters(model)):
         raise ConfigError(
-            f"{plan.method.name} starts from all of the base's values as set, found a base that is"
-            " sharded over several ranks, or on the meta device. Set --init-lora-weights default,"
-            " or load the base whole."
+            f"{plan.method.name}: init_lora_weights needs all of the base's values, found a base"
+            " that is sharded over several ranks, or on the meta device. Set --init-lora-weights"
+            " default, or load the base whole."
         )
 
 
@@ -380,7 +380,7 @@ def place(
 def _packed(
     model: nn.Module, adapters: Sequence[tuple[Adapter, View]], names: Sequence[str]
 ) -> dict[int, nn.Module]:
-    """The named layers in NF4, by the id of each; a start may absorb what rounding loses."""
+    """The named layers in NF4, by the id of each; the adapter may correct the rounding."""
     over = {id(view.module): adapter for adapter, view in adapters}
     packed: dict[int, nn.Module] = {}
     modules = dict(walk(model))
@@ -416,7 +416,7 @@ def init(model: nn.Module, seed: int, name: str = "default") -> None:
     check_restored(model, "init")
     plan, parts, modules = injected(model)[name], adapter_parts(model, name), dict(walk(model))
     if issubclass(plan.method, Calibrated) and plan.method.needs_batches(plan.config):
-        raise ConfigError(f"{name!r} starts from data. Call lora.eject, and inject with batches=.")
+        raise ConfigError(f"{name!r} needs data. Call lora.eject, and inject with batches=.")
     adapters = with_views(model, parts.adapters)
     _join(plan, adapters)
     for adapter, view in adapters.values():

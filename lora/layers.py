@@ -1,9 +1,9 @@
-"""Views: one (out, in) face for every kind of layer that an adapter can sit on.
+"""Views: one interface to the weight (out, in) of every kind of layer that can have an adapter.
 
 A method states its equation once, for a weight W (out, in) and a bias b (out,) or None. A view
 says where a module keeps them and how it applies them, so that no method knows a layer's kind.
 
-    kind           stored weight   face       x
+    kind           stored weight   W          x
     nn.Linear      (out, in)       weight     (..., in)
     HF Conv1D      (in, out)       weight.T   (..., in)   GPT-2's, transformers.pytorch_utils.Conv1D
     nn.Embedding   (vocab, dim)    weight.T   ids (...), which pick columns: in = vocab, out = dim
@@ -184,7 +184,7 @@ def _rare_view(layer: Any) -> View:
     name = kind(layer)
     if name is None:
         raise TargetError(
-            f"no view for {type(layer).__name__}: adapters sit on nn.Linear, nn.Embedding and HF"
+            f"no view for {type(layer).__name__}: adapters work on nn.Linear, nn.Embedding and HF"
             " Conv1D."
         )
     if type(layer) in VIEWS:

@@ -1,4 +1,4 @@
-"""What a method declares: four names, facts with defaults, and traits that it may have.
+"""What a method declares: its names, optional class attributes, and traits that it may inherit.
 
     Method          name, paper, Config, peft_type; a subclass with a name is registered in METHODS
     ├── Adapter     (adapter.py) new parameters on a layer: merged, fill, size, keys
@@ -6,8 +6,8 @@
 
 An Adapter has eight names. It inherits a trait below only if it needs one:
 
-    Calibrated      starts from data                                  EVA, LoRA-GA
-    Packs           its start absorbs what quantizing the base loses  LoftQ, QPiSSA
+    Calibrated      computes initial values from data                 EVA, LoRA-GA
+    Packs           is initialized together with the quantized base   LoftQ, QPiSSA
     Scheduled       acts on the loss and after optimizer steps        AdaLoRA
     Shares          has frozen tensors that all its layers share      VeRA
     Follows         puts adapters on layers beside its targets        trainable tokens
@@ -146,7 +146,7 @@ class Selection(Method):
 
 
 class Calibrated:
-    """A method whose start needs batches of data."""
+    """A method whose initial values are computed from batches of data."""
 
     @classmethod
     def needs_batches(cls, config: Any) -> bool:
@@ -167,12 +167,12 @@ class Packs:
 
     @classmethod
     def takes_up(cls, config: Any) -> bool:
-        """True if its start absorbs what quantizing the base loses: pack() needs the full W."""
+        """True if its initial values correct the quantization of W: pack() needs the full W."""
         raise NotImplementedError
 
     @classmethod
     def needs_packing(cls, config: Any) -> bool:
-        """True if its start has no meaning on a base that is not quantized together with it."""
+        """True if its initial values need a base that is quantized together with them."""
         return False
 
     def pack(self, W: Tensor, quantize: Callable[[Tensor], NF4]) -> NF4:

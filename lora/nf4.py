@@ -1,4 +1,4 @@
-"""NF4 stores a weight in four bits a value; NF4Linear is a linear layer with such a weight.
+"""NF4 stores a weight in four bits per value; NF4Linear is a linear layer with such a weight.
 
 QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3. A weight is cut into blocks of 64 values.
 Each block is divided by its largest magnitude, absmax, which scales it into [-1, 1]. Each value is
@@ -6,13 +6,13 @@ then replaced by the index of the nearest of 16 levels. Trained weights are clos
 distributed, and the levels are quantiles of a normal distribution, so that each level is used about
 equally often. 0, -1 and 1 are exact levels.
 
-    codes   c_i = the level nearest to w_i / absmax           4 bits a value
-    absmax  a   = max |w_i| of the block                      32 bits a block   -> 4.5 bits a value
+    codes   c_i = the level nearest to w_i / absmax     4 bits per value
+    absmax  a   = max |w_i| of the block                32 bits per block   -> 4.5 bits per value
     value   w_i ≈ LEVELS[c_i] a
 
 Double quantization stores absmax itself in 8 bits: subtract its mean, scale blocks of 256 of the
 differences, and round them to the nearest of 256 levels, which are dense near 0. That makes
-4 + 8/64 + 32/(64·256) = 4.127 bits a value.
+4 + 8/64 + 32/(64·256) = 4.127 bits per value.
 
 Layout. Two codes share a byte, the first in the high four bits. Blocks run along the flattened
 weight (out, in). The last block may be short.

@@ -1,4 +1,4 @@
-"""The report of an injection: what trains, which layers are not adapted, and notes."""
+"""The report of an injection: the trainable parameters, the layers not adapted, and notes."""
 
 from __future__ import annotations
 

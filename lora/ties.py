@@ -1,4 +1,4 @@
-"""Which ties between weights a merge breaks, and what a model must change to be saved untied.
+"""Finds tied weights that a merge separates, and prepares the model to be saved with both.
 
 If config.tie_word_embeddings is true, transformers saves only one of the tied weights, and ties
 them again when it loads the folder. So if a merge breaks a tie, the flag must become false. The

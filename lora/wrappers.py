@@ -1,4 +1,4 @@
-"""What takes a layer's place in the model: AdaptedLayer, SavedModule; and Selected parameters.
+"""AdaptedLayer and SavedModule, which replace a layer; Selected, the base's trained parameters.
 
 x ──┬── base layer: W x + b, frozen ──┐
     │                                 + ── y
@@ -58,7 +58,7 @@ class AdaptedLayer(nn.Module):
 
     @property
     def view(self) -> View:
-        """The base layer's face: W (out, in) and b (out,), whatever kind of layer it is."""
+        """The base layer's view: W (out, in) and b (out,), whatever kind of layer it is."""
         return views(self.base_layer)[0]
 
     def adapter(self, name: str) -> Adapter:

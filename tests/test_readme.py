@@ -195,7 +195,7 @@ def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
     page = " ".join((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split())
     assert (
         f"{ratios['ours / peft']:.2f} of PEFT's time and {ratios['ours / full']:.2f} of full"
-        " fine-tuning's on an H200" in readme
+        " fine-tuning's" in readme
     )
     steps = second["steps of 32 layers, 1 x 4096"]
     busy = {name: step["seconds that the device computes"] for name, step in steps.items()}
@@ -300,7 +300,7 @@ def test_the_demo_is_measured_on_the_reviews_and_lora_is_near_full() -> None:
     assert {summary["data"] for summary in summaries} == {FILMS}
     assert all(summary["rows"] >= 2000 for summary in summaries)
     assert recipe["limit"] >= 4000
-    assert f"{recipe['limit']:,} sentences to train on" in " ".join(README.split())
+    assert f"one epoch on {recipe['limit']:,} of them" in " ".join(README.split())
     accuracy = {summary["method"]: summary["metrics"]["accuracy"] for summary in summaries}
     assert set(accuracy) == {"lora", "bitfit", "full"}
     assert min(accuracy["lora"], accuracy["full"]) >= 0.82
@@ -445,7 +445,7 @@ def test_the_byte_model_trains_stably() -> None:
         max(spread[name] for name in ("base", "lora", "qlora", "full")) <= 0.03 < spread["bitfit"]
     )
     page = " ".join((ROOT / "docs" / "language.md").read_text(encoding="utf-8").split())
-    assert "LoRA, QLoRA and full fine-tuning are within 3 points. BitFit's are not" in page
+    assert "best and the worst of the three scores differ by less than 3 points. BitFit's" in page
     runs = {s["method"]: s for s in summaries_of("demo-lm-tiny")}
     assert f"it trains only {runs['bitfit']['trainable']:,} numbers" in page
     shown = {method: run["metrics"]["exact_match"] for method, run in runs.items()}

@@ -1,4 +1,4 @@
-"""Reads a verb's command line before tyro does: unknown flags, and flags that are given twice.
+"""Checks a command's flags before tyro parses them: unknown flags, and flags given twice.
 
 check_flags(arguments, known, "lora train")    ConfigError for an unknown flag
 joined(arguments, {"data"})                    --data a --data b  ->  --data a b
@@ -32,7 +32,7 @@ BEFORE = {
     ),
     "lora data preview": ("config", "count", "split"),
 }
-"""The flags of a verb that are not settings of a run."""
+"""The flags of a command that are not settings of a run."""
 
 
 def _flag(argument: str) -> str | None:
@@ -42,7 +42,7 @@ def _flag(argument: str) -> str | None:
 
 
 def check_flags(arguments: Sequence[str], known: Mapping[str, Any], prog: str) -> None:
-    """Raise ConfigError for a flag that the verb does not have, or a value before any flag."""
+    """Raise ConfigError for a flag that the command does not have, or a value before any flag."""
     if arguments and not arguments[0].startswith("-"):
         advice = f" Did you mean --data {arguments[0]}?" if "data" in known else ""
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""From a configuration to a model that can be trained: the base, its tokens, and the adapter on it.
+"""Builds a trainable model from a configuration: the base, the added tokens, and the adapter.
 
 build_base(config, ...)             the base as configured
 resolve(config, corpus, base, ...)  the configuration with every "auto" and default decided
@@ -63,8 +63,8 @@ def build_base(
 
 
 def starts_on_device(config: RunConfig[Any]) -> bool:
-    """True if a new adapter starts from batches or from a decomposition of each weight. The base is
-    then in float32 on the device, since the CPU would take minutes."""
+    """True if the initial values come from batches or from a decomposition of each weight. The base
+    is then in float32 on the device, since the CPU would take minutes."""
     method = method_named(config.method)
     by_batches = issubclass(method, Calibrated) and method.needs_batches(config.settings)
     by_weights = issubclass(method, Packs) and method.takes_up(config.settings)
@@ -261,8 +261,8 @@ def _with_added_tokens(settings: Any, method: str, added: dict[str, list[int]]) 
 def add_adapter(config: RunConfig[Any], base: Base, batches: Any = None) -> Report:
     """Put a new adapter on the base, or load the one of --adapter for further training.
 
-    The base is quantized here if it had to wait for the adapter's start. `batches` calibrate the
-    starts that need data.
+    The base is quantized here if it had to wait for the adapter's initial values. `batches` are for
+    those that need data.
     """
     if config.adapter is not None:
         return _load_adapter(config.adapter, config, base)

@@ -1,4 +1,4 @@
-"""Finds the folder for files that can be made or downloaded again: folder()."""
+"""Returns the user's cache folder: folder()."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat with a trained model in the terminal: a line is a message, or one of HELP's commands."""
+"""Chat with a trained model in the terminal: a line is a message, or a command such as /help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `lora` command. A verb's modules are imported when it runs, so --help does not load torch."""
+"""The `lora` command. A subcommand's modules load when it runs, so --help does not load torch."""
 
 from __future__ import annotations
 
@@ -74,19 +74,19 @@ def usage() -> str:
     lines = [f"  {verb:<9} {what}" for verb, what in VERBS.items()]
     return "\n".join(
         [
-            "usage: lora VERB [flags]",
+            "usage: lora COMMAND [flags]",
             "",
             "LoRA from scratch: fine-tune models, compare methods, and export adapters.",
             "",
             *lines,
             "",
-            "Run lora VERB --help for a verb's flags. To start: lora train",
+            "Run lora COMMAND --help for its flags. To start: lora train",
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Exit codes: 0 success, 2 error, 130 stopped by SIGINT, 141 closed pipe, 143
+    """Run a subcommand. Exit codes: 0 success, 2 error, 130 stopped by SIGINT, 141 closed pipe, 143
     stopped by SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verb = arguments[0] if arguments else ""
@@ -161,7 +161,9 @@ def _run_verb(verb: str, arguments: list[str]) -> None:
     elif verb in VERBS:
         globals()[f"_{verb}"](arguments[1:])
     else:
-        raise ConfigError(f"there is no verb {verb!r}. Verbs: {', '.join(VERBS)}. Run lora --help.")
+        raise ConfigError(
+            f"there is no command {verb!r}. Commands: {', '.join(VERBS)}. Run lora --help."
+        )
 
 
 def _train(arguments: list[str]) -> None:
@@ -530,7 +532,7 @@ def _watch(arguments: list[str]) -> None:
 
 
 def _source_of(config: EvalConfig | PredictConfig | GenerateConfig | MergeConfig) -> Source:
-    """Returns the run or adapter that a verb's --run names."""
+    """Returns the run or adapter that a command's --run names."""
     from lora.finetune.source import open_source
 
     assert config.run is not None

@@ -58,7 +58,7 @@ def _outcome(results: Sequence[Result]) -> tuple[str, str]:
         reason = " ".join(failed[0].outcome.removeprefix("failed: ").split())
         share = f"{len(failed)} of {len(results)} cases"
         return "failed", f"{share}, first on {failed[0].case}: {reason}"
-    reasons = Counter(r.outcome.removeprefix("exempt: ") for r in results if r.outcome != "held")
+    reasons = Counter(r.outcome.removeprefix("exempt: ") for r in results if r.outcome != "passed")
     if sum(reasons.values()) == len(results):
         return "exempt", "; ".join(reasons)
     exempt = "; ".join(f"exempt on {count} cases: {reason}" for reason, count in reasons.items())

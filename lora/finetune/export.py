@@ -1,4 +1,4 @@
-"""Exports what was trained for another program: the verb `lora export`."""
+"""`lora export`: writes a trained model for another program."""
 
 from __future__ import annotations
 

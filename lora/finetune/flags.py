@@ -152,7 +152,7 @@ NEAR = {
     "tensorboard": "trackers",
     "name": "run_dir",
     "run_name": "run_dir",
-    # Verbs on a trained model
+    # Commands on a trained model
     "run_dir": "run",
     "input": "text prompt data",
     "inputs": "text prompt data",
@@ -173,7 +173,7 @@ NEAR = {
     "tasks": "harness",
     "tokenizer": "base",
 }
-"""A name elsewhere -> our names, separated by spaces: the first that the verb has is suggested."""
+"""A name elsewhere -> our names, separated by spaces: the first one of the command is suggested."""
 
 HOW = {
     "per_device_train_batch_size": (

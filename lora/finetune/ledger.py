@@ -1,4 +1,4 @@
-"""Counts what a model needs while it runs: the bytes of tensors by use, and its products' FLOPs."""
+"""Counts a running model's bytes by use (base, activations, gradients) and its matmuls' FLOPs."""
 
 from __future__ import annotations
 

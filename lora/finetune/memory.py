@@ -1,4 +1,4 @@
-"""What saves memory: frozen weights in 16 bits, and activations that are computed again."""
+"""Saves memory: frozen weights in 16 bits, and activation checkpointing."""
 
 from __future__ import annotations
 

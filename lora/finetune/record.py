@@ -1,4 +1,4 @@
-"""What a run writes into its folder and what is read back, each file with its schema.
+"""The files that a run writes into its folder and later commands read, each with its schema.
 
 environment.json   versions, machine, command, and digests of the training data
 metrics.jsonl      one row per step and per evaluation, as they happen
@@ -98,7 +98,7 @@ class StepRow(TypedDict):
 
 
 class Environment(TypedDict):
-    """The keys of environment.json that are read back: digests of the data, and remarks on it."""
+    """The keys of environment.json that later commands read: digests of the data, and remarks."""
 
     data: str
     tokens: str

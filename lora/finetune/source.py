@@ -49,7 +49,7 @@ class Source:
     resizes: bool = False  # resize the base's embeddings to the adapter's number of tokens
 
     def on(self, device: str) -> Source:
-        """Returns the model to be opened on the device that a verb's --device names, whatever it
+        """Returns the model to be opened on the device that a command's --device names, whatever it
         was trained on. An adapter without its run computes in the dtype that suits it."""
         config = replace(self.config, device=device)
         if self.alone:

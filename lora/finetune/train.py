@@ -1,4 +1,4 @@
-"""The training loop: fit() on one screen.
+"""The training loop: fit().
 
     begin(model, rate)                      a Training: the model, AdamW, no step done
     fit(training, data, task, settings)     one optimizer step at each `next`

@@ -1,4 +1,4 @@
-"""The flags and examples of each verb: one frozen dataclass per verb, one field per flag.
+"""The flags and examples of each command: one frozen dataclass per command, one field per flag.
 
 Elsewhere: lora train in config.RunConfig, lora compare in compare.CompareConfig, lora convert in
 lora/interop.

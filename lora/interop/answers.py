@@ -1,4 +1,4 @@
-"""What another engine must know to answer as a run of --task text does: end tokens and template."""
+"""What another engine needs to answer as `lora generate` does: end tokens and chat template."""
 
 from __future__ import annotations
 

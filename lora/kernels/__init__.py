@@ -1,4 +1,4 @@
-"""The kernel door: every fast path stands behind `attempt`.
+"""Faster ways to compute the methods' equations, all called through `attempt`.
 
 A reader of LoRA can stop here. A method states an equation, `merged(W, b)`, and that is what it
 means. A method that inherits `Fast` also names a kernel of this folder, which gives the same values
@@ -6,7 +6,7 @@ and gradients in less time and memory; lora.testing proves that they are the sam
 
     lowrank   LoRA, AdaLoRA    dora   DoRA    vera   VeRA    scale   (IA)³
     linear    the frozen layer whose weight is packed
-    dropout   masks of one bit an element    scratch   memory that calls share
+    dropout   masks of one bit per element   scratch   memory that calls share
     products  what the kernels share    triton    the same for NVIDIA GPUs, in Triton
 """
 

@@ -1,4 +1,6 @@
-"""DoRA: W' = f V, V = W + s (B A − B₀ A₀), f = m / ‖V‖ per row, without the (out, in) matrix V.
+"""DoRA: W' = f V, V = W + s (B A − B₀ A₀), f = magnitude / ‖V‖ per row, without the matrix V.
+
+B₀ A₀ is the initial B A, if that is not zero.
 
 Without dropout y = f ∘ (x Wᵀ + s x (B A − B₀ A₀)ᵀ) + b: a low-rank update, then one factor per row.
 With dropout (W' − W)(m ∘ x) needs a second matmul with W, here and in PEFT.
@@ -57,7 +59,7 @@ class DoRAKernel:
         return shaped(y, x)
 
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
-        """y (..., out), by plain operations."""
+        """y (..., out), by torch operations."""
         W, _ = self.view.read()
         if mask is None:
             return self._scaled(apply(self.view, x, W), self.direction.delta(x, None))
@@ -84,7 +86,7 @@ class DoRAKernel:
         return self.f
 
     def lengths(self, W: Tensor) -> Tensor:
-        """‖V‖ of each row, (out,), from thin products.
+        """‖V‖ of each row, (out,), from matmuls with A and B.
 
         ‖W‖² + 2s rowsum(B ∘ W Aᵀ) + s² rowsum(B A Aᵀ ∘ B). If the terms cancel to less than a
         tenth, the rounding of that sum would show: those rows are computed from V itself.

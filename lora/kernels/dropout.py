@@ -1,4 +1,4 @@
-"""Dropout masks: made from a few random bits an element, and kept as one bit an element.
+"""Dropout masks: drawn from eight random bits per element, and stored as one bit per element.
 
 An element stays if a random number U in [0, 1) is below 1 − p. Both have 16 binary digits:
 

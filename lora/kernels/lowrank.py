@@ -1,8 +1,9 @@
 """Low-rank updates: y = x Wᵀ + b + s (m ∘ x)(B A − B₀ A₀)ᵀ without the (out, in) matrix B A.
 
-Autograd would keep a copy of the input for every cast and every dropout, and would add whole
-activations. Here forward keeps x itself, h = (m ∘ x) Aᵀ (tokens, r), the two thin factors, and for
-dropout one bit an element. Backward computes the rest again.
+B₀ A₀ is the initial B A, if that is not zero. Autograd would keep a copy of the input for every
+cast and every dropout, and would add whole activations. Here forward keeps x itself,
+h = (m ∘ x) Aᵀ (tokens, r), A, B, and for dropout one bit per element. Backward computes the rest
+again.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class LowRankKernel:
             return add_update(y, hs, factors), hs[0], stored, factors
 
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
-        """y (..., out), by plain operations."""
+        """y (..., out), by torch operations."""
         y: Tensor = self.view.module(x)
         return (y + self.delta(x, mask)).to(y.dtype)
 

@@ -1,4 +1,4 @@
-"""What the kernels share: when they apply, in what dtype they multiply, and thin products.
+"""What the kernels share: when they apply, the dtype of matmuls, and matmuls with A and B.
 
     Shapes    x (..., in)   W (out, in) frozen   b (out,)   A (r, in)   B (out, r)   y (..., out)
     m         the dropout mask, 1 for an element that stays; c = 1 / (1 − p)
@@ -91,17 +91,17 @@ def possible(view: View, x: Tensor) -> bool:
     overridden = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     return plain_call(module) and not (
         overridden
-        or torch.compiler.is_compiling()  # the compiler fuses plain operations itself
+        or torch.compiler.is_compiling()  # the compiler fuses torch operations itself
         or OFF.get()
         or off_in_backward()
         or view.of_ids  # ids have no gradient, and a table no product
-        or x.is_nested  # has no (tokens, in) face
+        or x.is_nested  # has no (tokens, in) view
         or weight.requires_grad  # the kernels give a frozen weight no gradient
         or in_pieces(weight)  # the layer is called on its own, outside the block that gathers it
         or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         or torch._C._are_functorch_transforms_active()  # per-sample gradients, Hessians
         or torch.autograd.forward_ad._current_level >= 0  # they have no forward-mode derivative
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace records plain operations
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace records torch operations
     )
 
 
@@ -125,14 +125,14 @@ def autocast_on(x: Tensor) -> bool:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with x: autocast's if it is on, which leaves float64 alone."""
+    """The dtype of matmuls with x: autocast's if it is on, which leaves float64 alone."""
     if autocast_on(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def stored_weight(view: View, x: Tensor) -> tuple[tuple[Tensor, ...], torch.dtype]:
-    """The tensors that W is made of, and the dtype of products with x.
+    """The tensors that W is made of, and the dtype of matmuls with x.
 
     Under autocast a weight that is not packed is cast once, and again only after it was written to.
     """
@@ -226,9 +226,9 @@ def dropped_product(rows: Tensor, A: Tensor, mask: Mask | None) -> Tensor:
 
 
 def factor_pairs(A: Tensor, B: Tensor, s: float, start: Start, dtype: torch.dtype) -> Factors:
-    """A and s Bᵀ, then A₀ and −s B₀ᵀ if there is a start: what forward and backward multiply with.
+    """A and s Bᵀ, then A₀ and −s B₀ᵀ if B₀ A₀ is subtracted: the factors of forward and backward.
 
-    Bᵀ is made contiguous: products with it then take half the time. On a GPU rows of zeros may
+    Bᵀ is made contiguous: matmuls with it then take half the time. On a GPU rows of zeros may
     follow the r rows; the gradients of A and Bᵀ then have as many rows too many.
     """
     pair = _factor_pair(A, B, s, dtype)
@@ -244,7 +244,7 @@ def _factor_pair(A: Tensor, B: Tensor, s: float, dtype: torch.dtype) -> tuple[Te
 
 
 def _rows_to_add(A: Tensor, dtype: torch.dtype) -> int:
-    """How many rows of zeros A (r, in) gets in products.
+    """How many rows of zeros A (r, in) gets in matmuls.
 
     cuBLAS's kernels for 16 bits read 16 bytes at a time. With a rank that is no multiple of 8 it
     takes others, which take two to three times as long (benchmarks/results/gpu/second.json).

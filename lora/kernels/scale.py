@@ -19,7 +19,7 @@ class ScaleKernel:
     of_inputs: bool
 
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
-        """y (..., out), by plain operations."""
+        """y (..., out), by torch operations."""
         if mask is not None:
             return self._with_dropout(x, mask)
         if self.of_inputs:

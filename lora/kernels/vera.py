@@ -42,7 +42,7 @@ class VeRAKernel:
         return shaped(y, x)
 
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
-        """y (..., out), by plain operations."""
+        """y (..., out), by torch operations."""
         y: Tensor = self.view.module(x)
         return (y + self.delta(x, mask)).to(y.dtype)
 

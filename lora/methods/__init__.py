@@ -1,4 +1,4 @@
-"""One file per method, found by being there: importing this package fills adapter.METHODS."""
+"""One file per method, imported automatically: importing this package fills METHODS."""
 
 import importlib
 import pkgutil

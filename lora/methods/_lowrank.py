@@ -1,11 +1,11 @@
 """What LoRA and DoRA share: B A on a layer, its settings, and the kernel that computes it.
 
 Inits with BA ≠ 0 (pissa, olora, lora_ga) never modify the base weights: their product is
-subtracted again as a frozen start, W' = W + s (BA − B₀A₀), so that the model begins as the base.
+subtracted as a frozen term, W' = W + s (BA − B₀A₀), so that the model begins as the base.
 The saved file is an ordinary LoRA of rank 2r: [A; A₀] and [B, −B₀].
 
 If the base is quantized together with the injection (inject(..., pack=names)), pissa, olora and
-loftq absorb what rounding loses: the base becomes Q = W − sB₀A₀ in NF4, W' = Q + sBA, and no start
+loftq absorb what rounding loses: the base becomes Q = W − sB₀A₀ in NF4, W' = Q + sBA, and nothing
 is subtracted. The model then begins nearer to W than W in NF4 would be.
 """
 
@@ -121,8 +121,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class LowRank(LowRankOptions, Fast, Adapter):
     """s (BA − B₀A₀), s = lora_alpha / r.
 
-    lora_A (r, in), lora_B (out, r), in float32 at least; start_A, start_B their frozen start if it
-    is away from zero.
+    lora_A (r, in), lora_B (out, r), in float32 at least; start_A, start_B their frozen initial
+    values if B A ≠ 0 there.
     """
 
     config: LowRankConfig
@@ -137,7 +137,7 @@ class LowRank(LowRankOptions, Fast, Adapter):
         self.dropout = config.lora_dropout
         self.lora_A = self.new(view, self.r, view.in_features)
         self.lora_B = self.new(view, view.out_features, self.r)
-        self.set_up(view, config)  # file keys, frozen parameters, buffers of the start
+        self.set_up(view, config)  # file keys, frozen parameters, buffers of A₀ and B₀
 
     def fill(self, view: View, generator: Callable[[str], torch.Generator]) -> None:
         self.check_fresh()

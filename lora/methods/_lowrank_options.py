@@ -1,4 +1,4 @@
-"""The options of low-rank methods: starts, patterns, biases, tokens, LoRA+, and PEFT's file.
+"""The options of low-rank methods: initial values, patterns, biases, tokens, LoRA+, PEFT's file.
 
 Nothing here changes the equation. LowRank inherits it, so that its own file shows B A alone.
 """
@@ -114,10 +114,10 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
     frozen: frozenset[str]
     update: Callable[[], Tensor]
     starts_away = False
-    took_up = False  # True if the base was packed for this start
+    took_up = False  # True if the base was quantized together with this
 
     def set_up(self, view: View, config: Any) -> None:
-        """Names in the file, what is frozen, and buffers for a start away from zero."""
+        """Names in the file, what is frozen, and buffers for initial values with B A ≠ 0."""
         self.init = config.init_lora_weights
         if view.of_ids and self.init != "gaussian":
             self.init = "default"
@@ -131,7 +131,7 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         A, B = ("lora_embedding_A", "lora_embedding_B") if view.of_ids else ("lora_A", "lora_B")
         end = "" if view.of_ids else ".weight"
         self.keys = {"lora_A": A + end, "lora_B": B + end}
-        # The one that starts at random, and the one that starts at zero
+        # The one that is initialized at random, and the one that is initialized to zero
         self.random, self.zero = ("lora_B", "lora_A") if view.of_ids else ("lora_A", "lora_B")
         self.frozen = frozenset({self.random} if config.use_lorafa else ())
 
@@ -147,7 +147,7 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         return (self.start_A, self.start_B) if self.starts_away else None
 
     def begin(self, A: Tensor, B: Tensor) -> None:
-        """Start at A (r, in), B (out, r), away from zero."""
+        """Initialize with A (r, in) and B (out, r), B A ≠ 0."""
         for parameter, start, value in (
             (self.lora_A, self.start_A, A),
             (self.lora_B, self.start_B, B),
@@ -191,11 +191,11 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         return init.startswith("loftq")
 
     def check_fresh(self) -> None:
-        """Raises ConfigError if the base's weight was quantized together with this start."""
+        """Raises ConfigError if the base's weight was quantized together with this adapter."""
         if self.took_up:
             raise ConfigError(
-                f"{self.module_name}: the base was quantized together with the start of this"
-                " adapter. Load the base again, and inject into that."
+                f"{self.module_name}: the base was quantized together with this adapter's"
+                " initial values. Load the base again, and inject into that."
             )
 
     def pack(self, W: Tensor, quantize: Callable[[Tensor], NF4]) -> NF4:
@@ -263,5 +263,5 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
     @classmethod
     def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
         if clause == "another_seed_other_bits" and config.init_lora_weights in ("pissa", "olora"):
-            return "the start follows from W alone"
+            return "the initial values depend only on W"
         return super().exemption(clause, config, bias)

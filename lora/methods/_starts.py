@@ -1,4 +1,4 @@
-"""Where low-rank updates start: tensors in, tensors out. No function here knows a method.
+"""Computes the initial values of A and B by init_lora_weights. No function here knows a method.
 
 init_lora_weights    A₀ (r, in), B₀ (out, r) of a layer with the weight W (out, in), scaling s
 default              A kaiming_uniform(a=√5), B zeros

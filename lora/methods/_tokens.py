@@ -32,7 +32,7 @@ def token_ids(field: str, value: Any) -> Any:
 class Tokens(Follower, Rates, Adapter):
     """W' = W except for the rows of the given ids, which train.  PEFT's trainable_token_indices.
 
-    trainable_tokens_delta (n, dim)   starts as W's rows, so W' = W at step 0. In spite of PEFT's
+    trainable_tokens_delta (n, dim)   initially W's rows, so W' = W at step 0. In spite of PEFT's
     name it holds the rows themselves, not what is added to them. An adapter on a layer that is tied
     to the embedding (`leader`) uses the rows of the embedding's adapter.
     Cost: n·dim parameters; a copy of the table at every step.

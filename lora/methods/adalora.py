@@ -95,7 +95,7 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
     eq. 3.
 
     lora_A (r, in), lora_B (out, r)  N(0, 0.02²), penalty() keeps them near orthogonal
-    lora_E (r, 1)                    zeros, so W' = W at step 0; 0 also prunes a rank
+    lora_E (r, 1)                    zeros, so W' = W at step 0
     The divisor is init_r + 1e-5, as in PEFT. after_step() scores the (A, E, B) triplets of all
     layers by smoothed sensitivity times uncertainty, eq. 7 to 11. The best triplets up to the
     budget stay; the others are pruned: their E is set to 0.

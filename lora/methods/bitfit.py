@@ -20,7 +20,7 @@ class BitFitConfig(PartialConfig):
 
 
 class BitFit(Selection):
-    """b' is b, trained. W' = W.  BitFit, Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
+    """b' is the trained b. W' = W.  BitFit, Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
 
     Trains all biases: 0.09 % of BERT-base. With `small`, only those of the query projections and of
     the first layer of each feed-forward block: 0.04 %.

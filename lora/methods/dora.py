@@ -26,7 +26,7 @@ class DoRA(LowRank):
     ‖V‖ (out,) is the length of each row of V; it gets no gradient (section 4.3). b' = b: the bias
     is not part of W and is not scaled.
     lora_A, lora_B as LoRA's
-    lora_magnitude_vector (out,)  m; starts as ‖W‖, so W' = W at step 0
+    lora_magnitude_vector (out,)  m; initially ‖W‖, so W' = W at step 0
     Cost: r·(in+out) + out parameters. The kernel computes the lengths without V: 2·r·in·out FLOP a
     step. With dropout, DoRA needs a second matmul with W, here and in PEFT.
     """

@@ -17,11 +17,11 @@ class FullConfig(MethodConfig):
 
 
 class Full(Selection):
-    """W' is W, trained, for every parameter of the model.
+    """Trains every parameter of the model: W' is the trained W.
 
-    The originals are not kept (keeps_base = False), because they would double the memory of the
-    method that needs most. So the saved file contains the whole model, and loads on any base of the
-    same architecture.
+    The original weights are not kept (keeps_base = False), because they would double the memory of
+    the method that needs most. So the saved file contains the whole model, and loads on any base of
+    the same architecture.
     """
 
     name = "full"
@@ -33,9 +33,9 @@ class Full(Selection):
     learning_rate = 5e-5
     keeps_base = False
     exempt: ClassVar = {
-        "disabled_is_base": "the originals are not kept",
-        "restore_is_bit_exact": "the originals are not kept",
-        "base_bits_stay": "the originals are not kept",
+        "disabled_is_base": "the original weights are not kept",
+        "restore_is_bit_exact": "the original weights are not kept",
+        "base_bits_stay": "the original weights are not kept",
         "another_base_is_found_out": "the file contains the whole model",
     }
 

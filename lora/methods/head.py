@@ -21,12 +21,12 @@ class Head(Selection):
     """Trains the parameters outside the pretrained backbone.  Linear probe, Alain and Bengio
     2016, arXiv:1610.01644.
 
-    The backbone is the part that transformers names in base_model_prefix.
+    The backbone is the submodule that the model's attribute base_model_prefix names (transformers).
     """
 
     name = "head"
     paper = "arXiv:1610.01644"
-    when = "To see what the frozen features already give: the baseline of every comparison."
+    when = "To see which scores the frozen features reach: the baseline of every comparison."
     Config = HeadConfig
     learning_rate = 5e-3
     peft_type = "HEAD"

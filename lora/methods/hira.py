@@ -33,12 +33,12 @@ class HiRAConfig(AdapterConfig):
 class HiRA(Adapter):
     """W' = W + W ∘ (B A).  HiRA, Huang et al. 2025, openreview.net/forum?id=TwJrTz9cRS, eq. 4.
 
-    hira_A (r, in) kaiming_uniform(a=√5), hira_B (out, r) zeros; on an Embedding zeros and N(0, 1).
+    hira_A (r, in) kaiming_uniform(a=√5), hira_B (out, r) zeros; on an Embedding A zeros, B N(0, 1).
     """
 
     name, paper, Config, peft_type = "hira", "openreview:TwJrTz9cRS", HiRAConfig, "HIRA"
     learning_rate = 3e-3
-    when = "At LoRA's size, if LoRA's rank is too low for the task. A step is slower."
+    when = "If LoRA's rank is too low: as many parameters, but an update of high rank. Slower."
     neutral: ClassVar = {"fan_in_fan_out": ..., "init_weights": (True, "gaussian")}
 
     def __init__(self, view: View, config: HiRAConfig, module: str) -> None:

@@ -39,7 +39,7 @@ class IA3Config(AdapterConfig):
 
 
 class IA3(ChecksTargets, Fast, Adapter):
-    """W' = l W, b' = l b, or for feed-forward layers W' = W l.  (IA)³, Liu et al. 2022,
+    """W' = l ∘ W, b' = l ∘ b. For feed-forward layers W' = W ∘ l, b' = b.  (IA)³, Liu et al. 2022,
     arXiv:2205.05638, eq. 1 and 2.
 
     ia3_l (out, 1), or (1, in) for feed-forward layers; ones, so W' = W at step 0

@@ -32,12 +32,12 @@ class LNTuningConfig(PartialConfig):
 
 
 class LNTuning(Selection):
-    """g' and b' are g and b, trained, in normalization layers.  LN tuning, Zhao et al. 2024,
+    """Trains the gain g and the bias b of normalization layers.  LN tuning, Zhao et al. 2024,
     arXiv:2312.11420, section 2.
 
-    all-norms selects the layers whose class name ends in Norm, as in torch and transformers, and
-    that have no running statistics. PEFT trains a copy of each layer; here the layer itself is
-    trained. The file is the same.
+    target_modules="all-norms" selects the layers whose class name ends in Norm, as in torch and
+    transformers, and that have no running statistics. PEFT trains a copy of each layer; here the
+    layer itself is trained. The file is the same.
     """
 
     name = "ln_tuning"

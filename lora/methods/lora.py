@@ -27,7 +27,7 @@ class LoRA(LowRank):
     """W' = W + (lora_alpha / r) B A.  LoRA, Hu et al. 2021, arXiv:2106.09685, eq. 3.
 
     x (..., in) -> y (..., out), dtype of base_layer(x)
-    lora_A (r, in)   kaiming_uniform(a=√5); the paper says Gaussian, loralib and PEFT do this
+    lora_A (r, in)   kaiming_uniform(a=√5), as in loralib and PEFT; the paper says Gaussian
     lora_B (out, r)  zeros, so W' = W at step 0
     lora_B_bias (out,) with lora_bias: b' = b + (lora_alpha / r) lora_B_bias, zeros at step 0
     Cost: r·(in+out) parameters; 2·r·(in+out) FLOP per token.   Raises: ConfigError if r < 1.
@@ -76,5 +76,5 @@ class LoRA(LowRank):
     @classmethod
     def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
         if config.lora_bias and not bias:
-            return "lora_bias: there is no bias to merge it into"
+            return "lora_bias cannot be merged into a layer without a bias"
         return super().exemption(clause, config, bias)

@@ -40,22 +40,22 @@ class TokensConfig(AdapterConfig):
 class TrainableTokens(Follows, ChecksTargets, Tokens):
     """W' is W with trained rows for some token ids.  PEFT's TRAINABLE_TOKENS.
 
-    trainable_tokens_delta (n, dim)   replaces the base's rows, is not added to them. Starts as W's
-    rows, so W' = W at step 0. A layer tied to the input embedding uses the same rows.
+    trainable_tokens_delta (n, dim)   replaces the base's rows, is not added to them. Initially
+    W's rows, so W' = W at step 0. A layer tied to the input embedding uses the same rows.
     Cost: n·dim parameters; copies the table at every step.
     """
 
     name = "tokens"
-    paper = "PEFT's own"
+    paper = "none (from PEFT)"
     when = "To train only a few new tokens. With LoRA, use trainable_token_indices instead."
     Config = TokensConfig
     peft_type = "TRAINABLE_TOKENS"
     unfiled = frozenset(
         {"exclude_modules", "layers_pattern", "layers_to_transform", "modules_to_save"}
     )
-    neutral: ClassVar = {"init_weights": ...}  # changes only the start of training
+    neutral: ClassVar = {"init_weights": ...}  # changes only the initial values
     example: ClassVar = {"token_indices": (4, 1), "target_modules": ("first", "second")}
-    exempt: ClassVar = {"another_seed_other_bits": "the start follows from W alone"}
+    exempt: ClassVar = {"another_seed_other_bits": "the initial values depend only on W"}
     keys = {}
 
     def __init__(
@@ -65,9 +65,8 @@ class TrainableTokens(Follows, ChecksTargets, Tokens):
 
     @classmethod
     def exemption(cls, clause: str, config: Any, bias: bool) -> str | None:
-        if bias:
-            return "refused on a layer with a bias, since PEFT ignores the bias"
-        return super().exemption(clause, config, bias)
+        biased = "a layer with a bias is refused, since PEFT ignores the bias" if bias else None
+        return super().exemption(clause, config, bias) or biased
 
     @classmethod
     def check_targets(cls, config: TokensConfig, targets: Sequence[str]) -> None:

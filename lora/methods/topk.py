@@ -24,7 +24,7 @@ class TopKConfig(PartialConfig):
 
 
 class TopK(Selection):
-    """W' is W, trained: in the last k blocks, the layers after them, and the head.
+    """Trains every parameter of the last k blocks, of the layers after them, and of the head.
 
     Howard and Ruder 2018, arXiv:1801.06146, section 3.3. The blocks are the longest nn.ModuleList
     or nn.Sequential that is not inside another one. If the model has none, its children count as
@@ -33,7 +33,7 @@ class TopK(Selection):
 
     name = "topk"
     paper = "arXiv:1801.06146"
-    when = "If the task is close to the pretraining and memory is short for full fine-tuning."
+    when = "If the task is close to the pretraining, with too little memory for full fine-tuning."
     Config = TopKConfig
     peft_type = "TOPK"
     in_peft = False  # PEFT has no such peft_type

@@ -49,10 +49,11 @@ class VeRAConfig(AdapterConfig):
 class VeRA(Shares, Fast, Adapter):
     """W' = W + Λ_b B Λ_d A.  VeRA, Kopiczko et al. 2024, arXiv:2310.11454, eq. 2.
 
-    vera_A (r, largest in), vera_B (largest out, r): random, frozen, shared; a layer uses the first
-    columns and rows. Kaiming uniform, seeded by projection_prng_key, drawn as in PEFT on the CPU.
-    vera_lambda_d (r,)    d_initial
-    vera_lambda_b (out,)  zeros, so W' = W at step 0
+    vera_A (r, largest in), vera_B (largest out, r)  frozen, shared by all layers: Kaiming uniform,
+    seeded by projection_prng_key, drawn on the CPU: the values that PEFT draws there. A layer uses
+    the first `in` columns of vera_A and the first `out` rows of vera_B.
+    vera_lambda_d (r,)    diagonal of Λ_d; initially d_initial
+    vera_lambda_b (out,)  diagonal of Λ_b; zeros, so W' = W at step 0
     Cost: r + out parameters per layer; 2·r·(in+out) FLOP per token.
     """
 

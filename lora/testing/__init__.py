@@ -108,9 +108,9 @@ def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case
         return Result(name, case, f"exempt: {reason}")
     if not issubclass(method, Adapter):
         if name in WRAPPING:
-            return Result(name, case, "exempt: wraps no layer")
+            return Result(name, case, "exempt: the method wraps no layer")
         if case.kind == "NF4Linear" and not trains(config, case):
-            return Result(name, case, "exempt: a packed weight does not train")
+            return Result(name, case, "exempt: a 4-bit weight cannot be trained")
     if case.kind == "Embedding" and isinstance(config, AdapterConfig):
         config = replace(config, target_modules=("first", "second"))  # not all-linear's
     try:
@@ -121,7 +121,7 @@ def run_clause(name: str, method: type[Method], config: MethodConfig, case: Case
         return Result(name, case, f"failed: {error}")
     except Exception as error:  # from the code of the method, which may raise anything
         return Result(name, case, f"failed: {type(error).__name__}: {error}")
-    return Result(name, case, "held")
+    return Result(name, case, "passed")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Result:
 
     clause: str
     case: Case
-    outcome: str  # "held", "exempt: REASON" or "failed: REASON"
+    outcome: str  # "passed", "exempt: REASON" or "failed: REASON"
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case
 
 
 def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """With parameters moved off their start, the merged model's output equals the adapted one's."""
+    """After the adapter's parameters change, the merged model's output equals the adapted one's."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     make_mergeable(model)
     before = model(x)
@@ -54,7 +54,8 @@ def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) ->
 
 
 def sixteen_bits_stay_near_float32(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """In 16 bits, forward and merged are close to the same weights computed in float32."""
+    """With a 16-bit base, the outputs before and after merging are close to those of the same
+    weights in float32."""
     if case.dtype.itemsize != 2:
         return
     model, x = injected_toy(config, case, moved=True), input_of(case)
@@ -76,7 +77,8 @@ def adapters_are_held_in_float32(method: type[Method], config: MethodConfig, cas
 
 
 def active_together(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Two additive adapters add up, in forward and merged. Two others are refused."""
+    """Two adapters of an additive method add up, before and after merging. Two of another method
+    are refused."""
     assert issubclass(method, Adapter)
     model, x = injected_toy(config, case, moved=True), input_of(case)
     if trains_base(model):
@@ -125,7 +127,8 @@ def _by_kernel(adapter: Any, view: View, method: str) -> Compute:
 
 
 def fast_is_specification(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """A kernel's values and gradients equal the equation's in float64, with and without a mask."""
+    """A kernel's outputs and gradients equal those of the equation in float64, with and without
+    dropout."""
     assert issubclass(method, Adapter)
     model = injected_toy(config, replace(case, dtype=torch.float64), moved=True).train()
     layers, _ = wrappers_of(model)
@@ -166,7 +169,7 @@ def fast_is_specification(method: type[Method], config: MethodConfig, case: Case
 
 
 def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Gradients are close to those of the same weights in float32, plain and under autocast."""
+    """Gradients are close to those of the same weights in float32, with and without autocast."""
     model, x = injected_toy(config, case, moved=True).train(), input_of(case)
     in_float32 = copy.deepcopy(model).float()
 
@@ -190,7 +193,8 @@ def gradients_in_its_dtype(method: type[Method], config: MethodConfig, case: Cas
 
 
 def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """In training, a layer is the equation with the mask it draws. In eval, nothing is dropped."""
+    """In train mode, a layer computes its equation with the dropout mask that it draws. In eval
+    mode, nothing is dropped."""
     model = injected_toy(config, case, moved=True)
     layers, _ = wrappers_of(model)
     layer = layers["first"]
@@ -221,7 +225,7 @@ def dropout_is_the_mask_alone(method: type[Method], config: MethodConfig, case: 
 
 
 def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The output has the base's dtype, plain and under autocast."""
+    """The output has the dtype of the base's output, with and without autocast."""
     model, base, x = injected_toy(config, case, moved=True), Toy(case).eval(), input_of(case)
     require(model(x).dtype == base(x).dtype, "dtype differs from the base's")
     if case.dtype == torch.float16:

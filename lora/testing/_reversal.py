@@ -34,7 +34,8 @@ def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> 
 
 
 def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """disabled, merge and restore work, or raise MergeError and leave the model unchanged."""
+    """If a method does not keep the base weights, as full does not, disabled, merge and restore
+    raise MergeError and leave the model unchanged."""
     if method.keeps_base:
         return
     model = injected_toy(config, case, moved=True)
@@ -113,7 +114,8 @@ def a_shared_module_is_wrapped_once(method: type[Method], config: MethodConfig, 
 
 
 def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Refused, or untied on request without changing the other side. restore ties again."""
+    """Merging into a weight that is tied to another layer's is refused. With untie=True it merges,
+    and the other layer's weight does not change. restore ties the two again."""
     model = Toy(case)
     model.tied = nn.Module()
     if case.kind == "NF4Linear":
@@ -135,7 +137,8 @@ def a_tied_weight_is_not_merged(method: type[Method], config: MethodConfig, case
 
 
 def what_does_not_fit_is_named(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Targets that match nothing, or nothing usable, raise TargetError. The model is unchanged."""
+    """A target that matches no layer, or one that cannot be adapted, raises TargetError. The model
+    is unchanged."""
     assert isinstance(config, AdapterConfig)
     for targets in (("norm",), ("frist",), r"second.+", ("first", "frist")):
         model = Toy(case)

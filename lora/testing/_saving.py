@@ -56,7 +56,7 @@ def saved_and_loaded_bits(method: type[Method], config: MethodConfig, case: Case
 
 
 def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Settings written to adapter_config.json and read back are the same."""
+    """A load from adapter_config.json gives the settings that were saved."""
     model = injected_toy(config, case)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -70,7 +70,8 @@ def config_and_json(method: type[Method], config: MethodConfig, case: Case) -> N
 
 
 def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Seven kinds of damaged file, ours and PEFT's, raise CheckpointError. The model stays."""
+    """Seven kinds of damaged file, ours and PEFT's, raise CheckpointError. The model is
+    unchanged."""
     model = injected_toy(config, case, moved=True)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -110,7 +111,8 @@ def a_failed_load_changes_nothing(method: type[Method], config: MethodConfig, ca
 
 
 def an_edited_config_is_found_out(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The digest covers every setting except those that only affect training."""
+    """If a setting in adapter_config.json was edited, loading raises CheckpointError, unless the
+    setting only affects training."""
     model, x = injected_toy(config, case, moved=True), input_of(case)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)

@@ -1,4 +1,4 @@
-"""The small models of the contract, with two layers of one kind, and what clauses do with them."""
+"""The small test models of the contract, with two layers of one kind, and helpers for clauses."""
 
 from __future__ import annotations
 

@@ -72,10 +72,11 @@ def parameter_count(method: type[Method], config: MethodConfig, case: Case) -> N
 
 
 def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """The same seed gives the same bits, whatever was drawn before or adapted besides."""
+    """The same seed gives the same initial bits, whatever random numbers were drawn before and
+    whichever other layers are adapted."""
     first, second = _start(config, case, 0, 1), _start(config, case, 0, 99)
     for name in first:
-        require_same(second[name], first[name], f"start of {name}")
+        require_same(second[name], first[name], f"initial value of {name}")
     if issubclass(method, Adapter):
         assert isinstance(config, AdapterConfig)
         part = Toy(case)
@@ -85,9 +86,8 @@ def same_seed_same_bits(method: type[Method], config: MethodConfig, case: Case) 
             return  # a setting names the layer that is left out here
         for name, parameter in trained_parameters(part, "default").items():
             if name in first:
-                require_same(
-                    parameter.detach(), first[name], f"start of {name} without the other layer"
-                )
+                message = f"initial value of {name} without the other layer"
+                require_same(parameter.detach(), first[name], message)
 
 
 def _start(config: MethodConfig, case: Case, seed: int, noise: int) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def _start(config: MethodConfig, case: Case, seed: int, noise: int) -> dict[str,
 
 
 def another_seed_other_bits(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Another seed changes at least one saved tensor, unless each starts as a constant."""
+    """Another seed changes at least one saved tensor, unless all are initialized to constants."""
     first, second = (_stored(config, case, seed) for seed in (0, 1))
     constant = all(bool((t == t.flatten()[0]).all()) for t in first.values())
     differs = any(not torch.equal(first[name], second[name]) for name in first)

@@ -331,7 +331,7 @@ def test_a_start_from_data_is_not_begun_anew_without_it() -> None:
     config = lora.LoRAConfig(r=2, target_modules=("q_lin",), init_lora_weights="eva")
     lora.inject(model, config, batches=[tokens()])
     before = snapshot(model)
-    with pytest.raises(lora.ConfigError, match="starts from data"):
+    with pytest.raises(lora.ConfigError, match="needs data"):
         lora.init(model, seed=0)
     assert unchanged(before, model)
 

@@ -190,7 +190,7 @@ def test_lora_ga_moves_the_weight_along_its_gradient() -> None:
         ("eva", [tokens(1, 2)], "saw 2 directions"),
         ("lora_ga", [tokens()], "no loss. Pass labels"),
         ("lora_ga", [], "got no gradient"),
-        ("loftq", None, "starts from a base that is quantized with it.*--quantize nf4"),
+        ("loftq", None, "needs a base that is quantized with the adapter.*--quantize nf4"),
         ("bogus", None, "must be default, gaussian"),
     ],
 )
@@ -391,7 +391,7 @@ def test_a_packed_start_is_not_made_again() -> None:
     model = distilbert()
     config = lora.LoRAConfig(r=3, init_lora_weights="pissa")
     lora.inject(model, config, pack=packable(model))
-    with pytest.raises(lora.ConfigError, match="quantized together with the start"):
+    with pytest.raises(lora.ConfigError, match="quantized together with this adapter's"):
         lora.init(model, 1)
 
 

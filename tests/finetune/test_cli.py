@@ -526,7 +526,7 @@ def test_help_and_unknown_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert lora("methods") == 0
     assert "BA" in capsys.readouterr().out.replace(" ", "")
     assert lora("trian") == 2
-    assert "there is no verb 'trian'" in capsys.readouterr().err
+    assert "there is no command 'trian'" in capsys.readouterr().err
     assert lora() == 2
 
 

@@ -1,4 +1,4 @@
-"""The state of a run's folder: whether it holds this run, and whether that is complete."""
+"""Checks whether a folder holds the run that a comparison needs, and whether it is complete."""
 
 from __future__ import annotations
 

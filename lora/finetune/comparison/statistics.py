@@ -1,4 +1,4 @@
-"""Says how sure measured scores are: intervals of means, tests of differences, and their words.
+"""Computes how certain scores are: intervals of means, tests of differences, and sentences on them.
 
 bootstrap       means and differences of methods, each with one or several seeds
 mcnemar         the exact test for one run each

@@ -47,7 +47,7 @@ def _columns(analysis: Analysis) -> dict[str, Callable[[MethodResult], str]]:
             v.words for v in m.versus if v.other == reference
         )
     if any(m.group for m in methods):
-        columns["alike"] = lambda m: m.group
+        columns["group"] = lambda m: m.group
     if any(m.forgetting for m in methods):
         columns[FORGETTING] = lambda m: (
             "{:.2f} to {:.2f}".format(*m.forgetting) if m.forgetting else ""
@@ -142,7 +142,7 @@ SIZES = {
     ),
     "peak MiB of the run": (
         "peak_bytes",
-        "peak MiB of the run is the peak of its private memory above the start.",
+        "peak MiB of the run is how far its private memory rose during the run.",
     ),
 }
 """What a table can show as memory: its head, its key in a summary, and what it means."""
@@ -161,28 +161,31 @@ def notes(analysis: Analysis) -> str:
     once = [result.name for result in analysis.methods if len(result.seeds) == 1]
     several = len(once) < len(analysis.methods)
     lines = [f"Measured on {analysis.rows:,} {analysis.split} rows of {analysis.data}."]
+    lines.append("share: trainable parameters / all parameters. rate: the learning rate.")
     if "95 % interval" in columns:
         lines.append(
-            f"The interval covers the choice of the {analysis.split} rows and of the seeds."
+            f"The interval takes into account that other {analysis.split} rows and other seeds"
+            " would give other scores."
             if several
-            else f"Each method was trained once. The interval (Wilson) covers the choice of the"
-            f" {analysis.split} rows. It does not cover the seed."
+            else "Each method was trained once. The interval (Wilson) takes into account that other"
+            f" {analysis.split} rows would give other scores, not that other seeds would."
         )
         if several and once:
-            lines.append(f"Trained once, so that the seed is not covered: {', '.join(once)}.")
-    if any(head.startswith("against ") for head in columns):
-        test = "a bootstrap over seeds and rows" if several else "McNemar's exact test"
-        lines.append(
-            f"against: the difference on the same {analysis.split} rows, by {test}, with Holm's"
-            " correction for the number of methods."
-        )
-    if "alike" in columns:
-        lines.append("alike: methods that share a letter cannot be told apart.")
+            lines.append(f"Trained once, so that this holds for the rows only: {', '.join(once)}.")
+    for head in columns:
+        if head.startswith("against "):
+            test = "a bootstrap over seeds and rows" if several else "McNemar's exact test"
+            lines.append(
+                f"{head}: the difference on the same {analysis.split} rows. p is from {test}, with"
+                " Holm's correction for the number of methods."
+            )
+    if "group" in columns:
+        lines.append("group: between methods with a common letter, no difference is shown.")
     if analysis.smallest_difference is not None:
         points = f"{100 * analysis.smallest_difference:.1f} points"
         lines.append(
-            f"This many rows and seeds show a difference of {points} four times in five, before"
-            " Holm's correction."
+            f"With this many rows and seeds, a difference of {points} is detected with a"
+            " probability of 80 %, before Holm's correction."
         )
     if FORGETTING in columns:
         lines.append(f"{FORGETTING}: its perplexity before and after training. More is forgetting.")

@@ -1,4 +1,4 @@
-"""Turns conversations into token ids and labels.
+"""Turns the conversations of a text task into token ids and labels.
 
 encode(template, ...)         -> token ids and labels for a causal model, labels shifted by one
 encode_pairs(template, ...)   -> the same for a model with an encoder and a decoder

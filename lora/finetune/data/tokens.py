@@ -1,4 +1,4 @@
-"""Tokenizes a split once, caches the ids, and makes batches of similar length.
+"""For every task: tokenizes a split once, caches the ids, and makes batches of similar length.
 
 tokenize(...)   -> Encoded: the tokens of a split, concatenated
 drawn(...)      -> the examples of an epoch; of several tasks, each with its share

@@ -1,11 +1,11 @@
-"""Kernels for NVIDIA GPUs, written in Triton. Plain torch operations are their specification.
+"""Kernels for NVIDIA GPUs, written in Triton. Torch operations are their specification.
 
     nf4      dequantizes a weight in one pass, bit-equal to lora.nf4
-    dropout  draws a mask, bit-equal to the CPU's, and applies it inside the thin products
+    dropout  draws a mask, bit-equal to the CPU's, and applies it inside the matmuls with A
 
 Triton comes with torch's CUDA builds. Nothing imports it before a kernel runs on a GPU, and where
-`usable` is False the plain operations run instead. The wide products stay with cuBLAS: a Triton
-product would lose more there than fused additions save.
+`usable` is False torch operations run instead. Matmuls with W stay with cuBLAS: a Triton matmul
+would lose more there than fused additions save.
 """
 
 from __future__ import annotations

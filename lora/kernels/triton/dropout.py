@@ -1,4 +1,4 @@
-"""Dropout masks on a GPU, and the thin products that apply them while they read x.
+"""Dropout masks on a GPU, and the matmuls with A and B that apply them while they read x.
 
 The bits of a mask are those that lora.kernels.dropout draws on a CPU from the same seed, in the
 same layout: bits (n, in) int16, n = ⌈tokens / 16⌉, bit k of row i for token k n + i. A tile of a

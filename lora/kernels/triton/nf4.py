@@ -1,4 +1,4 @@
-"""Dequantizes NF4 in one pass: reads half a byte a value, and writes the value. Ampere and newer.
+"""Dequantizes NF4 in one pass: reads half a byte per value, and writes the value. Ampere and newer.
 
 lora.nf4 explains the format. The values are bit-equal to those of lora.nf4.reference: each product
 and each sum is rounded on its own, which enable_fp_fusion=False keeps.
