@@ -1,4 +1,4 @@
-"""How often the intervals of comparisons hold the truth, in drawn studies whose truth is known.
+"""How often the intervals of comparisons contain the true value, in simulated studies.
 
 python -m benchmarks.coverage [--studies 4000] [--json FILE]
 
@@ -10,10 +10,10 @@ the same rows. A run has a row right if
 where all but the level are normal, and the difficulties for the two methods are correlated. With
 the factor 2, two runs of one method disagree on about 10 % of the rows. Per hundred studies:
 
-    mean        the interval of the first method's mean holds its accuracy
-    difference  the interval of the difference of the methods holds that of their accuracies
+    mean        the interval of the first method's mean contains its accuracy
+    difference  the interval of the methods' difference contains that of their accuracies
     resampled   so do the percentiles of 1,000 resamples of seeds and rows, without corrections
-    a_a         the first method is called different from itself, trained with other seeds
+    a_a         a difference is reported between the first method and itself with other seeds
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def main() -> None:
     for cell in itertools.product(SEEDS, ROWS, POINTS, CORRELATIONS):
         settings = dict(zip(("seeds", "rows", "points", "correlation"), cell, strict=True))
         if settings["seeds"] == 1 and settings["points"]:
-            continue  # one seed tells nothing about other seeds, and the result says so
+            continue  # one seed tells nothing about other seeds
         row = {**settings, **shares(cell, given.studies)}
         if not table:
             print(*(f"{head:>11}" for head in row))

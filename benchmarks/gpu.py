@@ -1,7 +1,7 @@
-"""LoRA on a GPU, measured by one script: ceilings, correctness, steps, NF4, resume, generation.
+"""LoRA on a GPU, measured by one script: limits, correctness, steps, NF4, resume, generation.
 
 python -m benchmarks.gpu [--device cuda] [--minutes 6] [--only SECTION ...] [--json FILE]
-python -m benchmarks.gpu --device cpu --tiny       every line of it, on small sizes
+python -m benchmarks.gpu --device cpu --tiny       the whole script, on small sizes
 
 A section that would not fit into the time left is skipped by name, and an error in one is recorded
 while the others go on. The file is written anew after each section. Ratios are of interleaved
@@ -60,7 +60,7 @@ class Section:
 
 
 def ceilings(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
-    """The rates that bound everything else: copies, wide products, thin products."""
+    """The rates that limit everything else: copies, and products with W and with A."""
     size = 2**12 if bench.tiny else 2**29  # elements of 2 bytes
     source = torch.empty(size, dtype=torch.bfloat16, device=bench.device)
     target = torch.empty_like(source)

@@ -8,8 +8,8 @@ clears the pages of each new tensor, and with freed memory kept, as `lora train`
 that runs in it. The layer is forward and backward to its input, 512 tokens, weights doubly
 quantised. Bits per parameter are of the linear layers that are packed in a LLaMA of 12 layers of
 768, counted in memory and in the file. The initial error is the nuclear norm of W less what the
-packed layer and its adapter's start compute, over MiniLM's linear layers: plain QLoRA's over that
-of each start which takes up what the rounding leaves.
+packed layer and its initial adapter compute, over MiniLM's linear layers: plain QLoRA's over that
+of each init which takes up what the rounding leaves.
 """
 
 from __future__ import annotations

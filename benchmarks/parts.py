@@ -2,10 +2,10 @@
 
 python -m benchmarks.parts [--quick] [--json FILE]
 
-2,048 tokens, r = 8, layers of DistilBERT-base, in float32, and in bfloat16 where the processor has
-its products. Before each measurement a product with the layer's weight runs, as it does in a step,
-so that the operands lie where they would. Milliseconds, medians; the forms of one question take
-turns. The process keeps the memory that it frees, as `lora train` does.
+2,048 tokens, r = 8, layers of DistilBERT-base, in float32, and in bfloat16 if the processor has
+bfloat16 matrix multiplication. Before each measurement a product with the layer's weight runs, as
+it does in a step, so that the caches hold what they would. Milliseconds, medians; the forms of one
+question alternate. The process keeps the memory that it frees, as `lora train` does.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def questions(
 
     return {
         "dropout": {
-            "F.dropout": lambda: F.dropout(x, 0.1),
-            "a mask of bits": lambda: draw(0.1, x),
-            "the mask, applied": applied,
-            "the bytes from torch's random_": lambda: words.random_(-(2**63), None),
+            "F.dropout: mask and product": lambda: F.dropout(x, 0.1),
+            "ours: draw the mask": lambda: draw(0.1, x),
+            "ours: apply the mask": applied,
+            "only the bytes, from torch's random_": lambda: words.random_(-(2**63), None),
             "a mask from torch's bernoulli_": lambda: torch.empty_like(x).bernoulli_(0.9),
         },
         "order of products, forward": {
@@ -92,11 +92,11 @@ def questions(
             "g W + (g B) A": lambda: (g @ W).addmm_(g @ Bt.T, A),
             "g (W + B A)": lambda: g @ torch.addmm(W, B, A),
         },
-        "g B": {"by columns of B": lambda: g @ B, "by rows of Bᵀ": lambda: g @ Bt.T},
+        "g B": {"B stored as (out, r)": lambda: g @ B, "Bᵀ stored as (r, out)": lambda: g @ Bt.T},
         "hᵀ g": {
             "one product, rounded to the dtype": lambda: h.T @ g,
             "in float32, in parts of 256 tokens": parts,
-            "as the fused path has it": lambda: summed(h, g),
+            "as the fused kernel computes it": lambda: summed(h, g),
         },
         "h for three layers of one input": {
             "three products": lambda: [x @ one.T for one in three],

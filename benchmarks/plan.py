@@ -4,9 +4,9 @@ python -m benchmarks.plan [--quick] [--json FILE]
 
 The demo with LoRA, full fine-tuning, QLoRA and BitFit; and on a LLaMA of 1 GB of random float32
 weights, made for the run, LoRA in float32, on NF4 and held in bfloat16, over 224 rows of the demo's
-reviews (bfloat16 where the processor multiplies in it). Each is planned and trained in processes
-of their own: the plan's `peak` over the `peak_bytes` of the run's summary. --quick: the demo alone,
-one epoch.
+reviews (bfloat16 if the processor has bfloat16 matrix multiplication). Each is planned and trained
+in processes of their own: the plan's `peak` over the `peak_bytes` of the run's summary. --quick:
+the demo alone, one epoch.
 """
 
 from __future__ import annotations

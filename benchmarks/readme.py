@@ -75,9 +75,9 @@ def startup() -> list[tuple[str, ...]]:
     shown = {
         "`lora --help`": [times["lora --help"] for times in rounds],
         "`lora train --help`": [times["lora train --help"] for times in rounds],
-        "`import lora` with all of the core, beyond `import torch`":
+        "`import lora` and its core, minus `import torch`":
             [times[core] - times[torch] for times in rounds],
-        "`lora.inject`, r = 16 on Llama-2-7B's shape without weights":
+        "`lora.inject`, r = 16, on Llama-2-7B on the meta device":
             [times["inject into Llama-2-7B's shape"] for times in injections],
         "the same in PEFT": [times["peft, the same"] for times in injections],
     }  # fmt: skip
@@ -231,7 +231,7 @@ def epochs() -> list[tuple[str, ...]]:
 def four_bits() -> list[tuple[str, ...]]:
     """Milliseconds of quantization and of a layer, ours and bitsandbytes'."""
     result = read("nf4")
-    kinds = {"as started": "memory returned", "freed memory kept": "memory kept"}
+    kinds = {"as started": "freed memory returned", "freed memory kept": "freed memory kept"}
     head = [f"{who}, {shown}" for shown in kinds.values() for who in ("ours", "bitsandbytes")]
     table: list[tuple[str, ...]] = [("ms", *head)]
     for what in result["as started"]["bitsandbytes / ours"]:
@@ -246,11 +246,11 @@ def four_bits() -> list[tuple[str, ...]]:
 
 
 def errors() -> list[tuple[str, ...]]:
-    """Plain QLoRA's initial error divided by that of each start, by rank."""
+    """Plain QLoRA's initial error divided by that of each init, by rank."""
     ratios = read("nf4")["initial error"]
-    starts, ranks = (list(dict.fromkeys(key.split(", ")[i] for key in ratios)) for i in (0, 1))
-    rows = [(start, *(f"{ratios[f'{start}, {rank}']:.3f}" for rank in ranks)) for start in starts]
-    return [("start", *ranks), *rows]
+    inits, ranks = (list(dict.fromkeys(key.split(", ")[i] for key in ratios)) for i in (0, 1))
+    rows = [(init, *(f"{ratios[f'{init}, {rank}']:.3f}" for rank in ranks)) for init in inits]
+    return [("`init_lora_weights`", *ranks), *rows]
 
 
 def compiled() -> list[tuple[str, ...]]:
@@ -278,12 +278,8 @@ def memory() -> list[tuple[str, ...]]:
 
 def peaks() -> list[tuple[str, ...]]:
     """MiB of whole runs: the median of each number that summary.json has, and its extremes."""
-    sizes = {
-        "training_bytes": "training",
-        "peak_bytes": "private, above the start",
-        "process_bytes": "whole process",
-    }
-    table: list[tuple[str, ...]] = [("peak, MiB", "method", *sizes.values())]
+    sizes = ("training_bytes", "peak_bytes", "process_bytes")
+    table: list[tuple[str, ...]] = [("peak, MiB", "method", *(f"`{size}`" for size in sizes))]
     for base, methods in read("peak")["runs"].items():
         for method, runs in methods.items():
             cells = []
@@ -311,8 +307,8 @@ def checkpointing() -> list[tuple[str, ...]]:
 
 def shards() -> list[tuple[str, ...]]:
     """Peak memory of a rank with a sharded base, beside a process with the whole base."""
-    head = ("peak, MB", "while reading the base", "during a step", "afterwards")
-    shown = {"whole": "whole", "in pieces": "sharded", "dense": "float32", "nf4": "NF4"}
+    head = ("peak of a rank, MB", "while loading the base", "during a step", "parameters after it")
+    shown = {"whole": "one rank", "in pieces": "sharded on two", "dense": "float32", "nf4": "NF4"}
     table: list[tuple[str, ...]] = [head]
     for name, ranks in read("shard").items():
         if name not in ("machine", "stored"):
@@ -349,7 +345,8 @@ def fits() -> list[tuple[str, ...]]:
 def gpu_steps() -> list[tuple[str, ...]]:
     """Steps of 8 layers of an 8B model on a GPU: tokens/s, time relative to the limit, memory."""
     step = read("gpu/gpu")["sections"]["step"]
-    table: list[tuple[str, ...]] = [("step", "tokens/s", "time / limit", "peak, GB", "kernels")]
+    head = ("step", "tokens/s", "time / limit", "peak memory, GB", "kernels launched")
+    table: list[tuple[str, ...]] = [head]
     for name, rate in step["tokens per second"].items():
         seconds = step["seconds"][name] / step["seconds"]["limit"]
         ratio = step["ratios"].get(f"{name} / limit", {"median": seconds})["median"]
@@ -377,9 +374,9 @@ def kills() -> list[tuple[str, ...]]:
     counts = (str(result[key]) for key in ("kills", "within a save", "before the first checkpoint"))
     head = (
         "kills",
-        "during a save",
-        "before the first checkpoint",
-        "equal to an uninterrupted run",
+        "of them during a save",
+        "of them before the first checkpoint",
+        "same as in an uninterrupted run",
     )
     return [head, (*counts, equal)]
 

@@ -10,7 +10,8 @@ Nothing is installed or registered. Name the class in this file wherever a metho
     lora eval runs/gated
     lora compare --methods lora examples/gated_lora.py:GatedLoRA
 
-To add yours, copy the file and change what the comments point at.
+To add your own method, copy this file and change what its comments explain: the config, __init__,
+fill, merged and size.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class GatedLoRAConfig(lora.AdapterConfig):
     """The settings. Each field is a flag of `lora train`, a key of a TOML file and a key of
     adapter_config.json, so each needs a type, a default, and a docstring for --help.
 
-    AdapterConfig brings target_modules, exclude_modules, modules_to_save and what belongs to them.
+    AdapterConfig already has target_modules, exclude_modules, modules_to_save and related fields.
     """
 
     r: int = 8
@@ -36,21 +37,21 @@ class GatedLoRAConfig(lora.AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()  # types are checked there
-        whole_number("r", self.r)  # what a type does not say, such as r >= 1
+        whole_number("r", self.r)  # checks what the type cannot express
         strength("lora_alpha", self.lora_alpha)
 
 
 class GatedLoRA(lora.Adapter):
     """W' = W + sigmoid(g) · (lora_alpha / r) · B A, with a trained number g on each layer."""
 
-    # `name` is used in tables and folders. `peft_type` says in adapter_config.json which method the
-    # adapter is of, so that it is read back as this one.
+    # `name` is used in tables and folders. `peft_type` is written to adapter_config.json, so that
+    # lora.load knows which method saved the adapter. `in_peft` is False: PEFT lacks this method.
     name, paper, Config = "gated_lora", "examples/gated_lora.py", GatedLoRAConfig
     peft_type, in_peft = "GATED_LORA", False
 
     def __init__(self, view, config, module):
-        """The parameters on one layer. A view shows every kind of layer (Linear, Embedding,
-        Conv1D, four bits) as one matrix W (out_features, in_features)."""
+        """The parameters on one layer. A view presents every kind of layer (Linear, Embedding,
+        Conv1D, a 4-bit linear) as one matrix W (out_features, in_features)."""
         super().__init__(view, config, module)
         self.lora_A = self.new(view, config.r, view.in_features)  # on the layer's device
         self.lora_B = self.new(view, view.out_features, config.r)
@@ -68,8 +69,8 @@ class GatedLoRA(lora.Adapter):
         self.gate.zero_()  # sigmoid(0) = 1/2
 
     def merged(self, W, b):
-        """The equation: W' (out, in) and the bias b' from W and b. All the rest follows from it:
-        the forward, its gradient, the merge."""
+        """The equation: W' (out, in) and the bias b' from W and b. The library derives everything
+        else from it: the forward, its gradient, the merge."""
         return W + self.gate.sigmoid() * self.scaling * (self.lora_B @ self.lora_A), b
 
     @classmethod

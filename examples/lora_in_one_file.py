@@ -15,9 +15,9 @@ product of two thin matrices:
                  └────── + ───────┘
                        y (out)
 
-A 4096 × 4096 layer has 16.8 million weights. With r = 8, A and B have 65,536: 0.4 % of it. Only A
-and B need gradients and optimizer state. Afterwards W' takes W's place, and the model runs exactly
-as fast as before.
+A 4096 × 4096 layer has 16.8 million weights. With r = 8, A and B have 65,536, 0.4 % as many. Only
+A and B need gradients and optimizer state. After training, W' replaces W, and the model runs
+exactly as fast as before.
 """
 
 import json
@@ -48,7 +48,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> y (..., out)"""
-        # Two thin products: the (out, in) matrix B A is never built during training.
+        # Two small matmuls: the (out, in) matrix B A is never built during training.
         h = F.linear(x, self.lora_A)  # (..., r); F.linear(x, M) is x Mᵀ
         return self.base_layer(x) + self.scaling * F.linear(h, self.lora_B)
 
@@ -93,7 +93,7 @@ def merge(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """Write A and B as PEFT does. The file leaves out W, which whoever loads it already has."""
+    """Write A and B as PEFT does. W is not in the file: whoever loads it has the base."""
     layers = lora_layers(model)
     tensors = {}
     for path, layer in layers.items():

@@ -1,7 +1,7 @@
 """transformers.Trainer trains an injected model: python examples/trainer.py [OUTPUT]
 
-Offline, in a minute: the demo's base and its data. OUTPUT, runs/trainer where none is given, then
-holds adapter/, in PEFT's format, and Trainer's checkpoints.
+It takes a minute and needs no network: it uses the demo's base model and data. It writes adapter/,
+in PEFT's format, and Trainer's checkpoints to OUTPUT (default: runs/trainer).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ print(lora.inject(base.model, lora.LoRAConfig(r=8, modules_to_save=base.new)))
 
 
 def rows(split):
-    """The examples as Trainer takes them."""
+    """Returns the examples of a split as the dicts that Trainer expects."""
     encoded = base.tokenizer([example.text for example in split], truncation=True, max_length=64)
     targets = map(int, corpus.targets(split))
     return [

@@ -55,7 +55,7 @@ class Certificate:
             lines.append("not certified: no probe was passed")
         else:
             lines.append(
-                f"outputs moved by {self.largest_difference:.3g} at most, of"
+                f"outputs changed by at most {self.largest_difference:.3g}, of"
                 f" {self.largest_output:.3g} (tolerance {self.tolerance:.3g})"
             )
         return "; ".join(lines)
@@ -132,10 +132,10 @@ def _moved(
     if tolerance is None:
         times, short = SLACK[dtype.itemsize], str(dtype).removeprefix("torch.")
         tolerance = times * _rounding(model, layers, probe, after, dtype)
-        reason = f"{times} times what rounding in {short} moves them by"
+        reason = f"{times} times what rounding in {short} changes them by"
     if not change <= tolerance:  # true for NaN too
         raise MergeError(
-            f"merge: the outputs on the probe moved by {change:.3g}, of {largest:.3g} at most; the"
+            f"merge: outputs on the probe changed by {change:.3g}, of {largest:.3g} at most; the"
             f" tolerance is {tolerance:.3g}, {reason}. The model is not merged. Keep the adapter"
             f" unmerged, or accept the change: set tolerance (--tolerance) above {change:.3g}."
         )
@@ -146,7 +146,7 @@ def _moved(
 def _rounding(
     model: nn.Module, layers: Sequence[AdaptedLayer], probe: Any, after: Tensor, dtype: torch.dtype
 ) -> float:
-    """Returns how far the merged model's output moves if each merged weight moves by one rounding.
+    """Returns how much the merged model's output changes if each merged weight is rounded once.
 
     W' is W + ΔW, and each of the two is rounded, so an element of W' is off by up to
     eps · (|W| + |W' − W|), up or down. This function adds random errors of that size to the weights

@@ -43,7 +43,7 @@ DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
 @pytest.fixture(scope="module", params=DTYPES)
 def auto_dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     """What `--dtype auto` means, here and in the processes that a test starts. A test that asks for
-    it runs once with each answer, whatever the machine multiplies in."""
+    it runs once with each answer, whatever the machine supports."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_BFLOAT16", str(int(request.param == "bfloat16")))
         yield request.param

@@ -185,10 +185,10 @@ class RunConfig(Generic[C]):
     """Maximum tokens per example; longer texts are truncated. Batches are padded to their longest
     example. Default: 128; with --task text 1,024; never more than the base's positions."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """bfloat16: compute matrix products in bfloat16 and store frozen matrices in it; trainable
-    parameters and optimizer state stay in float32. float16: the same, with a loss scale, for GPUs
-    without bfloat16 (T4, V100, RTX 20). auto: bfloat16 if the hardware multiplies in it,
-    else float32."""
+    """bfloat16: multiply matrices in bfloat16 and store frozen ones in it; trainable parameters and
+    optimizer state stay in float32. float16: the same, with a loss scale, for GPUs without bfloat16
+    (T4, V100, RTX 20). auto: bfloat16 if the hardware has bfloat16 matrix multiplication, else
+    float32."""
     device: Text = "auto"
     """Device to compute on: cpu, cuda, cuda:1, mps or xpu. auto: a CUDA device if there is one,
     else the CPU."""

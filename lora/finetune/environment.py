@@ -50,8 +50,8 @@ def _processor() -> str:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of products (2048, 1024) (1024, 1024) on the device, measured now in less
-    than a second: the best of a few."""
+    """Returns the FLOP/s of matrix multiplications (2048, 1024) (1024, 1024) on the device: the
+    best of a few, timed now in less than a second."""
     x, W = (torch.ones(n, 1024, device=device, dtype=dtype) for n in (2048, 1024))
     many = 50 if device.type != "cpu" else 1  # so that a GPU's launch does not count
     seconds = []

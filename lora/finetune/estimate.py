@@ -84,8 +84,8 @@ class Estimate:
     evaluated: Shape
     dtype: str
     device: str
-    flops: float  # of all products of the run
-    rate: float  # FLOP/s of products on this device
+    flops: float  # of all matrix multiplications of the run
+    rate: float  # FLOP/s of matrix multiplications on this device
     available: int  # bytes of memory that the machine or the GPU has
     memory: tuple[Memory, ...]
     notes: tuple[str, ...] = ()
@@ -100,8 +100,8 @@ class Estimate:
             f"steps   {per_epoch:,} per epoch, {self.epochs * per_epoch:,} in total",
             f"tokens  {self.tokens:,.0f} per step; {self.padding:.1%} of all positions are padding;"
             f" the largest batch is {rows} × {longest}",
-            f"time    at least {duration(self.seconds)}: {self.flops / 1e12:,.1f} TFLOP in products"
-            f" at {self.rate / 1e12:,.2f} TFLOP/s, the rate here",
+            f"time    at least {duration(self.seconds)}: {self.flops / 1e12:,.1f} TFLOP of matrix"
+            f" multiplications at {self.rate / 1e12:,.2f} TFLOP/s, as timed now",
             "",
             *_table(self),
             "",
@@ -112,8 +112,8 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the products of training and evaluation take on one device. The rest of a
-        step adds to them, and so does generating answers."""
+        """Seconds that the matrix multiplications of training and evaluation take on one device.
+        The rest of a step adds to them, and so does generating answers."""
         return self.flops / self.rate
 
     def verdict(self) -> str:

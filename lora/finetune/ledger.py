@@ -43,7 +43,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, counts the bytes of every tensor storage until it is freed, by what it is used for.
 
     It is a dispatch mode, since a tracker that hooks modules (torch's MemTracker) would turn the
-    fused path off.
+    fused kernels off.
     """
 
     def __init__(self) -> None:

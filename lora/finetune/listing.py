@@ -58,7 +58,7 @@ def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
 
 
 def run_row(run: Path) -> RunRow:
-    """Returns a run's row. A damaged run has a row too, whose state says so."""
+    """Returns a run's row. A damaged run has a row too; its state begins with "damaged"."""
     changed = max((path.stat().st_mtime for path in run.iterdir()), default=0.0)
     try:
         table = read_toml(run / "config.toml")

@@ -20,7 +20,7 @@ from lora.nf4 import NF4Linear
 
 
 def bfloat16_here(device: torch.device) -> bool:
-    """True if the device multiplies in bfloat16: AVX512-BF16 or AMX, CUDA from 8.0 on.
+    """True if the device has bfloat16 matrix multiplication: AVX512-BF16, AMX, CUDA from 8.0 on.
 
     LORA_BFLOAT16=1 or 0 in the environment overrides it. Raises ConfigError for any other value.
     """
@@ -50,9 +50,9 @@ def auto_dtype_note(device: torch.device) -> str:
     if os.environ.get("LORA_BFLOAT16"):
         reason = f"since LORA_BFLOAT16={os.environ['LORA_BFLOAT16']} is in the environment"
     elif dtype == "bfloat16":
-        reason = f"in which {name} multiplies"
+        reason = f"since {name} has bfloat16 matrix multiplication"
     else:
-        reason = f"since {name} does not multiply in bfloat16"
+        reason = f"since {name} has no bfloat16 matrix multiplication"
         if device.type == "cuda":
             reason += "; --dtype float16 is faster"
     return f"dtype: {dtype}, {reason}"

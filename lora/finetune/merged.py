@@ -49,7 +49,7 @@ def merge_run(
     tolerance: float | None = None,
 ) -> str:
     """Merge a model and save it as a plain one in a new folder. Returns a report: what was merged,
-    and how far merging and rounding moved the logits on the run's first texts."""
+    and how much merging and rounding changed the logits on the run's first texts."""
     check_free(output, "--output", "model")
     with progress_bar() as progress, reading(progress):
         merged = merge_source(source, dequantize, untie, tolerance)
@@ -103,7 +103,7 @@ def merge_source(
 
 def _round(model: Any, stored: torch.dtype, to: WrittenDtype, probe: dict[str, Tensor]) -> str:
     """Round a float32 model to the dtype that it is saved in. Returns a report: the dtype, and how
-    far rounding moved the outputs. Raises MergeError if a weight overflows."""
+    much rounding changed the outputs. Raises MergeError if a weight overflows."""
     dtype = stored if to == "base" else getattr(torch, to)
     short = str(dtype).removeprefix("torch.")
     report = f"saved in {short}{', the dtype of the base' if to == 'base' else ''}"
@@ -117,7 +117,7 @@ def _round(model: Any, stored: torch.dtype, to: WrittenDtype, probe: dict[str, T
                     " or bfloat16."
                 )
         moved = float((output_on(model, probe) - before).abs().max())
-        report += f"; rounding moved the outputs by at most {moved:.3g}"
+        report += f"; rounding changed the outputs by at most {moved:.3g}"
     model.to(dtype)
     return report
 

@@ -6,7 +6,7 @@ training_bytes  what training needs: the model's tensors, and the most by which 
 peak_bytes      the peak of the process's private memory, above its value at the start of the run
 process_bytes   the peak of the process's resident memory, with the libraries: what the system shows
 
-Memory in use is what the program has allocated and not yet freed, as torch's own peak on a GPU is.
+Memory in use is allocated and not yet freed, as in torch.cuda.max_memory_allocated.
 Private memory also has the free blocks that the allocator keeps, and it has no memory-mapped files.
 """
 

@@ -1,7 +1,7 @@
 """The dry run: computes a run's parameters, steps and memory from its configuration and its data.
 
 No weights are read. The base is built from config.json under FakeTensorMode: its tensors have a
-shape, a dtype and a device, but no values, so the adapters, the fused path, autocast and the
+shape, a dtype and a device, but no values, so the adapters, the fused kernels, autocast and the
 attention kernels are those of the run. The run's own functions take two optimizer steps with it at
 the largest batch (the first one makes AdamW's moments), then compute the largest batch of the
 evaluation. A Ledger counts every tensor storage from the operation that makes it until it is freed.

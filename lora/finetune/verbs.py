@@ -215,7 +215,7 @@ class FetchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(ModelFlags):
-    """Merge an adapter into its base and save a plain model, which from_pretrained loads."""
+    """Merge an adapter into its base and save an ordinary model, which from_pretrained loads."""
 
     run: Path = field()
     output: Path
@@ -272,8 +272,8 @@ class PlotConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write a report of runs: one HTML page with the verdict, tables and charts, which opens from
-    disk and needs no network."""
+    """Write one HTML page about a set of runs: verdict, tables and charts. It opens from disk and
+    needs no network."""
 
     runs: tuple[Path, ...]
     """Run directories, or folders that hold runs, such as that of a comparison."""

@@ -24,7 +24,7 @@ def certificate(
     """Returns a sentence: how many greedy answers are equal, and what the first difference is.
 
     model: its weights are rounded as in the file. ends: the tokens that end an answer. llama.cpp
-    runs in the package xllamacpp. If that is not installed, the sentence says so.
+    runs in the package xllamacpp. Without it, the sentence says that it is not installed.
     """
     if importlib.util.find_spec("xllamacpp") is None:
         return (

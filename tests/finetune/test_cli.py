@@ -216,7 +216,7 @@ def test_merge_writes_a_plain_model(
     assert {"full": "nothing to merge", "qlora": "12 dequantized layers"}.get(
         method, f"into the base {base}"
     ) in said
-    assert ("outputs moved by" in said) == (method != "full")
+    assert ("outputs changed by" in said) == (method != "full")
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     scores, names = plain_scores(out, [row["text"] for row in rows])
     for row, found in zip(rows, scores.tolist(), strict=True):
@@ -456,7 +456,7 @@ def test_a_compiled_run_learns_the_same(
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses[flag] = [line["loss"] for line in lines if line["kind"] == "step"]
         assert compiled == [{"dynamic": True}]
-    # The compiler computes plain operations, the other run kernels, which round elsewhere.
+    # The compiler computes torch operations, the other run kernels, which round elsewhere.
     rounding = 1e-5 if auto_dtype == "float32" else torch.finfo(torch.bfloat16).eps
     assert losses["--compile"] == pytest.approx(losses["--no-compile"], rel=rounding)
     for run in (tmp_path / "--compile", tmp_path / "--no-compile"):

@@ -67,7 +67,7 @@ def test_the_demo_in_the_other_dtype_scores_the_same_within_its_interval(
     """Of about 2,000 rows: less than three points."""
     monkeypatch.delenv("LORA_BFLOAT16")
     if not bfloat16_here(torch.device("cpu")):
-        pytest.skip("no bfloat16 products here: a step takes seconds, the demo half an hour")
+        pytest.skip("no bfloat16 hardware here: a step takes seconds, the demo half an hour")
     table = ("--config", root / "recipes" / "demo.toml", "--methods", "lora")
     assert main([*map(str, ("compare", *table, "--dtype", "bfloat16", "--run-dir", tmp_path))]) == 0
     (other,) = json.loads((tmp_path / "comparison.json").read_text())

@@ -190,8 +190,8 @@ def test_auto_says_what_it_took_and_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert auto_dtype_note(cpu) == ("dtype: bfloat16, since LORA_BFLOAT16=1 is in the environment")
     monkeypatch.delenv("LORA_BFLOAT16")
     for there, words in (
-        (True, "dtype: bfloat16, in which this processor multiplies"),
-        (False, "dtype: float32, since this processor does not multiply in bfloat16"),
+        (True, "dtype: bfloat16, since this processor has bfloat16 matrix multiplication"),
+        (False, "dtype: float32, since this processor has no bfloat16 matrix multiplication"),
     ):
         monkeypatch.setattr("lora.finetune.memory.bfloat16_here", lambda device, t=there: t)
         assert auto_dtype_note(cpu) == words

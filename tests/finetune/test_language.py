@@ -538,7 +538,7 @@ def test_a_merge_is_written_in_what_the_bases_files_hold(
         printed = capsys.readouterr().out
         wants = "saved in float32\n" if more else f"saved in {short}, the dtype of the base; "
         assert wants in printed
-        assert "in float32; outputs moved by" in printed  # certified before the rounding
+        assert "in float32; outputs changed by" in printed  # certified before the rounding
         written[name] = load_file(tmp_path / name / "model.safetensors")
         stated = json.loads((tmp_path / name / "config.json").read_text())["dtype"]
         assert stated == ("float32" if more else short)

@@ -1,4 +1,4 @@
-"""The Triton kernels give what plain operations give, and compile without spilling registers.
+"""The Triton kernels give what torch operations give, and compile without spilling registers.
 
 A test that takes `device` runs on a GPU. Without one, test_in_the_interpreter runs all of them on
 the CPU in Triton's interpreter, in another process: Triton reads the switch when it is imported.
@@ -67,7 +67,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Inside, plain operations run in place of the kernels."""
+    """Inside, ordinary torch operations run in place of the kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "usable", lambda device: False)
         yield

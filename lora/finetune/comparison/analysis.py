@@ -74,7 +74,7 @@ class MethodResult:
     deviation: float | None  # standard deviation over the seeds; None with one seed
     interval: tuple[float, float] | None  # 95 % interval of the mean; None if rows have no scores
     versus: tuple[Versus, ...]  # against LoRA, and against full fine-tuning, if they were run
-    group: str  # methods that share a letter cannot be told apart
+    group: str  # letters; between methods with a common one, no difference is shown
     pareto: bool  # no other method is at least as good with fewer trainable parameters
     search: RateSearch | None
     warnings: tuple[str, ...]
@@ -127,7 +127,7 @@ class Analysis:
     methods: tuple[MethodResult, ...]
     base_score: float | None  # of the base without an adapter
     majority: float | None  # accuracy of always predicting the most frequent class
-    smallest_difference: float | None  # that these rows and seeds would show 4 times in 5
+    smallest_difference: float | None  # that these rows and seeds detect with a probability of 80 %
     verdict: tuple[str, ...]  # three sentences: what is best, is that real, what does it cost
 
     @property
@@ -498,7 +498,7 @@ def _with_verdict(analysis: Analysis) -> Analysis:
 
 def _certainty(best: MethodResult, others: Sequence[MethodResult]) -> str:
     """Returns a sentence on whether the best method is better than the others."""
-    if not best.group:  # two methods that cannot be told apart, or untested differences
+    if not best.group:  # two methods without a difference shown, or untested differences
         words = [v.words for o in (best, *others) for v in o.versus]
         return f"Between the two: {words[0]}." if words else "The differences were not tested."
     alike = [o.name for o in others if set(o.group) & set(best.group)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # numpy and scipy load where they compute: `lora train --help
     Array = NDArray[np.float64]
 
 SIGNIFICANT = 0.05  # a p-value below this shows a difference
-POWER = 0.8  # how often a study should show a difference of `smallest`
+POWER = 0.8  # how often a study should detect a difference of `smallest`
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -72,7 +72,7 @@ def majority(train: Sequence[str], held_out: Sequence[str]) -> float:
 class Mean:
     """The mean score of a method, with its 95 % interval.
 
-    With one seed the interval covers the choice of the test rows only, not that of the seed.
+    With one seed, the interval takes only the choice of the test rows into account.
     """
 
     value: float
@@ -84,7 +84,7 @@ class Mean:
 class Difference:
     """The mean score of one method less that of another, with its 95 % interval.
 
-    The seed of a method with one seed is not covered: another run of it may differ by more.
+    With one seed, the choice of the seed is not taken into account: another run may differ by more.
     """
 
     value: float
@@ -92,7 +92,7 @@ class Difference:
     high: float
     p: float  # of this difference alone, or with Holm's correction: see `Bootstrap.differences`
     test: Literal["McNemar", "bootstrap"]
-    smallest: float  # the smallest difference that a study like this one shows 4 times in 5
+    smallest: float  # the smallest difference that such a study detects with a probability of POWER
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,10 @@ def bootstrap(scores: Mapping[str, ArrayLike]) -> Bootstrap:
     so that rows which are hard for both methods cancel, and A and E are sums over both methods.
     Run means that agree better than their own noise allows are luck, so that A counts at least half
     of E: all of it covers too much, nothing calls two methods different whose seeds happen to
-    agree. With one seed A = E = 0: the result covers the rows only.
+    agree. With one seed A = E = 0: the result takes only the rows into account.
 
-    In simulated studies (benchmarks/coverage.py) the intervals hold the truth in 94 to 96 % with 3
-    to 10 seeds, and in 92 to 97 % with 2, depending on how much the seeds vary.
+    In simulated studies (benchmarks/coverage.py) the intervals contain the true value in 94 to 96 %
+    of studies with 3 to 10 seeds, and in 92 to 97 % with 2, depending on how much the seeds vary.
 
     Raises DataError.
     """
@@ -272,7 +272,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def groups(means: Mapping[str, float], p_values: Mapping[tuple[str, str], float]) -> dict[str, str]:
-    """Returns the letters of each method: two that share one cannot be told apart.
+    """Returns the letters of each method: between two with a common one, no difference is shown.
 
     means     of each method; the letter a goes to the group that holds the best of them
     p_values  of each pair, in either order, after Holm's correction

@@ -115,12 +115,11 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
     if analysis.smallest_difference is not None:
         points = "points" if unit == 100 else analysis.metric
         notes.append(
-            "A difference smaller than about"
-            f" {unit * analysis.smallest_difference:.2g} {points} would not show on this many rows"
-            " and seeds."
+            "With this many rows and seeds, a difference smaller than about"
+            f" {unit * analysis.smallest_difference:.2g} {points} would probably not be detected."
         )
     if grouped:
-        notes.append("Methods that share a group letter cannot be told apart.")
+        notes.append("Between methods with a common group letter, no difference is shown.")
     texts = {each["forgetting"]["source"] for result in analysis.methods
              for each in result.summaries if "forgetting" in each}  # fmt: skip
     if texts:

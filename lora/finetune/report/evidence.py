@@ -114,7 +114,7 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
 
 
 def _files(name: str, run: Path) -> RunFiles:
-    """Returns a run's row and files. What cannot be read is empty, and the row says so."""
+    """Returns a run's row and files. What cannot be read is empty, and named in the row."""
     row = run_row(run)
     if row.state.startswith("damaged"):
         return RunFiles(name, row, "", {}, {})
