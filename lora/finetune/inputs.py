@@ -424,7 +424,8 @@ def corpus_to_show(config: RunConfig[Any]) -> Corpus:
         with suppress(DataError):
             corpus = read_corpus(replace(config, task="text"))
             if not corpus.bad.count:
-                return corpus
+                notes = ("to train on these texts, set --task text", corpus.note)
+                return replace(corpus, note="; ".join(filter(None, notes)))
         raise
 
 

@@ -1036,6 +1036,18 @@ def test_preview_shows_what_is_learned(
     assert lora("data") == 2
 
 
+def test_preview_of_texts_without_labels_says_what_training_needs(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "x.jsonl"
+    data.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(20)))
+    assert lora("data", "preview", "--base", base, "--data", data, "--count", 1) == 0
+    note = "to train on these texts, set --task text"
+    assert note in capsys.readouterr().err
+    assert lora("data", "preview", "--base", base, "--data", data, "--task", "text") == 0
+    assert note not in capsys.readouterr().err
+
+
 def test_preview_is_of_what_training_would_make(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
