@@ -1,10 +1,10 @@
 # Each target first makes the virtual environment if there is none, and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-# pip compiles modules on one core, which takes twice as long as to install them. compileall uses all
-# cores, and leaves out what is hardly imported. Its exit code is that of templates, which are no Python.
+# Python compiles a module when it is first imported. pip would compile all of them, which takes longer
+# than to install them.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' .venv/lib || true
+unexport PYTHONDONTWRITEBYTECODE
 DEMO_READY := .venv/.ready-demo
 READY := .venv/.ready
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
@@ -21,13 +21,11 @@ help:
 $(DEMO_READY): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -c constraints.txt -e '.[demo]'
-	$(COMPILE)
 	touch $@
 
 $(READY): requirements.txt constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) -r requirements.txt
-	$(COMPILE)
 	touch $(DEMO_READY) $@
 
 demo: $(DEMO_READY)
