@@ -72,9 +72,9 @@ This page is written by `python -m benchmarks.methods`. Do not edit it.
 
 The learning rate is the default of `lora train`. A step is forward, backward and AdamW on two
 layers with DistilBERT-base's shapes (16 × 128 tokens, two CPU cores). Each of 11 rounds measured
-all methods once. The table shows the median over the rounds of the time relative to a LoRA step
-without dropout in the same round. Dropout is 0.1. An empty cell was not measured, or the method has
-no dropout.
+all methods once. In each round the times are divided by that of a LoRA step without dropout; the
+table shows the medians. Dropout is 0.1. An empty cell was not measured, or the method has no
+dropout.
 
 <!-- family -->
 <!-- /family -->
@@ -122,7 +122,7 @@ def _section(name: str) -> str:
         f"[{file}](../{file})",
         f"```\n{inspect.getdoc(method) or ''}\n```",
         f"Settings: {settings}.",
-        *([f"The [contract](#the-contract) also checks: {variants}."] if variants else []),
+        *([f"The [contract](#the-contract) checks these settings too: {variants}."] if variants else []),
     ]
     return "\n\n".join(paragraphs)
 
@@ -161,7 +161,8 @@ def _contract_lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
     yield ""
     yield (
         "Clauses marked (wrapped) concern only methods that wrap layers. The next table names the"
-        " clauses from which a method is exempt, with the reason."
+        " clauses from which a method is exempt, with the reason. A clause that does not apply on"
+        " some layers only passes on the others, and counts as passed."
     )
     yield ""
     yield "| method | clauses that pass | exempt, and why |"

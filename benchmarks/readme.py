@@ -307,7 +307,7 @@ def checkpointing() -> list[tuple[str, ...]]:
 
 def shards() -> list[tuple[str, ...]]:
     """Peak memory of a rank with a sharded base, beside a process with the whole base."""
-    head = ("peak of a rank, MB", "while loading the base", "during a step", "parameters after it")
+    head = ("memory of a rank, MB", "peak of loading", "peak of a step", "parameters afterwards")
     shown = {"whole": "one rank", "in pieces": "sharded on two", "dense": "float32", "nf4": "NF4"}
     table: list[tuple[str, ...]] = [head]
     for name, ranks in read("shard").items():

@@ -1,4 +1,4 @@
-"""Computes a fingerprint of a base's weights, and checks that an adapter's file is of this base.
+"""Computes a fingerprint of a base's weights, and checks that an adapter was saved on this base.
 
 If the base was in NF4, the mark lists the packed layers. To compare an unquantized base with it,
 verify() packs those layers again, and the report says that the weights are not rounded here.

@@ -1,4 +1,4 @@
-"""Finds tied weights that a merge separates, and prepares the model to be saved with both.
+"""Finds tied weights that a merge separates, and prepares the model so that both weights are saved.
 
 If config.tie_word_embeddings is true, transformers saves only one of the tied weights, and ties
 them again when it loads the folder. So if a merge breaks a tie, the flag must become false. The

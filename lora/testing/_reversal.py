@@ -34,7 +34,7 @@ def disabled_is_base(method: type[Method], config: MethodConfig, case: Case) -> 
 
 
 def a_base_that_is_gone_says_so(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """If a method does not keep the base weights, as full does not, disabled, merge and restore
+    """If a method, such as full, does not keep the base weights, then disabled, merge and restore
     raise MergeError and leave the model unchanged."""
     if method.keeps_base:
         return
