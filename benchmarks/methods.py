@@ -122,7 +122,11 @@ def _section(name: str) -> str:
         f"[{file}](../{file})",
         f"```\n{inspect.getdoc(method) or ''}\n```",
         f"Settings: {settings}.",
-        *([f"The [contract](#the-contract) checks these settings too: {variants}."] if variants else []),
+        *(
+            [f"The [contract](#the-contract) also checks the settings {variants}."]
+            if variants
+            else []
+        ),
     ]
     return "\n\n".join(paragraphs)
 

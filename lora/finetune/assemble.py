@@ -165,7 +165,13 @@ def _template(config: RunConfig[Any], corpus: Corpus, base: Base) -> str:
 
 
 def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
-    """Raise ConfigError if a setting has no effect in this task."""
+    """Raise ConfigError if a setting has no effect in this task, or with this method."""
+    if config.baseline and not method_named(config.method).keeps_base:
+        raise ConfigError(
+            f"--baseline scores the base after training, and --method {config.method} changes it."
+            " Remove it, or set another method; in a comparison, set baseline = true in"
+            " [methods.NAME] of a method that has an adapter."
+        )
     if corpus.task != "text":
         _check_defaults(config, f"--task {corpus.task}", {
             "template": "auto", "loss_on": "answers", "packing": False, "weights": {},

@@ -100,6 +100,17 @@ def run(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_a_baseline_of_a_method_that_changes_the_base_is_refused_before_training(
+    verb: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = talks(tmp_path / "talks.jsonl", 40)
+    flags = ("--base", base, "--data", data, "--method", "full", "--baseline")
+    assert lora(verb, *flags, "--run-dir", tmp_path / "run") == 2
+    assert "--baseline scores the base after training, and --method full" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def summary_of(run: Path) -> Any:
     return json.loads((run / "summary.json").read_text())
 
