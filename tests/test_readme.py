@@ -165,26 +165,34 @@ def test_lora_stays_behind_full_by_what_the_readme_says() -> None:
 def test_the_study_shows_what_its_page_says() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     study = read_analysis(RESULTS / "study-films" / "comparison.json")
-    lora, full = (next(m for m in study.methods if m.name == name) for name in ("lora-qv", "full"))
-    trains = lora.summaries[0]["trainable"] / lora.summaries[0]["parameters"]
+    by_name = {method.name: method for method in study.methods}
+    lora, full, wide = (by_name[name] for name in ("lora-qv", "full", "lora"))
+    trains, trains_wide = (
+        each.summaries[0]["trainable"] / each.summaries[0]["parameters"] for each in (lora, wide)
+    )
     memory = [method.median("training_bytes") for method in (lora, full)]
     assert memory[0] is not None
     assert memory[1] is not None
     assert f"trains {100 * trains:.1f} % of the parameters" in page
+    assert f"trains {100 * trains_wide:.1f} % and has the best mean" in page
+    assert wide.mean == max(method.mean for method in study.methods)
     assert f"needs {100 * memory[0] / memory[1]:.0f} % of the memory" in page
     assert study.smallest_difference is not None
     assert f"detect a difference of less than {100 * study.smallest_difference:.1f} points" in page
-    (versus,) = [each for each in lora.versus if each.other == "full"]
-    assert versus.words.startswith("no difference shown")
+    for method in (lora, wide):
+        (versus,) = [each for each in method.versus if each.other == "full"]
+        assert versus.words.startswith("no difference shown")
     lowest, second, *_ = sorted(100 * score for score in full.scores)
     assert f"scores {second - lowest:.1f} points less than the second worst" in page
     assert f"within {100 * (max(lora.scores) - min(lora.scores)):.1f} points" in page
     tried = []
-    for method in (lora, full):
+    for method in (lora, full, wide):
         assert method.search is not None
         tried.append({each.rate: 100 * (each.score or 0) for each in method.search.tried})
     assert f"scores {tried[1][0.00023] - tried[1][0.0005]:.1f} points less on dev" in page
-    assert f"{0.0046 / METHODS['lora'].learning_rate:.1f} times its default" in page
+    assert f"`lora` guesses: {tried[2][0.0046]:.1f} % on dev" in page
+    assert f"{0.0046 / METHODS['lora'].learning_rate:.1f} times the default" in page
+    assert f"`lora` {0.0022 / METHODS['lora'].learning_rate:.1f} times" in page
     assert f"scores {tried[0][0.0046] - tried[0][0.00046]:.1f} points less on dev" in page
 
 
