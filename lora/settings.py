@@ -112,15 +112,17 @@ class AdapterConfig(PartialConfig):
     """The settings of a method that wraps layers."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Layers to adapt: names, dotted endings of names, a regular expression, all-linear, attention
-    (the attention projections of known architectures), or input-embedding."""
+    """Layers to adapt: names or the last parts of names (q_proj v_proj), a regular expression that
+    matches whole names, all-linear (all linear layers but the output head and the routers of
+    experts), attention (the attention projections of known architectures), or input-embedding."""
     exclude_modules: str | tuple[str, ...] | None = None
-    """Layers not to adapt, given in the same ways."""
+    """Layers not to adapt, written as for --target-modules."""
     layers_to_transform: tuple[int, ...] = ()
-    """Numbers of the blocks to adapt, from 0, if target_modules is a list of names. Default:
-    all."""
+    """Indices of the blocks to adapt, counted from 0. Not with a regular expression in
+    --target-modules. Default: all."""
     layers_pattern: tuple[str, ...] = ()
-    """Names of the module lists that hold the blocks, such as layers or h. Default: any."""
+    """With --layers-to-transform: names of the module lists that hold the blocks, such as layers or
+    h. Default: any."""
 
     def __post_init__(self) -> None:
         for field in ("layers_to_transform", "layers_pattern"):

@@ -2,6 +2,7 @@
 
 check_flags(arguments, known, "lora train")    ConfigError for an unknown flag
 joined(arguments, {"data"})                    --data a --data b  ->  --data a b
+take(arguments, "--nproc", "N")                its value, and the other arguments
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora.declared import declared
@@ -81,3 +83,33 @@ def joined(arguments: Sequence[str], several: Collection[str]) -> list[str]:
             into.append(argument.partition("=")[2])
     flags = [argument for name in values for argument in (as_flag(name), *values[name])]
     return [*rest, *flags]
+
+
+def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Returns the path after --config, or None, and the other arguments."""
+    path, rest = take(arguments, "--config", "FILE.toml")
+    return (None if path is None else Path(path)), rest
+
+
+def take(arguments: Sequence[str], flag: str, what: str) -> tuple[str | None, list[str]]:
+    """Returns the value after a flag, or None, and the other arguments. Raises ConfigError if the
+    value is missing; `what` describes it."""
+    rest = list(arguments)
+    for index, argument in enumerate(rest):
+        if argument == flag or argument.startswith(f"{flag}="):
+            width = 1 if "=" in argument else 2
+            value = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
+            if not value or value.startswith("--"):
+                raise ConfigError(f"{flag} has no value. Pass {flag} {what}.")
+            return value, rest[:index] + rest[index + width :]
+    return None, rest
+
+
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
+    value = None
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            value = arguments[index + 1]
+        elif argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+    return value

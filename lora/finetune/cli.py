@@ -46,9 +46,9 @@ usage: lora data preview [flags of lora train]
        lora data fetch [reviews] [smollm2] [--dry-run]
        lora data tasks
 
-Print training examples token by token: lora data preview --help.
+Print training examples: lora data preview --help.
 Download real reviews and a small language model: lora data fetch --help.
-Or list the generated tasks that --data tasks/NAME takes."""
+List the data sets that this package generates (--data tasks/NAME): lora data tasks."""
 
 VERBS = {
     "train": "fine-tune a base model on a data set with one method",
@@ -56,8 +56,8 @@ VERBS = {
     "eval": "score a trained model, or a file of predictions",
     "predict": "label texts with a trained model",
     "generate": "answer a prompt or a file of prompts, or chat in the terminal",
-    "data": "preview training examples; download reviews; list the generated tasks",
-    "compare": "train several methods with several seeds, and print one table",
+    "data": "preview training examples; download reviews or a small model; list data sets",
+    "compare": "train several methods on one data set, and print a verdict and tables",
     "runs": "list runs, the newest or the best first",
     "show": "show one run: settings, machine, evaluations, result",
     "watch": "draw a run's curves in the terminal while it trains",
@@ -75,12 +75,14 @@ def usage() -> str:
     return "\n".join(
         [
             "usage: lora COMMAND [flags]",
+            "       lora --version",
             "",
             "LoRA from scratch: fine-tune models, compare methods, and export adapters.",
             "",
             *lines,
             "",
-            "Run lora COMMAND --help for its flags. To start: lora train",
+            "Run lora COMMAND --help for its flags.",
+            "To start: lora train, which trains a small included model on included data.",
         ]
     )
 
@@ -167,7 +169,8 @@ def _run_verb(verb: str, arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    from lora.finetune.config import parse_run, take
+    from lora.finetune.arguments import take
+    from lora.finetune.config import parse_run
 
     count, arguments = take(arguments, "--nproc", "N")
     directory, others = take(arguments, "--resume", "RUN")
@@ -572,7 +575,7 @@ def _methods(arguments: list[str]) -> None:
         print(
             "usage: lora methods\n       lora methods check path/to/mine.py:MyMethod\n\nList the"
             " methods: when to choose each, its default learning rate, its equation.\nOr check"
-            " that a method which you wrote matches its equation: lora methods check --help."
+            " a method that you wrote: lora methods check --help."
         )
         return
     if arguments:

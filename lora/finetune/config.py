@@ -18,7 +18,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -40,11 +40,11 @@ from lora.card import FORMER_NAMES, base_in
 from lora.declared import declared, is_list
 from lora.errors import ConfigError, FileError, SettingError
 from lora.files import readable
-from lora.finetune.arguments import check_flags, joined
+from lora.finetune.arguments import check_flags, joined, split_config, value_of
 from lora.finetune.data.corpus import Task
 from lora.finetune.data.templates import LossOn
 from lora.finetune.devices import check_device
-from lora.finetune.flags import as_flag, hint, reflow_help
+from lora.finetune.flags import as_flag, describe_flags, hint, usage_line
 from lora.finetune.methods import (
     label,
     method_named,
@@ -52,7 +52,7 @@ from lora.finetune.methods import (
     recordable,
     settings_brought,
 )
-from lora.finetune.verbs import EXAMPLES
+from lora.finetune.verbs import EXAMPLES, FIRST
 from lora.interop import documents
 from lora.interop.documents import wanted
 from lora.method import METHODS
@@ -95,82 +95,100 @@ class RunConfig(Generic[C]):
     """The configuration of one training run: base, data, method and hyperparameters."""
 
     base: Text = "demo"
-    """Base model: demo (built in), demo-lm-tiny (a small built-in LLaMA with random weights, for
-    texts), smollm2 (SmolLM2-135M-Instruct, after `lora data fetch smollm2`), a local folder, a GGUF
-    file, or a name on the Hugging Face hub."""
+    """Base model: demo (a built-in MiniLM, for classification and regression), demo-lm-tiny (a
+    small built-in LLaMA with random weights, for --task text), smollm2 (SmolLM2-135M-Instruct, for
+    --task text, after `lora data fetch smollm2`), a local folder, a GGUF file, or a name on the
+    Hugging Face hub."""
     data: Annotated[tuple[Text, ...], Field(min_length=1), Distinct] = ("demo",)
-    """Training data: a folder with train, dev and test files, one TSV, CSV, JSONL, JSON, Parquet or
-    TXT file, a data set on the hub such as glue/sst2, or an included data set (`lora data` lists
-    them). demo: real film reviews if `lora data fetch` has downloaded them, else 1,000 sentences
-    written for this project. With --task text, several can be given, each as SOURCE or
+    """Training data: a folder with train, dev and test files; one file (TSV, CSV, JSONL, JSON,
+    Parquet or TXT); a data set on the hub such as glue/sst2; or an included one (`lora data` lists
+    them). demo: film reviews if `lora data fetch` has downloaded them, else 1,000 sentences written
+    for this project. A file without a column `split` is divided 80/10/10; without dev, every tenth
+    row of train becomes dev. With --task text, several can be given, each as SOURCE or
     NAME=SOURCE."""
     weights: dict[str, Rate] = dataclasses.field(default_factory=dict)
-    """Weights of several data sets, as NAME WEIGHT pairs: a data set's share of each epoch is
-    proportional to its size times its weight. Weights not given are 1."""
+    """With several --data: weights of the data sets, as NAME WEIGHT pairs; NAME is by default the
+    last part of SOURCE. A data set's share of each epoch is proportional to its size times its
+    weight. Weights not given are 1."""
     temperature: Rate = 1.0
-    """Evens out the shares of several data sets, which are raised to the power 1 / temperature. 1
-    leaves them as they are; larger values bring them closer to equal."""
+    """With several --data: raises their shares to the power 1 / temperature. 1 leaves the shares
+    unchanged; larger values bring them closer to equal."""
     method: Text = "lora"
     """Training method: a name that `lora methods` lists, or a class in your own file,
     path/to/mine.py:MyMethod."""
     adapter: Path | None = None
-    """Folder of an adapter, ours or PEFT's, to continue training. Its files give the method, the
-    settings and, unless --base is given, the base."""
+    """Folder of an adapter, saved by this package or by PEFT, to train further in a new run
+    (--resume continues an interrupted run). Its files give the method, the settings and, unless
+    --base is given, the base."""
     resize_embeddings: bool = False
-    """With --adapter: resize this base's embeddings if the adapter was trained on a base with a
-    different number of tokens."""
+    """With --adapter: resize the base's embeddings if the adapter was trained on a base with
+    another vocabulary size."""
     add_tokens: Annotated[tuple[Text, ...], Distinct] = ()
     """Tokens to add to the tokenizer and to the base's embeddings. Their embedding rows are trained
     with the adapter, and the tokenizer is saved beside it."""
     text_column: Text | None = None
-    """Column of the text: a name, or a number counted from 0. Default: found by its name."""
+    """Column of the text: a name, or a number counted from 0. Default: the first of text, sentence,
+    review, question, sentence1, question1 and premise, else decided by the values. Not with --task
+    text."""
     pair_column: Text | None = None
-    """Column of the second text, for tasks on sentence pairs. Default: found by its name."""
+    """Column of the second text, for tasks on sentence pairs. Default: sentence2 beside sentence1,
+    question2 beside question1, hypothesis beside premise, or sentence beside question."""
     label_column: Text | None = None
-    """Column of the label. Default: found by its name."""
+    """Column of the label. Default: the first of label, labels, score, target and class, else
+    decided by the values."""
     header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV file holds the column names. auto: decided by comparing
-    it with the rows below; if that does not decide it, an error asks for yes or no."""
+    """Whether the first row of a CSV or TSV file holds the column names. auto: compares it with the
+    rows below; if the result is unclear, an error asks for yes or no."""
     task: Task = "auto"
-    """auto: text if the data has prompts and answers or conversations, regression if the labels are
-    fractional numbers, else classification. text: train a language model to write."""
+    """What to train: a classifier, a regression, or a language model (text). auto: text if the rows
+    hold messages, conversations, or a prompt (instruction, prompt, question or input) with its
+    answer (output, completion, response or answer); regression if the labels are fractional
+    numbers; else classification. Plain texts without labels need --task text."""
     template: Text = "auto"
-    """Template that turns conversations into text: auto (the model's chat template, else plain),
-    plain (User: ... Assistant: ...), none (prompt and answer unchanged), or a Jinja file."""
+    """Template that turns conversations into text: auto (the model's chat template, or plain if it
+    has none; for plain texts none), plain (User: ... Assistant: ...), none (the prompt followed by
+    the answer), or a Jinja file."""
     loss_on: LossOn = "answers"
     """Tokens that the loss is computed on: the answers only, or all tokens."""
     packing: bool = False
-    """Pack several texts into each row of --max-length tokens instead of padding them. Texts do not
-    attend to one another, so the result is the same."""
+    """Pack several texts into each row of --max-length tokens instead of padding each text. Packed
+    texts do not attend to one another, and a step still takes --batch-size texts, so the result is
+    the same."""
     skip_bad_lines: Number = 0
-    """Number of unusable rows in the data to accept. They are skipped, counted and listed."""
+    """Maximum number of unusable rows in the data. They are skipped, and the first 10 are listed;
+    with more, the run stops with an error."""
     max_new_tokens: Whole = 256
-    """Maximum tokens per answer generated on the held-out split."""
+    """Maximum tokens per answer that is generated to score the test split (dev if there is no
+    test)."""
     answered: Number | None = None
-    """Number of prompts of each held-out data set for which answers are generated and scored. 0:
-    perplexity only. Default: all."""
+    """Number of prompts of each data set's test split (dev if there is no test) to generate and
+    score answers for. 0: only perplexity is computed. Default: all."""
     unrelated_text: Text | None = None
-    """Text that has nothing to do with the task: a TXT file, a data set with a column text, or
-    python-docs, the manual in every Python installation. Its perplexity before and after training
-    shows how much the model forgets. The first 4,096 tokens are used. With --task text only."""
+    """Text that has nothing to do with the task: a TXT file, a data set with a column `text`, or
+    python-docs (Python's help topics, if they are installed). Its perplexity before and after
+    training shows how much the model forgets. The first 4,096 tokens are used. With --task text
+    only."""
     labels: Annotated[tuple[str, ...], Distinct] = ()
-    """The labels in order. Default: the labels of the training split, sorted."""
+    """The labels, in the order of the class indices. Default: the labels of the training split,
+    sorted."""
     class_names: Annotated[tuple[Text, ...], Distinct] = ()
-    """Names to show for the labels, in their order: negative positive for the labels 0 1. Data and
-    predictions keep the labels."""
+    """Names to show for the labels, in the order of the labels, such as negative positive for the
+    labels 0 and 1. Data and predictions keep the labels."""
     class_weights: ClassWeights = dataclasses.field(default_factory=dict)
     """Weights of the classes in the training loss, as LABEL WEIGHT pairs; labels not given have
     weight 1. balanced: every class has the same total weight, however many rows it has."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of each target that is spread evenly over all classes, in the training loss."""
+    """Label smoothing of the training loss: this share of each target's probability is spread
+    evenly over all classes."""
     epochs: Whole = 3
     """Passes over the training split."""
     batch_size: Whole = 16
     """Examples per optimizer step, over all devices."""
     micro_batch_size: Whole | None = None
     """Rows per forward and backward pass on one device (a row is an example, or several packed
-    ones); the gradients of a step are summed. Smaller values need less memory and change the result
-    only by rounding and dropout masks. Default: the device's share of --batch-size."""
+    ones). Gradients accumulate over the passes of a step. Smaller values need less memory; the
+    result differs only by rounding and other dropout masks. Default: the device's share of
+    --batch-size."""
     learning_rate: Rate | None = None
     """Peak learning rate of AdamW. Default: the method's (`lora methods` shows it)."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -183,9 +201,10 @@ class RunConfig(Generic[C]):
     """Gradients with a larger total norm are scaled down to this norm."""
     max_length: Whole | None = None
     """Maximum tokens per example; longer texts are truncated. Batches are padded to their longest
-    example. Default: 128; with --task text 1,024; never more than the base's positions."""
+    example. Default: 128, or 1,024 with --task text, but at most the base's maximum number of
+    positions."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """bfloat16: multiply matrices in bfloat16 and store frozen ones in it; trainable parameters and
+    """bfloat16: multiply matrices, and store the frozen ones, in bfloat16; trainable parameters and
     optimizer state stay in float32. float16: the same, with a loss scale, for GPUs without bfloat16
     (T4, V100, RTX 20). auto: bfloat16 if the hardware has bfloat16 matrix multiplication, else
     float32."""
@@ -193,41 +212,42 @@ class RunConfig(Generic[C]):
     """Device to compute on: cpu, cuda, cuda:1, mps or xpu. auto: a CUDA device if there is one,
     else the CPU."""
     deterministic: bool = False
-    """Use only algorithms that give the same bits each time, so that a run on a GPU repeats and
-    resumes bit for bit, as one on a CPU does without this flag. Slower."""
+    """Use only deterministic algorithms, so that a run on a GPU can be repeated and resumed bit for
+    bit. Slower. Runs on a CPU do not need this flag for that."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: store the linear layers of the frozen base in 4 bits per weight (QLoRA)."""
     dense: tuple[Text, ...] = ()
-    """Layers that --quantize skips: names, or dotted endings of names. Heads, embeddings and norms
-    are never quantized."""
+    """Layers that --quantize does not quantize: names or the last parts of names, such as q_proj or
+    self_attn.q_proj. Heads, embeddings and norms are never quantized."""
     compile: bool = False
-    """Compile the model with torch.compile. The first step takes minutes longer, later steps are
-    faster: for long runs."""
+    """Compile the model with torch.compile. The first step takes minutes longer and later steps are
+    faster, so it pays off only in long runs."""
     activation_checkpointing: bool = False
     """Store only the input of each block and recompute its activations in the backward pass: less
     memory, slower steps."""
     shard: bool = False
-    """Shard the frozen base over the processes of --nproc or torchrun (FSDP2) while it is read, for
-    bases that do not fit on one device."""
+    """Shard the frozen base over the processes of --nproc or torchrun (FSDP2), for bases that do
+    not fit on one device. Each process loads only its part."""
     offload: bool = False
-    """Shard the base, and keep the shards in CPU memory: each block is copied to the accelerator
-    when it is needed."""
+    """Keep the frozen base in CPU memory, and copy each block to the accelerator when it is needed.
+    Implies --shard; also for a single GPU."""
     eval_steps: Whole | None = None
-    """Optimizer steps between evaluations on the dev split. Default: one epoch."""
+    """Optimizer steps between evaluations on the dev split. Default: the steps of one epoch."""
     save_steps: Whole | None = None
-    """Optimizer steps between checkpoints, in addition to those saved at each evaluation. Default:
-    none in addition."""
+    """Save a checkpoint every this many optimizer steps, and also at each evaluation. Default: only
+    at each evaluation."""
     keep_last: Number = 1
     """Number of newest checkpoints to keep. 0: one while the run is in progress, none once it is
     complete."""
     keep_best: Number = 1
-    """Number of best checkpoints to keep, ranked on dev by the task's first metric, then by the
-    loss."""
+    """Number of best checkpoints to keep, ranked on dev by the task's first metric (accuracy,
+    pearson or, for text, perplexity), then by the loss."""
     early_stopping: Whole | None = None
-    """Stop training after this many evaluations in a row without a new best. Default: never."""
+    """Stop training after this many evaluations in a row that are no better than the best so far,
+    ranked as for --keep-best. Default: never."""
     final: Final = "last"
-    """Which checkpoint to evaluate on the held-out split (test, or dev if there is no test) and
-    save as the result."""
+    """Which checkpoint to save as the result and score on the held-out split (test, or dev if there
+    is no test). last: the newest. best: the best on dev, ranked as for --keep-best."""
     baseline: bool = False
     """Also score the held-out split with the adapter disabled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -238,19 +258,21 @@ class RunConfig(Generic[C]):
     dev_limit: Whole | None = None
     """Use only the first N rows of the dev split. Default: that of --limit."""
     test_limit: Number | None = None
-    """Use only the first N rows of the test split. 0: do not score it, but dev again. Default: that
-    of --limit."""
+    """Use only the first N rows of the test split. 0: ignore the test split, so that the final
+    scores are those of dev. Default: that of --limit."""
     name: Annotated[str, AfterValidator(_plain_name)] = ""
-    """Name of the run's method in tables. Default: the method's. If --config has a table
-    [methods.NAME], it applies, and may set method."""
+    """Name that tables show for the run's method. Default: the value of --method. If the file of
+    --config has a table [methods.NAME], its keys override the file's other keys; it may also set
+    method."""
     note: str = ""
-    """Free text for the run's summary."""
+    """Free text to record in the run's summary.json."""
     trackers: tuple[Text, ...] = ()
     """Also log the metrics to tensorboard, wandb, mlflow or trackio."""
     run_dir: Path | None = None
-    """Folder for everything that the run writes. Default: runs/TIME-METHOD."""
+    """Folder for the run's files: adapter, checkpoints, metrics and predictions. It must not exist.
+    Default: runs/TIME-METHOD."""
     settings: C
-    """Settings of the method."""
+    """Settings of the chosen --method. For those of another: lora train --method NAME --help."""
 
     def __post_init__(self) -> None:
         values = {name: value for name, value in vars(self).items() if name != "settings"}
@@ -293,14 +315,15 @@ class TrainFlags(RunConfig[C]):
     latter are fields here only so that --help lists them."""
 
     config: Path | None = None
-    """TOML file of flags, with _ for - in their names. Flags on the command line override it."""
+    """TOML file of flags, such as learning_rate = 1e-4 (_ instead of -). A table [methods.NAME]
+    sets flags for one method only. Flags on the command line override the file."""
     resume: Path | None = None
     """Run directory of an interrupted run to resume, with the settings it was started with. Only
     --nproc, --device and, if the base or the method's file has moved, --base and --method can be
     combined with it."""
     nproc: int | None = None
-    """Number of processes to train with on this machine. For several machines, use torchrun -m lora
-    train."""
+    """Number of processes on this machine, one per GPU. Default: one process. For several machines,
+    use torchrun -m lora train."""
 
 
 @functools.cache
@@ -438,17 +461,19 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
         if is_list(kind) or any(get_origin(option) is dict for option in (kind, *get_args(kind)))
     }
     whole = joined(arguments, several)
+    usage: AbstractContextManager[None] = nullcontext()
     if {"-h", "--help"} & set(arguments):
         for part in kinds:
-            reflow_help(part)
+            describe_flags(part)
         text = more.get("description") or inspect.getdoc(kinds[0]) or ""
         # tyro does not wrap it, and joins lines unless they begin with a space.
         lines = textwrap.wrap(" ".join(text.split()), shutil.get_terminal_size().columns - 1)
         lines += ["Examples:", *(f"   {example}" for example in EXAMPLES[prog])]
         more["description"] = "\n".join(f" {line}" for line in lines)
+        usage = usage_line(" ".join([prog, *FIRST.get(prog, ()), "[flags]"]))
     report = io.StringIO()
     try:
-        with redirect_stderr(report):
+        with redirect_stderr(report), usage:
             return tyro.cli(kind, args=whole, prog=prog, **more)
     except SystemExit as stop:
         # tyro turns every ValueError into a box on stderr. A ConfigError is one: raise it instead.
@@ -518,36 +543,6 @@ def _table_named(table: dict[str, Any]) -> dict[str, Any]:
     labels = {name if "method" in its else label(name): its for name, its in tables.items()}
     chosen: dict[str, Any] = labels.get(str(table.get("name")), {})
     return chosen
-
-
-def split_config(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Returns the path after --config, or None, and the other arguments."""
-    path, rest = take(arguments, "--config", "FILE.toml")
-    return (None if path is None else Path(path)), rest
-
-
-def take(arguments: Sequence[str], flag: str, what: str) -> tuple[str | None, list[str]]:
-    """Returns the value after a flag, or None, and the other arguments. Raises ConfigError if the
-    value is missing; `what` describes it."""
-    rest = list(arguments)
-    for index, argument in enumerate(rest):
-        if argument == flag or argument.startswith(f"{flag}="):
-            width = 1 if "=" in argument else 2
-            value = argument.partition("=")[2] if width == 1 else "".join(rest[index + 1 :][:1])
-            if not value or value.startswith("--"):
-                raise ConfigError(f"{flag} has no value. Pass {flag} {what}.")
-            return value, rest[:index] + rest[index + width :]
-    return None, rest
-
-
-def value_of(arguments: Sequence[str], flag: str) -> str | None:
-    value = None
-    for index, argument in enumerate(arguments):
-        if argument == flag and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        elif argument.startswith(flag + "="):
-            value = argument.partition("=")[2]
-    return value
 
 
 def _plain_name_is_a_name(settings: MethodConfig) -> MethodConfig:

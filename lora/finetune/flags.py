@@ -1,7 +1,8 @@
 """Suggests flags for names from other tools, and lays out the texts of --help.
 
     hint("lr", known, as_flag)    "Did you mean --learning-rate?"
-    reflow_help(TrainFlags)       its docstrings, wrapped to the terminal
+    describe_flags(TrainFlags)    what tyro shows for each flag
+    usage_line("lora eval [RUN]")  the first line of the help
 
 NEAR maps a name to our name for the same thing. HOW maps a name that has no single counterpart to a
 sentence that says what to do instead.
@@ -10,15 +11,19 @@ sentence that says what to do instead.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import difflib
 import inspect
+import io
 import itertools
 import re
+import sys
 import textwrap
-from collections.abc import Callable, Collection
-from contextlib import suppress
-from types import MappingProxyType
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from lora.declared import declared, is_list
 
 NEAR = {
     # The adapter
@@ -255,12 +260,14 @@ def hint(name: str, known: Collection[str], write: Callable[[str], str]) -> str:
     return f"Known: {', '.join(sorted(map(write, known)))}."
 
 
-def reflow_help(kind: type) -> None:
-    """Gives each field of a dataclass its docstring in one line, which tyro wraps to the terminal.
+def describe_flags(kind: type) -> None:
+    """Tells tyro what --help shows for each flag of a dataclass: its docstring in one line, which
+    tyro wraps to the terminal, the form of its value, and its default.
 
-    tyro keeps the line breaks of an attribute's docstring, whose lines are indented. It prefers a
-    field's metadata, under the key "help".
+    tyro itself keeps the line breaks of a docstring, and shows None among the values and defaults.
     """
+    from tyro.conf import arg  # here: `lora --help` does not need tyro
+
     texts: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
         with suppress(OSError, TypeError):  # no source: builtins, classes made at run time
@@ -272,9 +279,56 @@ def reflow_help(kind: type) -> None:
                         ast.Expr(value=ast.Constant(value=str(text))),
                     ):
                         texts[name] = " ".join(text.split())
-    for field in dataclasses.fields(kind):
-        if field.name in texts:
-            field.metadata = MappingProxyType({**field.metadata, "help": texts[field.name]})
+    for name, annotation in declared(kind).items():
+        if isinstance(annotation, TypeVar):  # the method's settings: the title of their box
+            shown = arg(name="method")
+        else:
+            value = None if annotation is bool else value_form(annotation)
+            shown = arg(help=texts.get(name), metavar=value, help_behavior_hint=_default)
+        kind.__annotations__[name] = Annotated[annotation, shown]
+
+
+def _default(value: str) -> str:
+    """Returns what --help shows after a flag's text. The text says what happens without a value."""
+    return "" if value in ("None", "", "''") else f"(default: {value})"
+
+
+def value_form(annotation: Any) -> str:
+    """Returns what --help shows for a flag's value: INT; {yes,no}; STR ... for a list; STR INT ...
+    for a table. Of `str | list | None` the list, which one value fits too."""
+    origin, options = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "{" + ",".join(map(str, options)) + "}" if options[1:] else str(options[0])
+    if origin in (Union, UnionType):
+        lists = [option for option in options if is_list(option)]
+        return " | ".join(value_form(o) for o in lists or options if o is not NoneType)
+    if origin is None:
+        return str(getattr(annotation, "__name__", annotation)).upper()
+    parts = [value_form(option) for option in options if option is not Ellipsis]
+    return " ".join([*parts, "..."])
+
+
+class _LikeStdout(io.StringIO):
+    """Collects what tyro prints, which depends on the real output: its colours and its boxes."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.__stdout__.encoding if sys.__stdout__ else "utf-8"
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+@contextmanager
+def usage_line(usage: str) -> Iterator[None]:
+    """Inside, the help that tyro prints begins with this line instead of its own."""
+    printed = _LikeStdout()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        _, blank, rest = printed.getvalue().partition("\n\n")
+        print(f"usage: {usage}" + blank + rest, end="")
 
 
 def as_flag(name: str) -> str:

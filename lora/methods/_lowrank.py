@@ -53,20 +53,21 @@ class LowRankConfig(AdapterConfig):
     r: int = 8
     """Rank of the update."""
     lora_alpha: float = 8.0
-    """Numerator of the scaling lora_alpha / r."""
+    """The update is scaled by lora_alpha / r, or with --use-rslora by lora_alpha / √r."""
     lora_dropout: float = 0.0
     """Dropout probability of the adapter's input, 0 <= p < 1."""
     use_rslora: bool = False
     """Scale by lora_alpha / √r instead of lora_alpha / r, which helps at large ranks
     (arXiv:2312.03732)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of individual layers, as LAYER RANK pairs. LAYER is a name, its dotted ending, or a
-    regular expression that matches either."""
+    """Ranks of individual layers, as LAYER RANK pairs. LAYER is a layer's name, the last part of
+    one, or a regular expression for either."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """lora_alpha of individual layers, as LAYER ALPHA pairs, like --rank-pattern."""
     init_lora_weights: str = "default"
-    """Initialization of A and B: default, gaussian, pissa, pissa_niter_N, olora, eva or lora_ga; on
-    a base in 4 bits also loftq or loftq_N."""
+    """Initialization of A and B: default (A random uniform, B zero), gaussian (A Gaussian, B zero),
+    pissa, pissa_niter_N (N iterations of a fast SVD), olora, eva or lora_ga; on a base in 4 bits
+    also loftq or loftq_N (N iterations)."""
     bias: Bias = "none"
     """Biases of the base to train: none, lora_only (those of adapted layers), or all."""
     use_lorafa: bool = False
@@ -74,8 +75,9 @@ class LowRankConfig(AdapterConfig):
     loraplus_lr_ratio: float = 1.0
     """LoRA+: train B at this multiple of the learning rate (arXiv:2402.12354, which uses 16)."""
     trainable_token_indices: tuple[int, ...] | dict[str, list[int]] = ()
-    """Ids of tokens whose embedding rows to train in full; from Python also {layer: ids}. Layers
-    that the model ties to the embedding are included."""
+    """Ids of tokens whose embedding rows to train in full (from Python, also {layer: ids}). The
+    same rows of layers that share the embedding's weight, such as a tied output head, are trained
+    with them."""
 
     def __post_init__(self) -> None:
         init: Any = self.init_lora_weights

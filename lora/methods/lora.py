@@ -20,7 +20,8 @@ class LoRAConfig(LowRankConfig):
     """Settings of LoRA. The update is scaled by lora_alpha / r."""
 
     lora_bias: bool = False
-    """Give B a trainable bias. It is scaled like the update and added to the layer's output."""
+    """Give B a trainable bias. It is scaled like the update and added to the layer's output.
+    (--bias trains biases of the base.)"""
 
 
 class LoRA(LowRank):

@@ -8,7 +8,7 @@ import shlex
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -17,8 +17,8 @@ from lora.errors import CheckpointError, ConfigError, FileError, SettingError, T
 from lora.finetune.cli import main
 from lora.finetune.comparison.grid import CompareConfig
 from lora.finetune.config import field_names, from_table, parse_run
-from lora.finetune.flags import HOW, NEAR, as_flag, hint
-from lora.finetune.verbs import EXAMPLES, ExportConfig
+from lora.finetune.flags import HOW, NEAR, as_flag, hint, value_form
+from lora.finetune.verbs import EXAMPLES, FIRST, ExportConfig
 from lora.interop.loralib import ConvertConfig
 
 VERBS: dict[str, Any] = {
@@ -190,6 +190,42 @@ def test_help_shows_examples_whose_flags_exist(
         assert example.startswith(prog)
         assert example in shown
         assert {word for word in shlex.split(example) if word.startswith("--")} <= flags
+
+
+@pytest.mark.parametrize("prog", EXAMPLES)
+def test_help_begins_with_what_is_typed_first_and_never_shows_none(
+    prog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*prog.split()[1:], "--help"])
+    shown = capsys.readouterr().out
+    first = FIRST.get(prog, ())
+    assert shown.startswith(f"usage: {' '.join([prog, *first, '[flags]'])}\n\n")
+    for value in first:
+        flag = "--" + value.strip("[].").lower()
+        text = re.search(rf"^\W*{flag} (.*?)(^\W*--|\Z)", shown, re.MULTILINE | re.DOTALL)
+        assert text, flag
+        assert ("(required)" in text[1]) is (not value.startswith("[")) or prog == "lora eval"
+    for noise in ("{None", "None}", "(default: None)", "(default: )", "(default: '')"):
+        assert noise not in " ".join(shown.replace("│", " ").split())
+
+
+def test_values_are_shown_as_they_are_typed() -> None:
+    assert value_form(int) == "INT"
+    assert value_form(Path | None) == "PATH"
+    assert value_form(Literal["yes", "no"] | None) == "{yes,no}"
+    assert value_form(tuple[str, ...]) == "STR ..."
+    assert value_form(str | tuple[str, ...] | None) == "STR ..."
+    assert value_form(dict[str, float] | Literal["balanced"]) == "STR FLOAT ... | balanced"
+
+
+def test_a_command_line_means_the_same_after_a_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """What describe_flags() adds to the annotations changes only what is printed."""
+    arguments = ["--r", "3", "--weights", "x", "2", "--labels", "a", "b", "--run-dir", "runs/x"]
+    before = parse_run(arguments)
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    assert parse_run(arguments) == before
 
 
 @pytest.mark.parametrize("verb", [("train",), ("plan",), ("compare",), ("data", "preview")])

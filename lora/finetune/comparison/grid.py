@@ -35,36 +35,40 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Train several methods with several seeds on one data set, test their differences, and print
-    one table. With --rates auto, first find the learning rate of each method on the dev split. All
-    other flags are those of `lora train`. A setting that only some of the methods have is passed to
-    those; a [methods.NAME] table of --config sets values for one method."""
+    """Train several methods with several seeds on one data set, test whether their scores differ
+    significantly, and print a verdict and tables. With --rates auto, first find the learning rate
+    of each method on the dev split. All other flags are those of `lora train`. A flag that only
+    some of the methods have is passed only to those methods. In the file of --config, a table
+    [methods.NAME] sets flags for one method."""
 
     methods: tuple[str, ...] = ()
     """Methods to compare. Default: the [methods.NAME] tables of --config, or lora and full."""
     seeds: tuple[int, ...] = ()
-    """Random seeds; each method is trained once with each. One number is how many: 3 means 0 1 2.
-    Default: those of --config; else 3 seeds with --rates; else one, 0."""
+    """Random seeds; each method is trained once with each. A single number N means the seeds 0 to
+    N-1. Default: the seeds in the file of --config; else with --budget the 3 to 5 that fit; else
+    with --rates 0 1 2; else 0."""
     rates: tuple[str, ...] = ()
-    """Learning rates to try for each method, with one seed and on the dev split; the best one is
-    then trained with --seeds. auto: five around the method's default, and more if the best is the
-    lowest or the highest. Default: no search."""
+    """Learning rates to try for each method. Each is trained with one seed and scored on dev; the
+    method is then trained with --seeds at its best rate. auto: five rates around the method's
+    default, and more if the best is the lowest or the highest. Default: no search."""
     budget: str | None = None
-    """Time that the comparison may take, such as 90m or 2h. It chooses the number of seeds, and, if
-    that is not enough, the number of rows of train and dev of every run."""
+    """Time that the comparison may take, such as 90m or 2h, estimated from the first steps of each
+    method. To stay within it, fewer seeds are used unless --seeds is given, and if that is not
+    enough, fewer rows of train and dev in every run."""
     jobs: int = 1
-    """Runs at a time. The processor's cores, or the GPUs, are divided among them."""
+    """Number of runs to train in parallel. The CPU's cores, or the GPUs, are divided among them."""
     match_parameters: bool = False
-    """Choose the rank of each method so that it trains as many parameters as the first method, up
-    to 5 %."""
+    """Choose the rank of each method so that its number of trainable parameters is closest to that
+    of the first method. A difference of more than 5 % is reported."""
     noise_floor: bool = False
-    """Also train the first method again, with other seeds. Its row shows how much two equal methods
-    differ by chance."""
+    """Also train the first method a second time, with other seeds. The difference between its two
+    rows in the table is due to chance alone."""
     run_dir: Path | None = None
-    """Folder for the runs, the table and the curves. Default: that of --config, or runs/compare.
-    Several processes or machines that share it divide the runs among them."""
+    """Folder for the runs, the tables and the curves. Default: run_dir in the file of --config,
+    else runs/compare. Several processes or machines that share it divide the runs among them."""
     dry_run: bool = False
-    """Print one command per run that is left, for a scheduler or GNU parallel, and stop."""
+    """Print one command for each run that is not complete, for a scheduler or GNU parallel, and
+    stop. With --rates, first those of the search: run them, then the same command again."""
     config: Path | None = None
     """TOML file of flags, as in lora train."""
 

@@ -148,19 +148,19 @@ def answer_metrics(place: str) -> Mapping[str, Callable[[str, str], float]]:
 def listing() -> str:
     """Returns a line for each included data set, and the licence and source of the downloads."""
     lines = {
-        DEMO: f"{FILMS} if it has been downloaded, else {TINY}; the default",
+        DEMO: f"the default of --data: {FILMS} if downloaded, else {TINY}",
         TINY: "1,000 sentences of film reviews written for this project (Apache-2.0)",
         **{f"{RATED}{name}": each.about for name, each in OPINIONS.items()},
-        f"{MADE}NAME": "small generated tasks on words, numbers and dates: lora data tasks",
+        f"{MADE}NAME": "generated prompts and answers; lora data tasks lists them",
     }
     reviews = PACKAGES["reviews"]
     return "\n".join(
         [
             "included data sets:",
             *(f"  {name:<20} {about}" for name, about in lines.items()),
-            "opinions/ needs lora data fetch reviews, once. Each text has the mean of 20 people's",
-            f"ratings. Source: the package {reviews.name} {reviews.version}, licence"
-            f" {reviews.licence}.",
+            "Before you use opinions/..., run once: lora data fetch reviews. 20 people rated each",
+            "text from -4 to 4. The label is the sign of the mean, of opinions/rating the mean.",
+            f"Source: the package {reviews.name} {reviews.version}, licence {reviews.licence}.",
             f"Cite: {reviews.citation}.",
         ]
     )
