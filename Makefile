@@ -1,9 +1,8 @@
 # Each target first makes the virtual environment if there is none, and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles a module when it is first imported. pip would compile all of them, which takes longer
-# than to install them.
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# Each process would compile the package again if it could not keep what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 DEMO_READY := .venv/.ready-demo
 READY := .venv/.ready
