@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +115,7 @@ def _section(name: str) -> str:
     assert source is not None
     file = f"lora/methods/{Path(source).name}"
     settings = ", ".join(f"`{field.name}`" for field in fields(method.Config)) or "none"
-    variants = ", ".join(map(_variant, method.variants, repeat(method)))
+    variants = ", ".join(_variant(name, method) for name in method.variants)
     paragraphs = [
         f"## {name}",
         f"[{file}](../{file})",
@@ -184,6 +183,11 @@ ALL_WRAPPED = "all marked (wrapped)"
 ON_SOME = ", on some layers only"
 
 
+def _short_names(others: list[str]) -> dict[str, list[str]]:
+    """The names of groups of clauses on the page; `others` are those that a row has not named."""
+    return {ALL: list(CLAUSES), OTHERS: others, ALL_WRAPPED: WRAPPED}
+
+
 def _exemptions(outcomes: Mapping[str, str]) -> Iterator[str]:
     """CLAUSES: REASON for each reason in a method's row; `outcomes` are its cells by clause."""
     reasons: dict[str, list[str]] = {}
@@ -194,7 +198,7 @@ def _exemptions(outcomes: Mapping[str, str]) -> Iterator[str]:
     # A reason for some layers only comes last, since it often is that of all other clauses.
     for text in sorted(reasons, key=lambda text: text.startswith(SOME)):
         names = reasons[text]
-        short = {ALL: list(CLAUSES), OTHERS: left, ALL_WRAPPED: WRAPPED}
+        short = _short_names(left)
         listed = next((word for word, group in short.items() if group == names), ", ".join(names))
         yield f"{listed}{ON_SOME if text.startswith(SOME) else ''}: {text.removeprefix(SOME)}"
         left = [clause for clause in left if clause not in names]
@@ -210,8 +214,7 @@ def read_cells(text: str) -> dict[tuple[str, str], str]:
             listed, _, reason = part.partition(": ")
             listed, mark, _ = listed.partition(ON_SOME)
             others = [clause for clause, text in row.items() if text == PASSED]
-            short = {ALL: list(CLAUSES), OTHERS: others, ALL_WRAPPED: WRAPPED}
-            names = short.get(listed, listed.split(", "))
+            names = _short_names(others).get(listed, listed.split(", "))
             row |= dict.fromkeys(names, SOME + reason if mark else reason)
         cells |= {(label, clause): cell for clause, cell in row.items()}
     return cells

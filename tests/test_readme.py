@@ -202,8 +202,9 @@ def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     page = " ".join((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8").split())
     assert (
-        f"{ratios['ours / peft']:.2f} of PEFT's time and {ratios['ours / full']:.2f} of full"
-        " fine-tuning's" in readme
+        "On an H200, with eight layers of Llama 3.1 8B's shapes, it takes"
+        f" {ratios['ours / peft']:.2f} of PEFT's time and {ratios['ours / full']:.2f} of full"
+        " fine-tuning's." in readme
     )
     steps = second["steps of 32 layers, 1 x 4096"]
     busy = {name: step["seconds that the device computes"] for name, step in steps.items()}

@@ -297,7 +297,7 @@ _DATA_FLAGS = ("text_column", "pair_column", "label_column", "header", "skip_bad
 def _eval(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: EvalConfig = parse(EvalConfig, _leading(arguments, "--run"), "lora eval")
+    config: EvalConfig = parse(EvalConfig, arguments, "lora eval")
     if (config.run is None) == (config.predictions is None):
         raise ConfigError("pass either --run DIRECTORY or --predictions FILE.jsonl.")
     if config.run is not None and config.run.is_file():
@@ -371,7 +371,7 @@ def _harness(config: EvalConfig) -> None:
 def _predict(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: PredictConfig = parse(PredictConfig, _leading(arguments, "--run"), "lora predict")
+    config: PredictConfig = parse(PredictConfig, arguments, "lora predict")
     from lora.finetune.inputs import columns_in
     from lora.finetune.trained import predict_texts
 
@@ -382,7 +382,7 @@ def _predict(arguments: list[str]) -> None:
 def _generate(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    flags: GenerateConfig = parse(GenerateConfig, _leading(arguments, "--run"), "lora generate")
+    flags: GenerateConfig = parse(GenerateConfig, arguments, "lora generate")
     from lora.finetune.generate import Writing
     from lora.finetune.trained import answer
 
@@ -459,7 +459,7 @@ def _data(arguments: list[str]) -> None:
 def _fetch(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: FetchConfig = parse(FetchConfig, _leading(arguments, "--names"), "lora data fetch")
+    config: FetchConfig = parse(FetchConfig, arguments, "lora data fetch")
     from lora.finetune.demo.fetch import PACKAGES, fetch
 
     fetch(config.names or PACKAGES, config.dry_run)
@@ -468,7 +468,7 @@ def _fetch(arguments: list[str]) -> None:
 def _merge(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: MergeConfig = parse(MergeConfig, _leading(arguments, "--run"), "lora merge")
+    config: MergeConfig = parse(MergeConfig, arguments, "lora merge")
     from lora.finetune.merged import merge_run
 
     options = config.dequantize, config.untie, config.dtype, config.tolerance
@@ -479,7 +479,7 @@ def _merge(arguments: list[str]) -> None:
 def _export(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: ExportConfig = parse(ExportConfig, _leading(arguments, "--adapter"), "lora export")
+    config: ExportConfig = parse(ExportConfig, arguments, "lora export")
     from lora.finetune.export import export
 
     print(export(config))
@@ -488,7 +488,7 @@ def _export(arguments: list[str]) -> None:
 def _plot(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: PlotConfig = parse(PlotConfig, _leading(arguments, "--runs"), "lora plot")
+    config: PlotConfig = parse(PlotConfig, arguments, "lora plot")
     from lora.finetune.plots import draw_curves
 
     for path in draw_curves(config.runs, config.output or (*config.runs, Path())[0]):
@@ -498,7 +498,7 @@ def _plot(arguments: list[str]) -> None:
 def _report(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: ReportConfig = parse(ReportConfig, _leading(arguments, "--runs"), "lora report")
+    config: ReportConfig = parse(ReportConfig, arguments, "lora report")
     from lora.finetune.report.verb import report
 
     print(report(config))
@@ -507,7 +507,7 @@ def _report(arguments: list[str]) -> None:
 def _runs(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: RunsConfig = parse(RunsConfig, _leading(arguments, "--folders"), "lora runs")
+    config: RunsConfig = parse(RunsConfig, arguments, "lora runs")
     from lora.finetune.listing import runs
     from lora.settings import whole_number
 
@@ -519,7 +519,7 @@ def _runs(arguments: list[str]) -> None:
 def _show(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: ShowConfig = parse(ShowConfig, _leading(arguments, "--run"), "lora show")
+    config: ShowConfig = parse(ShowConfig, arguments, "lora show")
     from lora.finetune.listing import run_description
 
     print(run_description(config.run))
@@ -528,7 +528,7 @@ def _show(arguments: list[str]) -> None:
 def _watch(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: WatchConfig = parse(WatchConfig, _leading(arguments, "--run"), "lora watch")
+    config: WatchConfig = parse(WatchConfig, arguments, "lora watch")
     from lora.finetune.watch import watch
 
     watch(config.run)
@@ -548,18 +548,11 @@ def _with_config(path: Path | None, arguments: list[str]) -> list[str]:
     return arguments if path is None else ["--config", str(path), *arguments]
 
 
-def _leading(arguments: list[str], flag: str) -> list[str]:
-    """Inserts the flag before a leading value: `lora eval RUN` means `lora eval --run RUN`."""
-    return [flag, *arguments] if arguments and not arguments[0].startswith("-") else arguments
-
-
 def _convert(arguments: list[str]) -> None:
     from lora.finetune.config import parse
     from lora.interop.loralib import ConvertConfig, convert
 
-    config: ConvertConfig = parse(
-        ConvertConfig, _leading(arguments, "--checkpoint"), "lora convert"
-    )
+    config: ConvertConfig = parse(ConvertConfig, arguments, "lora convert")
     from lora.finetune.comparison.tables import markdown
 
     folder, table = convert(config)
@@ -591,7 +584,7 @@ def _methods(arguments: list[str]) -> None:
 def _check_method(arguments: list[str]) -> None:
     from lora.finetune.config import parse
 
-    config: CheckConfig = parse(CheckConfig, _leading(arguments, "--method"), "lora methods check")
+    config: CheckConfig = parse(CheckConfig, arguments, "lora methods check")
     from lora.finetune.contract import check_named
 
     print(check_named(config.method), end="")

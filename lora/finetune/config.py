@@ -445,11 +445,14 @@ def _with_flags(start: RunConfig[Any], arguments: Sequence[str], prog: str) -> R
 
 
 def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
-    """Parses arguments with tyro.cli. A list's flag may be given several times.
+    """Parses arguments with tyro.cli. A list's flag may be given several times, and a leading value
+    needs no flag: `lora eval RUN` means `lora eval --run RUN`.
 
     Raises ConfigError for an unknown flag or an invalid value. tyro reports other errors on stderr
     and raises SystemExit(2); for --help it raises SystemExit(0).
     """
+    if prog in FIRST and arguments and not arguments[0].startswith("-"):
+        arguments = [as_flag(FIRST[prog].strip("[].").lower()), *arguments]
     kinds = [get_origin(kind) or kind, *get_args(kind)]
     known = {name: annotation for part in kinds for name, annotation in declared(part).items()}
     known.pop("settings", None)
@@ -470,7 +473,7 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
         lines = textwrap.wrap(" ".join(text.split()), shutil.get_terminal_size().columns - 1)
         lines += ["Examples:", *(f"   {example}" for example in EXAMPLES[prog])]
         more["description"] = "\n".join(f" {line}" for line in lines)
-        usage = usage_line(" ".join([prog, *FIRST.get(prog, ()), "[flags]"]))
+        usage = usage_line(" ".join(filter(None, [prog, FIRST.get(prog), "[flags]"])))
     report = io.StringIO()
     try:
         with redirect_stderr(report), usage:

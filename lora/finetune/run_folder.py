@@ -27,6 +27,7 @@ from lora.finetune.methods import digest_of, label, reopened
 from lora.finetune.record import environment_of
 
 CHECKPOINTS = "checkpoints"
+WHERE_RUNS_ARE = "lora runs lists the runs in ./runs, lora runs FOLDER those of another folder."
 SAME = ("python", "torch", "transformers", "processor", "threads", "device", "ranks")
 """Keys of environment.json on which the last bits of a result may depend."""
 
@@ -115,8 +116,7 @@ def config_of(directory: Path, method: str | None = None, exact: bool = False) -
         exists = path.is_file()
     if not exists:
         raise RunError(
-            f"{directory} is not a run directory: it has no config.toml. lora runs lists the runs"
-            " in ./runs, lora runs FOLDER those of another folder."
+            f"{directory} is not a run directory: it has no config.toml. {WHERE_RUNS_ARE}"
         )
     with _damaged(path):
         table = read_toml(path)

@@ -25,7 +25,7 @@ from lora.finetune.demo import bases
 from lora.finetune.memory import pick_dtype
 from lora.finetune.methods import method_named
 from lora.finetune.models import load_skeleton, place_of
-from lora.finetune.run_folder import CHECKPOINTS, at_base, config_of, run_around
+from lora.finetune.run_folder import CHECKPOINTS, WHERE_RUNS_ARE, at_base, config_of, run_around
 from lora.interop.pretrained import base_config
 
 TASK_OF: dict[str, Task] = {
@@ -99,7 +99,7 @@ def open_source(
         )
     raise RunError(
         f"{directory} is neither a run directory (no config.toml) nor an adapter's folder (no"
-        f" {CONFIG}). lora runs lists the runs in ./runs, lora runs FOLDER those of another."
+        f" {CONFIG}). {WHERE_RUNS_ARE}"
     )
 
 

@@ -53,19 +53,19 @@ EXAMPLES = {
 """The commands that --help shows."""
 
 FIRST = {
-    "lora eval": ("[RUN]",),
-    "lora predict": ("RUN",),
-    "lora generate": ("RUN",),
-    "lora data fetch": ("[NAMES...]",),
-    "lora runs": ("[FOLDERS...]",),
-    "lora show": ("RUN",),
-    "lora watch": ("RUN",),
-    "lora report": ("RUNS...",),
-    "lora plot": ("RUNS...",),
-    "lora merge": ("RUN",),
-    "lora export": ("ADAPTER",),
-    "lora convert": ("CHECKPOINT",),
-    "lora methods check": ("METHOD",),
+    "lora eval": "[RUN]",
+    "lora predict": "RUN",
+    "lora generate": "RUN",
+    "lora data fetch": "[NAMES...]",
+    "lora runs": "[FOLDERS...]",
+    "lora show": "RUN",
+    "lora watch": "RUN",
+    "lora report": "RUNS...",
+    "lora plot": "RUNS...",
+    "lora merge": "RUN",
+    "lora export": "ADAPTER",
+    "lora convert": "CHECKPOINT",
+    "lora methods check": "METHOD",
 }
 """What a command takes before its flags, in place of the flag of that name."""
 

@@ -163,6 +163,13 @@ def test_a_flag_of_a_list_may_be_given_several_times() -> None:
     assert config.settings.target_modules == ("q_lin",)
 
 
+def help_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints for --help."""
+    with pytest.raises(SystemExit, match="0"):
+        main([*words, "--help"])
+    return capsys.readouterr().out
+
+
 def test_flags_that_are_taken_first_stand_in_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, flags in {
         "train": ("--config", "--resume", "--nproc", "--learning-rate", "--r"),
@@ -170,9 +177,7 @@ def test_flags_that_are_taken_first_stand_in_the_list(capsys: pytest.CaptureFixt
         "compare": ("--config", "--methods"),
         "data preview": ("--config", "--count"),
     }.items():
-        with pytest.raises(SystemExit, match="0"):
-            main([*verb.split(), "--help"])
-        shown = capsys.readouterr().out
+        shown = help_of(*verb.split(), capsys=capsys)
         assert all(re.search(rf"^\W*{flag} ", shown, re.MULTILINE) for flag in flags), verb
 
 
@@ -180,9 +185,7 @@ def test_flags_that_are_taken_first_stand_in_the_list(capsys: pytest.CaptureFixt
 def test_help_shows_examples_whose_flags_exist(
     prog: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main([*prog.split()[1:], "--help"])
-    shown = capsys.readouterr().out
+    shown = help_of(*prog.split()[1:], capsys=capsys)
     flags = set(re.findall(r"--[a-z-]+", shown.rpartition(EXAMPLES[prog][-1])[2]))
     if prog in ("lora plan", "lora compare", "lora data preview"):
         flags |= set(map(as_flag, TRAIN))
@@ -196,10 +199,8 @@ def test_help_shows_examples_whose_flags_exist(
 def test_help_begins_with_what_is_typed_first_and_never_shows_none(
     prog: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main([*prog.split()[1:], "--help"])
-    shown = capsys.readouterr().out
-    first = FIRST.get(prog, ())
+    shown = help_of(*prog.split()[1:], capsys=capsys)
+    first = [FIRST[prog]] if prog in FIRST else []
     assert shown.startswith(f"usage: {' '.join([prog, *first, '[flags]'])}\n\n")
     for value in first:
         flag = "--" + value.strip("[].").lower()
@@ -223,8 +224,7 @@ def test_a_command_line_means_the_same_after_a_help(capsys: pytest.CaptureFixtur
     """What describe_flags() adds to the annotations changes only what is printed."""
     arguments = ["--r", "3", "--weights", "x", "2", "--labels", "a", "b", "--run-dir", "runs/x"]
     before = parse_run(arguments)
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
+    help_of("train", capsys=capsys)
     assert parse_run(arguments) == before
 
 
@@ -243,9 +243,7 @@ def test_help_is_wrapped_to_the_terminal(
 ) -> None:
     """A line ends only where the next word would not fit, not where a docstring's line ended."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    with pytest.raises(SystemExit, match="0"):
-        main([verb, "--help"])
-    lines = capsys.readouterr().out.splitlines()
+    lines = help_of(verb, capsys=capsys).splitlines()
     assert max(map(len, lines)) == columns
     texts = [line[1:-1].rstrip() for line in lines if len(line) == columns]  # inside the box
     indents = Counter(len(text) - len(text.lstrip()) for text in texts)
