@@ -7,6 +7,7 @@ every weight is frozen and the gradient flows to the embeddings' output: no adap
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 from collections import Counter
@@ -45,10 +46,6 @@ class Bench:
     def on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    @property
-    def rounds(self) -> int:
-        return 2 if self.tiny else 7
-
     def seconds(self, run: Callable[[], Any]) -> float:
         """Returns the seconds of one call, with all that it started on the device."""
         if self.on_cuda:
@@ -63,18 +60,20 @@ class Bench:
         return time.perf_counter() - started
 
     def compare(
-        self, contenders: Mapping[str, Callable[[], Any]], ratios: Sequence[tuple[str, str]] = ()
+        self,
+        contenders: Mapping[str, Callable[[], Any]],
+        ratios: Sequence[tuple[str, str]] = (),
+        rounds: int = 7,
     ) -> dict[str, Any]:
-        """Returns the contenders' median seconds and the ratios, from interleaved rounds after two
-        calls each that are not counted."""
+        """Returns the contenders' median seconds and the ratios, from interleaved rounds after a
+        call each that is not counted."""
         for run in contenders.values():
-            for _ in range(2):
-                run()
+            run()
         timed = {name: lambda run=run: self.seconds(run) for name, run in contenders.items()}
-        rounds = take_turns(timed, self.rounds)
+        found = take_turns(timed, 2 if self.tiny else rounds)
         return {
-            "seconds": {name: median(rounds, name) for name in contenders},
-            "ratios": {f"{a} / {b}": ratio(rounds, a, b) for a, b in ratios},
+            "seconds": {name: median(found, name) for name in contenders},
+            "ratios": {f"{a} / {b}": ratio(found, a, b) for a, b in ratios},
         }
 
     def device_seconds(self, run: Callable[[], Any], calls: int = 10) -> float:
@@ -211,11 +210,65 @@ def have(package: str) -> bool:
 
 # -- sections
 
+Build = Callable[[], Any]
+
+
+def steps(
+    bench: Bench,
+    builders: Mapping[str, Build],
+    rows: int,
+    length: int,
+    ratios: Sequence[tuple[str, str]],
+    rounds: int = 7,
+) -> dict[str, Any]:
+    """Returns the seconds, tokens/s, peak bytes and kernels of each contender's step, and ratios.
+
+    Rounds are interleaved: the CPU that launches the kernels may be shared with others, and then
+    takes up to twice as long for the same step. A contender for which memory is short is left out.
+    """
+    taking: dict[str, Callable[[], None]] = {}
+    peaks: dict[str, int] = {}
+    result: dict[str, Any] = {"peak bytes": peaks, "profiles": {}, "out of memory": {}}
+    for name, build in builders.items():
+        try:
+            with bench.peak(peaks, name):
+                model = build()
+                ids = bench.ids(rows, length, model)
+                # Users of peft in bfloat16 without autocast get float32 products with its adapters.
+                step = stepper(model, ids, nullcontext() if "peft" in name else autocast(bench))
+                if "deterministic" in name:
+                    step = partial(deterministically, step)
+                for _ in range(2):
+                    step()
+            result["profiles"][name] = profile_of(bench, step)
+            taking[name], result["tokens"] = step, ids.numel()
+        except torch.OutOfMemoryError as error:
+            result["out of memory"][name] = str(error).split(".")[0]
+        model = step = None
+        bench.free()
+    result |= bench.compare(taking, [pair for pair in ratios if taking.keys() >= set(pair)], rounds)
+    result["tokens per second"] = {
+        name: result["tokens"] / seconds for name, seconds in result["seconds"].items()
+    }
+    return result
+
+
+def shell(base: Any) -> Any:
+    """Returns a copy of the model that shares its weights, so that contenders with an adapter each
+    have one 8B base in memory. Its bytes are in none of their peaks."""
+    return copy.deepcopy(base, {id(weight): weight for weight in base.parameters()})
+
+
+def bytes_of(model: Any) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
+
 
 def steps_of_8_layers(bench: Bench, peak_flops: float) -> dict[str, Any]:
-    """Steps of 4 rows of 2048 tokens: seconds, tokens/s, share of the measured products' rate, peak
-    memory, kernels."""
-    builders: dict[str, Callable[[], Any]] = {
+    """Steps of 4 rows of 2048 tokens, and their share of the rate of the measured products."""
+    base = bench.llama(8, head=False)
+    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
+    del base
+    builders: dict[str, Build] = {
         "limit": lambda: frozen(bench.llama(8, head=False)),
         "ours": lambda: ours(bench.llama(8, head=False)),
         "ours, dropout": lambda: ours(bench.llama(8, head=False), lora_dropout=0.1),
@@ -230,35 +283,18 @@ def steps_of_8_layers(bench: Bench, peak_flops: float) -> dict[str, Any]:
                 bench.llama(8, head=False), adapters_in_16_bits=True
             ),
         }
-    steps, peaks, profiles = {}, {}, {}
-    tokens = linear = 0
-    for name, build in builders.items():
-        with bench.peak(peaks, name):
-            model = build()
-            ids = bench.ids(4, 2048, model)
-            step = stepper(model, ids, nullcontext() if "peft" in name else autocast(bench))
-            if name == "ours, deterministic":
-                step = partial(deterministically, step)
-            for _ in range(2):
-                step()
-        steps[name], profiles[name] = step, profile_of(bench, step)
-        tokens = ids.numel()
-        linear = linear or sum(
-            m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)
-        )
-        del model
-    wanted = [
+    ratios = [
         ("ours", "limit"), ("ours, dropout", "limit"), ("full", "limit"), ("peft", "limit"),
         ("ours", "peft"), ("ours, dropout", "peft, dropout"),
         ("ours", "peft, adapters in bfloat16"), ("ours", "full"),
         ("ours, deterministic", "ours"),
     ]  # fmt: skip
-    result = bench.compare(steps, [pair for pair in wanted if set(pair) <= set(steps)])
-    for name, seconds in result["seconds"].items():
-        flops = (6 if name == "full" else 4) * linear * tokens
-        result.setdefault("tokens per second", {})[name] = tokens / seconds
-        result.setdefault("share of the products' rate", {})[name] = flops / seconds / peak_flops
-    return result | {"peak bytes": peaks, "profiles": profiles, "tokens": tokens}
+    result = steps(bench, builders, 4, 2048, ratios)
+    result["share of the products' rate"] = {
+        name: (6 if name == "full" else 4) * linear * rate / peak_flops
+        for name, rate in result["tokens per second"].items()
+    }
+    return result
 
 
 def deterministically(step: Callable[[], None]) -> None:
@@ -277,63 +313,26 @@ def profile_of(bench: Bench, step: Callable[[], Any]) -> dict[str, Any]:
     return {"kernels": len(kernels), "seconds": times.total(), "most": dict(times.most_common(15))}
 
 
-Change = Callable[[Any], Any]
-
-
-def ways_on_one_base() -> Iterator[tuple[str, Change, Change]]:
-    """Yields contenders that adapt one base in turn, since an 8B base fits once only: the name,
-    what adapts it, and what takes the adapter off."""
-    yield "limit", frozen, lambda model: None
-    for name, dropout in (("ours", 0.0), ("ours, dropout", 0.1)):
-        yield name, partial(ours, lora_dropout=dropout), lora.eject
-    if have("peft"):
-        for name, dropout in (("peft", 0.0), ("peft, dropout", 0.1)):
-            yield name, partial(pefts, dropout=dropout), lambda adapted: adapted.unload()
-
-
 def all_layers(bench: Bench) -> dict[str, Any]:
     """Steps of all 32 layers and the head, with activation checkpointing and without."""
-    result: dict[str, Any] = {}
-    for checkpointed in (True, False):
-        base = bench.llama(32)
-        if checkpointed:
+    base = bench.llama(32)
+    result: dict[str, Any] = {"base bytes": bytes_of(base)}
+    for kind in ("plain", "checkpointed"):
+        builders: dict[str, Build] = {
+            "limit": lambda: frozen(shell(base)),
+            "ours": lambda: ours(shell(base)),
+        }
+        if have("peft"):
+            builders["peft"] = lambda: pefts(shell(base))
+        if kind == "checkpointed":
             checkpoint_activations(base)
-        rows: dict[str, Any] = {}
-        for name, put_on, take_off in ways_on_one_base():
-            if not checkpointed and "dropout" in name:
-                continue
-            rows[name] = one_step(bench, base, put_on, take_off)
-        result["checkpointed" if checkpointed else "plain"] = rows
-        del base
-        bench.free()
+            builders["ours, dropout"] = lambda: ours(shell(base), lora_dropout=0.1)
+            if have("peft"):
+                builders["peft, dropout"] = lambda: pefts(shell(base), dropout=0.1)
+        ratios = [("ours", "limit"), ("ours", "peft"), ("ours, dropout", "limit"),
+                  ("ours, dropout", "peft, dropout")]  # fmt: skip
+        result[kind] = steps(bench, builders, 4, 2048, ratios, rounds=5)
     return result
-
-
-def one_step(
-    bench: Bench, base: Any, put_on: Change, take_off: Change, rows: int = 4, length: int = 2048
-) -> dict[str, Any]:
-    """Returns the median seconds of a step, the part of them in which the device computes, tokens/s
-    and peak bytes; says so if memory is short."""
-    peaks: dict[str, int] = {}
-    model = put_on(base)
-    # Users of peft in bfloat16 without autocast get float32 products with its adapters.
-    mixed = nullcontext() if hasattr(model, "unload") else autocast(bench)
-    try:
-        ids = bench.ids(rows, length, base)
-        with bench.peak(peaks, "bytes"):
-            step = stepper(model, ids, mixed)
-            timed = bench.compare({"step": step})["seconds"]["step"]
-        busy = sum(seconds for _, seconds in bench.kernels(step))
-        return {
-            "seconds": timed, "of them the device computes": busy,
-            "tokens per second": ids.numel() / timed, "peak": peaks["bytes"],
-        }  # fmt: skip
-    except torch.OutOfMemoryError as error:
-        return {"out of memory": str(error).split(".")[0]}
-    finally:
-        take_off(model)
-        base.zero_grad(set_to_none=True)
-        bench.free()
 
 
 def autocast(bench: Bench) -> AbstractContextManager[Any]:
@@ -366,76 +365,64 @@ def bitsandbytes_blocks(model: Any) -> None:
 def qlora(bench: Bench) -> dict[str, Any]:
     """Steps on a base in 4 bits and on one in 16, rows of 4096 tokens, plain and checkpointed;
     beside bitsandbytes and peft."""
-    result: dict[str, Any] = {}
-    for kind in ("bf16", "nf4", "bitsandbytes, peft"):
-        theirs = kind.startswith("bitsandbytes")
-        if theirs and not (have("bitsandbytes") and have("peft")):
-            continue
-        for checkpointed in (False, True):
-            base = bench.llama(32)
-            if kind != "bf16":
-                (bitsandbytes_blocks if theirs else pack_blocks)(base)
-            if checkpointed:
+    bases = {"bf16": bench.llama(32), "nf4": bench.llama(32)}
+    pack_blocks(bases["nf4"])
+    if have("bitsandbytes") and have("peft"):
+        bases["bitsandbytes, peft"] = bench.llama(32)
+        bitsandbytes_blocks(bases["bitsandbytes, peft"])
+    bench.free()
+    result: dict[str, Any] = {"base bytes": {name: bytes_of(each) for name, each in bases.items()}}
+    for kind in ("plain", "checkpointed"):
+        builders: dict[str, Build] = {}
+        for name, base in bases.items():
+            if kind == "checkpointed":
                 checkpoint_activations(base)
-            name = f"{kind}{', checkpointed' if checkpointed else ''}"
-            put_on, take_off = (pefts, lambda adapted: None) if theirs else (ours, lora.eject)
-            result[name] = one_step(bench, base, put_on, take_off, 1, 4096)
-            del base
-            bench.free()
-    for way in ("", ", checkpointed"):
-        for name, other in (("nf4", "bf16"), ("nf4", "bitsandbytes, peft")):
-            pair = [result.get(f"{kind}{way}", {}).get("seconds") for kind in (name, other)]
-            if all(pair):
-                result[f"{name} / {other}{way}"] = pair[0] / pair[1]
+            adapt = pefts if "peft" in name else ours
+            builders[name] = lambda base=base, adapt=adapt: adapt(shell(base))
+        ratios = [("nf4", "bf16"), ("nf4", "bitsandbytes, peft")]
+        result[kind] = steps(bench, builders, 1, 4096, ratios)
     return result
 
 
 def writing(bench: Bench) -> dict[str, Any]:
-    """Tokens per second of greedy decoding, 64 new tokens, for one prompt and for 32."""
-    result: dict[str, Any] = {}
+    """Tokens per second of greedy decoding, 32 new tokens, for one prompt and for 32, and each
+    rate over the base's."""
     base = bench.llama(32).eval()
-    for batch in (1, 2 if bench.tiny else 32):
-        ids = bench.ids(batch, 32, base)
-        rates = {"base": tokens_per_second(bench, base, ids)}
-        lora.inject(base, lora.LoRAConfig(r=R, target_modules=LINEARS))
-        with adapters_constant():  # as `lora generate` does
-            rates["ours"] = tokens_per_second(bench, base.eval(), ids)
-        lora.merge(base)
-        rates["ours, merged"] = tokens_per_second(bench, base, ids)
-        lora.restore(base)
-        lora.eject(base)
-        if have("peft"):
-            adapted: Any = pefts(base).eval()
-            rates["peft"] = tokens_per_second(bench, base, ids)
-            adapted.unload()
-        result[f"batch of {len(ids)}"] = rates
-        bench.free()
+    config = lora.LoRAConfig(r=R, target_modules=LINEARS)
+    models = {"base": base, "ours": shell(base), "ours, merged": copy.deepcopy(base)}
+    for name in ("ours", "ours, merged"):
+        lora.inject(models[name], config)
+    lora.merge(models["ours, merged"])
     packers = {"NF4": pack_blocks}
+    if have("peft"):
+        models["peft"] = pefts(shell(base)).get_base_model()
     if have("bitsandbytes"):
         packers["bitsandbytes"] = bitsandbytes_blocks
     for name, pack in packers.items():
-        del base
+        models[name] = bench.llama(32)
+        pack(models[name])
         bench.free()
-        base = bench.llama(32).eval()
-        pack(base)
-        for batch in (1, 2 if bench.tiny else 32):
-            ids = bench.ids(batch, 32, base)
-            result[f"batch of {batch}"][name] = tokens_per_second(bench, base, ids)
-    for rates in result.values():
-        rates |= {f"{name} / base": rate / rates["base"] for name, rate in list(rates.items())[1:]}
+    new, result = 4 if bench.tiny else 32, {}
+    for batch in (1, 2 if bench.tiny else 32):
+        ids = bench.ids(batch, 32, base)
+        contenders = {
+            name: partial(written, model.eval(), ids, new) for name, model in models.items()
+        }
+        others = [name for name in models if name != "base"]
+        found = bench.compare(contenders, [("base", name) for name in others], rounds=3)
+        result[f"batch of {batch}"] = {
+            "tokens per second": {
+                name: len(ids) * new / seconds for name, seconds in found["seconds"].items()
+            },
+            "rate / base's": {name: found["ratios"][f"base / {name}"] for name in others},
+        }
     return result
 
 
-def tokens_per_second(bench: Bench, model: Any, ids: Tensor) -> float:
-    """Returns the rate of greedy decoding, all rows together; the second call counts."""
-    new = 4 if bench.tiny else 64
-
-    def run() -> None:
-        with torch.inference_mode():
-            model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                max_new_tokens=new, min_new_tokens=new,
-            )  # fmt: skip
-
-    run()
-    return ids.shape[0] * new / bench.seconds(run)
+def written(model: Any, ids: Tensor, new: int) -> None:
+    """Decode `new` tokens greedily, as `lora generate` does."""
+    with torch.inference_mode(), adapters_constant():
+        model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+            max_new_tokens=new, min_new_tokens=new,
+        )  # fmt: skip
