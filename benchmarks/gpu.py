@@ -21,11 +21,10 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -110,9 +109,13 @@ def product(bench: Bench, m: int, k: int, n: int) -> float:
 def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     """The contract on the device, the tests that need one, steps without a synchronisation, whole
     runs in the modes that only a device shows, stopped and resumed ones, and the plan of memory.
-    All but the steps run beside each other: nothing here is timed."""
-    at_once = 8 if bench.on_cuda else 2
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(at_once) as pool:
+
+    All but the steps are processes that run beside each other: nothing here is timed. One that
+    fails, or has not ended when the script's time is over, is recorded as such."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        ThreadPoolExecutor(8 if bench.on_cuda else 2) as pool,
+    ):
         folder = Path(name)
         pending = {
             "resume": resumed(bench, folder, pool),
@@ -121,16 +124,40 @@ def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
                 mode: pool.submit(trained, bench, folder / mode, *TINY_RUN, *flags)
                 for mode, flags in modes(bench).items()
             },
+            "contract": {
+                method: pool.submit(contract, bench, method)
+                for method in (["lora"] if bench.tiny else lora.METHODS)
+            },
         }
         if bench.on_cuda:
-            pending["tests"] = {"kernels": pool.submit(device_tests)}
-        result: dict[str, Any] = {"contract": contract(bench, at_once)}
+            pending["tests"] = {"kernels": pool.submit(device_tests, bench)}
+        result: dict[str, Any] = {"synchronisations": {
+            name: synchronisations(bench, name) for name in ("lora", "lora on NF4", "dora")
+        }}  # fmt: skip
         for key, futures in pending.items():
-            result[key] = {name: each.result() for name, each in futures.items()}
-    result["synchronisations"] = {
-        name: synchronisations(bench, name) for name in ("lora", "lora on NF4", "dora")
-    }
+            result[key] = {name: outcome(each) for name, each in futures.items()}
     return result
+
+
+def outcome(future: Future[Any]) -> Any:
+    """Returns what a process found, or the error that it ended with."""
+    try:
+        return future.result()
+    except Exception as error:  # the others' results are kept, whatever this one met
+        return {"error": f"{type(error).__name__}: {error}"[-1000:]}
+
+
+def process(bench: Bench, command: Sequence[str], check: bool = True) -> str:
+    """Returns what a process printed. It is killed when the script's time is over.
+
+    Raises RuntimeError with what it said last if it fails, unless not `check`."""
+    left = max(1.0, bench.ends - time.perf_counter())
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=left
+    )
+    if done.returncode and check:
+        raise RuntimeError(f"exit code {done.returncode}: {done.stderr.strip()[-600:]}")
+    return done.stdout.strip() or done.stderr.strip()
 
 
 def modes(bench: Bench) -> dict[str, tuple[str, ...]]:
@@ -145,27 +172,22 @@ def modes(bench: Bench) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-def device_tests() -> dict[str, Any]:
+def device_tests(bench: Bench) -> dict[str, Any]:
     """Returns how the tests that need a GPU ended."""
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "tests/kernels", "-k", "cuda or device"], capture_output=True, text=True,
-        cwd=ROOT, check=False,
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines() or [done.stderr[-500:]]
+    command += ["tests/kernels", "-k", "cuda or device"]
+    lines = process(bench, command, check=False).splitlines()
     return {"last line": lines[-1], "failed": [x for x in lines if x.startswith("FAILED")]}
 
 
-def contract(bench: Bench, at_once: int) -> dict[str, Any]:
-    """Returns how many checks of the contract held, and which failed, over all methods."""
-    names = ["lora"] if bench.tiny else list(lora.METHODS)
-    spawn = get_context("spawn")  # CUDA does not work in a process that was forked
-    with ProcessPoolExecutor(at_once, mp_context=spawn) as pool:
-        found = list(pool.map(contract_of, names, [str(bench.device)] * len(names)))
-    return {
-        "held": sum(held for held, _ in found),
-        "failed": [line for _, failed in found for line in failed],
-    }
+def contract(bench: Bench, name: str) -> dict[str, Any]:
+    """Returns how many checks of a method's contract held, and which failed."""
+    code = (
+        "import json; from benchmarks.gpu import contract_of;"
+        f" print(json.dumps(contract_of({name!r}, {str(bench.device)!r})))"
+    )
+    held, failed = json.loads(process(bench, [sys.executable, "-c", code]).splitlines()[-1])
+    return {"held": held, "failed": failed}
 
 
 def contract_of(name: str, device: str) -> tuple[int, list[str]]:
@@ -216,13 +238,10 @@ def command_line(*arguments: object) -> list[str]:
 
 
 def trained(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
-    """Returns how a `lora train` on the device ended, and its peak memory in bytes."""
-    command = command_line("train", *flags, "--device", bench.device, "--run-dir", folder)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode:
-        return {"exit code": done.returncode, "error": done.stderr.strip()[-600:]}
+    """Returns the loss and the scores of a `lora train` on the device, and its peak in bytes."""
+    process(bench, command_line("train", *flags, "--device", bench.device, "--run-dir", folder))
     summary = json.loads((folder / "summary.json").read_text())
-    return {"exit code": 0} | {key: summary[key] for key in ("loss", "metrics", "peak_bytes")}
+    return {key: summary[key] for key in ("loss", "metrics", "peak_bytes")}
 
 
 def planned(bench: Bench, folder: Path, pool: ThreadPoolExecutor) -> dict[str, Future[Any]]:
@@ -246,8 +265,7 @@ def beside_its_plan(bench: Bench, folder: Path, *flags: str) -> dict[str, Any]:
     row = trained(bench, folder, *flags)
     device = ("--device", str(bench.device))
     row["planned"] = plan(parse_run([*flags, *device], "lora plan")).memory[0].peak
-    if row["exit code"] == 0:
-        row["planned / measured"] = row["planned"] / row["peak_bytes"]
+    row["planned / measured"] = row["planned"] / row["peak_bytes"]
     return row
 
 
@@ -335,18 +353,16 @@ def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dic
         "train", *TINY_RUN, *epochs, "--lora-dropout", 0.1, "--device", bench.device, *flags
     )
     whole, cut = folder / "whole", folder / "cut"
-    subprocess.run([*train, "--run-dir", str(whole)], check=True, capture_output=True, cwd=ROOT)
+    process(bench, [*train, "--run-dir", str(whole)])
     with subprocess.Popen(
         [*train, "--run-dir", str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
-        while process.poll() is None and len(steps_of(cut)) < 3:
+    ) as running:  # fmt: skip
+        while running.poll() is None and len(steps_of(cut)) < 3:
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+        running.send_signal(signal.SIGTERM)
     stopped_at = len(steps_of(cut))
-    subprocess.run(
-        command_line("train", "--resume", cut), check=True, capture_output=True, cwd=ROOT
-    )
+    process(bench, command_line("train", "--resume", cut))
     adapters = [
         (run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)
     ]
@@ -365,14 +381,15 @@ def steps_of(run: Path) -> list[StepRow]:
     return [row for row in metrics_of(run) if row["kind"] == "step"]
 
 
+# What has to run alone comes first.
 SECTIONS: dict[str, Section] = {
     "ceilings": Section(5, ceilings),
-    "correctness": Section(120, correctness),
     "step": Section(25, step),
-    "all layers": Section(60, lambda bench, _: gpu_steps.all_layers(bench)),
-    "nf4": Section(10, packed),
+    "all layers": Section(80, lambda bench, _: gpu_steps.all_layers(bench)),
+    "nf4": Section(5, packed),
     "qlora": Section(50, lambda bench, _: gpu_steps.qlora(bench)),
-    "writing": Section(60, lambda bench, _: gpu_steps.writing(bench)),
+    "writing": Section(90, lambda bench, _: gpu_steps.writing(bench)),
+    "correctness": Section(105, correctness),
 }
 
 
@@ -419,13 +436,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "2")  # of the processes that run beside each other
-    bench, started = Bench(device, given.tiny), time.perf_counter()
+    # A small processor has an hour: it is asked whether every line runs.
+    ends = time.perf_counter() + 60 * (60 if given.tiny else given.minutes)
+    bench = Bench(device, given.tiny, ends)
     results: dict[str, Any] = {}
     if given.json.is_file():  # sections that --only leaves out keep what was measured
         results = json.loads(given.json.read_text()).get("sections", {})
     for name in given.only:
-        left = 60 * given.minutes - (time.perf_counter() - started)
-        if left < SECTIONS[name].seconds and not given.tiny:
+        left = ends - time.perf_counter()
+        if left < SECTIONS[name].seconds:
             skipped = f"{left:.0f} s were left, it takes {SECTIONS[name].seconds}"
             results.setdefault(name, {"skipped": skipped})  # what was measured before stays
             print(f"{name}: skipped: {skipped}", file=sys.stderr)
@@ -434,8 +453,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[name] = SECTIONS[name].run(bench, results)
         bench.free()
     write(given.json, {**about(device), "sections": results})
-    print(json.dumps(results, indent=2))
-    return int(any("error" in each for each in results.values()))
+    text = json.dumps(results, indent=2)
+    print(text)
+    return int('"error":' in text)
 
 
 if __name__ == "__main__":

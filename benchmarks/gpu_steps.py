@@ -41,6 +41,7 @@ class Bench:
 
     device: torch.device
     tiny: bool
+    ends: float  # when the script's time is over, of time.perf_counter()
 
     @property
     def on_cuda(self) -> bool:

@@ -41,7 +41,8 @@ def tables() -> dict[str, str]:
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
         "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
-        "fits": fits(), "gpu steps": gpu_steps(), "gpu nf4": gpu_nf4(),
+        "fits": fits(), "gpu steps": gpu_steps(), "gpu layers": gpu_layers(),
+        "gpu nf4": gpu_nf4(), "gpu qlora": gpu_qlora(), "gpu writing": gpu_writing(),
         "tiny": conditions(),
     }  # fmt: skip
     texts |= {name: markdown(rows) for name, rows in measured.items()}
@@ -342,27 +343,93 @@ def fits() -> list[tuple[str, ...]]:
     return table
 
 
+def on_gpu(section: str) -> Any:
+    """What a section of `benchmarks.gpu` measured."""
+    found = dict(read("gpu/gpu")["sections"][section])
+    del found["took seconds"]
+    return found
+
+
 def gpu_steps() -> list[tuple[str, ...]]:
     """Steps of 8 layers of an 8B model on a GPU: tokens/s, time relative to the limit, memory."""
-    step = read("gpu/gpu")["sections"]["step"]
+    step = on_gpu("step")
     head = ("step", "tokens/s", "time / limit", "peak memory, GB", "kernels launched")
     table: list[tuple[str, ...]] = [head]
     for name, rate in step["tokens per second"].items():
-        seconds = step["seconds"][name] / step["seconds"]["limit"]
-        ratio = step["ratios"].get(f"{name} / limit", {"median": seconds})["median"]
-        peak, kernels = step["peak bytes"][name], step["profiles"][name]["kernels"]
-        shown = f"{name}, frozen model" if name == "limit" else name.replace("peft", "PEFT")
-        cells = (f"{rate:,.0f}", f"{ratio:.2f}", f"{peak / 10**9:.1f}", f"{kernels:,}")
-        table.append((shown, *cells))
+        kernels = step["profiles"][name]["kernels"]
+        cells = (f"{rate:,.0f}", over_limit(step, name), gigabytes(step["peak bytes"][name]))
+        table.append((contender(name), *cells, f"{kernels:,}"))
+    return table
+
+
+def over_limit(step: Any, name: str) -> str:
+    """The time of a step relative to that of the limit."""
+    seconds = step["seconds"][name] / step["seconds"]["limit"]
+    return f"{step['ratios'].get(f'{name} / limit', {'median': seconds})['median']:.2f}"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 10**9:.1f}"
+
+
+def contender(name: str) -> str:
+    """What the tables of the GPU call a contender."""
+    shown = {
+        "limit": "limit, frozen model",
+        "bf16": "ours, base in bfloat16",
+        "nf4": "ours, base in NF4",
+        "bitsandbytes, peft": "PEFT, base in bitsandbytes' NF4",
+    }
+    return shown.get(name, name.replace("peft", "PEFT"))
+
+
+def gpu_layers() -> list[tuple[str, ...]]:
+    """Steps of all layers of an 8B model on a GPU, with activation checkpointing and without."""
+    found = on_gpu("all layers")
+    table = [("step", "activation checkpointing", "tokens/s", "time / limit", "peak memory, GB")]
+    for kind, says in (("plain", "no"), ("checkpointed", "yes")):
+        for name, rate in found[kind]["tokens per second"].items():
+            peak = gigabytes(found["base bytes"] + found[kind]["peak bytes"][name])
+            time = over_limit(found[kind], name)
+            table.append((contender(name), says, f"{rate:,.0f}", time, peak))
+    return table
+
+
+def gpu_qlora() -> list[tuple[str, ...]]:
+    """Steps on a base in 4 bits and on one in 16 on a GPU."""
+    found = on_gpu("qlora")
+    table = [("step", "activation checkpointing", "tokens/s", "peak memory, GB")]
+    for kind, says in (("plain", "no"), ("checkpointed", "yes")):
+        for name, rate in found[kind]["tokens per second"].items():
+            peak = gigabytes(found["base bytes"][name] + found[kind]["peak bytes"][name])
+            table.append((contender(name), says, f"{rate:,.0f}", peak))
+    return table
+
+
+def gpu_writing() -> list[tuple[str, ...]]:
+    """Tokens per second of greedy decoding on a GPU, and their share of the base's."""
+    found = on_gpu("writing")
+    shown = {
+        "base": "the base alone",
+        "NF4": "the base in NF4",
+        "bitsandbytes": "the base in bitsandbytes' NF4",
+    }
+    table = [("model", *(f"{batch}: {what}" for batch in found for what in ("tokens/s", "share")))]
+    for name in next(iter(found.values()))["tokens per second"]:
+        cells = []
+        for each in found.values():
+            share = each["rate / base's"].get(name, {"median": 1.0})["median"]
+            cells += [f"{each['tokens per second'][name]:,.0f}", f"{share:.2f}"]
+        table.append((shown.get(name, contender(name)), *cells))
     return table
 
 
 def gpu_nf4() -> list[tuple[str, ...]]:
     """The time to dequantize a weight on a GPU, relative to a copy of the same bytes."""
     table: list[tuple[str, ...]] = [("weight", "ours", "bitsandbytes")]
-    for shape, row in read("gpu/second")["sections"]["nf4"].items():
+    for shape, row in on_gpu("nf4").items():
         times = row["over the copy limit"]
-        cells = (f"{times[name]:.2f}" for name in ("words", "bitsandbytes"))
+        cells = (f"{times[name]:.2f}" for name in ("ours", "bitsandbytes"))
         table.append((shape.replace("x", "×"), *cells))
     return table
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lora.kernels.dropout import Mask
-from lora.kernels.products import KEPT, OFF, off_in_backward, possible
+from lora.kernels.products import KEPT, OFF, off_in_backward, plain_call, possible
 from lora.kernels.products import adapters_constant as adapters_constant
 from lora.kernels.products import off as off
-from lora.layers import View, in_pieces
+from lora.layers import View, in_pieces, views
 
 
 class Fast:
@@ -51,8 +51,7 @@ def attempt(
         return None
     if len(kernels) == 1:
         (kernel,), (mask,) = kernels, masks
-        y: Tensor = kernel.fused(x, mask) if possible(view, x) else kernel.composed(x, mask)
-        return y
+        return kernel.fused(x, mask) if possible(view, x) else kernel.composed(x, mask)  # type: ignore[no-any-return]
     # Additive adapters: the base layer runs once, each adapter adds its part.
     base: Tensor = view.module(x)
     y = base
@@ -61,7 +60,27 @@ def attempt(
     return y.to(base.dtype)
 
 
-def _kernel(adapter: Any, view: View, kept: dict[tuple[int, int], Any] | None) -> Any:
+def constant_output(layer: Any, x: Tensor) -> Tensor | None:
+    """The output of an AdaptedLayer without gradients or dropout, inside adapters_constant() and if
+    a kernel has a shorter way there; otherwise None."""
+    if torch.compiler.is_compiling() or layer.training or OFF.get():
+        return None
+    if (kept := KEPT.get()) is None:
+        return None
+    base = layer._modules["base_layer"]  # nn.Module looks its children up in Python
+    key = id(layer), id(base), layer.active, x.shape, x.dtype, torch._C._is_any_autocast_enabled()
+    if key not in kept:
+        view, short = views(base)[0], None
+        if len(layer.active) == 1 and possible(view, x):
+            kernel = _kernel(layer.adapters[layer.active[0]], view, kept)
+            short = kernel.constant(x) if hasattr(kernel, "constant") else None
+        kept[key] = layer, base, short  # keeps both alive, so that their ids stay theirs
+    short = kept[key][-1]
+    # A hook may have been set since.
+    return short(x) if short is not None and plain_call(base) else None
+
+
+def _kernel(adapter: Any, view: View, kept: dict[tuple[Any, ...], Any] | None) -> Any:
     """The adapter's kernel for the layer: the one that is kept, inside adapters_constant()."""
     if kept is None or not isinstance(adapter, Fast):
         return adapter.kernel(view) if isinstance(adapter, Fast) else None

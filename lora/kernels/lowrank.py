@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,27 @@ class LowRankKernel:
         else:
             y = self.product(x, mask, b)[0]
         return shaped(y, x)
+
+    def constant(self, x: Tensor) -> Callable[[Tensor], Tensor] | None:
+        """What computes y of each x of this shape and dtype, without gradients or dropout, while
+        nothing is written to a weight; None for what `fused` has to compute.
+
+        A token of a text takes as long as its operations take to start: these are the fewest.
+        """
+        if self.start is not None or self.shift is not None or self.is_small(x):
+            return None
+        (stored, dtype), view = stored_weight(self.view, x), self.view
+        b = view.parameters()[1] if self.biased else None
+        ((A, up),) = self.factors(dtype, 1.0)
+        b, down = None if b is None else cast(b, dtype), A.t()
+
+        def output(x: Tensor) -> Tensor:
+            x = cast(x, dtype)
+            y = F.linear(x, view.unpacked(stored, dtype), b)
+            y.view(-1, view.out_features).addmm_(x.reshape(-1, view.in_features) @ down, up)
+            return y
+
+        return output
 
     def product(
         self, x: Tensor, mask: Mask | None, b: Tensor | None

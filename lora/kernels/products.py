@@ -38,9 +38,9 @@ HALVES = (torch.bfloat16, torch.float16)
 # A ContextVar, so that a thread or a task that turns kernels off does not do so for others.
 OFF: ContextVar[bool] = ContextVar("OFF", default=False)
 _off_anywhere: list[None] = []  # as long as the number of threads and tasks inside off()
-# Inside adapters_constant(): the ids of an adapter and a base layer -> the adapter and its kernel,
-# which keep both alive, so that their ids stay theirs.
-KEPT: ContextVar[dict[tuple[int, int], tuple[Any, Any]] | None] = ContextVar("KEPT", default=None)
+# Inside adapters_constant(): the ids of an adapter and a base layer -> the adapter and its kernel;
+# and what constant_output() made for a layer. They keep what has an id here alive.
+KEPT: ContextVar[dict[tuple[Any, ...], tuple[Any, ...]] | None] = ContextVar("KEPT", default=None)
 _AS_IT_IS = nullcontext()
 # Weak keys: a cast lives as long as the weight that it was made of.
 _casts: Any = WeakIdKeyDictionary()  # a frozen weight -> (what it was cast from, the cast)

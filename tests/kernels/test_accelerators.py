@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora
+from lora import kernels
 from lora.finetune.generate import Writing, written
 from lora.kernels import adapters_constant, off, products
 from lora.kernels.dora import DoRAKernel
@@ -230,3 +231,64 @@ def test_writing_promises_that_the_adapter_is_unchanged(monkeypatch: pytest.Monk
     written(model, tokenizer, [[5, 6]], Writing(max_new_tokens=3))
     assert entered == [True]
     assert products.KEPT.get() is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_constant_adapters_give_the_bits_of_others(
+    packed: bool, bias: bool, autocast: bool, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 128, bias=bias))
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
+    lora.inject(layer, lora.LoRAConfig(r=4, target_modules="all-linear"), name="other")
+    if packed:
+        base = lora.nf4.NF4Linear.of(layer[0].base_layer)
+        layer[0].base_layer = base
+    layer.to(device).eval()
+    lora.testing.perturb(layer)
+
+    def outputs(x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for name in ("default", "other"):
+            lora.activate(layer, name)
+            found += [layer(x), layer(x[:1]), layer(x.double().float())]
+            with lora.disabled(layer):
+                found.append(layer(x))
+            with off():
+                found.append(layer(x))
+        lora.activate(layer, "default", "other")
+        return [*found, layer(x)]
+
+    x = torch.randn(3, 5, 64, device=device)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        expected = outputs(x)
+        with adapters_constant():
+            for _ in range(2):
+                assert all(map(torch.equal, outputs(x), expected))
+
+
+def test_constant_adapters_drop_inputs_while_they_train() -> None:
+    layer = nn.Sequential(nn.Linear(64, 128))
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear", lora_dropout=0.5))
+    lora.testing.perturb(layer)
+    x = torch.randn(3, 64)
+    with torch.inference_mode(), adapters_constant():
+        plain = layer.eval()(x)
+        assert not torch.equal(layer.train()(x), plain)
+        assert torch.equal(layer.eval()(x), plain)
+
+
+def test_constant_adapters_take_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Sequential(nn.Linear(64, 128)).eval()
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
+
+    def attempt(*_: Any) -> None:
+        raise AssertionError("the long way")
+
+    monkeypatch.setattr(kernels, "attempt", attempt)
+    with torch.inference_mode(), adapters_constant():
+        assert layer(torch.randn(3, 64)).shape == (3, 128)
+    with torch.inference_mode(), pytest.raises(AssertionError, match="the long way"):
+        layer(torch.randn(3, 64))
