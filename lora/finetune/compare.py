@@ -45,7 +45,7 @@ class Compared:
 
     analysis: Analysis
     folders: tuple[Path, ...]  # of the runs that are reported
-    missing: tuple[str, ...]  # runs that failed, or for which no time was left
+    missing: tuple[str, ...]  # runs that failed, and reported ones for which no time was left
 
 
 def _tell(line: str) -> None:
@@ -78,18 +78,24 @@ def compare(grid: Grid) -> Compared:
             "comparison.md": all_tables(analysis).encode(),
         }
         write_together(grid.folder, files)
-    missing = [f"{title(run)} failed" for run in outcome.failed + reported.failed]
-    missing += [f"{title(run)} was left for lack of time" for run in outcome.left + reported.left]
-    return Compared(analysis, tuple(folders), tuple(missing))
+    missing = _missing(outcome, reported)
+    return Compared(analysis, tuple(folders), missing)
+
+
+def _missing(searched: Outcome, reported: Outcome) -> tuple[str, ...]:
+    """Returns the runs that the user asked for and did not get. Rates that were not tried for lack
+    of time are none of them: a budget says how many there is time for."""
+    for run in searched.left:
+        _tell(f"note: {title(run)} was not tried for lack of time. The same command tries it.")
+    failed = (f"{title(run)} failed" for run in searched.failed + reported.failed)
+    return *failed, *(f"{title(run)} was left for lack of time" for run in reported.left)
 
 
 def report_missing(result: Compared) -> None:
     """Raise RunError if a run is missing."""
     if result.missing:
-        raise RunError(
-            f"{len(result.missing)} runs are missing: {', '.join(result.missing)}. Run the same"
-            " command again to make them."
-        )
+        runs = "1 run is" if len(result.missing) == 1 else f"{len(result.missing)} runs are"
+        raise RunError(f"{runs} missing: {', '.join(result.missing)}. Run the same command again.")
 
 
 def prepared(grid: Grid, timed: bool = True) -> GridPlan:

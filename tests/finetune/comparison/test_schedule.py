@@ -18,10 +18,10 @@ import pytest
 
 from lora.errors import RunError, StoppedError
 from lora.files import locked
-from lora.finetune.compare import MORE_ROUNDS, _search
+from lora.finetune.compare import MORE_ROUNDS, Compared, _missing, _search, report_missing
 from lora.finetune.comparison import schedule
 from lora.finetune.comparison.grid import TRIED, parse_compare
-from lora.finetune.comparison.schedule import LOCKS, Scheduler, share_of_cores
+from lora.finetune.comparison.schedule import LOCKS, Outcome, Scheduler, share_of_cores, title
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time, tomllib
@@ -201,6 +201,22 @@ def test_a_search_ends_with_the_rates_for_which_there_was_time(
     assert len(searches["lora"].tried) == tried
     assert len(outcome.left) == max(0, TRIED - time_for)
     assert not outcome.failed
+
+
+def test_a_rate_without_time_is_a_note_and_a_seed_without_time_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, *_ = runs_of(tmp_path)
+    missing = _missing(Outcome(left=[first]), Outcome())
+    assert missing == ()
+    assert f"note: {title(first)} was not tried for lack of time." in capsys.readouterr().err
+    missing = _missing(Outcome(failed=[first]), Outcome(left=[second]))
+    assert missing == (f"{title(first)} failed", f"{title(second)} was left for lack of time")
+    analysis: Any = None
+    report_missing(Compared(analysis, (), ()))
+    for count, says in ((1, "1 run is missing"), (2, "2 runs are missing")):
+        with pytest.raises(RunError, match=says):
+            report_missing(Compared(analysis, (), missing[:count]))
 
 
 def test_a_signal_stops_the_comparison_after_its_runs(
