@@ -1,7 +1,8 @@
 # Each target first makes the virtual environment if there is none, and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+# Python compiles what it imports: of all that pip installs, that is a small part.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # Each process would compile the package again if it could not keep what it compiled.
 unexport PYTHONDONTWRITEBYTECODE
 DEMO_READY := .venv/.ready-demo

@@ -418,7 +418,7 @@ def _generate(arguments: list[str]) -> None:
 
 def _data(arguments: list[str]) -> None:
     action, rest = (arguments or [""])[0], arguments[1:]
-    if action == "tasks" and not rest:
+    if action == "tasks" and (not rest or rest in (["--help"], ["-h"])):
         from lora.finetune.demo.tasks import MADE_TASKS
 
         for name, task in MADE_TASKS.items():
@@ -431,9 +431,9 @@ def _data(arguments: list[str]) -> None:
         from lora.finetune.data.included import listing
 
         print(f"{DATA_USAGE}\n\n{listing()}")
-        if action not in ("--help", "-h"):
-            words = " ".join(arguments) or "nothing"
-            raise ConfigError(f"lora data takes preview, fetch or tasks, found {words}.")
+        if action not in ("", "--help", "-h"):
+            found = " ".join(arguments)
+            raise ConfigError(f"lora data takes preview, fetch or tasks, found {found}.")
         return
     from lora.finetune.config import parse, parse_run
     from lora.settings import whole_number

@@ -107,12 +107,12 @@ class RunConfig(Generic[C]):
     row of train becomes dev. With --task text, several can be given, each as SOURCE or
     NAME=SOURCE."""
     weights: dict[str, Rate] = dataclasses.field(default_factory=dict)
-    """With several --data: weights of the data sets, as NAME WEIGHT pairs; NAME is by default the
-    last part of SOURCE. A data set's share of each epoch is proportional to its size times its
-    weight. Weights not given are 1."""
+    """With several --data: weights of the data sets, as NAME WEIGHT pairs, such as chat 2 code 1;
+    NAME is by default the last part of SOURCE. A data set's share of each epoch is proportional to
+    its size times its weight. Weights not given are 1."""
     temperature: Rate = 1.0
-    """With several --data: raises their shares to the power 1 / temperature. 1 leaves the shares
-    unchanged; larger values bring them closer to equal."""
+    """With several --data: raise each data set's share of an epoch to the power 1 / temperature,
+    then rescale the shares. 1 changes nothing; larger values bring the shares closer to equal."""
     method: Text = "lora"
     """Training method: a name that `lora methods` lists, or a class in your own file,
     path/to/mine.py:MyMethod."""
@@ -124,12 +124,12 @@ class RunConfig(Generic[C]):
     """With --adapter: resize the base's embeddings if the adapter was trained on a base with
     another vocabulary size."""
     add_tokens: Annotated[tuple[Text, ...], Distinct] = ()
-    """Tokens to add to the tokenizer and to the base's embeddings. Their embedding rows are trained
-    with the adapter, and the tokenizer is saved beside it."""
+    """New tokens, such as '<tool>', to add to the tokenizer and to the base's embeddings. Their
+    embedding rows are trained with the adapter, and the tokenizer is saved beside it."""
     text_column: Text | None = None
     """Column of the text: a name, or a number counted from 0. Default: the first of text, sentence,
     review, question, sentence1, question1 and premise, else decided by the values. Not with --task
-    text."""
+    text, whose columns have the names that --task lists."""
     pair_column: Text | None = None
     """Column of the second text, for tasks on sentence pairs. Default: sentence2 beside sentence1,
     question2 beside question1, hypothesis beside premise, or sentence beside question."""
@@ -145,38 +145,39 @@ class RunConfig(Generic[C]):
     answer (output, completion, response or answer); regression if the labels are fractional
     numbers; else classification. Plain texts without labels need --task text."""
     template: Text = "auto"
-    """Template that turns conversations into text: auto (the model's chat template, or plain if it
-    has none; for plain texts none), plain (User: ... Assistant: ...), none (the prompt followed by
-    the answer), or a Jinja file."""
+    """With --task text: what turns conversations into text. plain: `User: ... Assistant: ...`.
+    none: the prompt followed by the answer. auto: the model's chat template; plain, if the model
+    has none; none, for texts without prompts. Or a Jinja file."""
     loss_on: LossOn = "answers"
-    """Tokens that the loss is computed on: the answers only, or all tokens."""
+    """With --task text: the tokens that the loss is computed on, those of the answers or all."""
     packing: bool = False
-    """Pack several texts into each row of --max-length tokens instead of padding each text. Packed
-    texts do not attend to one another, and a step still takes --batch-size texts, so the result is
-    the same."""
+    """With --task text: pack several texts into each row of --max-length tokens instead of padding
+    each text. Packed texts do not attend to one another, and a step still takes --batch-size texts:
+    the result differs only by rounding and by random dropout."""
     skip_bad_lines: Number = 0
     """Maximum number of unusable rows in the data. They are skipped, and the first 10 are listed;
     with more, the run stops with an error."""
     max_new_tokens: Whole = 256
-    """Maximum tokens per answer that is generated to score the test split (dev if there is no
-    test)."""
+    """With --task text: maximum tokens of an answer when the model is scored on the test split (dev
+    if there is no test)."""
     answered: Number | None = None
-    """Number of prompts of each data set's test split (dev if there is no test) to generate and
-    score answers for. 0: only perplexity is computed. Default: all."""
+    """With --task text: score the answers to only the first N prompts of each data set's test split
+    (dev if there is no test). 0: only perplexity is computed. Default: all."""
     unrelated_text: Text | None = None
     """Text that has nothing to do with the task: a TXT file, a data set with a column `text`, or
     python-docs (Python's help topics, if they are installed). Its perplexity before and after
     training shows how much the model forgets. The first 4,096 tokens are used. With --task text
     only."""
     labels: Annotated[tuple[str, ...], Distinct] = ()
-    """The labels, in the order of the class indices. Default: the labels of the training split,
-    sorted."""
+    """All labels, in the order of the classes, such as neg neutral pos. Default: the labels of the
+    training split, sorted."""
     class_names: Annotated[tuple[Text, ...], Distinct] = ()
     """Names to show for the labels, in the order of the labels, such as negative positive for the
     labels 0 and 1. Data and predictions keep the labels."""
     class_weights: ClassWeights = dataclasses.field(default_factory=dict)
-    """Weights of the classes in the training loss, as LABEL WEIGHT pairs; labels not given have
-    weight 1. balanced: every class has the same total weight, however many rows it has."""
+    """Weights of the classes in the training loss, as LABEL WEIGHT pairs, such as spam 5; labels
+    not given have weight 1. balanced: every class has the same total weight, however many rows it
+    has."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Label smoothing of the training loss: this share of each target's probability is spread
     evenly over all classes."""
@@ -187,7 +188,7 @@ class RunConfig(Generic[C]):
     micro_batch_size: Whole | None = None
     """Rows per forward and backward pass on one device (a row is an example, or several packed
     ones). Gradients accumulate over the passes of a step. Smaller values need less memory; the
-    result differs only by rounding and other dropout masks. Default: the device's share of
+    result differs only by rounding and by random dropout. Default: the device's share of
     --batch-size."""
     learning_rate: Rate | None = None
     """Peak learning rate of AdamW. Default: the method's (`lora methods` shows it)."""
@@ -204,16 +205,16 @@ class RunConfig(Generic[C]):
     example. Default: 128, or 1,024 with --task text, but at most the base's maximum number of
     positions."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """bfloat16: multiply matrices, and store the frozen ones, in bfloat16; trainable parameters and
-    optimizer state stay in float32. float16: the same, with a loss scale, for GPUs without bfloat16
-    (T4, V100, RTX 20). auto: bfloat16 if the hardware has bfloat16 matrix multiplication, else
-    float32."""
+    """bfloat16: frozen weights are stored, and matrices multiplied, in bfloat16; trainable
+    parameters and optimizer state stay in float32. float16: the same, with a loss scale, for GPUs
+    without bfloat16 (T4, V100, RTX 20). auto: bfloat16 if the hardware has bfloat16 matrix
+    multiplication, else float32."""
     device: Text = "auto"
     """Device to compute on: cpu, cuda, cuda:1, mps or xpu. auto: a CUDA device if there is one,
     else the CPU."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that a run on a GPU can be repeated and resumed bit for
-    bit. Slower. Runs on a CPU do not need this flag for that."""
+    bit. Slower. Runs on a CPU repeat and resume bit for bit without this flag."""
     quantize: Literal["none", "nf4"] = "none"
     """nf4: store the linear layers of the frozen base in 4 bits per weight (QLoRA)."""
     dense: tuple[Text, ...] = ()
@@ -230,7 +231,7 @@ class RunConfig(Generic[C]):
     not fit on one device. Each process loads only its part."""
     offload: bool = False
     """Keep the frozen base in CPU memory, and copy each block to the accelerator when it is needed.
-    Implies --shard; also for a single GPU."""
+    Turns on --shard, and works on a single GPU too."""
     eval_steps: Whole | None = None
     """Optimizer steps between evaluations on the dev split. Default: the steps of one epoch."""
     save_steps: Whole | None = None
@@ -240,8 +241,8 @@ class RunConfig(Generic[C]):
     """Number of newest checkpoints to keep. 0: one while the run is in progress, none once it is
     complete."""
     keep_best: Number = 1
-    """Number of best checkpoints to keep, ranked on dev by the task's first metric (accuracy,
-    pearson or, for text, perplexity), then by the loss."""
+    """Number of best checkpoints to keep, ranked by their dev score: accuracy for classification,
+    Pearson's r for regression, perplexity for text. The loss breaks ties."""
     early_stopping: Whole | None = None
     """Stop training after this many evaluations in a row that are no better than the best so far,
     ranked as for --keep-best. Default: never."""
@@ -249,7 +250,7 @@ class RunConfig(Generic[C]):
     """Which checkpoint to save as the result and score on the held-out split (test, or dev if there
     is no test). last: the newest. best: the best on dev, ranked as for --keep-best."""
     baseline: bool = False
-    """Also score the held-out split with the adapter disabled."""
+    """Also score the base alone, with the adapter disabled, on the held-out split."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Random seed of the new head, the adapter's initialization, dropout and the order of the
     data."""
@@ -261,9 +262,9 @@ class RunConfig(Generic[C]):
     """Use only the first N rows of the test split. 0: ignore the test split, so that the final
     scores are those of dev. Default: that of --limit."""
     name: Annotated[str, AfterValidator(_plain_name)] = ""
-    """Name that tables show for the run's method. Default: the value of --method. If the file of
-    --config has a table [methods.NAME], its keys override the file's other keys; it may also set
-    method."""
+    """Name that tables show for the run's method. Default: the value of --method. It also selects
+    the table [methods.NAME] in the file of --config, whose keys, even method, override the file's
+    other keys."""
     note: str = ""
     """Free text to record in the run's summary.json."""
     trackers: tuple[Text, ...] = ()
@@ -315,12 +316,13 @@ class TrainFlags(RunConfig[C]):
     latter are fields here only so that --help lists them."""
 
     config: Path | None = None
-    """TOML file of flags, such as learning_rate = 1e-4 (_ instead of -). A table [methods.NAME]
-    sets flags for one method only. Flags on the command line override the file."""
+    """TOML file of flags, with _ for -: learning_rate = 1e-4, packing = true, data = ["a.jsonl",
+    "b.jsonl"]. A table [methods.NAME] applies to runs with this --name. Flags on the command line
+    override the file."""
     resume: Path | None = None
-    """Run directory of an interrupted run to resume, with the settings it was started with. Only
-    --nproc, --device and, if the base or the method's file has moved, --base and --method can be
-    combined with it."""
+    """Run directory of an interrupted run, to continue with its own settings. Other flags are
+    refused, except --nproc and --device, and --base or --method if that folder or file has
+    moved."""
     nproc: int | None = None
     """Number of processes on this machine, one per GPU. Default: one process. For several machines,
     use torchrun -m lora train."""
@@ -451,8 +453,9 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     Raises ConfigError for an unknown flag or an invalid value. tyro reports other errors on stderr
     and raises SystemExit(2); for --help it raises SystemExit(0).
     """
-    if prog in FIRST and arguments and not arguments[0].startswith("-"):
-        arguments = [as_flag(FIRST[prog].strip("[].").lower()), *arguments]
+    first = FIRST[prog].strip("[].").lower() if prog in FIRST else None
+    if first and arguments and not arguments[0].startswith("-"):
+        arguments = [as_flag(first), *arguments]
     kinds = [get_origin(kind) or kind, *get_args(kind)]
     known = {name: annotation for part in kinds for name, annotation in declared(part).items()}
     known.pop("settings", None)
@@ -467,7 +470,7 @@ def parse(kind: Any, arguments: Sequence[str], prog: str, **more: Any) -> Any:
     usage: AbstractContextManager[None] = nullcontext()
     if {"-h", "--help"} & set(arguments):
         for part in kinds:
-            describe_flags(part)
+            describe_flags(part, first)
         text = more.get("description") or inspect.getdoc(kinds[0]) or ""
         # tyro does not wrap it, and joins lines unless they begin with a space.
         lines = textwrap.wrap(" ".join(text.split()), shutil.get_terminal_size().columns - 1)

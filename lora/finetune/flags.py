@@ -260,9 +260,10 @@ def hint(name: str, known: Collection[str], write: Callable[[str], str]) -> str:
     return f"Known: {', '.join(sorted(map(write, known)))}."
 
 
-def describe_flags(kind: type) -> None:
+def describe_flags(kind: type, first: str | None = None) -> None:
     """Tells tyro what --help shows for each flag of a dataclass: its docstring in one line, which
-    tyro wraps to the terminal, the form of its value, and its default.
+    tyro wraps to the terminal, the form of its value, and its default. `first` names the flag whose
+    values may come first, without it.
 
     tyro itself keeps the line breaks of a docstring, and shows None among the values and defaults.
     """
@@ -279,6 +280,8 @@ def describe_flags(kind: type) -> None:
                         ast.Expr(value=ast.Constant(value=str(text))),
                     ):
                         texts[name] = " ".join(text.split())
+    if first in texts:
+        texts[first] += " The flag's name can be left out."
     for name, annotation in declared(kind).items():
         if isinstance(annotation, TypeVar):  # the method's settings: the title of their box
             shown = arg(name="method")

@@ -44,6 +44,12 @@ def method_names() -> list[str]:
     return sorted({*METHODS, *PRESETS})
 
 
+LEGEND = (
+    "W and b are the base's weight and bias, W' and b' those of the adapted layer. Other letters",
+    "are what a method adds; most of it trains. ∘ multiplies element by element.",
+)
+
+
 def described_methods() -> str:
     """Returns what `lora methods` prints: when to choose each method, its rate, its equation."""
     lines = []
@@ -55,7 +61,8 @@ def described_methods() -> str:
     for name, (method_name, settings) in PRESETS.items():
         flags = " ".join(f"--{key} {value}" for key, value in settings.items())
         lines.append(f"{name:<9} Short for --method {method_name} {flags}.")
-    return "\n".join(lines)
+        lines.append(f"{'':<9} learning rate {METHODS[method_name].learning_rate:g}")
+    return "\n".join([*lines, "", *LEGEND])
 
 
 def is_outside(name: str) -> bool:

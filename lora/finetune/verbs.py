@@ -115,11 +115,11 @@ class EvalConfig(ModelFlags):
     class and the confusion matrix."""
 
     data: str | None = None
-    """Data to score on, as in lora train. Default: the run's data. Required for an adapter without
-    its run."""
+    """Data to score on: one file, folder or data set, as lora train reads it. Default: the run's
+    data. Required for an adapter without its run."""
     split: Literal["test", "dev", "train"] | None = None
     """Split to score on. Default: test, else dev, else train. A file of --data without a column
-    `split` is used whole."""
+    `split` is scored whole, unlike in lora train; without --data, the run's own split is scored."""
     predictions: Path | None = None
     """JSONL file to score. Each row has `prediction`, and either `label` or `references`. No model
     is loaded."""
@@ -217,9 +217,9 @@ class GenerateConfig(ModelFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Print training examples. With --task text: token by token as the run sees them, with the
-    tokens outside the loss dimmed. With labels: the columns in use, the rows per class, and
-    examples as text. All other flags are those of `lora train`."""
+    """Print training examples. With --task text, print each example token by token, as the run sees
+    it, and dim the tokens that do not count in the loss. With labels, print the columns in use, the
+    rows per class, and examples as text. All other flags are those of `lora train`."""
 
     count: int = 3
     """Number of examples to print from each data set."""
@@ -255,8 +255,8 @@ class MergeConfig(ModelFlags):
     """Required if the base is quantized: merge into the dequantized weights. They differ from the
     base's original weights by the quantization error."""
     untie: bool = False
-    """If a merged layer shares its weight with another layer, such as a tied output head, give the
-    merged layer a copy first. Without this flag, that is an error."""
+    """Allow merging a layer that shares its weight with another layer, such as a tied output head:
+    it gets a copy of its own. Without this flag, such a merge stops with an error."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
     """dtype of the saved weights. base: the dtype of the base's files. Weights are merged in
     float32 and rounded once."""
@@ -275,8 +275,8 @@ class ExportConfig:
     """A run directory, or the folder of an adapter that this package or PEFT saved."""
     format: Literal["gguf", "ollama", "vllm"] = "gguf"
     """gguf: write a GGUF file. ollama: write a GGUF file and a Modelfile. vllm: check that vLLM can
-    serve the adapter, and print the command; if the run's chat template or end-of-turn token
-    differs from the base's, files with them are added to the adapter's folder."""
+    serve the adapter, and print the command. It also writes the run's chat template and end-of-turn
+    token into the adapter's folder, if they differ from the base's."""
     merged: bool = False
     """Write the whole model with the adapter merged into it, not the adapter alone. If the package
     xllamacpp is installed, the answers of llama.cpp to 20 prompts are compared with those of
@@ -296,7 +296,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
-    """Draw the loss and the first metric of runs over the epochs: loss.png and METRIC.png, such as
+    """Draw the loss and the dev score of runs over the epochs: loss.png and METRIC.png, such as
     accuracy.png."""
 
     runs: tuple[Path, ...]
@@ -342,8 +342,8 @@ class RunsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig:
-    """Show one run: its settings, the machine, its evaluations, its result, and the next
-    command."""
+    """Show one run: its settings, the machine, its evaluations, its result, and a command to go on
+    with."""
 
     run: Path
     """A run directory, complete or not."""
@@ -360,9 +360,9 @@ class WatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Check that a method's values and gradients match its equation, that it can be saved, loaded,
-    merged and restored, and that it respects seeds, dtypes and devices. Prints a table of the
-    checks. Exit code: 0 if none failed, else 2."""
+    """Check that a method's values and gradients match its equation, `merged(W, b)`, that it can be
+    saved, loaded, merged and unmerged, and that it respects seeds, dtypes and devices. Prints a
+    table of the checks. Exit code: 0 if none failed, else 2."""
 
     method: str
     """path/to/mine.py:MyMethod, or a name that `lora methods` lists."""

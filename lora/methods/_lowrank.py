@@ -60,8 +60,8 @@ class LowRankConfig(AdapterConfig):
     """Scale by lora_alpha / √r instead of lora_alpha / r, which helps at large ranks
     (arXiv:2312.03732)."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of individual layers, as LAYER RANK pairs. LAYER is a layer's name, the last part of
-    one, or a regular expression for either."""
+    """Ranks of individual layers, as LAYER RANK pairs, such as q_proj 16. LAYER is a layer's name,
+    the last part of its name, or a regular expression. The other layers have the rank --r."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """lora_alpha of individual layers, as LAYER ALPHA pairs, like --rank-pattern."""
     init_lora_weights: str = "default"

@@ -44,11 +44,12 @@ class AdaLoRAConfig(AdapterConfig):
     tfinal: int | None = None
     """Steps that remain after the last rank is pruned. Default: three tenths of all steps."""
     deltaT: int = 1  # noqa: N815  (PEFT's name)
-    """Steps between two allocations of ranks."""
+    """Steps from one choice of the ranks to keep to the next."""
     beta1: float = 0.85
-    """Decay of the running mean of the sensitivity."""
+    """Decay of the running mean of each parameter's sensitivity, |value times gradient|, from 0 to
+    1."""
     beta2: float = 0.85
-    """Decay of the running mean of the uncertainty."""
+    """Decay of the running mean of how much the sensitivity varies, from 0 to 1."""
     orth_reg_weight: float = 0.5
     """Weight of the loss term that keeps A and B close to orthogonal."""
     rank_pattern: dict[str, list[bool]] = field(default_factory=dict)

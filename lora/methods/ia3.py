@@ -25,8 +25,9 @@ class IA3Config(AdapterConfig):
     """Settings of (IA)³."""
 
     feedforward_modules: str | tuple[str, ...] = ()
-    """Layers whose inputs are scaled instead of their outputs: names, dotted endings, or a regular
-    expression. The paper takes the last layer of each feed-forward block."""
+    """Layers whose inputs are scaled instead of their outputs: names, the last parts of names, or a
+    regular expression. Default: none. The paper takes the last layer of each feed-forward block,
+    such as down_proj."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,9 +18,9 @@ class LNTuningConfig(PartialConfig):
     """Settings of LN tuning."""
 
     target_modules: str | tuple[str, ...] = "all-norms"
-    """Layers to train: names or their dotted endings, a regular expression, or all-norms."""
+    """Layers to train: names or the last parts of names, a regular expression, or all-norms."""
     exclude_modules: str | tuple[str, ...] | None = None
-    """Layers to exclude: names, dotted endings, or a regular expression."""
+    """Layers to exclude: names, the last parts of names, or a regular expression."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

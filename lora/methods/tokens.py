@@ -22,10 +22,10 @@ class TokensConfig(AdapterConfig):
     """Settings of trainable tokens. Layers tied to the input embedding use its trained rows."""
 
     target_modules: str | tuple[str, ...] = "input-embedding"
-    """Embeddings to train rows of: input-embedding, names or their dotted endings, or a regular
+    """Embeddings to train rows of: input-embedding, names or the last parts of names, or a regular
     expression."""
     token_indices: tuple[int, ...] = ()
-    """Ids of the tokens to train."""
+    """Ids of the tokens to train, such as 32000 32001. Required."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,11 +28,12 @@ class VeRAConfig(AdapterConfig):
     r: int = 256
     """Rank of the shared matrices, at least 1. Larger than LoRA's, since they do not train."""
     d_initial: float = 0.1
-    """Initial value of the inner vector."""
+    """Initial value of λ_d, the trained vector between the two matrices."""
     projection_prng_key: int = 0
     """Seed of the shared matrices."""
     save_projection: bool = True
-    """Save the shared matrices too. Otherwise a load draws them again with torch's generator."""
+    """Save the shared random matrices too. Otherwise they are drawn again from their seed,
+    --projection-prng-key, when the adapter is loaded."""
     vera_dropout: float = 0.0
     """Probability of dropping an element of the update's input in training, 0 <= p < 1."""
 

@@ -44,9 +44,9 @@ class CompareConfig:
     methods: tuple[str, ...] = ()
     """Methods to compare. Default: the [methods.NAME] tables of --config, or lora and full."""
     seeds: tuple[int, ...] = ()
-    """Random seeds; each method is trained once with each. A single number N means the seeds 0 to
-    N-1. Default: the seeds in the file of --config; else with --budget the 3 to 5 that fit; else
-    with --rates 0 1 2; else 0."""
+    """Random seeds; each method is trained once with each. One number is a count: 3 means the seeds
+    0, 1 and 2. Several numbers are the seeds themselves. Default: the seeds in the file of
+    --config; without them, 3 to 5 seeds with --budget, 3 with --rates, and otherwise 1."""
     rates: tuple[str, ...] = ()
     """Learning rates to try for each method. Each is trained with one seed and scored on dev; the
     method is then trained with --seeds at its best rate. auto: five rates around the method's
@@ -68,7 +68,8 @@ class CompareConfig:
     else runs/compare. Several processes or machines that share it divide the runs among them."""
     dry_run: bool = False
     """Print one command for each run that is not complete, for a scheduler or GNU parallel, and
-    stop. With --rates, first those of the search: run them, then the same command again."""
+    stop. With --rates, the runs of the search come first: run their commands, then this one again
+    to print the rest."""
     config: Path | None = None
     """TOML file of flags, as in lora train."""
 

@@ -159,7 +159,7 @@ def listing() -> str:
             "included data sets:",
             *(f"  {name:<20} {about}" for name, about in lines.items()),
             "Before you use opinions/..., run once: lora data fetch reviews. 20 people rated each",
-            "text from -4 to 4. The label is the sign of the mean, of opinions/rating the mean.",
+            "text from -4 to 4. The label is the sign of the mean; in opinions/rating, the mean.",
             f"Source: the package {reviews.name} {reviews.version}, licence {reviews.licence}.",
             f"Cite: {reviews.citation}.",
         ]
