@@ -95,8 +95,9 @@ def test_what_are_no_tokens_to_add(tokens: list[str]) -> None:
 
 
 def test_a_run_adds_tokens_and_every_verb_knows_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LORA_BFLOAT16", "0")  # an adapter alone computes in the processor's dtype
     data, run = tmp_path / "d.jsonl", tmp_path / "run"
     rows = [{"prompt": f"say {n}", "response": f"<call>{n}<end>"} for n in range(10)]
     data.write_text("\n".join(map(json.dumps, rows)))

@@ -1044,7 +1044,10 @@ def test_preview_shows_what_is_learned(
     assert learned[0].endswith("</s>")
     assert lora("data", "tasks") == 0
     assert "tasks/reverse" in capsys.readouterr().out
-    assert lora("data") == 2
+    assert lora("data") == 0
+    assert "demo-tiny" in capsys.readouterr().out
+    assert lora("data", "task") == 2
+    assert "takes preview, fetch or tasks, found task" in capsys.readouterr().err
 
 
 def test_preview_of_texts_without_labels_says_what_training_needs(
