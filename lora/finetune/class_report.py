@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora.finetune.comparison.analysis import right_answers
 from lora.finetune.comparison.tables import markdown
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import (
@@ -137,9 +138,12 @@ def scores_of_file(
         task = summary_of(path.parent)["task"] if complete else "classification"
     predictions, references = read_predictions(path)
     scores = score(task, predictions, references)
+    table = read_toml(path.parent / "config.toml") if complete else {}
+    if task == "text" and complete:  # as the run counted
+        right = right_answers(path, table["data"], predictions, references)
+        scores["exact_match"] = sum(right) / len(right)
     if task != "classification":
         return scores, None
-    table = read_toml(path.parent / "config.toml") if complete else {}
     first = [texts[0] for texts in references]
     labels, names = table.get("labels", ()), table.get("class_names", ())
     return scores, class_report(predictions, first, labels, names)

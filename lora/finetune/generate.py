@@ -30,13 +30,13 @@ from lora.finetune import distributed
 from lora.finetune.config import RunConfig
 from lora.finetune.data.conversations import Conversation
 from lora.finetune.data.corpus import Corpus
+from lora.finetune.data.included import metrics_of_answers
 from lora.finetune.data.tokens import Encoded, sorted_batches
 from lora.finetune.evaluate import Evaluation, autocast, device_of, evaluate, records_of
 from lora.finetune.inputs import (
     asked_of,
     check_positions,
     decoder_start,
-    metrics_of_answers,
     prompts_of,
     thought_end,
 )
@@ -250,7 +250,7 @@ def scored(
     texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=sharded)
     end = thought_end(config, tokenizer)
     scores = _score_answers(
-        corpus, metrics_of_answers(config), asked, [_parts(text, end)[1] for text in texts]
+        corpus, metrics_of_answers(config.data), asked, [_parts(text, end)[1] for text in texts]
     )
     several = len(corpus.tasks) > 1
     rows = [

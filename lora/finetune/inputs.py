@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,6 @@ from lora.finetune.data.corpus import Corpus, examples_of, read_examples
 from lora.finetune.data.encoding import encode, encode_pairs, prompt_ids, refuse
 from lora.finetune.data.included import (
     MADE,
-    answer_metrics,
     included_texts,
     is_included,
     named,
@@ -134,14 +133,6 @@ def _read(place: str, name: str, bad: BadRows) -> tuple[dict[str, list[Conversat
     if is_included(place):
         return included_texts(place, name), []
     return conversations.read_conversations(place, name, bad)
-
-
-def metrics_of_answers(
-    config: RunConfig[Any],
-) -> dict[str, Mapping[str, Callable[[str, str], float]]]:
-    """Returns the metrics of each included data set by name: (prediction, answer) -> 0 to 1."""
-    metrics = {name: answer_metrics(place) for name, place in map(named, config.data)}
-    return {name: each for name, each in metrics.items() if each}
 
 
 @dataclass(frozen=True)

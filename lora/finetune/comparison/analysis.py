@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from lora.finetune.comparison.grid import RATE_STEP, rounded
 from lora.finetune.comparison.statistics import bootstrap, difference, groups
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import read_predictions
+from lora.finetune.data.included import metrics_of_answers, named
+from lora.finetune.data.rows import read_rows
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
 from lora.finetune.metrics import LOWER, normalise, signed
@@ -170,21 +172,33 @@ def read_run(folder: Path) -> Run:
             f"{path} has {len(predictions):,} rows, and summary.json says {summary['rows']:,}."
             f" Remove {folder}, and run it again."
         )
-    return Run(
-        folder, summary, _table_of(folder),
-        _right(metric, predictions, references) if is_share(metric) else None,
-        _still_falling(folder), predictions, references,
-    )  # fmt: skip
+    table, right = _table_of(folder), None
+    if metric == "accuracy":
+        right = tuple(text in texts for text, texts in zip(predictions, references, strict=True))
+    elif is_share(metric):
+        right = right_answers(path, table["data"], predictions, references)
+    falling = _still_falling(folder)
+    return Run(folder, summary, table, right, falling, predictions, references)
 
 
-def _right(
-    metric: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
+def right_answers(
+    path: Path,
+    sources: Sequence[str],
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
 ) -> tuple[bool, ...]:
-    """Returns whether each prediction of a run is right."""
-    same: Callable[[str], str] = str if metric == "accuracy" else normalise
+    """Returns whether each answer of a run's predictions.jsonl is right, as the run's exact match
+    counts: by the data sets' own if each has one, else after `normalise`."""
+    names, own = [named(source)[0] for source in sources], metrics_of_answers(sources)
+    if not set(names) <= own.keys():
+        return tuple(
+            normalise(text) in set(map(normalise, texts))
+            for text, texts in zip(predictions, references, strict=True)
+        )
+    tasks = [row.get("task", names[0]) for _, row in read_rows(path) if isinstance(row, dict)]
     return tuple(
-        same(text) in {same(each) for each in texts}
-        for text, texts in zip(predictions, references, strict=True)
+        any(own[task]["exact_match"](text, each) for each in texts)
+        for task, text, texts in zip(tasks, predictions, references, strict=True)
     )
 
 

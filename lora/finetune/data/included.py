@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lora.card import BUILT_IN
@@ -143,6 +143,14 @@ def answer_metrics(place: str) -> Mapping[str, Callable[[str, str], float]]:
             return {"exact_match": tasks.exact, "within_one": within_one}
         return {"exact_match": same_word, "named_label": named_label}
     return {}
+
+
+def metrics_of_answers(
+    sources: Sequence[str],
+) -> dict[str, Mapping[str, Callable[[str, str], float]]]:
+    """Returns the metrics of each included data set by name: (prediction, answer) -> 0 to 1."""
+    metrics = {name: answer_metrics(place) for name, place in map(named, sources)}
+    return {name: each for name, each in metrics.items() if each}
 
 
 def listing() -> str:

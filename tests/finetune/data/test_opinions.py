@@ -16,9 +16,17 @@ from conftest import ROOT
 
 from lora.errors import DataError
 from lora.finetune import cli
+from lora.finetune.comparison.analysis import right_answers
 from lora.finetune.config import parse_run, read_toml
 from lora.finetune.data.corpus import read_examples, read_split
-from lora.finetune.data.included import FILMS, STAND_IN, TINY, recorded_source, resolved
+from lora.finetune.data.included import (
+    FILMS,
+    STAND_IN,
+    TINY,
+    metrics_of_answers,
+    recorded_source,
+    resolved,
+)
 from lora.finetune.data.opinions import (
     OPINIONS,
     named_label,
@@ -28,7 +36,7 @@ from lora.finetune.data.opinions import (
     within_one,
 )
 from lora.finetune.demo import fetch as fetching
-from lora.finetune.inputs import metrics_of_answers, read_corpus, read_texts
+from lora.finetune.inputs import read_corpus, read_texts
 
 WORDS = ("warm", "dull", "sharp", "long", "kind", "flat")
 
@@ -175,7 +183,7 @@ def test_they_are_read_as_conversations(put: Put) -> None:
     rated = [row for row in corpus.train if row.task == "rating"]
     assert "a whole number" in rated[0].messages[0].content
     assert {row.references[0] for row in rated} <= {str(number) for number in range(-4, 5)}
-    metrics = metrics_of_answers(config)
+    metrics = metrics_of_answers(config.data)
     assert set(metrics) == set(OPINIONS)
     assert set(metrics["rating"]) == {"exact_match", "within_one"}
     assert set(metrics["films"]) == {"exact_match", "named_label"}
@@ -268,3 +276,26 @@ def test_the_real_reviews(downloads: None) -> None:
     assert len(corpus.train) >= 4000
     assert len(corpus.test) >= 2000
     assert corpus.note == ""
+
+
+@pytest.mark.parametrize(
+    ("sources", "right"),
+    [
+        (["tasks/capital", "rating=opinions/rating"], (True, False, True, False)),
+        (["tasks/capital", "rating=opinions/rating", "mine.jsonl"], (True, True, True, True)),
+    ],
+)
+def test_a_comparison_counts_right_answers_as_the_run_did(
+    sources: list[str], right: tuple[bool, ...], tmp_path: Path
+) -> None:
+    """The case of a letter and the sign of a number matter in data sets that say so; if one has no
+    metric of its own, all answers are compared as SQuAD does, as in the scores of the run."""
+    rows = [
+        ("capital", "Uvupe", "Uvupe"), ("capital", "uvupe", "Uvupe"),
+        ("rating", "-1.5", "-1.5"), ("rating", "1.5", "-1.5"),
+    ]  # fmt: skip
+    path = tmp_path / "predictions.jsonl"
+    lines = [{"task": t, "prediction": p, "references": [r]} for t, p, r in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    predictions, references = [p for _, p, _ in rows], [[r] for *_, r in rows]
+    assert right_answers(path, sources, predictions, references) == right
