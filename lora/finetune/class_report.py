@@ -138,11 +138,13 @@ def scores_of_file(
         task = summary_of(path.parent)["task"] if complete else "classification"
     predictions, references = read_predictions(path)
     scores = score(task, predictions, references)
+    if task == "regression":
+        return scores, None
     table = read_toml(path.parent / "config.toml") if complete else {}
-    if task == "text" and complete:  # as the run counted
-        right = right_answers(path, table["data"], predictions, references)
-        scores["exact_match"] = sum(right) / len(right)
-    if task != "classification":
+    if task == "text":
+        if complete:  # as the run counted
+            right = right_answers(path, table["data"], predictions, references)
+            scores["exact_match"] = sum(right) / len(right)
         return scores, None
     first = [texts[0] for texts in references]
     labels, names = table.get("labels", ()), table.get("class_names", ())
