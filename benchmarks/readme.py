@@ -338,7 +338,7 @@ def fits() -> list[tuple[str, ...]]:
         for kind in ("bfloat16", "NF4"):
             need = models[f"{size}, {kind}"]
             card = need["smallest card, GB"]
-            cells += [f"{need['bytes'] / 10**9:.1f}", f"{card} GB" if card else "several"]
+            cells += [gigabytes(need["bytes"]), f"{card} GB" if card else "several"]
         table.append((size, *cells))
     return table
 

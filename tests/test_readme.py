@@ -211,6 +211,9 @@ def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
         name = "ours, dropout" if "dropout" in sentence else "ours"
         assert sentence.format(round(100 * (busy[name] / busy["limit"] - 1))) in page
     steps = second["steps of 32 layers, 1 x 4096"]
+    for name, start in (("ours", "the CPU"), ("ours, dropout", "dropout")):
+        launched, taken = (steps[name][key] for key in ("seconds until all is launched", "seconds"))
+        assert f"{start} {launched:.2f} of {taken:.2f} s" in page
     assert {step["synchronisations"] for step in steps.values()} == {"none"}
     assert f"costs {ratios['ours, deterministic / ours'] - 1:.0%}".replace("%", " %") in page
     plans = [run["planned / measured"] - 1 for run in first["correctness"]["plan"].values()]

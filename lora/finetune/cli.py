@@ -418,7 +418,7 @@ def _generate(arguments: list[str]) -> None:
 
 def _data(arguments: list[str]) -> None:
     action, rest = (arguments or [""])[0], arguments[1:]
-    if action == "tasks" and (not rest or rest in (["--help"], ["-h"])):
+    if action == "tasks" and rest in ([], ["--help"], ["-h"]):
         from lora.finetune.demo.tasks import MADE_TASKS
 
         for name, task in MADE_TASKS.items():

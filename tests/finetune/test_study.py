@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
+
+from made_runs import Made, make_run
 
 from benchmarks.study import pack, unpack
 from lora.finetune.comparison.analysis import analyse, as_json
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from made_runs import Made, make_run
 
 
 def test_packed_runs_compare_as_the_runs_do(tmp_path: Path) -> None:
