@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.finetune.comparison.analysis import right_answers
+from lora.finetune.answers import scores_of_answers
 from lora.finetune.comparison.tables import markdown
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import (
@@ -136,15 +136,13 @@ def scores_of_file(
     complete = (path.parent / "summary.json").is_file()
     if task is None:
         task = summary_of(path.parent)["task"] if complete else "classification"
-    predictions, references = read_predictions(path)
+    answers = read_predictions(path)
+    predictions, references, _ = answers
+    table = read_toml(path.parent / "config.toml") if complete and task != "regression" else {}
+    if task == "text" and complete:  # as the run counted
+        return scores_of_answers(table["data"], answers), None
     scores = score(task, predictions, references)
-    if task == "regression":
-        return scores, None
-    table = read_toml(path.parent / "config.toml") if complete else {}
-    if task == "text":
-        if complete:  # as the run counted
-            right = right_answers(path, table["data"], predictions, references)
-            scores["exact_match"] = sum(right) / len(right)
+    if task != "classification":
         return scores, None
     first = [texts[0] for texts in references]
     labels, names = table.get("labels", ()), table.get("class_names", ())

@@ -13,11 +13,10 @@ transformers does the decoding, with its cache and streamers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from torch import Tensor
 
 from lora.declared import is_number
 from lora.finetune import distributed
+from lora.finetune.answers import scores_of_answers
 from lora.finetune.config import RunConfig
 from lora.finetune.data.conversations import Conversation
-from lora.finetune.data.corpus import Corpus
-from lora.finetune.data.included import metrics_of_answers
+from lora.finetune.data.corpus import Corpus, Predicted
 from lora.finetune.data.tokens import Encoded, sorted_batches
 from lora.finetune.evaluate import Evaluation, autocast, device_of, evaluate, records_of
 from lora.finetune.inputs import (
@@ -40,7 +39,6 @@ from lora.finetune.inputs import (
     prompts_of,
     thought_end,
 )
-from lora.finetune.metrics import score
 from lora.kernels import adapters_constant
 from lora.settings import check, whole_number
 
@@ -249,9 +247,12 @@ def scored(
     sharded = config.shard or config.offload
     texts = written(model, tokenizer, ids, writing, stops, progress=progress, sharded=sharded)
     end = thought_end(config, tokenizer)
-    scores = _score_answers(
-        corpus, metrics_of_answers(config.data), asked, [_parts(text, end)[1] for text in texts]
+    answers = Predicted(
+        [_parts(text, end)[1] for text in texts],
+        [conversation.references for conversation in asked],
+        [conversation.task for conversation in asked],
     )
+    scores = scores_of_answers(config.data, answers)
     several = len(corpus.tasks) > 1
     rows = [
         row_of(conversation, text, several, end)
@@ -301,36 +302,3 @@ def row_of(
         "prediction": answer.strip(),
         **({"references": list(conversation.references)} if conversation.references else {}),
     }
-
-
-def _score_answers(
-    corpus: Corpus,
-    task_metrics: Mapping[str, Mapping[str, Callable[[str, str], float]]],
-    asked: Sequence[Conversation],
-    texts: Sequence[str],
-) -> dict[str, float]:
-    """Returns the metrics of all answers, and with several data sets also `metric/name` of each.
-
-    task_metrics: the metrics of each included data set, whose exact match replaces the usual one. A
-    group of data sets gets the metrics that all of them have.
-    """
-    results: dict[str, float] = {}
-    groups = [("", set(corpus.tasks))]
-    groups += [(f"/{name}", {name}) for name in corpus.tasks if len(corpus.tasks) > 1]
-    for suffix, names in groups:
-        pairs = [(c, text) for c, text in zip(asked, texts, strict=True) if c.task in names]
-        if not pairs:
-            continue
-        references = [list(conversation.references) for conversation, _ in pairs]
-        scores = score("text", [text for _, text in pairs], references)
-        if names <= task_metrics.keys():
-            common = set.intersection(*(set(task_metrics[name]) for name in names))
-            scores |= {
-                metric: fmean(
-                    max(task_metrics[c.task][metric](text, right) for right in c.references)
-                    for c, text in pairs
-                )
-                for metric in sorted(common)
-            }
-        results |= {f"{metric}{suffix}": value for metric, value in scores.items()}
-    return results

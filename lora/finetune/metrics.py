@@ -125,11 +125,13 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Returns the share of predictions that equal a reference after `normalise`."""
     # Equal to any reference, as SQuAD scores questions with several right answers.
-    hits = [
-        normalise(prediction) in {normalise(text) for text in texts}
-        for prediction, texts in zip(predictions, references, strict=True)
-    ]
+    hits = [matches(text, texts) for text, texts in zip(predictions, references, strict=True)]
     return sum(hits) / len(hits)
+
+
+def matches(prediction: str, references: Sequence[str]) -> bool:
+    """True if a prediction equals one of its references after `normalise`."""
+    return normalise(prediction) in set(map(normalise, references))
 
 
 def normalise(text: str) -> str:

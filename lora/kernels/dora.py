@@ -19,7 +19,6 @@ from lora.kernels.dropout import Mask, drop, drop_
 from lora.kernels.lowrank import LowRankKernel
 from lora.kernels.products import (
     Start,
-    add_update,
     as_rows,
     cast,
     factor_pairs,
@@ -29,6 +28,7 @@ from lora.kernels.products import (
     stored_weight,
     summed,
     thin_gradients,
+    updated,
     without_autocast,
 )
 from lora.layers import View, apply
@@ -130,7 +130,7 @@ class _DoRA(torch.autograd.Function):
             kept, factors = mask.keep(rows).mul_(rows), factor_pairs(A, B, k.s, k.start, dtype)
             q = F.linear(kept, W)
             hs = [kept @ A.t() for A, _ in factors]
-            z = add_update(q.clone(), hs, factors)
+            z = updated(q, hs, factors)
             y = (y + mask.scale * (f * z - q)).to(dtype)
         needs_A = ctx.needs_input_grad[4]
         save_for_backward(

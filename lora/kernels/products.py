@@ -252,12 +252,14 @@ def _rows_to_add(A: Tensor, dtype: torch.dtype) -> int:
     return -len(A) % 8 if A.is_cuda and dtype in HALVES else 0
 
 
-def add_update(y: Tensor, hs: Sequence[Tensor], factors: Factors) -> Tensor:
-    """y (tokens, out) overwritten with y + h s Bᵀ − h₀ s B₀ᵀ; h = (m ∘ x) Aᵀ (tokens, r)."""
+def updated(y: Tensor | None, hs: Sequence[Tensor], factors: Factors) -> Tensor:
+    """y + h s Bᵀ − h₀ s B₀ᵀ, (tokens, out): y is (tokens, out) or (out,), None for 0;
+    h = (m ∘ x) Aᵀ (tokens, r)."""
     if len(hs) == 1:
-        return y.addmm_(hs[0], factors[0][1])
-    # Computed apart from y, so that at the start the two cancel to the last bit.
-    return y.add_(hs[0] @ factors[0][1] + hs[1] @ factors[1][1])
+        return hs[0] @ factors[0][1] if y is None else torch.addmm(y, hs[0], factors[0][1])
+    # Without y first, so that at the start the two cancel to the last bit.
+    update = (hs[0] @ factors[0][1]).add_(hs[1] @ factors[1][1])
+    return update if y is None else update.add_(y)
 
 
 def thin_gradients(

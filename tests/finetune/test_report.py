@@ -195,7 +195,7 @@ def test_scores_per_class_are_those_of_the_rows(page: Page, evidence: Evidence) 
     answers, result = evidence.answers, evidence.analysis.methods[0]
     true, predicted = [], []
     for folder in result.folders:
-        predictions, references = read_predictions(folder / "predictions.jsonl")
+        predictions, references, _ = read_predictions(folder / "predictions.jsonl")
         predicted += predictions
         true += [reference[0] for reference in references]
     report = reports_of(answers)[result.name]

@@ -15,15 +15,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from lora.errors import ConfigError, RunError
+from lora.finetune.answers import right_answers
 from lora.finetune.comparison.grid import RATE_STEP, rounded
 from lora.finetune.comparison.statistics import bootstrap, difference, groups
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import read_predictions
-from lora.finetune.data.included import metrics_of_answers, named
-from lora.finetune.data.rows import read_rows
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
-from lora.finetune.metrics import LOWER, normalise, signed
+from lora.finetune.metrics import LOWER, signed
 from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
 from lora.interop.documents import read_document
 
@@ -165,7 +164,8 @@ def read_run(folder: Path) -> Run:
     summary = summary_of(folder)
     metric = next(iter(summary["metrics"]))
     path = folder / "predictions.jsonl"
-    predictions, references = read_predictions(path)
+    answers = read_predictions(path)
+    predictions, references, _ = answers
     # Of texts only some of the prompts may have been answered.
     if metric == "accuracy" and len(predictions) != summary["rows"]:
         raise RunError(
@@ -176,30 +176,9 @@ def read_run(folder: Path) -> Run:
     if metric == "accuracy":
         right = tuple(text in texts for text, texts in zip(predictions, references, strict=True))
     elif is_share(metric):
-        right = right_answers(path, table["data"], predictions, references)
+        right = right_answers(table["data"], answers)
     falling = _still_falling(folder)
     return Run(folder, summary, table, right, falling, predictions, references)
-
-
-def right_answers(
-    path: Path,
-    sources: Sequence[str],
-    predictions: Sequence[str],
-    references: Sequence[Sequence[str]],
-) -> tuple[bool, ...]:
-    """Returns whether each answer of a run's predictions.jsonl is right, as the run's exact match
-    counts: by the data sets' own if each has one, else after `normalise`."""
-    names, own = [named(source)[0] for source in sources], metrics_of_answers(sources)
-    if not set(names) <= own.keys():
-        return tuple(
-            normalise(text) in set(map(normalise, texts))
-            for text, texts in zip(predictions, references, strict=True)
-        )
-    tasks = [row.get("task", names[0]) for _, row in read_rows(path) if isinstance(row, dict)]
-    return tuple(
-        any(own[task]["exact_match"](text, each) for each in texts)
-        for task, text, texts in zip(tasks, predictions, references, strict=True)
-    )
 
 
 def is_share(metric: str) -> bool:

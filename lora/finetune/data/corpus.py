@@ -3,7 +3,7 @@
 read_examples(data)        -> Corpus: train, dev and test of a data set to train on
 read_split(data, ...)      -> Corpus and a split's name: labelled rows to evaluate a model on
 unlabelled(data, ...)      -> examples of one file to predict; labels are optional
-read_predictions(path)     -> predictions and references to score
+read_predictions(path)     -> predictions to score, with their references
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lora.errors import DataError
 from lora.finetune.data.columns import (
@@ -529,18 +529,27 @@ def examples_of(corpus: Corpus, split: str) -> tuple[Any, ...]:
     return examples
 
 
-def read_predictions(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Returns predictions, and the references of each, from JSON lines.
+class Predicted(NamedTuple):
+    """Predictions, the references of each, and the name of its data set, "" if there is but one."""
+
+    predictions: Sequence[str]
+    references: Sequence[Sequence[str]]
+    tasks: Sequence[str]
+
+
+def read_predictions(path: Path) -> Predicted:
+    """Returns the predictions that JSON lines hold.
 
     A line has `prediction`, and `label` or `references`, a text or a list of texts. Unusable lines
     cannot be skipped, since a score over fewer rows would be wrong. Raises DataError.
     """
     if path.suffix != ".jsonl":
         raise DataError(f"{path}: predictions must be JSON lines. Pass a file that ends in .jsonl.")
-    predictions, references = [], []
+    predictions, references, tasks = [], [], []
     for place, row in read_rows(path):
         if isinstance(row, DataError):
             raise row
+        tasks.append(str(row.get("task", "")))
         answer = row.get("references", row.get("label"))
         answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
         if row.get("prediction") is None or not answers:
@@ -553,4 +562,4 @@ def read_predictions(path: Path) -> tuple[list[str], list[list[str]]]:
             references.append([text_in({"reference": text}, "reference") for text in answers])
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
-    return predictions, references
+    return Predicted(predictions, references, tasks)

@@ -16,9 +16,9 @@ from conftest import ROOT
 
 from lora.errors import DataError
 from lora.finetune import cli
-from lora.finetune.comparison.analysis import right_answers
+from lora.finetune.answers import right_answers, scores_of_answers
 from lora.finetune.config import parse_run, read_toml
-from lora.finetune.data.corpus import read_examples, read_split
+from lora.finetune.data.corpus import read_examples, read_predictions, read_split
 from lora.finetune.data.included import (
     FILMS,
     STAND_IN,
@@ -297,5 +297,6 @@ def test_a_comparison_counts_right_answers_as_the_run_did(
     path = tmp_path / "predictions.jsonl"
     lines = [{"task": t, "prediction": p, "references": [r]} for t, p, r in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    predictions, references = [p for _, p, _ in rows], [[r] for *_, r in rows]
-    assert right_answers(path, sources, predictions, references) == right
+    answers = read_predictions(path)
+    assert right_answers(sources, answers) == right
+    assert scores_of_answers(sources, answers)["exact_match"] == sum(right) / 4

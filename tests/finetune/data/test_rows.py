@@ -104,7 +104,7 @@ def test_predictions_with_unicode_line_breaks_are_scored(tmp_path: Path) -> None
     rows = [{"prediction": "a\u2028b", "references": ["a\u2028b", "\u0085"]}] * 2
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     found = read_predictions(Path(write(tmp_path / "p.jsonl", text)))
-    assert found == (["a\u2028b"] * 2, [["a\u2028b", "\u0085"]] * 2)
+    assert found == (["a\u2028b"] * 2, [["a\u2028b", "\u0085"]] * 2, ["", ""])
 
 
 UNREADABLE = {
