@@ -47,7 +47,7 @@ def questions(
     Bt, h = B.T.contiguous(), random(TOKENS, R)
     three = [random(R, inside) for _ in range(3)]
     stacked = torch.cat(three)
-    y, gx = torch.zeros(TOKENS, outside, dtype=dtype), torch.zeros(TOKENS, inside, dtype=dtype)
+    gx = torch.zeros(TOKENS, inside, dtype=dtype)
     mask, words = draw(0.1, x), torch.empty(x.numel() // 8, dtype=torch.int64)
 
     def applied() -> None:
@@ -70,9 +70,11 @@ def questions(
         left, right = h.float().view(-1, 256, R), g.float().view(-1, 256, outside)
         return torch.bmm(left.mT, right).sum(0)
 
-    def split() -> Tensor:
-        found = F.linear(x, W, b)
-        return found.addmm_(x @ A.T, Bt)
+    def wide_first() -> Tensor:
+        return F.linear(x, W, b).addmm_(x @ A.T, Bt)
+
+    def update_first() -> Tensor:
+        return torch.addmm(b, x @ A.T, Bt).addmm_(x, W.T)
 
     return {
         "dropout": {
@@ -84,7 +86,7 @@ def questions(
         },
         "order of products, forward": {
             "x Wᵀ alone": lambda: F.linear(x, W, b),
-            "x Wᵀ + (x Aᵀ) Bᵀ": split,
+            "x Wᵀ + (x Aᵀ) Bᵀ": update_first,
             "x (W + B A)ᵀ": lambda: F.linear(x, torch.addmm(W, B, A), b),
         },
         "order of products, backward to x": {
@@ -102,10 +104,7 @@ def questions(
             "three products": lambda: [x @ one.T for one in three],
             "one with A stacked": lambda: x @ stacked.T,
         },
-        "h Bᵀ onto y": {
-            "in place": lambda: y.addmm_(h, Bt),
-            "a product, then a sum": lambda: y + h @ Bt,
-        },
+        "y": {"x Wᵀ, then h Bᵀ onto it": wide_first, "h Bᵀ, then x Wᵀ onto it": update_first},
         "gx": {"(g B) A onto it": lambda: gx.addmm_(h, A)},
         "gx under dropout": {
             "g W, then m ∘ (g B) A summed onto it": thin_last,
