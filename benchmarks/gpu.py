@@ -68,12 +68,13 @@ def ceilings(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     side = 64 if bench.tiny else 8192
     square = product(bench, side, side, side)
     tokens, wide, deep = (64, 32, 48) if bench.tiny else (8192, 4096, 14336)
+    shapes = ((wide, wide), (wide, wide // 4), (wide, deep), (deep, wide))
     result: dict[str, Any] = {
         "copy bytes per second": bandwidth,
         "products flops": square,
-        "layer flops": {
-            f"{i} to {o}": product(bench, tokens, i, o)
-            for i, o in ((wide, wide), (wide, wide // 4), (wide, deep), (deep, wide))
+        "layer flops": {f"{i} to {o}": product(bench, tokens, i, o) for i, o in shapes},
+        "order of the update, seconds": {
+            f"{i} to {o}": orders(bench, tokens, i, o) for i, o in shapes
         },
     }
     x = torch.randn(tokens, wide, dtype=torch.bfloat16, device=bench.device)
@@ -104,6 +105,21 @@ def product(bench: Bench, m: int, k: int, n: int) -> float:
     W = torch.randn(n, k, dtype=torch.bfloat16, device=bench.device)
     seconds = bench.compare({"product": lambda: x @ W.t()})["seconds"]["product"]
     return 2 * m * k * n / seconds
+
+
+def orders(bench: Bench, m: int, k: int, n: int) -> dict[str, float]:
+    """Returns the seconds of x Wᵀ alone, and with h Bᵀ added before or after it, in bfloat16."""
+    x = torch.randn(m, k, dtype=torch.bfloat16, device=bench.device)
+    W = torch.randn(n, k, dtype=torch.bfloat16, device=bench.device)
+    h = torch.randn(m, R, dtype=torch.bfloat16, device=bench.device)
+    up = torch.randn(R, n, dtype=torch.bfloat16, device=bench.device)
+    forms: dict[str, Callable[[], Any]] = {
+        "wide product alone": lambda: x @ W.t(),
+        "update first": lambda: (h @ up).addmm_(x, W.t()),
+        "wide product first": lambda: (x @ W.t()).addmm_(h, up),
+    }
+    seconds: dict[str, float] = bench.compare(forms)["seconds"]
+    return seconds
 
 
 def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,7 @@ class Scheduler:
             standing(run)
         outcome, waiting, active = Outcome(), deque(enumerate(runs, 1)), list[_Process]()
         away: deque[tuple[int, Any]] = deque()  # runs that another process works on
+        told, look_again = 0, 0.0  # runs that were called away; when to ask again for them
         free = set(range(self.jobs))
         while waiting or active or away:
             try:
@@ -113,11 +114,14 @@ class Scheduler:
                 if self.interrupted and not active:
                     again = "run the same command again to continue."
                     raise StoppedError(again, self.interrupted)
-                if not waiting and not active and away:
-                    self.say(f"waiting for {len(away)} of the runs, which another process makes")
-                    time.sleep(50 * POLL)
+                # The process may have been killed: its runs are taken over while others train.
+                if not waiting and away and time.monotonic() >= look_again:
+                    if not active and told != len(away):
+                        told = len(away)
+                        self.say(f"waiting for {told} of the runs, which another process makes")
                     waiting, away = away, deque()
-                time.sleep(POLL if active else 0)
+                    look_again = time.monotonic() + 50 * POLL
+                time.sleep(POLL if active or away else 0)
             except KeyboardInterrupt:  # reaches the runs too, which save a checkpoint and end
                 self.interrupted = self.interrupted or 2
         return outcome

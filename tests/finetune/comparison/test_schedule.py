@@ -42,6 +42,12 @@ with open(os.environ["STARTED"], "a") as file:
     file.write(f"{run.name} {os.environ.get('OMP_NUM_THREADS', '')}\\n")
 if run.name in behaviour.split():
     sys.exit(2)
+if behaviour == f"{run.name}:after:lora-0":
+    end = time.monotonic() + 60
+    while not (run.parent / "lora-0" / "summary.json").is_file():
+        time.sleep(0.05)
+        if time.monotonic() > end:
+            sys.exit(2)
 if "wait" in behaviour:
     signal.signal(signal.SIGTERM, lambda *ignored: sys.exit(143))
     time.sleep(60)
@@ -134,12 +140,35 @@ def test_a_run_that_another_process_makes_is_waited_for(
     def say(line: str) -> None:
         lines.append(line)
         if line.startswith("waiting for 1 of"):
+            threading.Timer(0.1, child.kill).start()
+
+    outcome = Scheduler(tmp_path / "c", say=say).train(runs_of(tmp_path / "c"))
+    child.wait()
+    assert len(outcome.complete) == 4
+    assert starts(program)[-1] == "lora-0"
+    assert sum(line.startswith("waiting for") for line in lines) == 1
+
+
+def test_a_run_is_taken_over_while_another_trains(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that made it was killed: no slot stays idle until the other run ends."""
+    monkeypatch.setattr(schedule, "POLL", 0.01)
+    monkeypatch.setenv("BEHAVIOUR", "lora-1:after:lora-0")
+    (tmp_path / "c" / LOCKS).mkdir(parents=True)
+    with locked(tmp_path / "c" / LOCKS / "lora-0") as lock:
+        assert lock is not None
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+
+    def say(line: str) -> None:
+        if line.startswith("[2/2]"):
             child.kill()
             child.wait()
 
-    outcome = Scheduler(tmp_path / "c", say=say).train(runs_of(tmp_path / "c"))
-    assert len(outcome.complete) == 4
-    assert starts(program)[-1] == "lora-0"
+    runs = runs_of(tmp_path / "c", "--methods", "lora", "--seeds", "2")
+    outcome = Scheduler(tmp_path / "c", 2, say=say).train(runs)
+    assert not outcome.failed
+    assert sorted(starts(program)) == ["lora-0", "lora-1"]
 
 
 def test_runs_that_would_end_too_late_are_left(program: Path, tmp_path: Path) -> None:
