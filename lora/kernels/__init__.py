@@ -42,7 +42,7 @@ def attempt(
     computes it, and the specification has to."""
     # torch.compile cannot read a ContextVar; under it off() does not apply.
     compiling = torch.compiler.is_compiling()
-    if not compiling and (OFF.get() or off_in_backward()):
+    if not compiling and (OFF.get() or off_in_backward(x)):
         return None
     kept = None if compiling or torch.is_grad_enabled() else KEPT.get()
     kernels = [_kernel(adapter, view, kept) for adapter in adapters]

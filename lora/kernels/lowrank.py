@@ -81,10 +81,10 @@ class LowRankKernel:
         b, down = None if b is None else cast(b, dtype), A.t()
 
         def output(x: Tensor) -> Tensor:
-            x = cast(x, dtype)
-            y = F.linear(x, view.unpacked(stored, dtype), b)
-            y.view(-1, view.out_features).addmm_(x.reshape(-1, view.in_features) @ down, up)
-            return y
+            rows = as_rows(x, dtype)
+            h = rows @ down
+            y = h @ up if b is None else torch.addmm(b, h, up)
+            return shaped(y.addmm_(rows, view.unpacked(stored, dtype).t()), x)
 
         return output
 

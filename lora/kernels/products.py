@@ -58,13 +58,19 @@ def off() -> Iterator[None]:
         OFF.reset(before)
 
 
-def off_in_backward() -> bool:
+def off_in_backward(x: Tensor) -> bool:
     """True in a backward that runs inside off().
 
     The backward of an accelerator runs on a thread of autograd, which has no ContextVar of the
     caller. Activation checkpointing calls layers there again, and they must compute as they did.
     """
-    return torch._C._current_graph_task_id() != -1 and bool(_off_anywhere)
+    return bool(_off_anywhere) and torch._C._current_graph_task_id() != -1 and has_own_thread(x)
+
+
+def has_own_thread(x: Tensor) -> bool:
+    """True if autograd computes the backward of x on a thread of its own. On the others it uses the
+    caller's, which has its ContextVars."""
+    return not (x.is_cpu or x.is_meta)
 
 
 @contextmanager
@@ -93,7 +99,7 @@ def possible(view: View, x: Tensor) -> bool:
         overridden
         or torch.compiler.is_compiling()  # the compiler fuses torch operations itself
         or OFF.get()
-        or off_in_backward()
+        or off_in_backward(x)
         or view.of_ids  # ids have no gradient, and a table no product
         or x.is_nested  # has no (tokens, in) view
         or weight.requires_grad  # the kernels give a frozen weight no gradient

@@ -143,8 +143,9 @@ def in_another_thread(loss: Tensor) -> list[BaseException]:
     return errors
 
 
-def test_off_holds_in_the_backward_of_another_thread() -> None:
+def test_off_holds_in_the_backward_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Activation checkpointing computes layers again there, and must save the same tensors."""
+    monkeypatch.setattr(products, "has_own_thread", lambda x: True)
     layer = nn.Sequential(nn.Linear(12, 16))
     lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
     x = torch.randn(7, 12, requires_grad=True)
@@ -153,6 +154,15 @@ def test_off_holds_in_the_backward_of_another_thread() -> None:
         assert in_another_thread(y.square().sum()) == []
     y = checkpoint(layer, x, use_reentrant=False)
     assert in_another_thread(y.square().sum()) == []
+
+
+def test_off_does_not_reach_the_backward_of_another_caller() -> None:
+    """One thread compares with the specification while another trains."""
+    layer = nn.Sequential(nn.Linear(12, 16))
+    lora.inject(layer, lora.LoRAConfig(r=2, target_modules="all-linear"))
+    y = checkpoint(layer, torch.randn(7, 12, requires_grad=True), use_reentrant=False)
+    with off():
+        assert in_another_thread(y.square().sum()) == []
 
 
 @pytest.mark.parametrize("kernels", ["on", "off"])
