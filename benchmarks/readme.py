@@ -387,11 +387,9 @@ def gpu_layers() -> list[tuple[str, ...]]:
     """Steps of all layers of an 8B model on a GPU, with activation checkpointing and without."""
     found = on_gpu("all layers")
     table = [("step", "activation checkpointing", "tokens/s", "time / limit", "peak memory, GB")]
-    for kind, says in (("plain", "no"), ("checkpointed", "yes")):
-        for name, rate in found[kind]["tokens per second"].items():
-            peak = gigabytes(found["base bytes"] + found[kind]["peak bytes"][name])
-            time = over_limit(found[kind], name)
-            table.append((contender(name), says, f"{rate:,.0f}", time, peak))
+    for name, steps, cells in by_kind(found):
+        peak = gigabytes(found["base bytes"] + steps["peak bytes"][name])
+        table.append((*cells, over_limit(steps, name), peak))
     return table
 
 
@@ -399,11 +397,17 @@ def gpu_qlora() -> list[tuple[str, ...]]:
     """Steps on a base in 4 bits and on one in 16 on a GPU."""
     found = on_gpu("qlora")
     table = [("step", "activation checkpointing", "tokens/s", "peak memory, GB")]
+    for name, steps, cells in by_kind(found):
+        table.append((*cells, gigabytes(found["base bytes"][name] + steps["peak bytes"][name])))
+    return table
+
+
+def by_kind(found: Any) -> Iterator[tuple[str, Any, tuple[str, str, str]]]:
+    """Each contender of a section that was measured with activation checkpointing and without, the
+    steps that it belongs to, and the first cells of its row."""
     for kind, says in (("plain", "no"), ("checkpointed", "yes")):
         for name, rate in found[kind]["tokens per second"].items():
-            peak = gigabytes(found["base bytes"][name] + found[kind]["peak bytes"][name])
-            table.append((contender(name), says, f"{rate:,.0f}", peak))
-    return table
+            yield name, found[kind], (contender(name), says, f"{rate:,.0f}")
 
 
 def gpu_writing() -> list[tuple[str, ...]]:
