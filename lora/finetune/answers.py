@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from statistics import fmean
 
+from lora.errors import DataError
 from lora.finetune.data.corpus import Predicted
 from lora.finetune.data.included import metrics_of_answers, named
 from lora.finetune.metrics import matches, score
@@ -18,17 +19,18 @@ def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, f
     """Returns the metrics of all answers, and with several data sets also `metric/name` of each.
 
     sources: --data. The exact match of an included data set replaces the usual one. A group of data
-    sets gets the metrics that all of them have.
+    sets gets the metrics that all of them have. Raises DataError if an answer is of none of them.
     """
-    names = [named(source)[0] for source in sources]
+    names, tasks = _tasks(sources, answers)
+    rows = list(zip(answers.predictions, answers.references, tasks, strict=True))
     results: dict[str, float] = {}
     groups = [("", names), *((f"/{name}", [name]) for name in names if len(names) > 1)]
     for suffix, group in groups:
-        rows = [row for row in zip(*answers, strict=True) if (row[2] or names[0]) in group]
-        if not rows:
+        chosen = [row for row in rows if row[2] in group]
+        if not chosen:
             continue
-        chosen = Predicted(*zip(*rows, strict=True))
-        scores = score("text", chosen.predictions, chosen.references)
+        texts, references, _ = zip(*chosen, strict=True)
+        scores = score("text", texts, references)
         own = _own_scores(sources, group, chosen)
         scores |= {metric: fmean(values) for metric, values in own.items()}
         results |= {f"{metric}{suffix}": value for metric, value in scores.items()}
@@ -36,25 +38,39 @@ def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, f
 
 
 def right_answers(sources: Sequence[str], answers: Predicted) -> tuple[bool, ...]:
-    """Returns whether each answer is right, as the exact match of all of them counts."""
-    own = _own_scores(sources, [named(source)[0] for source in sources], answers)
-    if own:
+    """Returns whether each answer is right, as the exact match of all of them counts. Raises
+    DataError if an answer is of none of the data sets."""
+    names, tasks = _tasks(sources, answers)
+    rows = list(zip(answers.predictions, answers.references, tasks, strict=True))
+    if own := _own_scores(sources, names, rows):
         return tuple(map(bool, own["exact_match"]))
-    return tuple(map(matches, answers.predictions, answers.references))
+    return tuple(matches(text, texts) for text, texts, _ in rows)
+
+
+def _tasks(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[str]]:
+    """Returns the names of the data sets, and that of each answer's."""
+    names = [named(source)[0] for source in sources]
+    if len(names) == 1:  # the answers of a single data set do not name it
+        return names, names * len(answers.tasks)
+    if unknown := {task or "no data set" for task in answers.tasks} - set(names):
+        raise DataError(
+            f"a prediction is of {min(unknown)}, and the run's data sets are {', '.join(names)}."
+            " Pass the run's own predictions.jsonl."
+        )
+    return names, list(answers.tasks)
 
 
 def _own_scores(
-    sources: Sequence[str], group: Collection[str], answers: Predicted
+    sources: Sequence[str], group: Collection[str], rows: Sequence[tuple[str, Sequence[str], str]]
 ) -> dict[str, list[float]]:
-    """Returns the score of each answer by the metrics that all data sets of a group define. Empty
-    if one of them defines none."""
+    """Returns the score of each row (prediction, references, name of the data set) by the metrics
+    that all data sets of a group define. Empty if one of them defines none."""
     own = metrics_of_answers(sources)
     if not set(group) <= own.keys():
         return {}
     return {
         metric: [
-            max(own[task or named(sources[0])[0]][metric](text, right) for right in texts)
-            for text, texts, task in zip(*answers, strict=True)
+            max(own[name][metric](text, right) for right in texts) for text, texts, name in rows
         ]
         for metric in sorted(set.intersection(*(set(own[name]) for name in group)))
     }

@@ -88,7 +88,7 @@ def resolve(
     settings = _with_added_tokens(config.settings, config.method, base.added)
     settings, note = _with_new_head(settings, config, base)
     max_length = _max_length(config, corpus, base)
-    _check_task(config, corpus, base)
+    _check_settings(config, corpus, base)
     if config.adapter is not None and not config.resize_embeddings:
         _check_tokenizer(config.adapter, base)
     template = _template(config, corpus, base)
@@ -164,7 +164,7 @@ def _template(config: RunConfig[Any], corpus: Corpus, base: Base) -> str:
     return "none" if plain else "auto"
 
 
-def _check_task(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
+def _check_settings(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
     """Raise ConfigError if a setting has no effect in this task, or with this method."""
     if config.baseline and not method_named(config.method).keeps_base:
         raise ConfigError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from lora.errors import ConfigError, RunError
+from lora.errors import ConfigError, DataError, RunError
 from lora.finetune.answers import right_answers
 from lora.finetune.comparison.grid import RATE_STEP, rounded
 from lora.finetune.comparison.statistics import bootstrap, difference, groups
@@ -176,7 +176,10 @@ def read_run(folder: Path) -> Run:
     if metric == "accuracy":
         right = tuple(text in texts for text, texts in zip(predictions, references, strict=True))
     elif is_share(metric):
-        right = right_answers(table["data"], answers)
+        try:
+            right = right_answers(table["data"], answers)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
     falling = _still_falling(folder)
     return Run(folder, summary, table, right, falling, predictions, references)
 

@@ -300,3 +300,7 @@ def test_a_comparison_counts_right_answers_as_the_run_did(
     answers = read_predictions(path)
     assert right_answers(sources, answers) == right
     assert scores_of_answers(sources, answers)["exact_match"] == sum(right) / 4
+    for task, shown in (("copy", "copy"), ("", "no data set")):
+        other = answers._replace(tasks=[task, *answers.tasks[1:]])
+        with pytest.raises(DataError, match=f"a prediction is of {shown}, and the run's data sets"):
+            right_answers(sources, other)

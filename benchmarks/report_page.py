@@ -1,0 +1,107 @@
+"""How long `lora report` takes for 100 runs, how large the page is, and when its table is seen.
+
+python -m benchmarks.report_page [--json FILE]
+
+The runs are those of results/study-sst2/runs.tar.xz: a method's seeds and the rates that were tried
+for it. They are copied under other names until there are 100. Chromium opens the page from disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from benchmarks.machine import RESULTS, write
+from benchmarks.study import unpack
+
+RUNS, ROUNDS = 100, 5
+
+
+def copies(source: Path, target: Path) -> list[Path]:
+    """The folders of RUNS runs below a folder: those of the source, under names of their own."""
+    folders = sorted(path.parent for path in source.rglob("summary.json"))
+    made: list[Path] = []
+    for number, folder in itertools.product(range(RUNS), folders):
+        if len(made) == RUNS:
+            break
+        copy = target / str(number) / folder.relative_to(source)
+        shutil.copytree(folder, copy)
+        table = tomllib.loads((copy / "config.toml").read_text(encoding="utf-8"))
+        summary = json.loads((copy / "summary.json").read_text(encoding="utf-8"))
+        for values in (table, summary):
+            values["name"] = f"{values.get('name') or values['method']} {number}"
+        (copy / "config.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
+        (copy / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        made.append(copy)
+    return made
+
+
+def first_table(page: Path) -> list[float]:
+    """Seconds until Chromium shows the first table, and those until all charts are drawn."""
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+    if found is None:
+        sys.exit("no Chromium. Install it, such as by apt-get install chromium.")
+    seconds = []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        tab = browser.new_page()
+        started = time.perf_counter()
+        tab.goto(page.as_uri(), wait_until="commit")
+        for shown in ("#methods tbody tr", "body[data-drawn]"):
+            tab.wait_for_selector(shown)
+            seconds.append(time.perf_counter() - started)
+        browser.close()
+    return seconds
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--json", type=Path)
+    given = flags.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        unpack(RESULTS / "study-sst2" / "runs.tar.xz", folder / "study")
+        runs = copies(folder / "study", folder / "runs")
+        page, taken = folder / "report.html", []
+        command = [sys.executable, "-m", "lora", "report", folder / "runs", "--output", page]
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            taken.append(time.perf_counter() - started)
+        tables = [first_table(page) for _ in range(ROUNDS)]
+        result: dict[str, Any] = {
+            "runs": len(runs),
+            "of them scored on test": sum(
+                json.loads((run / "summary.json").read_text())["split"] == "test" for run in runs
+            ),
+            "rows of test": max(
+                json.loads((run / "summary.json").read_text())["rows"] for run in runs
+            ),
+            "bytes": page.stat().st_size,
+            "seconds to build": taken,
+            "seconds until the first table": [first for first, _ in tables],
+            "seconds until all charts": [last for _, last in tables],
+        }
+    for key, value in result.items():
+        shown = f"{statistics.median(value):.2f} (median)" if isinstance(value, list) else value
+        print(f"{key:<32} {shown}")
+    if given.json:
+        write(given.json, result)
+
+
+if __name__ == "__main__":
+    main()
