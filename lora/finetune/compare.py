@@ -33,6 +33,7 @@ from lora.finetune.comparison.matched import with_matched_ranks
 from lora.finetune.comparison.schedule import Outcome, Scheduler, title, train_command
 from lora.finetune.comparison.standing import standing
 from lora.finetune.comparison.tables import all_tables
+from lora.finetune.config import read_toml
 from lora.finetune.data.included import resolved, resolved_with_note
 
 MORE_ROUNDS = 3
@@ -117,13 +118,32 @@ def dry_run(grid: Grid) -> list[str]:
     runs that are reported. Raises ConfigError."""
     plan = prepared(grid, timed=False)
     _tell(", ".join(filter(None, (str(plan), note_on_rows(plan)))))
-    grid, left = plan.grid, [run for run in plan.search_runs() if standing(run) != "complete"]
+    searches, left = _search_on_disk(plan.grid)
     if left:
         _tell("the commands are those that find the learning rates. Run them, then this one again.")
     else:
-        searches = {name: _searched(grid.searches(name)) for name in grid.searched}
-        left = [run for run in _in_order_of_seeds(grid, searches) if standing(run) != "complete"]
-    return [train_command(run) for run in left]
+        left = _left(_in_order_of_seeds(plan.grid, searches))
+    return [train_command(run, standing(run)) for run in left]
+
+
+def _left(runs: Sequence[Any]) -> list[Any]:
+    return [run for run in runs if standing(run) != "complete"]
+
+
+def _search_on_disk(grid: Grid) -> tuple[dict[str, RateSearch], list[Any]]:
+    """Returns the searches of the methods, and the runs of them that are not complete: if there is
+    one, the searches are not at their end."""
+    runs = {name: grid.searches(name) for name in grid.searched}
+    searches: dict[str, RateSearch] = {}
+    for _ in range(1 + MORE_ROUNDS):
+        if left := _left([run for each in runs.values() for run in each]):
+            return searches, left
+        searches = {name: _searched(each) for name, each in runs.items()}
+        wider = _wider(grid, searches)
+        if not wider:
+            break
+        runs |= wider
+    return searches, []
 
 
 def _in_order_of_seeds(grid: Grid, searches: dict[str, RateSearch]) -> list[Any]:
@@ -131,11 +151,24 @@ def _in_order_of_seeds(grid: Grid, searches: dict[str, RateSearch]) -> list[Any]
     methods have the same seeds if time runs out."""
     rates: dict[str, float | None] = dict.fromkeys(grid.methods)
     if grid.searched:
-        rates = {name: search.chosen for name, search in searches.items()}
+        rates = {name: _rate_of(grid, name, search) for name, search in searches.items()}
         if grid.again and grid.searched[0] in rates:
             rates[grid.again] = rates[grid.searched[0]]
     by_method = [grid.finals(name, rate) for name, rate in rates.items()]
     return [run for runs in zip(*by_method, strict=True) for run in runs]
+
+
+def _rate_of(grid: Grid, name: str, search: RateSearch) -> float:
+    """Returns the rate of a method's reported runs: the best, or, if one has begun, its rate.
+
+    Another method's search may have widened this one's since, and have found a better rate.
+    """
+    for run in grid.finals(name):
+        if (run.run_dir / "config.toml").is_file():
+            rate = read_toml(run.run_dir / "config.toml").get("learning_rate")
+            if rate in [each.rate for each in search.tried]:
+                return float(rate)
+    return search.chosen
 
 
 def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Outcome]:
@@ -160,22 +193,30 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
         ended = outcome.complete + outcome.failed
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
         searches = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
-        edges = [name for name, search in searches.items() if not search.bracketed]
-        if grid.rates is not None or not edges or outcome.left:
+        wider = {} if outcome.left else _wider(grid, searches)
+        if not wider:
             break
-        wider = {
-            name: grid.searches(
-                name, sorted([*(tried.rate for tried in search.tried), next_rate(search)])
-            )
-            for name, search in searches.items()
-        }
-        at_edge = f"the best rate of {', '.join(edges)} is at an edge"
+        edges = ", ".join(name for name, search in searches.items() if not search.bracketed)
+        at_edge = f"the best rate of {edges} is at an edge"
         if schedule.too_late([run for name in wider for run in wider[name] if run not in ended]):
             _tell(f"{at_edge}, and the budget leaves no time for one more rate of every method")
             break
         _tell(f"{at_edge}: one more rate for every method")
         runs |= wider
     return searches, outcome
+
+
+def _wider(grid: Grid, searches: dict[str, RateSearch]) -> dict[str, list[Any]]:
+    """Returns the runs of every method with one more rate each; {} if no best rate is at an edge,
+    or if the user gave the rates."""
+    if grid.rates is not None or all(search.bracketed for search in searches.values()):
+        return {}
+    return {
+        name: grid.searches(
+            name, sorted([*(tried.rate for tried in search.tried), next_rate(search)])
+        )
+        for name, search in searches.items()
+    }
 
 
 def _searched(runs: Sequence[Any]) -> RateSearch:

@@ -48,7 +48,12 @@ class RateSearch:
 
     tried: tuple[TriedRate, ...]
     chosen: float
-    bracketed: bool  # False if the best rate is the lowest or the highest that was tried
+    bracketed: bool  # False if the chosen rate is the lowest or the highest that was tried
+
+    @property
+    def best(self) -> TriedRate:
+        """The best rate on dev. Of equal scores, the chosen rate or else the lowest."""
+        return max(self.tried, key=lambda each: (each.better, each.rate == self.chosen))
 
 
 @dataclass(frozen=True)
@@ -258,7 +263,7 @@ def _method_result(
 ) -> MethodResult:
     """Returns a method's result without what comes from comparing it with others."""
     scores = [run.score(metric) for run in group]
-    search = rate_search(tried) if tried else None
+    search = _search_of(group, tried) if tried else None
     return MethodResult(
         name=name,
         method=group[0].summary["method"],
@@ -272,6 +277,16 @@ def _method_result(
         pareto=False,
         search=search,
         warnings=_warnings(group, metric, search),
+    )
+
+
+def _search_of(group: Sequence[Run], tried: Sequence[TriedRate]) -> RateSearch:
+    """Returns the search, with the rate that the runs have as the chosen one, if it was tried."""
+    search, rate = rate_search(tried), group[0].summary["learning_rate"]
+    if rate == search.chosen or rate not in [each.rate for each in search.tried]:
+        return search
+    return replace(
+        search, chosen=rate, bracketed=search.tried[0].rate < rate < search.tried[-1].rate
     )
 
 
@@ -375,6 +390,11 @@ def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> t
         warnings.append(
             f"not bracketed: the best rate, {search.chosen:g}, is the lowest or the highest that"
             " was tried"
+        )
+    if search and search.best.rate != search.chosen:
+        warnings.append(
+            f"{search.best.rate:g}, a rate that was tried after these runs had begun, is better on"
+            f" dev than theirs, {search.chosen:g}: to use it, remove them and compare again"
         )
     if falling:
         warnings.append(

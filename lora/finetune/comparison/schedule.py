@@ -251,11 +251,14 @@ def _pin(process: int, cores: Sequence[int]) -> None:
             psutil.Process(process).cpu_affinity(list(cores))
 
 
-def train_command(run: RunConfig[Any]) -> str:
-    """Returns the command line that makes a run, for a shell: the flags that are no defaults.
+def train_command(run: RunConfig[Any], state: Standing = "new") -> str:
+    """Returns the command line that makes a run, for a shell: the flags that are no defaults; or
+    that resumes it.
 
     Raises ConfigError if a setting cannot be written as a flag.
     """
+    if state == "interrupted":
+        return command("lora", "train", "--resume", run.run_dir)
     defaults = to_table(from_table({}, run.method))
     arguments: list[object] = ["--method", run.method]
     for key, value in to_table(run).items():

@@ -18,10 +18,27 @@ import pytest
 
 from lora.errors import RunError, StoppedError
 from lora.files import locked
-from lora.finetune.compare import MORE_ROUNDS, Compared, _missing, _search, report_missing
+from lora.finetune.compare import (
+    MORE_ROUNDS,
+    Compared,
+    _missing,
+    _rate_of,
+    _search,
+    _search_on_disk,
+    report_missing,
+)
 from lora.finetune.comparison import schedule
+from lora.finetune.comparison.analysis import Run, TriedRate, _search_of, _warnings, rate_search
 from lora.finetune.comparison.grid import TRIED, parse_compare
-from lora.finetune.comparison.schedule import LOCKS, Outcome, Scheduler, share_of_cores, title
+from lora.finetune.comparison.schedule import (
+    LOCKS,
+    Outcome,
+    Scheduler,
+    share_of_cores,
+    title,
+    train_command,
+)
+from lora.finetune.comparison.standing import standing
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time, tomllib
@@ -280,6 +297,44 @@ def test_the_cores_are_divided_among_the_runs(
     monkeypatch.setattr(schedule, "_pin", lambda process, cores: None)
     Scheduler(tmp_path / "c", 2).train(runs_of(tmp_path / "c"))
     assert {line.split()[1] for line in program.read_text().splitlines()} == {"2"}
+
+
+def test_a_dry_run_finds_the_search_at_its_end_and_resumes_what_was_interrupted(
+    program: Path, tmp_path: Path
+) -> None:
+    """The search that it finds on disk is the one that was made, with the rates that were added."""
+    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
+    grid = parse_compare(flags)[1]
+    assert _search_on_disk(grid) == ({}, grid.searches("lora"))
+    searches, _ = _search(grid, Scheduler(tmp_path / "c"))
+    added, *others = searches["lora"].tried
+    assert len(others) == TRIED + MORE_ROUNDS - 1
+    assert _search_on_disk(grid) == (searches, [])
+    (added.run / "summary.json").unlink()
+    found, (left,) = _search_on_disk(grid)
+    assert (list(found["lora"].tried), left.run_dir) == (others, added.run)
+    resume = train_command(left, standing(left)).split()
+    assert resume == ["lora", "train", "--resume", str(left.run_dir)]
+
+
+def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
+    """Another method may widen the search later: rows that are there stay, and say so."""
+    flags = ("--run-dir", str(tmp_path), "--methods", "lora", "--rates", "auto")
+    grid = parse_compare(flags)[1]
+    scores = {0.001: 0.7, 0.002: 0.8, 0.005: 0.9, 0.01: 0.6}
+    tried = [TriedRate(rate, score, "accuracy", tmp_path) for rate, score in scores.items()]
+    search = rate_search(tried)
+    assert _rate_of(grid, "lora", search) == search.chosen == 0.005
+    (tmp_path / "lora-0").mkdir()
+    for rate, kept in ((0.002, 0.002), (0.3, 0.005)):  # one of another comparison is refused later
+        (tmp_path / "lora-0" / "config.toml").write_text(f"learning_rate = {rate}")
+        assert _rate_of(grid, "lora", search) == kept
+    summary: Any = {"learning_rate": 0.002, "metrics": {"accuracy": 0.5}, "split": "test"}
+    run = Run(tmp_path, summary)
+    shown = _search_of([run], tried)
+    assert (shown.chosen, shown.best.rate, shown.bracketed) == (0.002, 0.005, True)
+    (warning,) = _warnings([run], "accuracy", shown)
+    assert "0.005, a rate that was tried after these runs had begun, is better" in warning
 
 
 def test_a_rate_that_failed_is_not_tried_again(
