@@ -20,9 +20,9 @@ from lora.finetune.data.corpus import read_predictions
 from lora.finetune.report.charts import charts_of
 from lora.finetune.report.contents import MOST_EXAMPLES, tables_of
 from lora.finetune.report.curves import curves
-from lora.finetune.report.evidence import Evidence, collect, folders_of_runs
+from lora.finetune.report.evidence import Answers, Evidence, collect, folders_of_runs
 from lora.finetune.report.formats import Table, as_csv, as_latex, as_markdown, cells
-from lora.finetune.report.mistakes import reports_of
+from lora.finetune.report.mistakes import disagreements, reports_of
 from lora.finetune.report.page import page_of
 
 
@@ -383,3 +383,11 @@ def test_many_classes_have_no_matrix(tmp_path: Path) -> None:
     assert "confusion" not in page.data["charts"]
     assert len(page.tables["confusions"]) <= 201
     assert len(page.tables["classes"]) == 1 + 2 * 77
+
+
+def test_methods_disagree_by_what_their_runs_count_as_right() -> None:
+    """In tasks/... the sign of a number matters, which is lost if texts are compared in general."""
+    marks = {"lora": [(False,)], "full": [(True,)]}
+    predictions = {"lora": [["5"]], "full": [["-5"]]}
+    (found,) = disagreements(Answers(["2 - 7"], [["-5"]], predictions, marks, ()))
+    assert (found.row, found.right, found.wrong) == (0, {"full": "-5"}, {"lora": "5"})

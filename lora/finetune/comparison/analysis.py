@@ -239,7 +239,7 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
         split=first["split"],
         rows=first["rows"],
         data=first["data"],
-        base=first["base"],
+        base=", ".join(dict.fromkeys(run.summary["base"] for run in runs)),
         methods=methods,
         base_score=statistics.mean(bases) if bases else None,
         majority=first.get("majority", {}).get(first["split"]) if metric == "accuracy" else None,
@@ -465,10 +465,14 @@ def _with_statistics(analysis: Analysis, scores: Mapping[str, list[Any]]) -> Ana
 
 
 def references(results: Sequence[MethodResult]) -> list[str]:
-    """Returns the names of the methods that all others are compared with: the first LoRA, and full
-    fine-tuning."""
-    first = {result.method: result.name for result in reversed(results)}
-    return [first[method] for method in ("lora", "full") if method in first]
+    """Returns the names of the methods that all others are compared with: LoRA (of several, the one
+    of that name, or else the first) and full fine-tuning. The first method if there is neither."""
+    chosen = {}
+    for method in ("lora", "full"):
+        alike = [result.name for result in results if result.method == method]
+        if alike:
+            chosen[method] = method if method in alike else alike[0]
+    return list(chosen.values()) or [results[0].name]
 
 
 def _with_pareto(analysis: Analysis) -> Analysis:

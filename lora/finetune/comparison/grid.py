@@ -170,6 +170,16 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         first = next(iter(methods))
         again = f"{first}-again"
         methods[again] = replace(methods[first], name=again)
+    if rates and SEARCH_SEED in given:
+        raise ConfigError(
+            f"--seeds {SEARCH_SEED}: the search for the rates has this seed, and the reported runs"
+            " need others. Pass another."
+        )
+    if again and (twice := set(given) & {seed + AGAIN for seed in given}):
+        raise ConfigError(
+            f"--noise-floor: the second row has each seed plus {AGAIN:,}, so that {min(twice)}"
+            " would be in both rows. Pass seeds that are closer together."
+        )
     grid = Grid(
         methods=methods,
         seeds=given,

@@ -51,7 +51,8 @@ def difference(
     """
     shown = "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
     if p >= SIGNIFICANT:
-        return f"no difference shown, {shown}"
+        span = f" ({limits[0]:+.1f} to {limits[1]:+.1f} points)" if limits else ""
+        return f"no difference shown{span}, {shown}"
     better, sign = (name, 1) if points > 0 else (other, -1)
     low, high = sorted(sign * limit for limit in limits or (points, points))
     span = f" ({low:.1f} to {high:.1f})" if limits else ""

@@ -224,7 +224,7 @@ def disagreements_table(evidence: Evidence) -> Table:
     """Returns the rows that some methods have right and others do not, the most evenly divided
     first; at most MOST_EXAMPLES."""
     answers = evidence.answers
-    all_rows = disagreements(answers, evidence.task)
+    all_rows = disagreements(answers)
     rows = []
     for each in all_rows[:MOST_EXAMPLES]:
         right = ", ".join(each.right)

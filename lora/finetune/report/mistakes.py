@@ -4,12 +4,10 @@ methods disagree."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from lora.finetune.class_report import ClassReport, class_report
 from lora.finetune.data.corpus import sorted_labels
-from lora.finetune.metrics import normalise
 from lora.finetune.report.evidence import Answers
 
 
@@ -34,19 +32,16 @@ class Disagreement:
     wrong: dict[str, str]
 
 
-def disagreements(answers: Answers, task: str) -> list[Disagreement]:
+def disagreements(answers: Answers) -> list[Disagreement]:
     """Returns the rows on which the methods disagree. The rows that divide the methods most evenly
     come first. There are none in regression, where no prediction is simply right."""
-    if task == "regression":
-        return []
-    same: Callable[[str], str] = str if task == "classification" else normalise
     result = []
-    for row, references in enumerate(answers.references):
-        expected = {same(text) for text in references}
+    for row in range(len(answers.references)):
         right, wrong = {}, {}
-        for method, seeds in answers.predictions.items():
-            hits = [seed[row] for seed in seeds if same(seed[row]) in expected]
-            misses = [seed[row] for seed in seeds if same(seed[row]) not in expected]
+        for method, marks in answers.right.items():
+            seeds = list(zip(answers.predictions[method], marks, strict=True))
+            hits = [texts[row] for texts, good in seeds if good[row]]
+            misses = [texts[row] for texts, good in seeds if not good[row]]
             if len(hits) > len(misses):
                 right[method] = Counter(hits).most_common(1)[0][0]
             else:

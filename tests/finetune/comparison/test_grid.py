@@ -84,6 +84,14 @@ def test_the_noise_floor_is_the_first_method_with_other_seeds() -> None:
     assert first[0].settings == again[0].settings
 
 
+def test_a_seed_is_not_used_twice() -> None:
+    with pytest.raises(ConfigError, match="--seeds 1000: the search for the rates has this seed"):
+        parse_compare(["--rates", "auto", "--seeds", "999", "1000"])
+    with pytest.raises(ConfigError, match="so that 10000 would be in both rows"):
+        parse_compare(["--noise-floor", "--seeds", "0", "10000"])
+    parse_compare(["--seeds", "0", "1000", "10000"])  # nothing else uses them
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400)])
 def test_a_budget_is_a_time(text: str, seconds: float) -> None:
     assert seconds_in(text) == seconds

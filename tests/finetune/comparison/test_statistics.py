@@ -63,6 +63,8 @@ def test_mcnemars_test_counts_the_rows_that_one_of_them_has_right() -> None:
 def test_a_difference_in_words() -> None:
     assert difference("lora", "full", -0.4, 0.4) == "no difference shown, p = 0.4"
     assert difference("lora", "full", -1.24, 0.012) == "full is better by 1.2 points, p = 0.012"
+    words = "no difference shown (-1.1 to +0.2 points), p = 0.4"
+    assert difference("lora", "full", -0.4, 0.4, (-1.1, 0.24)) == words
     limits = (-2.1, 0.1)
     words = "full is better by 1.2 points (-0.1 to 2.1), p = 0.04"
     assert difference("lora", "full", -1.2, 0.04, limits) == words
