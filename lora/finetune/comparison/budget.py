@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from typing import Any
 
 from lora.errors import ConfigError, RunError
@@ -90,7 +91,7 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
     plan = replace(plan, rows={split: len(getattr(corpus, split)) for split in SPLITS})
     if measured:
         say(f"measuring the first steps of {len(grid.methods)} methods")
-        plan = replace(plan, costs=_costs(grid))
+        plan = replace(plan, costs=_costs(grid, say))
     if grid.budget is None or (grid.folder / BUDGET_FILE).exists() or not plan.costs:
         return plan
     plan = _fitted(plan, grid.budget)
@@ -98,12 +99,34 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
     return plan
 
 
-def _costs(grid: Grid) -> dict[str, Cost]:
-    """Returns what a run of each method costs, measured with as many at a time as will train."""
-    environment = share_of_devices(0, grid.jobs) if grid.jobs > 1 else {}
+def _costs(grid: Grid, say: Callable[[str], None]) -> dict[str, Cost]:
+    """Returns what a run of each method costs, measured with as many at a time as will train.
+
+    One that fails is reported, and has no cost. Raises RunError if all fail.
+    """
+    slots: SimpleQueue[int] = SimpleQueue()
+    for slot in range(grid.jobs):
+        slots.put(slot)
+
+    def cost(run: Any) -> Cost | RunError:
+        slot = slots.get()
+        try:
+            return measure(run, share_of_devices(slot, grid.jobs) if grid.jobs > 1 else {})
+        except RunError as error:
+            return error
+        finally:
+            slots.put(slot)
+
+    runs = list(grid.methods.values())
     with ThreadPoolExecutor(grid.jobs) as pool:
-        costs = pool.map(lambda run: measure(run, environment), grid.methods.values())
-        return dict(zip((run.name or run.method for run in grid.methods.values()), costs))
+        found = list(pool.map(cost, runs))
+    failed = [each for each in found if isinstance(each, RunError)]
+    if len(failed) == len(found):
+        raise failed[0]
+    for error in failed:
+        say(f"note: {error}")
+    names = (run.name or run.method for run in runs)
+    return {name: each for name, each in zip(names, found) if isinstance(each, Cost)}
 
 
 def _fitted(plan: GridPlan, budget: float) -> GridPlan:

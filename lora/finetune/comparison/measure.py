@@ -62,10 +62,7 @@ def measure(config: RunConfig[Any], environment: Mapping[str, str] = {}) -> Cost
         )  # fmt: skip
     if result.returncode:
         reason = result.stderr.strip().rpartition("\n")[2]
-        raise RunError(
-            f"{config.name or config.method}: its first steps failed, so that no run was started."
-            f" {reason}"
-        )
+        raise RunError(f"the first steps of {config.name or config.method} failed: {reason}")
     return Cost(**json.loads(result.stdout.strip().rpartition("\n")[2]))
 
 

@@ -156,6 +156,8 @@ class Scheduler:
             self.say(f"{head}{title(run)}{SUFFIX[state]}")
             if state == "complete":
                 return "complete"
+            # A damaged one. Not before the lock: another process may be writing it.
+            (run.run_dir / "summary.json").unlink(missing_ok=True)
             process = self._spawn(run, state, lock, slot, stack)
             return _Process(run, slot, process, stack.pop_all(), time.monotonic())
 

@@ -25,7 +25,7 @@ SUFFIX: dict[Standing, str] = {
 
 
 def standing(run: RunConfig[Any]) -> Standing:
-    """Returns the state of a run by its directory, and removes a damaged summary.json.
+    """Returns the state of a run by its directory. One with a damaged summary.json is interrupted.
 
     Raises RunError if the directory holds anything else than this run.
     """
@@ -52,7 +52,6 @@ def standing(run: RunConfig[Any]) -> Standing:
     with suppress(RunError):
         summary_of(run.run_dir)
         return "complete"
-    (run.run_dir / "summary.json").unlink(missing_ok=True)
     return "interrupted"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -66,6 +67,32 @@ def test_few_runs_start_at_once_and_many_are_measured(measured: list[str], tmp_p
     assert many.total(many.final_runs()) == pytest.approx(6 * one)
     halved = GridPlan(replace(many.grid, jobs=2), many.rows, many.costs)
     assert halved.total(many.final_runs()) == pytest.approx(3 * one)
+
+
+def test_a_method_that_cannot_be_measured_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And those that are measured at a time have a device each."""
+    lines: list[str] = []
+    devices = Barrier(2), list[int]()
+
+    def measure(run: Any, environment: dict[str, str]) -> Cost:
+        devices[0].wait(20)  # both at a time
+        devices[1].append(int(environment["slot"]))
+        if run.method in broken:
+            raise RunError(f"the first steps of {run.method} failed: no such layer")
+        return COST
+
+    monkeypatch.setattr(budget, "measure", measure)
+    monkeypatch.setattr(budget, "share_of_devices", lambda slot, jobs: {"slot": str(slot)})
+    broken, flags = {"full"}, ["--rates", "auto", "--jobs", "2", "--data", "demo-tiny"]
+    grid = parse_compare([*flags, "--run-dir", str(tmp_path)])[1]
+    assert list(planned(grid, lines.append).costs) == ["lora"]
+    assert "note: the first steps of full failed: no such layer" in lines
+    assert sorted(devices[1]) == [0, 1]
+    broken |= {"lora"}
+    with pytest.raises(RunError, match="the first steps of lora failed"):
+        planned(grid, lines.append)
 
 
 def test_the_budget_chooses_the_seeds(measured: list[str], tmp_path: Path) -> None:

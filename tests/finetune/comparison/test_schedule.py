@@ -166,6 +166,19 @@ def test_a_run_that_another_process_makes_is_waited_for(
     assert sum(line.startswith("waiting for") for line in lines) == 1
 
 
+def test_a_run_with_a_damaged_summary_is_made_again(program: Path, tmp_path: Path) -> None:
+    runs = runs_of(tmp_path / "c", "--methods", "lora")
+    Scheduler(tmp_path / "c").train(runs)
+    path = runs[0].run_dir / "summary.json"
+    whole = path.read_text()
+    path.write_text(whole[:20])
+    assert standing(runs[0]) == "interrupted"
+    assert path.is_file()  # who asks removes nothing: another process may be writing it
+    assert Scheduler(tmp_path / "c").train(runs).complete == runs
+    assert path.read_text() == whole
+    assert len(starts(program)) == 2
+
+
 def test_a_run_is_taken_over_while_another_trains(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
