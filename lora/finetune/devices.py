@@ -35,8 +35,7 @@ def device_named(name: str = "auto", rank: int | None = None) -> torch.device:
             f"--device {name}: each of several processes takes a device of its own. Set --device"
             f" {kind}."
         )
-    here: Any = torch.get_device_module(kind)
-    count = here.device_count() if here.is_available() else 0
+    count = count_of(kind)
     if not count:
         raise ConfigError(
             f"--device {name}: torch finds no {kind} device on this machine. Set --device auto, or"
@@ -44,6 +43,7 @@ def device_named(name: str = "auto", rank: int | None = None) -> torch.device:
         )
     if kind == "mps":
         return torch.device("mps", 0)
+    here: Any = torch.get_device_module(kind)
     index = int(number) if number else here.current_device() if rank is None else rank
     if index >= count:
         raise ConfigError(
@@ -52,6 +52,14 @@ def device_named(name: str = "auto", rank: int | None = None) -> torch.device:
         )
     here.set_device(index)
     return torch.device(kind, index)
+
+
+def count_of(kind: str) -> int:
+    """Returns how many devices of a kind, such as "cuda", torch finds; 0 for the CPU."""
+    if kind == "cpu":
+        return 0
+    here: Any = torch.get_device_module(kind)
+    return int(here.device_count()) if here.is_available() else 0
 
 
 def check_device(name: str) -> None:

@@ -336,9 +336,8 @@ def launch(count: int, arguments: Sequence[str], on: str = "auto") -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    cuda = on.startswith("cuda") or on == "auto"
-    if cuda and torch.cuda.is_available() and torch.cuda.device_count() < count:
-        available = torch.cuda.device_count()
+    available = devices.count_of("cuda" if on == "auto" else on.partition(":")[0])
+    if 0 < available < count:  # 0: the CPU's ranks share its cores; another device is missed later
         raise ConfigError(
             f"--nproc {count}: each rank needs its own accelerator, found {available}. Set"
             f" --nproc {available}, or --device cpu."

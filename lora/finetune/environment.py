@@ -50,10 +50,14 @@ def _processor() -> str:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of matrix multiplications (2048, 1024) (1024, 1024) on the device: the
-    best of a few, timed now in less than a second."""
-    x, W = (torch.ones(n, 1024, device=device, dtype=dtype) for n in (2048, 1024))
-    many = 50 if device.type != "cpu" else 1  # so that a GPU's launch does not count
+    """Returns the FLOP/s of matrix multiplications on the device: the best of a few, timed now in
+    about a second."""
+    # On an accelerator so large and so many that the time to launch them does not count.
+    (m, n, many) = (2048, 1024, 1) if device.type == "cpu" else (4096, 4096, 20)
+    x, W = (
+        torch.ones(m, n, device=device, dtype=dtype),
+        torch.ones(n, n, device=device, dtype=dtype),
+    )
     seconds = []
     for _ in range(6):  # the first ones warm up
         started = time.perf_counter()
@@ -61,7 +65,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
             y = x @ W.t()
         y[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    return 2 * 2048 * 1024 * 1024 * many / min(seconds)
+    return 2 * m * n * n * many / min(seconds)
 
 
 def total_memory(device: torch.device) -> int:

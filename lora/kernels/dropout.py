@@ -162,9 +162,9 @@ def drop_(rows: Tensor, keep: Tensor) -> Tensor:
 
 def random(count: int, device: torch.device) -> Tensor:
     """Returns random bits, (count,) int64, from torch's default generator of the device."""
-    if device.type != "cpu":
-        return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return random_words(seed(), count)
+    if device.type in ("cpu", "mps"):  # random_() of mps refuses the whole range of int64
+        return random_words(seed(), count).to(device)
+    return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None)
 
 
 def seed() -> Tensor:

@@ -130,6 +130,7 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
 
     remembers = ("pattern", "total")
     pattern: list[bool] | None
+    cleared: tuple[list[bool], Tensor] | None = None  # a pattern, and its pruned ranks (r, 1)
     total: int
 
     config: AdaLoRAConfig
@@ -250,8 +251,11 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
     def clear(self) -> None:
         """Set E of the pruned ranks to 0."""
         if self.pattern is not None:
-            kept = torch.tensor(self.pattern, device=self.lora_E.device)
-            self.lora_E.masked_fill_(~kept[:, None], 0.0)
+            # Made once for a pattern: every copy to a GPU makes the CPU wait for it.
+            if self.cleared is None or self.cleared[0] is not self.pattern:
+                kept = torch.tensor(self.pattern, device=self.lora_E.device)
+                self.cleared = self.pattern, ~kept[:, None]
+            self.lora_E.masked_fill_(self.cleared[1].to(self.lora_E.device), 0.0)
 
     def tensors_to_save(self) -> dict[str, Tensor]:
         """Returns the tensors without the pruned ranks."""
