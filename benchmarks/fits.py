@@ -1,4 +1,5 @@
-"""What fits on a card: `lora plan`'s dry run of LLaMAs from 1B to 70B, in 16 and in 4 bits.
+"""What fits on a card: `lora plan`'s dry run of LLaMAs from 1B to 70B, in 16 and in 4 bits; in
+float16 too, for a T4.
 
 python -m benchmarks.fits [--json FILE]
 
@@ -11,6 +12,7 @@ added.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ import torch
 import transformers
 
 from benchmarks.machine import RESULTS, write
+from lora.finetune import losses
 from lora.finetune import plan as dry_run
 from lora.finetune.config import from_table
 from lora.finetune.models import load_skeleton
@@ -54,10 +57,10 @@ def make_base(folder: Path, sizes: Sequence[Any], layers: int) -> Path:
     return folder
 
 
-def needed(base: Path, data: Path, quantize: str) -> int:
+def needed(base: Path, data: Path, dtype: str, quantize: str) -> int:
     """Returns the bytes of a training step on a card."""
     table = {
-        "base": str(base), "data": [str(data)], "task": "text", "dtype": "bfloat16",
+        "base": str(base), "data": [str(data)], "task": "text", "dtype": dtype,
         "quantize": quantize, "batch_size": 1, "max_length": 2048, "epochs": 1,
         "activation_checkpointing": True, "r": 16, "target_modules": "all-linear",
     }  # fmt: skip
@@ -70,12 +73,14 @@ def main() -> None:
     flags.add_argument("--json", type=Path, default=RESULTS / "fits.json")
     flags.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     given = flags.parse_args()
-    # The dry run is on this machine's device, but holds all of the base in bfloat16, as a GPU does.
+    # The dry run is on this machine's device. As on a GPU, all of the base is in bfloat16, and as
+    # many logits are computed at once.
+    losses.AT_ONCE = losses.AT_ONCE_ON_ACCELERATORS
     set_dtype = dry_run.set_dtype
     dry_run.set_dtype = lambda model, dtype, _: set_dtype(model, dtype, torch.device("cuda"))
     result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as name:
-        data = Path(name) / "texts.jsonl"
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "texts.jsonl"
         texts = (
             {"messages": [{"role": "user", "content": f"{i:02}"},
                           {"role": "assistant", "content": "x" * 2020}]}
@@ -84,16 +89,15 @@ def main() -> None:
         data.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
         for model in given.only:
             blocks = MODELS[model][2]
-            bases = [make_base(Path(name) / f"{model}-{n}", MODELS[model], n) for n in (2, 3)]
-            for quantize in ("none", "nf4"):
-                two, three = (needed(base, data, quantize) for base in bases)
+            bases = [make_base(Path(folder) / f"{model}-{n}", MODELS[model], n) for n in (2, 3)]
+            for dtype, quantize in itertools.product(("bfloat16", "float16"), ("none", "nf4")):
+                two, three = (needed(base, data, dtype, quantize) for base in bases)
                 tensors = two + (blocks - 2) * (three - two)
                 bytes_ = int((1 + FREE) * tensors) + CONTEXT
                 cards = [card for card in CARDS if bytes_ <= card * GB]
-                result[f"{model}, {'bfloat16' if quantize == 'none' else 'NF4'}"] = {
-                    "bytes": bytes_, "smallest card, GB": min(cards, default=None),
-                }  # fmt: skip
-                print(f"{model:>4} {quantize:<5} {bytes_ / GB:6.1f} GB", flush=True)
+                name = f"{model}, {dtype}" + (", NF4" if quantize == "nf4" else "")
+                result[name] = {"bytes": bytes_, "smallest card, GB": min(cards, default=None)}
+                print(f"{name:<20} {bytes_ / GB:6.1f} GB", flush=True)
     write(given.json, {"cards, GB": CARDS, "models": result})
 
 

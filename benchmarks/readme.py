@@ -25,6 +25,7 @@ from lora.method import METHODS
 
 ROOT = Path(__file__).parents[1]
 WHO = ("ours", "peft")
+T4 = 15 * 10**9  # bytes that a free notebook's card has
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
@@ -41,7 +42,7 @@ def tables() -> dict[str, str]:
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
         "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
-        "fits": fits(), "gpu steps": gpu_steps(), "gpu layers": gpu_layers(),
+        "fits": fits(), "fits t4": fits_t4(), "gpu steps": gpu_steps(), "gpu layers": gpu_layers(),
         "gpu nf4": gpu_nf4(), "gpu qlora": gpu_qlora(), "gpu writing": gpu_writing(),
         "tiny": conditions(),
     }  # fmt: skip
@@ -331,16 +332,32 @@ def plans() -> list[tuple[str, ...]]:
 
 def fits() -> list[tuple[str, ...]]:
     """What training needs on a GPU by the size of the model, and the smallest card that has it."""
-    models = read("fits")["models"]
     table: list[tuple[str, ...]] = [("model", "bfloat16, GB", "card", "NF4, GB", "card")]
-    for size in dict.fromkeys(name.partition(",")[0] for name in models):
+    for size, needs in fitted("bfloat16").items():
         cells = []
-        for kind in ("bfloat16", "NF4"):
-            need = models[f"{size}, {kind}"]
+        for need in needs:
             card = need["smallest card, GB"]
             cells += [gigabytes(need["bytes"]), f"{card} GB" if card else "several"]
         table.append((size, *cells))
     return table
+
+
+def fits_t4() -> list[tuple[str, ...]]:
+    """What training needs in float16, and whether a T4 has it."""
+    table: list[tuple[str, ...]] = [("model", "float16, GB", "fits", "NF4, GB", "fits")]
+    for size, needs in fitted("float16").items():
+        cells = []
+        for need in needs:
+            cells += [gigabytes(need["bytes"]), "yes" if need["bytes"] <= T4 else "no"]
+        table.append((size, *cells))
+    return table
+
+
+def fitted(dtype: str) -> dict[str, list[Any]]:
+    """By model, what it needs with a base in this dtype, and in NF4."""
+    models = read("fits")["models"]
+    sizes = dict.fromkeys(name.partition(",")[0] for name in models)
+    return {size: [models[f"{size}, {dtype}{end}"] for end in ("", ", NF4")] for size in sizes}
 
 
 def on_gpu(section: str) -> Any:

@@ -7,8 +7,7 @@ verify() packs those layers again, and the report says that the weights are not 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from lora import nf4
 from lora.card import BUILT_IN_PREFIX
+from lora.declared import is_number
 from lora.errors import CheckpointError, LoraError
 from lora.files import json_object
 from lora.inventory import selections
@@ -25,12 +25,12 @@ from lora.layers import gathered, inside, views
 from lora.nf4 import NF4Linear
 from lora.targets import Plan, base_buffers, base_parameters, base_paths, walk
 
+SAME_SCALE = 1e-4
+"""Relative difference of two mean scales from which on they are those of different weights."""
+
 
 def fingerprint(
-    model: nn.Module,
-    saved: tuple[str, ...] = (),
-    packed: Mapping[str, tuple[int, bool]] = {},
-    rows: Mapping[str, int] = {},
+    model: nn.Module, saved: tuple[str, ...] = (), rows: Mapping[str, int] = {}
 ) -> dict[str, str]:
     """Returns SHA-256 digests of the base's names, shapes and sampled values.
 
@@ -39,13 +39,23 @@ def fingerprint(
     to float16, so that a float32 base is recognized if it is loaded in either. If the base has a
     tensor in one of the two dtypes, there is no digest for the other. Modules that are trained as a
     whole are left out, since their originals never act. A base on the meta device has no digests.
+    The scales of NF4's double quantization are left out too: they come from the mean of all blocks,
+    whose last bit depends on the number of threads and on the device. packed_layers() has the mean.
 
-    packed: (block_size, double_quant) by layer. These layers are quantized to NF4 first.
     rows: how many rows to include, by the name of a resized embedding.
     """
+    return _digests(_base_tensors(model, {}), saved, rows, _scales(model, {}))
+
+
+def _digests(
+    tensors: Mapping[str, Tensor],
+    saved: tuple[str, ...],
+    rows: Mapping[str, int],
+    left_out: Collection[str],
+) -> dict[str, str]:
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
-    for name, tensor in sorted(_base_tensors(model, packed).items()):
-        if any(inside(name, module) for module in saved):
+    for name, tensor in sorted(tensors.items()):
+        if name in left_out or any(inside(name, module) for module in saved):
             continue
         if tensor.is_meta:
             return {}
@@ -65,10 +75,17 @@ def fingerprint(
     return {str(dtype).replace("torch.", "base_"): d.hexdigest() for dtype, d in digests.items()}
 
 
+def _scales(model: nn.Module, packed: Mapping[str, Any]) -> set[str]:
+    """Returns the names of the scales of doubly quantized layers. packed: as in _base_tensors."""
+    layers = {n for n, m in walk(model) if isinstance(m, NF4Linear) and m.offset is not None}
+    layers |= {name for name, (_, double_quant) in packed.items() if double_quant}
+    return {f"{name}.{leaf}" for name in layers for leaf in ("absmax", "nested_absmax", "offset")}
+
+
 def _base_tensors(model: nn.Module, packed: Mapping[str, tuple[int, bool]]) -> dict[str, Tensor]:
     """Returns the base's tensors by name, with the originals of selected parameters.
 
-    The layers in `packed` are quantized to NF4.
+    packed: (block_size, double_quant) by layer. These layers are quantized to NF4.
     """
     base: dict[str, Tensor] = {**dict(base_parameters(model)), **dict(base_buffers(model))}
     names, by_path = {id(tensor): name for name, tensor in base.items()}, dict(base_paths(model))
@@ -96,11 +113,16 @@ def _sampled(tensor: Tensor) -> Tensor:
     return values[scattered.to(values.device)]
 
 
-def packed_layers(model: nn.Module) -> dict[str, list[int]]:
-    """Returns [block_size, double_quant] of each layer in NF4, by the first of its names."""
+def packed_layers(model: nn.Module) -> dict[str, list[Any]]:
+    """Returns [block_size, double_quant, the mean scale or None] of each layer in NF4, by the first
+    of its names."""
     layers = {id(module): (name, module) for name, module in reversed(list(walk(model)))}
     return {
-        name: [module.block_size, module.nested_absmax is not None]
+        name: [
+            module.block_size,
+            module.nested_absmax is not None,
+            None if module.offset is None else gathered(module.offset).item(),
+        ]
         for name, module in layers.values()
         if isinstance(module, NF4Linear)
     }
@@ -124,26 +146,47 @@ def verify(
     rows: dict[str, int] = {}
     with suppress(ValueError):
         rows = {k: n for k, n in json_object(mark.get("rows", "{}")).items() if type(n) is int}
-    here = fingerprint(model, planned.saved, rows=rows)
+    here = fingerprint(model, planned.saved, rows)
     common = [key for key in here if key in mark]
     if not common:
         return "base not verifiable: it was held in another dtype when the adapter was saved"
-    # One equal digest is enough: a float32 base that was rounded to bfloat16 and back is the same
-    # base, and only its bfloat16 digest shows that.
-    if not any(here[key] == mark[key] for key in common):
-        # The errors come from a mark that was edited, or that lists layers which are not here.
-        with suppress(
-            ValueError, TypeError, LookupError, AttributeError, RecursionError, LoraError
-        ):
-            packed = fingerprint(model, planned.saved, json.loads(mark["packed"]))
-            if any(packed[key] == mark[key] for key in common):
-                return "trained on this base in NF4, whose weights are not rounded here"
-        key = common[0]
-        base = settings.get("base_model_name_or_path") or "its base"
-        base = str(base).removeprefix(BUILT_IN_PREFIX)
-        raise CheckpointError(
-            f"{folder}: the adapter was trained on another base: fingerprint"
-            f" {mark[key][:16]}…, found {here[key][:16]}…. Load it onto {base}"
-            " (a head that it does not save must be the same too: name it in modules_to_save)."
-        )
-    return ""
+    layers: Mapping[str, Any] = {}
+    with suppress(ValueError):
+        layers = json_object(mark.get("packed", "{}"))
+
+    def same(packed: Mapping[str, tuple[int, bool]]) -> bool:
+        tensors, scales = _base_tensors(model, packed), _scales(model, packed)
+        # Marks of earlier versions include the scales.
+        found = (_digests(tensors, planned.saved, rows, left_out) for left_out in (scales, ()))
+        # One equal digest is enough: a float32 base that was rounded to bfloat16 and back is the
+        # same base, and only its bfloat16 digest shows that.
+        equal = any(digests[key] == mark[key] for digests in found for key in common)
+        return equal and _same_scales(tensors, layers)
+
+    if same({}):
+        return ""
+    # The errors come from a mark that was edited, or that lists layers which are not here.
+    with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError, LoraError):
+        if layers and same({name: (size, double) for name, (size, double, *_) in layers.items()}):
+            return "trained on this base in NF4, whose weights are not rounded here"
+    key = common[0]
+    base = settings.get("base_model_name_or_path") or "its base"
+    base = str(base).removeprefix(BUILT_IN_PREFIX)
+    raise CheckpointError(
+        f"{folder}: the adapter was trained on another base: fingerprint"
+        f" {mark[key][:16]}…, found {here[key][:16]}…. Load it onto {base}"
+        " (a head that it does not save must be the same too: name it in modules_to_save)."
+    )
+
+
+def _same_scales(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> bool:
+    """True if the mean scale of each layer is the one that packed_layers() gave, but for rounding.
+    Earlier versions gave none."""
+    for name, entry in layers.items():
+        offset = tensors.get(f"{name}.offset")
+        then: Any = entry[2] if isinstance(entry, list) and len(entry) > 2 else None
+        if offset is not None and is_number(then):
+            now = gathered(offset).item()
+            if abs(now - then) > SAME_SCALE * abs(then):
+                return False
+    return True

@@ -18,7 +18,7 @@ from lora.adapter import call_model, trained
 from lora.errors import ConfigError, TargetError
 from lora.layers import View
 from lora.method import Calibrated, ChecksTargets, Filed, Follows, Packs, Rates, Tested, TrainsBase
-from lora.methods._starts import decompose, from_gradients, from_inputs
+from lora.methods._starts import decompose, from_gradients, from_inputs, wide
 from lora.methods._tokens import Make, token_layers
 from lora.nf4 import NF4, dequantize
 from lora.patterns import ENDING, compiled
@@ -202,12 +202,18 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         if not self.takes_up(self.config):
             return quantize(W)
         W = W.to(self.lora_A.dtype)
+
+        def rest() -> Tensor:
+            """W − s B A, the same bits on every processor."""
+            A, B = (factor.to(wide(W)) for factor in (self.lora_A, self.lora_B))
+            return (W - self.scaling * (B @ A)).to(W.dtype)
+
         self.took_up, self.starts_away = True, False
         if not self.init.startswith("loftq"):
             del self.start_A, self.start_B
-            return quantize(W - self.update())
+            return quantize(rest())
         for _ in range(int(self.init.partition("_")[2] or 1)):
-            q = quantize(W - self.update())  # W itself in the first round: B is zero
+            q = quantize(rest())  # W itself in the first round: B is zero
             lost = W - dequantize(q, W.dtype)
             A, B = decompose(self.init, lost, self.r, self.scaling, torch.Generator())
             self.lora_A.copy_(A)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import struct
@@ -16,6 +17,7 @@ from conftest import ROOT, distilbert, gpt2, tokens
 from torch import nn
 
 import lora
+from lora import nf4
 from lora.identity import fingerprint
 from lora.testing import perturb, snapshot, unchanged
 
@@ -211,6 +213,32 @@ def test_the_fingerprint_of_a_base() -> None:
     with torch.no_grad():
         model.distilbert.transformer.layer[1].ffn.lin2.bias[3] += 0.5
     assert fingerprint(model) != mark
+
+
+def test_a_base_in_nf4_is_known_by_its_codes(tmp_path: Path) -> None:
+    """The last bits of the scales depend on the number of threads and on the device."""
+    model = nn.Sequential(nn.Linear(64, 64))
+    nf4.quantize_layers(model, ["0"])
+    lora.inject(model, lora.LoRAConfig(r=2, target_modules="all-linear"))
+    lora.save(model, tmp_path / "now")
+    with pytest.MonkeyPatch.context() as patch:  # a mark of an earlier version, which has them
+        patch.setattr("lora.identity._scales", lambda *_: ())
+        patch.setattr("lora.checkpoint.packed_layers", lambda _: {"0": [64, True]})
+        lora.save(model, tmp_path / "earlier")
+    lora.load(model, tmp_path / "earlier", name="earlier")
+    layer, mark = model[0].base_layer, fingerprint(model)
+    with torch.no_grad():
+        for scale in (layer.offset, layer.nested_absmax):
+            scale.copy_(torch.nextafter(scale, torch.tensor(9.0)))
+    assert fingerprint(model) == mark
+    lora.load(model, tmp_path / "now", name="now")
+    for change in (lambda: layer.offset.mul_(1.01), lambda: layer.weight[5].bitwise_xor_(1)):
+        kept = copy.deepcopy(layer.state_dict())
+        with torch.no_grad():
+            change()
+        with pytest.raises(lora.CheckpointError, match="trained on another base"):
+            lora.load(model, tmp_path / "now", name="other")
+        layer.load_state_dict(kept)
 
 
 def test_the_fingerprint_samples_every_column() -> None:

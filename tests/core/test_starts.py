@@ -39,6 +39,23 @@ def weight_of(model: nn.Module, path: str) -> Tensor:
     return wrapper_at(model, path).view.read()[0]
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq_2"])
+def test_the_base_is_quantized_to_the_same_bits_by_any_number_of_threads(init: str) -> None:
+    """A run is opened again on other processors: its base must be the one that was trained on."""
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(768, 300))
+            config = lora.LoRAConfig(r=8, target_modules="all-linear", init_lora_weights=init)
+            lora.inject(model, config, pack=["0"])
+            found.append(model[0].base_layer.weight)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("build", [distilbert, gpt2])
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
 def test_the_start_is_the_best_of_its_rank(build, init: str) -> None:
