@@ -142,20 +142,22 @@ def correctness(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
         if bench.on_cuda:
             pending["tests"] = {"kernels": pool.submit(device_tests, bench)}
         result: dict[str, Any] = {"synchronisations": {
-            name: synchronisations(bench, name) for name in ("lora", "lora on NF4", "dora")
+            name: outcome(partial(synchronisations, bench, name))
+            for name in ("lora", "lora on NF4", "dora")
         }}  # fmt: skip
         result["contract"] = {
-            method: contract(bench, method) for method in (["lora"] if bench.tiny else lora.METHODS)
+            method: outcome(partial(contract, bench, method))
+            for method in (["lora"] if bench.tiny else lora.METHODS)
         }
         for key, futures in pending.items():
-            result[key] = {name: outcome(each) for name, each in futures.items()}
+            result[key] = {name: outcome(each.result) for name, each in futures.items()}
     return result
 
 
-def outcome(future: Future[Any]) -> Any:
-    """Returns what a process found, or the error that it ended with."""
+def outcome(found: Callable[[], Any]) -> Any:
+    """Returns what a process or a check found, or the error that it ended with."""
     try:
-        return future.result()
+        return found()
     except Exception as error:  # the others' results are kept, whatever this one met
         return {"error": f"{type(error).__name__}: {error}"[-1000:]}
 
@@ -202,10 +204,10 @@ def contract(bench: Bench, name: str) -> dict[str, Any]:
     while left and time.perf_counter() < bench.ends:
         clause = left.pop(0)
         for case in cases(str(bench.device)):
-            outcome = run_clause(clause, method, config, case).outcome
-            held += outcome == "passed"
-            if outcome.startswith("failed"):
-                failed.append(f"{clause}, {case}: {outcome}")
+            found = run_clause(clause, method, config, case).outcome
+            held += found == "passed"
+            if found.startswith("failed"):
+                failed.append(f"{clause}, {case}: {found}")
     return {"held": held, "failed": failed} | ({"no time for": left} if left else {})
 
 

@@ -29,13 +29,12 @@ from benchmarks.study import unpack
 RUNS, ROUNDS = 100, 5
 
 
-def copies(source: Path, target: Path) -> list[Path]:
-    """The folders of RUNS runs below a folder: those of the source, under names of their own."""
+def copies(source: Path, target: Path) -> list[Any]:
+    """Writes RUNS runs below a folder, those of the source under names of their own. Returns their
+    summaries."""
     folders = sorted(path.parent for path in source.rglob("summary.json"))
-    made: list[Path] = []
-    for number, folder in itertools.product(range(RUNS), folders):
-        if len(made) == RUNS:
-            break
+    summaries = []
+    for number, folder in itertools.islice(itertools.product(range(RUNS), folders), RUNS):
         copy = target / str(number) / folder.relative_to(source)
         shutil.copytree(folder, copy)
         table = tomllib.loads((copy / "config.toml").read_text(encoding="utf-8"))
@@ -44,27 +43,32 @@ def copies(source: Path, target: Path) -> list[Path]:
             values["name"] = f"{values.get('name') or values['method']} {number}"
         (copy / "config.toml").write_text(tomli_w.dumps(table), encoding="utf-8")
         (copy / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-        made.append(copy)
-    return made
+        summaries.append(summary)
+    return summaries
 
 
-def first_table(page: Path) -> list[float]:
+def chromium() -> str:
+    """The path of Chromium. Exits if it is not installed."""
+    names = ("chromium", "chromium-browser", "chrome")
+    if found := next(filter(None, map(shutil.which, names)), None):
+        return found
+    sys.exit("no Chromium. Install it, such as by apt-get install chromium.")
+
+
+def first_table(browser: str, page: Path) -> list[float]:
     """Seconds until Chromium shows the first table, and those until all charts are drawn."""
     from playwright.sync_api import sync_playwright
 
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
-    if found is None:
-        sys.exit("no Chromium. Install it, such as by apt-get install chromium.")
     seconds = []
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        tab = browser.new_page()
+        window = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        tab = window.new_page()
         started = time.perf_counter()
         tab.goto(page.as_uri(), wait_until="commit")
         for shown in ("#methods tbody tr", "body[data-drawn]"):
             tab.wait_for_selector(shown)
             seconds.append(time.perf_counter() - started)
-        browser.close()
+        window.close()
     return seconds
 
 
@@ -72,25 +76,23 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--json", type=Path)
     given = flags.parse_args()
+    browser = chromium()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unpack(RESULTS / "study-sst2" / "runs.tar.xz", folder / "study")
-        runs = copies(folder / "study", folder / "runs")
+        summaries = copies(folder / "study", folder / "runs")
         page, taken = folder / "report.html", []
         command = [sys.executable, "-m", "lora", "report", folder / "runs", "--output", page]
         for _ in range(ROUNDS):
             started = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             taken.append(time.perf_counter() - started)
-        tables = [first_table(page) for _ in range(ROUNDS)]
+        scored = [summary for summary in summaries if summary["split"] == "test"]
+        tables = [first_table(browser, page) for _ in range(ROUNDS)]
         result: dict[str, Any] = {
-            "runs": len(runs),
-            "of them scored on test": sum(
-                json.loads((run / "summary.json").read_text())["split"] == "test" for run in runs
-            ),
-            "rows of test": max(
-                json.loads((run / "summary.json").read_text())["rows"] for run in runs
-            ),
+            "runs": len(summaries),
+            "of them scored on test": len(scored),
+            "rows of test": scored[0]["rows"],
             "bytes": page.stat().st_size,
             "seconds to build": taken,
             "seconds until the first table": [first for first, _ in tables],

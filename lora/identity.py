@@ -26,7 +26,7 @@ from lora.nf4 import NF4Linear
 from lora.targets import Plan, base_buffers, base_parameters, base_paths, walk
 
 SAME_SCALE = 1e-4
-"""Relative difference of two mean scales from which on they are those of different weights."""
+"""Mean scales that differ by more than this share are of different weights."""
 
 
 def fingerprint(
@@ -53,6 +53,7 @@ def _digests(
     rows: Mapping[str, int],
     left_out: Collection[str],
 ) -> dict[str, str]:
+    """Returns the digests of fingerprint(). left_out: the names of tensors that do not count."""
     digests = {torch.bfloat16: hashlib.sha256(), torch.float16: hashlib.sha256()}
     for name, tensor in sorted(tensors.items()):
         if name in left_out or any(inside(name, module) for module in saved):
@@ -146,28 +147,16 @@ def verify(
     rows: dict[str, int] = {}
     with suppress(ValueError):
         rows = {k: n for k, n in json_object(mark.get("rows", "{}")).items() if type(n) is int}
+    if same_base(model, planned.saved, mark, rows):
+        return ""
     here = fingerprint(model, planned.saved, rows)
     common = [key for key in here if key in mark]
     if not common:
         return "base not verifiable: it was held in another dtype when the adapter was saved"
-    layers: Mapping[str, Any] = {}
-    with suppress(ValueError):
-        layers = json_object(mark.get("packed", "{}"))
-
-    def same(packed: Mapping[str, tuple[int, bool]]) -> bool:
-        tensors, scales = _base_tensors(model, packed), _scales(model, packed)
-        # Marks of earlier versions include the scales.
-        found = (_digests(tensors, planned.saved, rows, left_out) for left_out in (scales, ()))
-        # One equal digest is enough: a float32 base that was rounded to bfloat16 and back is the
-        # same base, and only its bfloat16 digest shows that.
-        equal = any(digests[key] == mark[key] for digests in found for key in common)
-        return equal and _same_scales(tensors, layers)
-
-    if same({}):
-        return ""
     # The errors come from a mark that was edited, or that lists layers which are not here.
     with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError, LoraError):
-        if layers and same({name: (size, double) for name, (size, double, *_) in layers.items()}):
+        packed = {name: (size, double) for name, (size, double, *_) in _layers_of(mark).items()}
+        if packed and same_base(model, planned.saved, mark, rows, packed):
             return "trained on this base in NF4, whose weights are not rounded here"
     key = common[0]
     base = settings.get("base_model_name_or_path") or "its base"
@@ -179,9 +168,38 @@ def verify(
     )
 
 
+def same_base(
+    model: nn.Module,
+    saved: tuple[str, ...],
+    mark: Mapping[str, str],
+    rows: Mapping[str, int] = {},
+    packed: Mapping[str, tuple[int, bool]] = {},
+) -> bool:
+    """True if the base is that of a mark: fingerprint(), and packed_layers() as JSON in "packed".
+
+    packed: (block_size, double_quant) by layer. These layers are quantized to NF4 first.
+    """
+    tensors, scales = _base_tensors(model, packed), _scales(model, packed)
+    # Marks of earlier versions include the scales.
+    for left_out in [scales, set[str]()] if scales else [scales]:
+        digests = _digests(tensors, saved, rows, left_out)
+        # One equal digest is enough: a float32 base that was rounded to bfloat16 and back is the
+        # same base, and only its bfloat16 digest shows that.
+        if any(mark.get(key) == digest for key, digest in digests.items()):
+            return _same_scales(tensors, _layers_of(mark))
+    return False
+
+
+def _layers_of(mark: Mapping[str, str]) -> Mapping[str, Any]:
+    """Returns the layers that a mark says are in NF4; {} if it says none, or was edited."""
+    with suppress(ValueError):
+        return json_object(mark.get("packed", "{}"))
+    return {}
+
+
 def _same_scales(tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> bool:
-    """True if the mean scale of each layer is the one that packed_layers() gave, but for rounding.
-    Earlier versions gave none."""
+    """True if each layer's mean scale is within SAME_SCALE of the mark's. Marks of earlier versions
+    have none."""
     for name, entry in layers.items():
         offset = tensors.get(f"{name}.offset")
         then: Any = entry[2] if isinstance(entry, list) and len(entry) > 2 else None

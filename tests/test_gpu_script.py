@@ -50,8 +50,8 @@ def test_a_process_that_fails_or_takes_too_long_is_recorded() -> None:
         python = [sys.executable, "-c"]
         late = pool.submit(gpu.process, bench, [*python, "import time; time.sleep(60)"])
         bad = pool.submit(gpu.process, bench, [*python, "raise SystemExit('no such kernel')"])
-        assert gpu.outcome(late)["error"].startswith("TimeoutExpired")
-        assert "exit code 1: no such kernel" in gpu.outcome(bad)["error"]
+        assert gpu.outcome(late.result)["error"].startswith("TimeoutExpired")
+        assert "exit code 1: no such kernel" in gpu.outcome(bad.result)["error"]
 
 
 @pytest.mark.slow

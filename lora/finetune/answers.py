@@ -14,6 +14,8 @@ from lora.finetune.data.corpus import Predicted
 from lora.finetune.data.included import metrics_of_answers, named
 from lora.finetune.metrics import matches, score
 
+Row = tuple[str, Sequence[str], str]  # prediction, references, name of the data set
+
 
 def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, float]:
     """Returns the metrics of all answers, and with several data sets also `metric/name` of each.
@@ -21,8 +23,7 @@ def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, f
     sources: --data. The exact match of an included data set replaces the usual one. A group of data
     sets gets the metrics that all of them have. Raises DataError if an answer is of none of them.
     """
-    names, tasks = _tasks(sources, answers)
-    rows = list(zip(answers.predictions, answers.references, tasks, strict=True))
+    names, rows = _rows(sources, answers)
     results: dict[str, float] = {}
     groups = [("", names), *((f"/{name}", [name]) for name in names if len(names) > 1)]
     for suffix, group in groups:
@@ -40,31 +41,31 @@ def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, f
 def right_answers(sources: Sequence[str], answers: Predicted) -> tuple[bool, ...]:
     """Returns whether each answer is right, as the exact match of all of them counts. Raises
     DataError if an answer is of none of the data sets."""
-    names, tasks = _tasks(sources, answers)
-    rows = list(zip(answers.predictions, answers.references, tasks, strict=True))
+    names, rows = _rows(sources, answers)
     if own := _own_scores(sources, names, rows):
         return tuple(map(bool, own["exact_match"]))
     return tuple(matches(text, texts) for text, texts, _ in rows)
 
 
-def _tasks(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[str]]:
-    """Returns the names of the data sets, and that of each answer's."""
+def _rows(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[Row]]:
+    """Returns the data sets' names, and the answers with the name of the data set of each."""
     names = [named(source)[0] for source in sources]
+    tasks = list(answers.tasks)
     if len(names) == 1:  # the answers of a single data set do not name it
-        return names, names * len(answers.tasks)
-    if unknown := {task or "no data set" for task in answers.tasks} - set(names):
+        tasks = names * len(tasks)
+    elif unknown := {task or "no data set" for task in tasks} - set(names):
         raise DataError(
             f"a prediction is of {min(unknown)}, and the run's data sets are {', '.join(names)}."
-            " Pass the run's own predictions.jsonl."
+            " Restore the run's predictions.jsonl."
         )
-    return names, list(answers.tasks)
+    return names, list(zip(answers.predictions, answers.references, tasks, strict=True))
 
 
 def _own_scores(
-    sources: Sequence[str], group: Collection[str], rows: Sequence[tuple[str, Sequence[str], str]]
+    sources: Sequence[str], group: Collection[str], rows: Sequence[Row]
 ) -> dict[str, list[float]]:
-    """Returns the score of each row (prediction, references, name of the data set) by the metrics
-    that all data sets of a group define. Empty if one of them defines none."""
+    """Returns the score of each row by the metrics that all data sets of a group define. Empty if
+    one of them defines none."""
     own = metrics_of_answers(sources)
     if not set(group) <= own.keys():
         return {}

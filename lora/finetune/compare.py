@@ -131,8 +131,8 @@ def _left(runs: Sequence[Any]) -> list[Any]:
 
 
 def _search_on_disk(grid: Grid) -> tuple[dict[str, RateSearch], list[Any]]:
-    """Returns the searches of the methods, and the runs of them that are not complete: if there is
-    one, the searches are not at their end."""
+    """Returns each method's search, and the runs that are left. While there are any, the searches
+    are unfinished."""
     runs = {name: grid.searches(name) for name in grid.searched}
     searches: dict[str, RateSearch] = {}
     for _ in range(1 + MORE_ROUNDS):
@@ -159,7 +159,7 @@ def _in_order_of_seeds(grid: Grid, searches: dict[str, RateSearch]) -> list[Any]
 
 
 def _rate_of(grid: Grid, name: str, search: RateSearch) -> float:
-    """Returns the rate of a method's reported runs: the best, or, if one has begun, its rate.
+    """Returns the rate that a method's reported runs began with, or the best if none has begun.
 
     Another method's search may have widened this one's since, and have found a better rate.
     """
@@ -180,7 +180,7 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
     """
     runs = {name: grid.searches(name) for name in grid.searched}
     outcome, searches, ended = Outcome(), dict[str, RateSearch](), list[Any]()
-    for _ in range(1 + MORE_ROUNDS if runs else 0):
+    for number in range(1 + MORE_ROUNDS if runs else 0):
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
         by_rate = sorted(enumerate(columns), key=lambda i: abs(i[0] - TRIED // 2))
@@ -193,7 +193,7 @@ def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Out
         ended = outcome.complete + outcome.failed
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
         searches = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
-        wider = {} if outcome.left else _wider(grid, searches)
+        wider = {} if outcome.left or number == MORE_ROUNDS else _wider(grid, searches)
         if not wider:
             break
         edges = ", ".join(name for name, search in searches.items() if not search.bracketed)

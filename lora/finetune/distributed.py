@@ -337,7 +337,7 @@ def launch(count: int, arguments: Sequence[str], on: str = "auto") -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     available = devices.count_of("cuda" if on == "auto" else on.partition(":")[0])
-    if 0 < available < count:  # 0: the CPU's ranks share its cores; another device is missed later
+    if 0 < available < count:  # 0: ranks on the CPU share its cores; each reports a missing device
         raise ConfigError(
             f"--nproc {count}: each rank needs its own accelerator, found {available}. Set"
             f" --nproc {available}, or --device cpu."

@@ -50,14 +50,10 @@ def _processor() -> str:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of matrix multiplications on the device: the best of a few, timed now in
-    about a second."""
+    """Returns the FLOP/s of matrix multiplications on the device: the best of a few, timed now."""
     # On an accelerator so large and so many that the time to launch them does not count.
-    (m, n, many) = (2048, 1024, 1) if device.type == "cpu" else (4096, 4096, 20)
-    x, W = (
-        torch.ones(m, n, device=device, dtype=dtype),
-        torch.ones(n, n, device=device, dtype=dtype),
-    )
+    m, n, many = (2048, 1024, 1) if device.type == "cpu" else (4096, 4096, 20)
+    x, W = (torch.ones(rows, n, device=device, dtype=dtype) for rows in (m, n))
     seconds = []
     for _ in range(6):  # the first ones warm up
         started = time.perf_counter()

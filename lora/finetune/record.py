@@ -193,6 +193,15 @@ def shown_name(summary: Summary) -> str:
     return summary.get("name") or summary["method"]
 
 
+def is_complete(directory: Path) -> bool:
+    """True if a run has its result; False if summary.json is missing or damaged."""
+    try:
+        summary_of(directory)
+    except RunError:
+        return False
+    return True
+
+
 def summary_of(directory: Path) -> Summary:
     """The result of a complete run. Raises RunError if it is missing or damaged."""
     path = directory / "summary.json"

@@ -24,7 +24,7 @@ from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.included import TINY, absolute_source
 from lora.finetune.environment import environment
 from lora.finetune.methods import digest_of, label, reopened
-from lora.finetune.record import environment_of
+from lora.finetune.record import environment_of, is_complete
 
 CHECKPOINTS = "checkpoints"
 WHERE_RUNS_ARE = "lora runs lists the runs in ./runs, lora runs FOLDER those of another folder."
@@ -217,6 +217,6 @@ def checkpoint_to_resume(
 
 
 def _check_incomplete(directory: Path) -> None:
-    if (directory / "summary.json").is_file():
+    if is_complete(directory):
         score = command("lora", "eval", directory)
         raise RunError(f"{directory} is complete. Run {score}, or start a new run.")

@@ -48,7 +48,7 @@ from lora.finetune import devices, distributed
 from lora.finetune.devices import CPU
 from lora.finetune.evaluate import device_of
 from lora.finetune.record import Mark
-from lora.identity import fingerprint
+from lora.identity import fingerprint, packed_layers, same_base
 from lora.interop import documents
 from lora.interop.documents import Count, Finite
 from lora.inventory import injected
@@ -122,7 +122,7 @@ class State(TypedDict):
         list[Annotated[RandomState, AfterValidator(_tried_state)]], Field(min_length=1)
     ]  # of each rank
     methods: dict[str, dict[str, Any]]  # what an adapter remembers, by its path
-    base: dict[str, str]  # its fingerprint
+    base: dict[str, str]  # its fingerprint, and its layers in NF4
     recorded: Mark
     loss_scale: NotRequired[LossScale]
 
@@ -242,7 +242,7 @@ def restore_training(training: Training, path: Path) -> State:
     """
     state = documents.read_document(path / STATE_FILE, STATES, CheckpointError, ANEW)
     tensors = read_safetensors(path / TENSORS_FILE, CheckpointError, ANEW)
-    if state["base"] != bases(training.model):
+    if state["base"] and not same_base(training.model, _saved(training.model), state["base"]):
         raise CheckpointError(
             f"{path} is of another base: the weights of the base differ from those that the"
             " training began with. Restore the files of the base, or pass --base FOLDER."
@@ -351,11 +351,16 @@ def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def bases(model: nn.Module) -> dict[str, str]:
-    """Returns the base's fingerprint, {} if the method trains the base itself."""
-    plans = injected(model).values()
-    if not all(plan.method.keeps_base for plan in plans):
+    """Returns what identifies the base, {} if the method trains the base itself."""
+    if not all(plan.method.keeps_base for plan in injected(model).values()):
         return {}
-    return fingerprint(model, tuple(path for plan in plans for path in plan.saved))
+    packed = packed_layers(model)
+    return fingerprint(model, _saved(model)) | ({"packed": json.dumps(packed)} if packed else {})
+
+
+def _saved(model: nn.Module) -> tuple[str, ...]:
+    """Returns the modules that adapters train as a whole."""
+    return tuple(path for plan in injected(model).values() for path in plan.saved)
 
 
 def rank_seed(seed: int) -> int:

@@ -68,8 +68,8 @@ def off_in_backward(x: Tensor) -> bool:
 
 
 def has_own_thread(x: Tensor) -> bool:
-    """True if autograd computes the backward of x on a thread of its own. On the others it uses the
-    caller's, which has its ContextVars."""
+    """True if autograd computes the backward of x on a thread of its own. A backward on the CPU or
+    the meta device runs on the caller's thread, which has its ContextVars."""
     return not (x.is_cpu or x.is_meta)
 
 

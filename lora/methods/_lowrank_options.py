@@ -204,7 +204,7 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         W = W.to(self.lora_A.dtype)
 
         def rest() -> Tensor:
-            """W − s B A, the same bits on every processor."""
+            """W − s B A, in float64 first: see decompose()."""
             A, B = (factor.to(wide(W)) for factor in (self.lora_A, self.lora_B))
             return (W - self.scaling * (B @ A)).to(W.dtype)
 

@@ -63,15 +63,15 @@ def svd_lowrank(
 
 
 def wide(W: Tensor) -> torch.dtype:
-    """float64, or the dtype of W on a device that has no float64."""
-    return W.dtype if W.device.type == "mps" else torch.float64
+    """float64, or the dtype of W on devices of which some have no float64 (Apple's and Intel's)."""
+    return torch.float64 if W.device.type in ("cpu", "cuda", "meta") else W.dtype
 
 
 def decompose(init: str, W: Tensor, r: int, s: float, generator: torch.Generator) -> FactorPair:
     """A and B of pissa and olora for W, and of loftq for what quantizing W lost; in float64.
 
-    Other processors and numbers of threads round differently. In float64 they differ so little that
-    A and B are the same in float32, and with them the weight that is quantized without B A.
+    Other processors and numbers of threads round differently. In float64 they differ too little to
+    change a code of the weight that is quantized without B A.
     """
     W = W.to(wide(W))
     if init == "olora":

@@ -252,10 +252,12 @@ class AdaLoRA(Scheduled, ChecksTargets, Fast, Adapter):
         """Set E of the pruned ranks to 0."""
         if self.pattern is not None:
             # Made once for a pattern: every copy to a GPU makes the CPU wait for it.
-            if self.cleared is None or self.cleared[0] is not self.pattern:
-                kept = torch.tensor(self.pattern, device=self.lora_E.device)
-                self.cleared = self.pattern, ~kept[:, None]
-            self.lora_E.masked_fill_(self.cleared[1].to(self.lora_E.device), 0.0)
+            device = self.lora_E.device
+            pattern, pruned = self.cleared or (None, torch.empty(0))
+            if pattern is not self.pattern or pruned.device != device:
+                pruned = ~torch.tensor(self.pattern, device=device)[:, None]
+                self.cleared = self.pattern, pruned
+            self.lora_E.masked_fill_(pruned, 0.0)
 
     def tensors_to_save(self) -> dict[str, Tensor]:
         """Returns the tensors without the pruned ranks."""

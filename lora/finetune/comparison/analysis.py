@@ -65,7 +65,7 @@ class Versus:
     interval: tuple[float, float] | None
     p: float  # after Holm's correction for all comparisons with the same other method
     test: str  # "McNemar", or "bootstrap"
-    words: str  # "no difference shown, p = 0.4"
+    words: str  # "no difference shown (-1.1 to +0.2 points), p = 0.4"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class MethodResult:
     mean: float
     deviation: float | None  # standard deviation over the seeds; None with one seed
     interval: tuple[float, float] | None  # 95 % interval of the mean; None if rows have no scores
-    versus: tuple[Versus, ...]  # against LoRA, and against full fine-tuning, if they were run
+    versus: tuple[Versus, ...]  # against each of references()
     group: str  # letters; between methods with a common one, no difference is shown
     pareto: bool  # no other method is at least as good with fewer trainable parameters
     search: RateSearch | None
@@ -388,13 +388,13 @@ def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> t
     warnings = []
     if search and not search.bracketed:
         warnings.append(
-            f"not bracketed: the best rate, {search.chosen:g}, is the lowest or the highest that"
-            " was tried"
+            f"not bracketed: the rate of these runs, {search.chosen:g}, is the lowest or the"
+            " highest that was tried"
         )
     if search and search.best.rate != search.chosen:
         warnings.append(
-            f"{search.best.rate:g}, a rate that was tried after these runs had begun, is better on"
-            f" dev than theirs, {search.chosen:g}: to use it, remove them and compare again"
+            f"the rate {search.best.rate:g} is better on dev than {search.chosen:g}, the rate of"
+            " these runs. To use it, remove the runs and compare again"
         )
     if falling:
         warnings.append(
@@ -519,8 +519,9 @@ def _with_verdict(analysis: Analysis) -> Analysis:
 def _certainty(best: MethodResult, others: Sequence[MethodResult]) -> str:
     """Returns a sentence on whether the best method is better than the others."""
     if not best.group:  # two methods without a difference shown, or untested differences
-        words = [v.words for o in (best, *others) for v in o.versus]
-        return f"Between the two: {words[0]}." if words else "The differences were not tested."
+        pairs = [(result, v) for result in (best, *others) for v in result.versus]
+        words = [f"{result.name} against {v.other}: {v.words}" for result, v in pairs]
+        return f"{words[0]}." if words else "The differences were not tested."
     alike = [o.name for o in others if set(o.group) & set(best.group)]
     if not alike:
         return "All others are worse by more than chance explains (after Holm's correction)."

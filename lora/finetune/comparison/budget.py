@@ -102,7 +102,7 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
 def _costs(grid: Grid, say: Callable[[str], None]) -> dict[str, Cost]:
     """Returns what a run of each method costs, measured with as many at a time as will train.
 
-    One that fails is reported, and has no cost. Raises RunError if all fail.
+    One that fails is reported, and its runs are not in the plan. Raises RunError if all fail.
     """
     slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(grid.jobs):
@@ -124,7 +124,7 @@ def _costs(grid: Grid, say: Callable[[str], None]) -> dict[str, Cost]:
     if len(failed) == len(found):
         raise failed[0]
     for error in failed:
-        say(f"note: {error}")
+        say(f"note: {error} Its runs are not in the plan.")
     names = (run.name or run.method for run in runs)
     return {name: each for name, each in zip(names, found) if isinstance(each, Cost)}
 

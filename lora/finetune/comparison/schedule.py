@@ -28,7 +28,7 @@ from lora.finetune.config import RunConfig, from_table, parse_run, to_table, to_
 from lora.finetune.estimate import duration
 from lora.finetune.flags import as_flag
 from lora.finetune.methods import label
-from lora.finetune.record import summary_of
+from lora.finetune.record import is_complete, summary_of
 
 PROGRAM = (sys.executable, "-m", "lora", "train")
 LOCKS, LOGS = ".locks", "logs"
@@ -95,12 +95,11 @@ class Scheduler:
             try:
                 while waiting and free and not self.interrupted:
                     number, run = waiting.popleft()
-                    if self.too_late([run]):
-                        outcome.left.append(run)
-                        continue
                     begun = self._begin(run, f"[{number}/{len(runs)}] ", min(free))
                     if begun == "complete":
                         outcome.complete.append(run)
+                    elif begun == "late":
+                        outcome.left.append(run)
                     elif begun == "locked":
                         away.append((number, run))
                     else:
@@ -128,7 +127,7 @@ class Scheduler:
 
     def too_late(self, runs: Sequence[Any]) -> bool:
         """True if runs would not end by the time that is planned. Complete ones need no time."""
-        left = [run for run in runs if not (run.run_dir / "summary.json").is_file()]
+        left = [run for run in runs if not is_complete(run.run_dir)]
         if self.planned_end is None or not left:
             return False
         needed = sum(map(self.seconds, left)) / min(self.jobs, len(left))
@@ -142,8 +141,8 @@ class Scheduler:
                 each.process.terminate()
 
     def _begin(self, run: Any, head: str, slot: int) -> Any:
-        """Start a run. Returns its process, or "complete", or "locked" if another process works on
-        it."""
+        """Start a run. Returns its process, or "complete", or "late" if it would not end in time,
+        or "locked" if another process works on it."""
         with ExitStack() as stack:
             locks = self.folder / LOCKS
             with writable(self.folder, RunError, "Pass another --run-dir."):
@@ -153,11 +152,11 @@ class Scheduler:
             if lock is None:
                 return "locked"
             state = standing(run)
+            if self.too_late([run]):
+                return "late"
             self.say(f"{head}{title(run)}{SUFFIX[state]}")
             if state == "complete":
                 return "complete"
-            # A damaged one. Not before the lock: another process may be writing it.
-            (run.run_dir / "summary.json").unlink(missing_ok=True)
             process = self._spawn(run, state, lock, slot, stack)
             return _Process(run, slot, process, stack.pop_all(), time.monotonic())
 
@@ -198,7 +197,7 @@ class Scheduler:
         run, code = ended.run, ended.process.returncode
         taken = duration(time.monotonic() - ended.started)
         # A signal may reach a run that is complete and about to exit.
-        if code == 0 or (run.run_dir / "summary.json").is_file():
+        if code == 0 or is_complete(run.run_dir):
             outcome.complete.append(run)
             if self.jobs > 1:
                 summary = summary_of(run.run_dir)
@@ -254,7 +253,7 @@ def _pin(process: int, cores: Sequence[int]) -> None:
 
 
 def train_command(run: RunConfig[Any], state: Standing = "new") -> str:
-    """Returns the command line that makes a run, for a shell: the flags that are no defaults; or
+    """Returns the shell command that makes a run, with the flags that differ from the defaults, or
     that resumes it.
 
     Raises ConfigError if a setting cannot be written as a flag.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from lora.errors import RunError
 from lora.finetune.config import RunConfig, to_table
 from lora.finetune.data.included import recorded_source
 from lora.finetune.methods import digest_of, is_outside
-from lora.finetune.record import environment_of, summary_of
+from lora.finetune.record import environment_of, is_complete
 from lora.finetune.run_folder import config_of
 from lora.layers import inside
 
@@ -49,10 +48,7 @@ def standing(run: RunConfig[Any]) -> Standing:
         raise RunError(
             f"{run.run_dir} holds a run with other settings. Remove it, or pass another --run-dir."
         )
-    with suppress(RunError):
-        summary_of(run.run_dir)
-        return "complete"
-    return "interrupted"
+    return "complete" if is_complete(run.run_dir) else "interrupted"
 
 
 def _same(requested: dict[str, Any], recorded: dict[str, Any]) -> bool:

@@ -40,8 +40,7 @@ def _columns(analysis: Analysis) -> dict[str, Callable[[MethodResult], str]]:
     }
     if any(m.interval for m in methods):
         columns["95 % interval"] = lambda m: _interval_cell(m.interval, share)
-    reference = next((m.name for m in methods if m.method == "full"), None)
-    reference = reference or next(iter(references(methods)), None)
+    reference = references(methods)[-1]  # full fine-tuning, if it was run
     if any(v.other == reference for m in methods for v in m.versus):
         columns[f"against {reference}"] = lambda m: "".join(
             v.words for v in m.versus if v.other == reference

@@ -549,7 +549,7 @@ def read_predictions(path: Path) -> Predicted:
     for place, row in read_rows(path):
         if isinstance(row, DataError):
             raise row
-        tasks.append(str(row.get("task", "")))
+        tasks.append(str(row.get("task") or ""))
         answer = row.get("references", row.get("label"))
         answers = answer if isinstance(answer, list) else [] if answer is None else [answer]
         if row.get("prediction") is None or not answers:

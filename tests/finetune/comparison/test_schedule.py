@@ -157,7 +157,7 @@ def test_a_run_that_another_process_makes_is_waited_for(
     def say(line: str) -> None:
         lines.append(line)
         if line.startswith("waiting for 1 of"):
-            threading.Timer(0.1, child.kill).start()
+            threading.Timer(1.2, child.kill).start()
 
     outcome = Scheduler(tmp_path / "c", say=say).train(runs_of(tmp_path / "c"))
     child.wait()
@@ -347,7 +347,7 @@ def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
     shown = _search_of([run], tried)
     assert (shown.chosen, shown.best.rate, shown.bracketed) == (0.002, 0.005, True)
     (warning,) = _warnings([run], "accuracy", shown)
-    assert "0.005, a rate that was tried after these runs had begun, is better" in warning
+    assert "the rate 0.005 is better on dev than 0.002, the rate of these runs" in warning
 
 
 def test_a_rate_that_failed_is_not_tried_again(
