@@ -242,7 +242,7 @@ def restore_training(training: Training, path: Path) -> State:
     """
     state = documents.read_document(path / STATE_FILE, STATES, CheckpointError, ANEW)
     tensors = read_safetensors(path / TENSORS_FILE, CheckpointError, ANEW)
-    if state["base"] and not same_base(training.model, _saved(training.model), state["base"]):
+    if not _is_base(training.model, state["base"]):
         raise CheckpointError(
             f"{path} is of another base: the weights of the base differ from those that the"
             " training began with. Restore the files of the base, or pass --base FOLDER."
@@ -352,10 +352,21 @@ def remembered(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def bases(model: nn.Module) -> dict[str, str]:
     """Returns what identifies the base, {} if the method trains the base itself."""
-    if not all(plan.method.keeps_base for plan in injected(model).values()):
+    if not _keeps_base(model):
         return {}
     packed = packed_layers(model)
     return fingerprint(model, _saved(model)) | ({"packed": json.dumps(packed)} if packed else {})
+
+
+def _is_base(model: nn.Module, mark: dict[str, str]) -> bool:
+    """True if the base is the one of which bases() gave the mark."""
+    if not _keeps_base(model) or not mark:
+        return not _keeps_base(model) and not mark
+    return same_base(model, _saved(model), mark)
+
+
+def _keeps_base(model: nn.Module) -> bool:
+    return all(plan.method.keeps_base for plan in injected(model).values())
 
 
 def _saved(model: nn.Module) -> tuple[str, ...]:

@@ -92,8 +92,7 @@ def test_what_the_optimizer_keeps_follows_its_parameter(
     one = training()
     go(one, 1)
     path = state.save_training(one, tmp_path, b"", NOTHING)
-    base = state.bases(one.model)
-    monkeypatch.setattr(state, "bases", lambda model: base)  # the meta device has no values
+    monkeypatch.setattr(state, "same_base", lambda *_: True)  # the meta device has no values
     model = one.model.to("meta")
     trained = [p for p in model.parameters() if p.requires_grad]
     moved = Training(model, torch.optim.AdamW(trained), 1e-2)
