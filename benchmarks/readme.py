@@ -32,8 +32,8 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
     texts = {name: markdown(comparison(name)) for name in ("demo", "sst2")}
-    study = analysis("study-films")
-    texts["study-films"] = f"{markdown(comparison('study-films'))}\n{markdown(rate_rows(study))}"
+    for name in ("study-films", "study-sst2"):
+        texts[name] = f"{markdown(comparison(name))}\n{markdown(rate_rows(analysis(name)))}"
     for name in ("demo-lm", "demo-lm-tiny"):
         texts[name] = f"{markdown(comparison(name))}\n{markdown(task_rows(analysis(name)))}"
     texts["demo"] += "\n" + textwrap.fill(notes(analysis("demo")), 100) + "\n"
@@ -59,6 +59,7 @@ def comparison(name: str) -> list[tuple[str, ...]]:
         "sst2": ("train s", "peak MiB of the run"),
         "demo-lm-tiny": ("train s",),
         "study-films": ("train s",),
+        "study-sst2": ("train s",),
     }.get(name, ())
     columns = [number for number, head in enumerate(table[0]) if head not in left_out]
     return [tuple(row[number] for number in columns) for row in table]

@@ -97,8 +97,8 @@ class LowRankKernel:
             rows = as_rows(x, dtype)
             factors = self.factors(dtype, 1.0 if mask is None else mask.scale)
             hs = [dropped_product(rows, A, mask) for A, _ in factors]
-            # The update first: in 16 bits its rounding is smaller than that of x Wᵀ, and a GPU takes
-            # less time to add the wide product onto it than the opposite.
+            # The update first: in 16 bits its rounding is smaller than that of x Wᵀ, and a GPU adds
+            # the wide product onto it in less time.
             y = updated(None if b is None else cast(b, dtype), hs, factors)
             return y.addmm_(rows, self.view.unpacked(stored, dtype).t()), hs[0], stored, factors
 
