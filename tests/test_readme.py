@@ -196,6 +196,62 @@ def test_the_study_shows_what_its_page_says() -> None:
     assert f"scores {tried[0][0.0046] - tried[0][0.00046]:.1f} points less on dev" in page
 
 
+def test_lora_reaches_full_on_sst2_as_the_study_says() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    study = read_analysis(RESULTS / "study-sst2" / "comparison.json")
+    lora, full = (next(m for m in study.methods if m.name == name) for name in ("lora", "full"))
+    assert study.rows == 1821
+    assert lora.seeds == full.seeds == (0, 1, 2, 3, 4)
+    share = lora.summaries[0]["trainable"] / lora.summaries[0]["parameters"]
+    memory = [method.median("training_bytes") for method in (lora, full)]
+    assert memory[0] is not None
+    assert memory[1] is not None
+    (versus,) = [each for each in lora.versus if each.other == "full"]
+    assert versus.words.startswith("no difference shown")
+    assert abs(versus.value) < 0.005  # half a point
+    assert versus.interval is not None
+    low, high = versus.interval
+    assert study.smallest_difference is not None
+    searches = [method.search for method in (lora, full)]
+    assert searches[0] is not None
+    assert searches[1] is not None
+    tried = [{each.rate: 100 * (each.score or 0) for each in s.tried} for s in searches if s]
+    chosen = [search.chosen for search in searches if search]
+    above = sorted(rate for rate in tried[1] if rate > chosen[1])[0]
+    grid = json.loads((RESULTS / "sst2" / "tuning.json").read_text())["grid"]
+    assert sum(name.startswith("lora") for name in grid) == 4
+    before = read_analysis(RESULTS / "sst2" / "comparison.json").methods
+    earlier = {method.name: 100 * method.mean for method in before}
+    behind = earlier["full"] - earlier["lora"]
+    for words in (
+        f"trains {100 * share:.1f} % of the parameters and needs"
+        f" {100 * memory[0] / memory[1]:.0f} % of the memory",
+        f"Its mean is {-100 * versus.value:.2f} points lower",
+        f"reaches from {-100 * low:.1f} points lower to {100 * high:.1f} points higher",
+        f"a difference of less than {100 * study.smallest_difference:.1f} points. - **An earlier",
+        "It tried four settings for LoRA",
+        f"LoRA was {behind:.1f} points behind",
+        f"At {max(tried[0]) / chosen[0]:.1f} times its best rate, `lora` scores"
+        f" {tried[0][max(tried[0])]:.1f} % on dev",
+        f"scores {tried[1][chosen[1]] - tried[1][above]:.1f} points less at the rate above its",
+    ):
+        assert words in page, words
+    recipe = parse_run(["--config", str(ROOT / "recipes" / "sst2.toml"), "--method", "lora"])
+    assert (recipe.settings.r, recipe.learning_rate) == (8, chosen[0] / 2)
+
+
+def test_a_report_is_as_quick_as_its_page_says() -> None:
+    page = " ".join((ROOT / "docs" / "report.md").read_text(encoding="utf-8").split())
+    found = result("report")
+    seconds = statistics.median(found["seconds to build"])
+    paints = statistics.median(found["seconds until the first table"])
+    assert (
+        f"For {found['runs']} runs, {found['of them scored on test']} of them scored on"
+        f" {found['rows of test']:,} rows, the page is {found['bytes'] / 10**6:.1f} MB. It is"
+        f" written in {seconds:.0f} s on two cores, and Chromium paints it in {paints:.1f} s"
+    ) in page
+
+
 def test_the_gpu_is_as_fast_as_the_pages_say() -> None:
     first, second = result("gpu/gpu")["sections"], result("gpu/second")["sections"]
     ratios = {name: ratio["median"] for name, ratio in first["step"]["ratios"].items()}

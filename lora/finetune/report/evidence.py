@@ -22,7 +22,7 @@ from lora.finetune.report.curves import Point, curves
 LONGEST_TEXT = 300  # characters of a text that the page shows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """What the methods predicted for the rows that they were scored on."""
 

@@ -3,6 +3,7 @@ methods disagree."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from lora.finetune.data.corpus import sorted_labels
 from lora.finetune.report.evidence import Answers
 
 
+@functools.cache  # the tables and the charts need them
 def reports_of(answers: Answers) -> dict[str, ClassReport]:
     """Returns the class report of each method, over the predictions of all its seeds. All have the
     same classes, also those that a method never predicts."""
