@@ -87,6 +87,7 @@ VERBS = (
     "report", "plot", "merge", "export", "convert",
 )  # fmt: skip
 OTHER_TOOLS = {
+    "--array", "--wrap",  # Slurm
     "--lr", "--num_train_epochs", "--output_dir", "--load_in_4bit", "--bf16",  # refused by name
     "--batch_size",  # the first version's
     "--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint",  # torchrun's

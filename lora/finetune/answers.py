@@ -14,7 +14,7 @@ from lora.finetune.data.corpus import Predicted
 from lora.finetune.data.included import metrics_of_answers, named
 from lora.finetune.metrics import matches, score
 
-Row = tuple[str, Sequence[str], str]  # prediction, references, name of the data set
+Answered = tuple[str, Sequence[str], str]  # prediction, references, name of the data set
 
 
 def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, float]:
@@ -47,7 +47,7 @@ def right_answers(sources: Sequence[str], answers: Predicted) -> tuple[bool, ...
     return tuple(matches(text, texts) for text, texts, _ in rows)
 
 
-def _rows(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[Row]]:
+def _rows(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[Answered]]:
     """Returns the data sets' names, and the answers with the name of the data set of each."""
     names = [named(source)[0] for source in sources]
     tasks = list(answers.tasks)
@@ -62,7 +62,7 @@ def _rows(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[R
 
 
 def _own_scores(
-    sources: Sequence[str], group: Collection[str], rows: Sequence[Row]
+    sources: Sequence[str], group: Collection[str], rows: Sequence[Answered]
 ) -> dict[str, list[float]]:
     """Returns the score of each row by the metrics that all data sets of a group define. Empty if
     one of them defines none."""

@@ -203,21 +203,25 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
             return quantize(W)
         W = W.to(self.lora_A.dtype)
 
+        def begin(M: Tensor) -> None:
+            """Start from M, in float64: see wide()."""
+            A, B = decompose(self.init, M.to(wide(M)), self.r, self.scaling, torch.Generator())
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
+
         def rest() -> Tensor:
-            """W − s B A, in float64 first: see decompose()."""
+            """W − s B A, in float64 first."""
             A, B = (factor.to(wide(W)) for factor in (self.lora_A, self.lora_B))
             return (W - self.scaling * (B @ A)).to(W.dtype)
 
         self.took_up, self.starts_away = True, False
         if not self.init.startswith("loftq"):
             del self.start_A, self.start_B
+            begin(W)
             return quantize(rest())
         for _ in range(int(self.init.partition("_")[2] or 1)):
             q = quantize(rest())  # W itself in the first round: B is zero
-            lost = W - dequantize(q, W.dtype)
-            A, B = decompose(self.init, lost, self.r, self.scaling, torch.Generator())
-            self.lora_A.copy_(A)
-            self.lora_B.copy_(B)
+            begin(W - dequantize(q, W.dtype))
         return q
 
     # Follows, TrainsBase, ChecksTargets, Rates

@@ -63,17 +63,16 @@ def svd_lowrank(
 
 
 def wide(W: Tensor) -> torch.dtype:
-    """float64, or the dtype of W on devices of which some have no float64 (Apple's and Intel's)."""
+    """float64, or the dtype of W on devices of which some have no float64 (Apple's and Intel's).
+
+    Other processors and numbers of threads round differently. In float64 they differ too little to
+    change a code of a weight that is quantized without B A.
+    """
     return torch.float64 if W.device.type in ("cpu", "cuda", "meta") else W.dtype
 
 
 def decompose(init: str, W: Tensor, r: int, s: float, generator: torch.Generator) -> FactorPair:
-    """A and B of pissa and olora for W, and of loftq for what quantizing W lost; in float64.
-
-    Other processors and numbers of threads round differently. In float64 they differ too little to
-    change a code of the weight that is quantized without B A.
-    """
-    W = W.to(wide(W))
+    """A and B of pissa and olora for W, and of loftq for what quantizing W lost."""
     if init == "olora":
         Q, R = torch.linalg.qr(W)
         return R[:r], Q[:, :r]
