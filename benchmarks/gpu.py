@@ -69,13 +69,15 @@ def ceilings(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
     square = product(bench, side, side, side)
     tokens, wide, deep = (64, 32, 48) if bench.tiny else (8192, 4096, 14336)
     shapes = ((wide, wide), (wide, wide // 4), (wide, deep), (deep, wide))
+    layers = {shape: orders(bench, tokens, *shape) for shape in shapes}
     result: dict[str, Any] = {
         "copy bytes per second": bandwidth,
         "products flops": square,
-        "layer flops": {f"{i} to {o}": product(bench, tokens, i, o) for i, o in shapes},
-        "order of the update, seconds": {
-            f"{i} to {o}": orders(bench, tokens, i, o) for i, o in shapes
+        "layer flops": {
+            f"{i} to {o}": 2 * tokens * i * o / seconds["wide product alone"]
+            for (i, o), seconds in layers.items()
         },
+        "order of the update, seconds": {f"{i} to {o}": each for (i, o), each in layers.items()},
     }
     x = torch.randn(tokens, wide, dtype=torch.bfloat16, device=bench.device)
     thin = {

@@ -8,12 +8,13 @@ Tables come from the measurements in results/, the tree of the package from its 
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,9 @@ def tables() -> dict[str, str]:
         "checkpointing": checkpointing(), "shard": shards(), "plan": plans(), "kills": kills(),
         "language": language(), "vocabulary": vocabulary(), "compiled": compiled(),
         "nf4": four_bits(), "nf4 errors": errors(), "startup": startup(), "peak": peaks(),
-        "fits": fits(), "fits t4": fits_t4(), "gpu steps": gpu_steps(), "gpu layers": gpu_layers(),
+        "fits": fits("bfloat16", "card", smallest_card),
+        "fits t4": fits("float16", "fits", fits_a_t4),
+        "gpu steps": gpu_steps(), "gpu layers": gpu_layers(),
         "gpu nf4": gpu_nf4(), "gpu qlora": gpu_qlora(), "gpu writing": gpu_writing(),
         "tiny": conditions(),
     }  # fmt: skip
@@ -331,34 +334,24 @@ def plans() -> list[tuple[str, ...]]:
     return table
 
 
-def fits() -> list[tuple[str, ...]]:
-    """What training needs on a GPU by the size of the model, and the smallest card that has it."""
-    table: list[tuple[str, ...]] = [("model", "bfloat16, GB", "card", "NF4, GB", "card")]
-    for size, needs in fitted("bfloat16").items():
-        cells = []
-        for need in needs:
-            card = need["smallest card, GB"]
-            cells += [gigabytes(need["bytes"]), f"{card} GB" if card else "several"]
-        table.append((size, *cells))
-    return table
-
-
-def fits_t4() -> list[tuple[str, ...]]:
-    """What training needs in float16, and whether a T4 has it."""
-    table: list[tuple[str, ...]] = [("model", "float16, GB", "fits", "NF4, GB", "fits")]
-    for size, needs in fitted("float16").items():
-        cells = []
-        for need in needs:
-            cells += [gigabytes(need["bytes"]), "yes" if need["bytes"] <= T4 else "no"]
-        table.append((size, *cells))
-    return table
-
-
-def fitted(dtype: str) -> dict[str, list[Any]]:
-    """By model, what it needs with a base in this dtype, and in NF4."""
+def fits(dtype: str, head: str, verdict: Callable[[Any], str]) -> list[tuple[str, ...]]:
+    """What training needs by the size of the model, with a base in this dtype and in NF4, and what
+    a verdict says of each need."""
     models = read("fits")["models"]
-    sizes = dict.fromkeys(name.partition(",")[0] for name in models)
-    return {size: [models[f"{size}, {dtype}{end}"] for end in ("", ", NF4")] for size in sizes}
+    table: list[tuple[str, ...]] = [("model", f"{dtype}, GB", head, "NF4, GB", head)]
+    for size in dict.fromkeys(name.partition(",")[0] for name in models):
+        needs = [models[f"{size}, {dtype}{end}"] for end in ("", ", NF4")]
+        cells = ((gigabytes(need["bytes"]), verdict(need)) for need in needs)
+        table.append((size, *itertools.chain(*cells)))
+    return table
+
+
+def smallest_card(need: Any) -> str:
+    return f"{need['smallest card, GB']} GB" if need["smallest card, GB"] else "several"
+
+
+def fits_a_t4(need: Any) -> str:
+    return "yes" if need["bytes"] <= T4 else "no"
 
 
 def on_gpu(section: str) -> Any:

@@ -360,9 +360,9 @@ def bases(model: nn.Module) -> dict[str, str]:
 
 def _is_base(model: nn.Module, mark: dict[str, str]) -> bool:
     """True if the base is the one of which bases() gave the mark."""
-    if not _keeps_base(model) or not mark:
-        return not _keeps_base(model) and not mark
-    return same_base(model, _saved(model), mark)
+    if not mark:
+        return not _keeps_base(model)
+    return _keeps_base(model) and same_base(model, _saved(model), mark)
 
 
 def _keeps_base(model: nn.Module) -> bool:

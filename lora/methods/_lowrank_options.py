@@ -203,8 +203,8 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
             return quantize(W)
         W = W.to(self.lora_A.dtype)
 
-        def begin(M: Tensor) -> None:
-            """Start from M, in float64: see wide()."""
+        def start_from(M: Tensor) -> None:
+            """A and B from M, decomposed in float64: see wide()."""
             A, B = decompose(self.init, M.to(wide(M)), self.r, self.scaling, torch.Generator())
             self.lora_A.copy_(A)
             self.lora_B.copy_(B)
@@ -217,11 +217,11 @@ class LowRankOptions(_File, Tested, Calibrated, Packs, Follows, TrainsBase, Chec
         self.took_up, self.starts_away = True, False
         if not self.init.startswith("loftq"):
             del self.start_A, self.start_B
-            begin(W)
+            start_from(W)
             return quantize(rest())
         for _ in range(int(self.init.partition("_")[2] or 1)):
             q = quantize(rest())  # W itself in the first round: B is zero
-            begin(W - dequantize(q, W.dtype))
+            start_from(W - dequantize(q, W.dtype))
         return q
 
     # Follows, TrainsBase, ChecksTargets, Rates
