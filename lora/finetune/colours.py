@@ -2,5 +2,6 @@
 
 from __future__ import annotations
 
-# Okabe and Ito's palette, distinct for colour-blind readers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette, distinct for colour-blind readers. Its orange is darker here, and grey
+# takes the place of its light blue, so that each line can be seen on white and on a dark page.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07A00", "#7A7A7A")

@@ -17,7 +17,7 @@ from lora.finetune.estimate import duration
 from lora.finetune.methods import label
 from lora.finetune.metrics import signed
 from lora.finetune.record import Forgetting, Summary, metrics_of, summary_of
-from lora.finetune.run_folder import config_of
+from lora.finetune.run_folder import config_of, is_locked
 from lora.finetune.verbs import RunsConfig
 
 DEEPEST = 4
@@ -29,12 +29,13 @@ class RunRow:
     """A run as `lora runs` shows it. Score and seconds are None before the run is complete."""
 
     run: Path
+    name: str  # what tables call the method
     method: str
     data: str
     base: str
     seed: int
     learning_rate: float | None
-    state: str  # "complete", "step 40 of 250", "not begun", or "damaged: ..."
+    state: str  # "complete", "training: step 40 of 250", "step 40 of 250", "damaged: ..."
     changed: float  # seconds since 1970, of the newest file
     metric: str = ""
     score: float | None = None
@@ -64,7 +65,8 @@ def run_row(run: Path) -> RunRow:
         table = read_toml(run / "config.toml")
         data = table.get("data", "?")
         row: dict[str, Any] = {
-            "method": table.get("name") or label(table["method"]),
+            "name": table.get("name") or label(table["method"]),
+            "method": label(table["method"]),
             "data": data if isinstance(data, str) else " ".join(data),
             "base": str(table.get("base", "?")),
             "seed": int(table.get("seed", 0)),
@@ -77,7 +79,7 @@ def run_row(run: Path) -> RunRow:
             row["train_seconds"] = summary["train_seconds"]
     except (LoraError, KeyError, TypeError, ValueError) as error:
         state = f"damaged: {error}"
-        return RunRow(run, "?", "?", "?", 0, None, state=state, changed=changed)
+        return RunRow(run, "?", "?", "?", "?", 0, None, state=state, changed=changed)
     return RunRow(run, **row, state=state, changed=changed)
 
 
@@ -90,13 +92,14 @@ def _steps_done(run: Path) -> str:
     """Returns the state of a run that is not complete."""
     rows = metrics_of(run) if (run / "metrics.jsonl").is_file() else []
     steps = [row for row in rows if row["kind"] == "step"]
-    return f"step {steps[-1]['step']} of {steps[-1]['steps']}" if steps else "not begun"
+    done = f"step {steps[-1]['step']} of {steps[-1]['steps']}" if steps else "not begun"
+    return f"training: {done}" if is_locked(run) else done
 
 
 SORTS = {
     "date": lambda row: -row.changed,
-    "score": lambda row: -row.better,
-    "method": lambda row: (row.method, row.learning_rate or 0.0, row.seed),
+    "score": lambda row: (row.score is None, row.metric, -row.better),
+    "method": lambda row: (row.name, row.learning_rate or 0.0, row.seed),
     "seconds": lambda row: float("inf") if row.train_seconds is None else row.train_seconds,
 }
 """What `--sort` can be, and the key of each: the newest, the best, the fastest first."""
@@ -124,7 +127,7 @@ def runs(config: RunsConfig) -> str:
 
 def _matches(row: RunRow, config: RunsConfig) -> bool:
     return (
-        (not config.method or row.method in config.method)
+        (not config.method or bool({row.name, row.method} & {*config.method}))
         and (config.data is None or config.data in row.data)
         and (config.state == "all" or (row.state == "complete") == (config.state == "complete"))
     )
@@ -136,7 +139,7 @@ def _run_cells(row: RunRow) -> tuple[str, ...]:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.changed))
     data = row.data if len(row.data) <= 40 else f"{row.data[:39]}…"
     rate = "" if row.learning_rate is None else f"{row.learning_rate:g}"
-    return (str(row.run), row.method, rate, str(row.seed), data, row.state, score, taken, when)
+    return (str(row.run), row.name, rate, str(row.seed), data, row.state, score, taken, when)
 
 
 def run_description(run: Path) -> str:

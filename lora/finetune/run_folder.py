@@ -82,9 +82,19 @@ def alone(directory: Path) -> Iterator[None]:
     with ExitStack() as stack:
         with writable(directory, RunError, "Pass the folder of a run."):
             descriptor = stack.enter_context(locked(directory))
+            if descriptor is None:  # perhaps by is_locked() of another process, for an instant
+                time.sleep(0.2)
+                descriptor = stack.enter_context(locked(directory))
         if descriptor is None:
             raise RunError(f"{directory}: another process is at work on this run. Wait.")
         yield
+
+
+def is_locked(directory: Path) -> bool:
+    """True if a process works on this run. Cannot see one on a machine that shares no locks."""
+    with suppress(OSError), locked(directory) as descriptor:
+        return descriptor is None
+    return False
 
 
 def run_around(folder: Path) -> Path | None:

@@ -326,14 +326,14 @@ class RunsConfig:
     folders: tuple[Path, ...] = (Path("runs"),)
     """Folders in which to look for runs."""
     method: tuple[str, ...] = ()
-    """Only runs of these methods."""
+    """Only runs of these methods, or with these names of a comparison."""
     data: str | None = None
     """Only runs whose --data contains this text."""
     state: Literal["all", "complete", "incomplete"] = "all"
     """Only runs that are complete, or only those that are not."""
     sort: Literal["date", "score", "method", "seconds"] = "date"
-    """date: the newest first. score: the best first. method: by method, learning rate and seed.
-    seconds: the fastest first."""
+    """date: the newest first. score: the best of each metric first. method: by method, learning
+    rate and seed. seconds: the fastest first."""
     limit: int | None = None
     """Maximum number of runs to list. Default: all."""
     json: bool = False

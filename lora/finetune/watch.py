@@ -1,7 +1,8 @@
 """`lora watch`: the curves of a run in the terminal, while it trains.
 
 On a terminal the curves are drawn again whenever the run has recorded more. Elsewhere, such as in a
-pipe, there is a line for each evaluation. Both end when the run is complete.
+pipe, there is a line for each evaluation. Both end when the run is complete, or when it has
+stopped: no process trains it, and nothing has been recorded for a while.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lora.errors import RunError
+from lora.errors import RunError, command
 from lora.finetune.config import read_toml
 from lora.finetune.record import EvaluationRow, StepRow, metrics_of, smoothed_losses, summary_of
+from lora.finetune.run_folder import is_locked
 from lora.finetune.screen import evaluation_line
 
 LOOK_EVERY = 1.0  # seconds between two looks at the run's files
+STOPPED_AFTER = 60.0  # seconds without a row and without a lock: a machine may share no locks
 AXIS_COLUMNS = 14  # columns that plotille needs beside a curve, for its axis
 AXIS_LINES = 4  # lines that it needs above and below
 SMALLEST_CURVE = (20, 3)  # columns and lines of a curve
@@ -58,7 +61,8 @@ class Recorded:
 
 
 def watch(run: Path) -> None:
-    """Show the curves of a run until it is complete. Raises RunError if the folder is not a run."""
+    """Show the curves of a run until it is complete. Raises RunError if the folder is not a run, or
+    if the run has stopped."""
     if not (run / "config.toml").is_file():
         raise RunError(
             f"{run} is not a run directory: it has no config.toml. Pass the folder that lora train"
@@ -74,11 +78,13 @@ def watch(run: Path) -> None:
 def _draw_until_complete(run: Path, console: rich.console.Console) -> None:
     recorded = None
     # On the terminal's other screen, so that a window of another size leaves no rest behind.
-    with Live(console=console, screen=True, auto_refresh=False) as live:
-        for recorded in _changes(run):
-            live.update(curves_of(recorded, console.width, console.height), refresh=True)
-    if recorded is not None:
-        console.print(curves_of(recorded, console.width, min(console.height, 30)))
+    try:
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            for recorded in _changes(run):
+                live.update(curves_of(recorded, console.width, console.height), refresh=True)
+    finally:
+        if recorded is not None:
+            console.print(curves_of(recorded, console.width, min(console.height, 30)))
     _print_result(run)
 
 
@@ -101,7 +107,8 @@ def _print_result(run: Path) -> None:
 
 
 def _changes(run: Path) -> Iterator[Recorded]:
-    """Yields what a run has recorded, now and whenever it has changed; ends with a complete run."""
+    """Yields what a run has recorded, now and whenever it has changed; ends with a complete run.
+    Raises RunError if the run has stopped."""
     path, before = run / "metrics.jsonl", None
     while True:
         # In this order: a run that completes meanwhile is read once more.
@@ -119,6 +126,13 @@ def _changes(run: Path) -> Iterator[Recorded]:
             )
         if complete:
             return
+        changed = now[1] or (run / "config.toml").stat().st_mtime
+        if time.time() - changed > STOPPED_AFTER and not is_locked(run):
+            raise RunError(
+                f"{run} has stopped: no process trains it, and nothing has been recorded since"
+                f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))}. Resume it:"
+                f" {command('lora', 'train', '--resume', run)}."
+            )
         before = now
         # A long run's rows take a while to read: leave the processor to the training.
         time.sleep(max(LOOK_EVERY, 10 * (time.monotonic() - started)))

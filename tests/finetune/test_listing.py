@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
 
+from lora.finetune.listing import SORTS, RunRow
+from lora.finetune.run_folder import alone
+
 RATES = {"good": "0.01", "slow": "0.00001"}
 
 
@@ -70,6 +73,37 @@ def test_filters_and_orders(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert names("--limit", 1, "--sort", "score") == ["good"]
     assert names("--data", "no such") == []
     assert names("--method", "full") == []
+    config = folder / "begun" / "config.toml"
+    text = config.read_text()
+    config.write_text(f'name = "mine"\n{text}')
+    assert names("--method", "mine") == ["begun"]
+    assert set(names("--method", "lora")) == {"begun", "cut", "slow", "good"}
+    config.write_text(text)
+    os.utime(config, (1e9,) * 2)
+
+
+def test_a_run_that_a_process_trains_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(folder / "cut"):
+        rows = {Path(row["run"]).name: row for row in listed(capsys, folder)}
+    assert rows["cut"]["state"] == "training: step 1 of 4"
+    assert rows["begun"]["state"] == "not begun"
+
+
+def test_the_best_of_each_metric_come_first(tmp_path: Path) -> None:
+    """A perplexity of 3 and an accuracy of 0.9 are not compared."""
+
+    def row(metric: str, score: float | None) -> RunRow:
+        return RunRow(tmp_path, "", "", "", "", 0, None, "", 0.0, metric, score)
+
+    best = [
+        row("accuracy", 0.9),
+        row("accuracy", 0.8),
+        row("perplexity", 3.0),
+        row("perplexity", 4.0),
+    ]
+    assert sorted([row("", None), *reversed(best)], key=SORTS["score"]) == [*best, row("", None)]
 
 
 def test_the_table_counts_what_it_leaves_out(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from lora.errors import RunError
 from lora.finetune.cli import main
+from lora.finetune.colours import COLOURS
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.report.charts import charts_of
 from lora.finetune.report.contents import MOST_EXAMPLES, tables_of
@@ -158,6 +160,31 @@ def test_every_file_that_a_button_saves_is_in_the_page(page: Page) -> None:
     assert "seed = 2" in page.data["files"]["lora-2.toml"]
 
 
+def test_runs_whose_names_differ_in_one_character_are_saved_under_two(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "search" / "lora", Made(seed=3))
+    make_run(tmp_path / "runs" / "search-lora", Made(seed=4))
+    data = Page(page_of(evidence_of(tmp_path / "runs")).decode()).data
+    seeds = [re.findall(r"seed = (\d)", data["files"][f"search-lora{end}.toml"])
+             for end in ("", "-2")]  # fmt: skip
+    assert sorted(seeds) == [["3"], ["4"]]
+
+
+def _luminance(colour: str) -> float:
+    """The relative luminance of #rrggbb, of WCAG 2.2."""
+    shares = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return sum(w * s for w, s in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("page_colour", ["#ffffff", "#14171a"])
+def test_every_line_can_be_seen(page_colour: str) -> None:
+    """WCAG 2.2, 1.4.11: the contrast of graphics is at least 3 to 1."""
+    paper = _luminance(page_colour)
+    for colour in COLOURS:
+        lighter, darker = sorted((paper, _luminance(colour)), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 3, colour
+
+
 HOSTILE = (
     "<script>alert(1)</script>", '" onmouseover="alert(1)', "</script><b>", "a\0b\x1b[31m",
     "\u202eright to left", "a\u2028b", "<!-- <script>", "{{ 7 * 7 }}", "SURROGATE", "| a | b |",
@@ -282,6 +309,7 @@ def test_formats_keep_the_text_of_a_cell() -> None:
         "two lines",
     ]
     assert r"a\|b\\" in as_markdown(table)
+    assert "1 &lt; 2 &amp;amp;" in as_markdown(replace(table, rows=(cells("1 < 2 &amp;", "", ""),)))
     assert r"5 \% \& \$\_\{\}\#" in as_latex(table)
 
 

@@ -16,6 +16,7 @@ from conftest import ROOT
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
 
 import lora.finetune.watch as room
+from lora.finetune.run_folder import alone
 from lora.finetune.watch import curves_of
 
 
@@ -105,6 +106,21 @@ def test_a_constant_curve_has_room(growing: Path) -> None:
 def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lora("watch", tmp_path) == 2
     assert "is not a run directory: it has no config.toml" in capsys.readouterr().err
+
+
+def test_a_run_that_has_stopped_is_not_watched_for_ever(
+    growing: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long_ago = 1e9
+    os.utime(growing / "config.toml", (long_ago, long_ago))
+    with alone(growing):  # a process is at work, however long it takes
+        changes = room._changes(growing)
+        assert [next(changes).steps for _ in range(2)]
+    (growing / "metrics.jsonl").unlink()
+    assert lora("watch", growing) == 2
+    shown = capsys.readouterr().err
+    assert "has stopped: no process trains it, and nothing has been recorded since 2001-" in shown
+    assert f"lora train --resume {growing}" in shown
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")

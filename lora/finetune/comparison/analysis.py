@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from lora.errors import ConfigError, DataError, RunError
 from lora.finetune.answers import right_answers
-from lora.finetune.comparison.grid import RATE_STEP, rounded
+from lora.finetune.comparison.grid import AGAIN_NAME, RATE_STEP, rounded
 from lora.finetune.comparison.statistics import bootstrap, difference, groups
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import read_predictions
@@ -84,6 +84,8 @@ class MethodResult:
     pareto: bool  # no other method is at least as good with fewer trainable parameters
     search: RateSearch | None
     warnings: tuple[str, ...]
+    again: str = ""
+    """The method that was trained again, with other seeds, if this is the noise floor."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -140,6 +142,11 @@ class Analysis:
     def ranked(self) -> tuple[MethodResult, ...]:
         """The methods, the best mean first."""
         return tuple(sorted(self.methods, key=lambda m: -signed(self.metric, m.mean)))
+
+    @property
+    def contenders(self) -> tuple[MethodResult, ...]:
+        """The methods without the noise floor, the best mean first."""
+        return tuple(result for result in self.ranked if not result.again)
 
 
 @dataclass(frozen=True)
@@ -229,7 +236,10 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
     metric = next(iter(first["metrics"]))
     groups = by_name(runs)
     methods = tuple(
-        _method_result(name, group, metric, tries.get(group[0].name))
+        replace(
+            _method_result(name, group, metric, tries.get(group[0].name)),
+            again=_trained_again(name, groups),
+        )
         for name, group in groups.items()
     )
     bases = [run.summary["baseline"][metric] for run in runs if "baseline" in run.summary]
@@ -316,6 +326,19 @@ def _without_seed(run: Run) -> dict[str, Any]:
     return {k: v for k, v in run.settings.items() if k not in ("seed", "run_dir", "note")}
 
 
+def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
+    """Returns the method of which this one is the noise floor; "" if it is a method like others.
+
+    The noise floor has the settings of the other method, and is named after it.
+    """
+
+    def settings(of: str) -> dict[str, Any]:
+        return {k: v for k, v in _without_seed(groups[of][0]).items() if k != "name"}
+
+    named = (other for other in groups if name == AGAIN_NAME.format(other))
+    return next((other for other in named if settings(other) == settings(name)), "")
+
+
 def _check_alike(runs: Sequence[Run]) -> None:
     """Raise RunError if the runs cannot be compared: other data, other metrics, other rows."""
     first = runs[0]
@@ -380,6 +403,9 @@ def next_rate(search: RateSearch) -> float:
 
 FALLING = 0.05
 """A training loss that fell by more than this share over the last tenth is still falling."""
+FEWEST_STEPS = 5
+"""Steps over which losses are averaged at least. A run of fewer than four times as many is too
+short for saying whether its loss was falling."""
 
 
 def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> tuple[str, ...]:
@@ -416,12 +442,13 @@ def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> t
 
 
 def _still_falling(folder: Path) -> bool:
-    """True if the mean loss of the last tenth of the steps is more than FALLING below that of the
-    tenth before, and by more than twice the standard error of that difference."""
+    """True if the mean loss of the last tenth of the steps, or of the last FEWEST_STEPS, is more
+    than FALLING below that of as many before, and by more than twice the standard error of that
+    difference."""
     steps: list[StepRow] = [row for row in metrics_of(folder) if row["kind"] == "step"]
-    tenth = len(steps) // 10
-    if tenth < 5:
+    if len(steps) < 4 * FEWEST_STEPS:
         return False
+    tenth = max(FEWEST_STEPS, len(steps) // 10)
     before = [row["loss"] for row in steps[-2 * tenth : -tenth]]
     last = [row["loss"] for row in steps[-tenth:]]
     fall = statistics.mean(before) - statistics.mean(last)
@@ -480,6 +507,8 @@ def _with_pareto(analysis: Analysis) -> Analysis:
     sign = 1 if analysis.higher_is_better else -1
 
     def beats(other: MethodResult, result: MethodResult) -> bool:
+        if other.again:
+            return False
         fewer = result.summaries[0]["trainable"] - other.summaries[0]["trainable"]
         better = sign * (other.mean - result.mean)
         return fewer >= 0 and better >= 0 and (fewer > 0 or better > 0)
@@ -487,7 +516,11 @@ def _with_pareto(analysis: Analysis) -> Analysis:
     return replace(
         analysis,
         methods=tuple(
-            replace(result, pareto=not any(beats(other, result) for other in analysis.methods))
+            replace(
+                result,
+                pareto=not result.again
+                and not any(beats(other, result) for other in analysis.methods),
+            )
             for result in analysis.methods
         ),
     )
@@ -498,7 +531,7 @@ def _with_verdict(analysis: Analysis) -> Analysis:
 
     If there is one method, only its score.
     """
-    best, *others = analysis.ranked
+    best, *others = analysis.contenders
     share = is_share(analysis.metric)
     score = f"{100 * best.mean:.1f} %" if share else f"{best.mean:.4g}"
     spread = ""

@@ -30,6 +30,8 @@ MOST_SEEDS = 5
 FEWEST_SEEDS = 3
 AGAIN = 10_000
 """Added to the seeds of a method that is trained again for the noise floor."""
+AGAIN_NAME = "{}-again"
+"""What that method is called."""
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -168,7 +170,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
     given = seeds or ((0,) if not rates else tuple(range(FEWEST_SEEDS)))
     if config.noise_floor:
         first = next(iter(methods))
-        again = f"{first}-again"
+        again = AGAIN_NAME.format(first)
         methods[again] = replace(methods[first], name=again)
     if rates and SEARCH_SEED in given:
         raise ConfigError(

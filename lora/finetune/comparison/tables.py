@@ -189,6 +189,15 @@ def notes(analysis: Analysis) -> str:
     if FORGETTING in columns:
         lines.append(f"{FORGETTING}: its perplexity before and after training. More is forgetting.")
     lines.append(SIZES[_memory_measured(analysis)[0]][1])
+    if len(analysis.contenders) > 1:
+        frontier = ", ".join(result.name for result in analysis.methods if result.pareto)
+        lines.append(f"No other method is at least as good with fewer parameters: {frontier}.")
+    lines += [
+        f"{m.name} is {m.again} trained again with other seeds: the difference between them is"
+        " due to chance alone."
+        for m in analysis.methods
+        if m.again
+    ]
     lines += [f"{m.name}: {warning}." for m in analysis.methods for warning in m.warnings]
     return "".join(f"{line}\n" for line in lines)
 

@@ -246,7 +246,8 @@ def _confusion_chart(evidence: Evidence) -> Chart | None:
         for label, count in zip(labels, counts, strict=True)
     ]  # fmt: skip
     axis = {"type": "nominal", "sort": labels, "axis": {"labelAngle": 0, "labelLimit": 110}}
-    ink = {"condition": {"test": "datum.share > 0.5", "value": "white"}, "value": "black"}
+    # On the blues of the scheme, white is easier to read from 0.75 on.
+    ink = {"condition": {"test": "datum.share > 0.75", "value": "white"}, "value": "black"}
     return _chart(
         "confusion", "Confusion matrix",
         "The rows of each class by the class that was predicted, summed over the seeds of the"

@@ -118,6 +118,12 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
             "With this many rows and seeds, a difference smaller than about"
             f" {unit * analysis.smallest_difference:.2g} {points} would probably not be detected."
         )
+    notes += [
+        f"{each.name} is {each.again} trained again with other seeds: the difference between them"
+        " is due to chance alone."
+        for each in analysis.methods
+        if each.again
+    ]
     if grouped:
         notes.append("Between methods with a common group letter, no difference is shown.")
     texts = {each["forgetting"]["source"] for result in analysis.methods
@@ -154,9 +160,9 @@ def _interval(low: float, high: float, metric: str) -> str:
 
 def lead_of(analysis: Analysis) -> str:
     """Returns by how much the best method is ahead of the next, in words; "" if it is alone."""
-    if len(analysis.methods) < 2:
+    if len(analysis.contenders) < 2:
         return ""
-    best, second = analysis.ranked[:2]
+    best, second = analysis.contenders[:2]
     gap = abs(best.mean - second.mean)
     shown = f"{100 * gap:.1f} points" if is_share(analysis.metric) else f"{gap:.4g}"
     return f"It is {shown} ahead of {second.name}, the next."
@@ -337,7 +343,7 @@ def _cells_of_run(run: RunFiles) -> tuple[Cell, ...]:
     changed = time.strftime("%Y-%m-%dT%H:%M", time.localtime(row.changed))
     return (
         Cell(run.name),
-        Cell(str(run.settings.get("name") or row.method)),
+        Cell(row.name),
         numeric(row.seed),
         numeric(row.learning_rate, "{:g}"),
         Cell(row.state),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,11 +42,7 @@ class RunFiles:
     config: str  # config.toml
     settings: dict[str, Any]  # the same as a table; empty if it is damaged
     environment: dict[str, Any]
-
-    @property
-    def config_name(self) -> str:
-        """The name under which the page saves the run's config.toml."""
-        return f"{re.sub(r'[^a-zA-Z0-9._-]+', '-', self.name)}.toml"
+    config_name: str  # under which the page saves config.toml
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,12 @@ def folders_of_runs(folders: Sequence[Path]) -> list[Path]:
 def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
     """Returns the contents of a report on runs. `advance` is called after each run is read, and
     once more for each method, with the next step. Raises RunError and DataError."""
-    files = []
+    files: list[RunFiles] = []
     around = Path(os.path.commonpath([run.resolve().parent for run in runs]))
     for run in runs:
         name = run.resolve().relative_to(around).as_posix()
         advance(f"reading {name}")
-        files.append(_files(name, run))
+        files.append(_files(name, run, {each.config_name for each in files}))
     complete = [each.row.run for each in files if each.row.state == "complete"]
     if not complete:
         first = files[0].row
@@ -114,16 +110,22 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
     return Evidence(analysis, tuple(files), drawn, _answers(analysis, read, shared))
 
 
-def _files(name: str, run: Path) -> RunFiles:
-    """Returns a run's row and files. What cannot be read is empty, and named in the row."""
-    row = run_row(run)
+def _files(name: str, run: Path, taken: Collection[str]) -> RunFiles:
+    """Returns a run's row and files. What cannot be read is empty, and named in the row.
+
+    `taken`: the names under which the page saves the config.toml of other runs.
+    """
+    row, plain = run_row(run), re.sub(r"[^a-zA-Z0-9._-]+", "-", name)
+    names = (f"{plain}{end}.toml" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
+    config_name = next(each for each in names if each not in taken)
     if row.state.startswith("damaged"):
-        return RunFiles(name, row, "", {}, {})
+        return RunFiles(name, row, "", {}, {}, config_name)
     path = run / "config.toml"
     environment = {}
     with suppress(RunError):
         environment = read_json(run / "environment.json", RunError, "")
-    return RunFiles(name, row, path.read_text(encoding="utf-8"), read_toml(path), environment)
+    text = path.read_text(encoding="utf-8")
+    return RunFiles(name, row, text, read_toml(path), environment, config_name)
 
 
 def _answers(analysis: Analysis, runs: Sequence[Run], settings: dict[str, Any]) -> Answers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lora.finetune.comparison.tables import markdown
@@ -57,12 +56,14 @@ def as_csv(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Returns the table in GitHub's Markdown. A | in a text is escaped."""
-    return markdown([_escaped(row) for row in table.texts])
+    """Returns the table in GitHub's Markdown, with texts as they are: no HTML, no new cell."""
+    return markdown([tuple(map(_escaped, row)) for row in table.texts])
 
 
-def _escaped(row: Sequence[str]) -> tuple[str, ...]:
-    return tuple(text.replace("\\", "\\\\").replace("|", "\\|") for text in row)
+def _escaped(text: str) -> str:
+    for character, escape in (("\\", r"\\"), ("|", r"\|"), ("&", "&amp;"), ("<", "&lt;")):
+        text = text.replace(character, escape)
+    return text
 
 
 def as_latex(table: Table) -> str:

@@ -8,8 +8,9 @@ from typing import Any, cast
 import pytest
 
 from lora.errors import RunError
-from lora.finetune.comparison.analysis import Analysis, Run, analysis_of
+from lora.finetune.comparison.analysis import Analysis, Run, _still_falling, analysis_of
 from lora.finetune.comparison.tables import all_tables, by_task, markdown, notes, rows, task_rows
+from lora.finetune.record import write_lines
 
 
 def summary(method: str, seed: int, metrics: dict[str, float], **more: Any) -> dict[str, Any]:
@@ -113,6 +114,46 @@ def test_an_accuracy_has_its_interval_and_a_test_against_full() -> None:
     assert "Trained once, so that this holds for the rows only: full." in notes(several)
     both = analysed(*runs, *({**run, "seed": 1} for run in runs), right=right)
     assert "rows only" not in notes(both)
+
+
+def test_the_noise_floor_is_no_contender() -> None:
+    """The first method, trained again: it is neither the best nor on the frontier."""
+    floor = summary("lora", 10_000, {"accuracy": 0.9}, name="lora-again")
+    runs = [
+        summary("lora", 0, {"accuracy": 0.5}),
+        summary("head", 0, {"accuracy": 0.4}, trainable=5),
+    ]
+    analysis = analysed(*runs, floor)
+    assert analysis.verdict[0] == "lora has the best test accuracy: 50.0 %."
+    assert "lora-again" not in " ".join(analysis.verdict)
+    assert [result.name for result in analysis.ranked] == ["lora-again", "lora", "head"]
+    assert {result.name: result.again for result in analysis.methods} == {
+        "lora": "", "head": "", "lora-again": "lora"
+    }  # fmt: skip
+    assert "lora-again is lora trained again with other seeds" in notes(analysis)
+    frontier = "No other method is at least as good with fewer parameters: lora, head."
+    assert frontier in notes(analysis)
+
+
+@pytest.mark.parametrize(
+    ("losses", "falling"),
+    [
+        ([1.0] * 40, False),
+        ([1.0 - 0.02 * step for step in range(40)], True),
+        ([1.0 - 0.02 * step for step in range(19)], False),  # too short to say
+        ([1.0 - 0.002 * step for step in range(200)], True),
+        ([1.0 + 0.5 * (-1) ** step for step in range(40)], False),  # noise
+        ([2.0 - 0.1 * min(step, 15) for step in range(200)], False),  # fell long ago
+    ],
+)
+def test_a_loss_that_still_falls(losses: list[float], falling: bool, tmp_path: Path) -> None:
+    write_lines(tmp_path / "metrics.jsonl", [
+        {"kind": "step", "step": step + 1, "steps": len(losses), "epoch": 1, "loss": loss,
+         "learning_rate": 1e-3, "gradient_norm": 1.0, "examples": 8, "targets": 8, "tokens": 80,
+         "padding": 0.0, "seconds": 1.0, "epoch_ends": step + 1 == len(losses)}
+        for step, loss in enumerate(losses)
+    ])  # fmt: skip
+    assert _still_falling(tmp_path) is falling
 
 
 def test_scores_by_task() -> None:
