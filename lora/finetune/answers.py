@@ -1,7 +1,7 @@
 """Scores of written answers: those of any text, and those that the included data sets define.
 
 scores_of_answers(sources, answers)   the metrics
-right_answers(sources, answers)       whether each answer is right, as exact_match counts
+scores_by_row(sources, answers, ...)  the scores of which a metric is the mean
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, f
         if not chosen:
             continue
         texts, references, _ = zip(*chosen, strict=True)
-        scores = score("text", texts, references)
         own = _own_scores(sources, group, chosen)
-        scores |= {metric: fmean(values) for metric, values in own.items()}
+        scores = {metric: fmean(values) for metric, values in own.items()}
+        scores |= {k: v for k, v in score("text", texts, references).items() if k not in own}
         results |= {f"{metric}{suffix}": value for metric, value in scores.items()}
     return results
 
 
-def right_answers(sources: Sequence[str], answers: Predicted) -> tuple[bool, ...]:
-    """Returns whether each answer is right, as the exact match of all of them counts. Raises
-    DataError if an answer is of none of the data sets."""
+def scores_by_row(
+    sources: Sequence[str], answers: Predicted, metric: str
+) -> tuple[float, ...] | None:
+    """Returns the scores of the answers of which exact_match, or a metric of an included data set,
+    is the mean; None for other metrics. Raises DataError if an answer is of none of the data sets.
+    """
     names, rows = _rows(sources, answers)
-    if own := _own_scores(sources, names, rows):
-        return tuple(map(bool, own["exact_match"]))
-    return tuple(matches(text, texts) for text, texts, _ in rows)
+    if metric in (own := _own_scores(sources, names, rows)):
+        return tuple(own[metric])
+    if metric != "exact_match":
+        return None
+    return tuple(float(matches(text, texts)) for text, texts, _ in rows)
 
 
 def _rows(sources: Sequence[str], answers: Predicted) -> tuple[list[str], list[Answered]]:

@@ -21,11 +21,13 @@ from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
 from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
-from lora.finetune.data.included import absolute_source, recorded_source
+from lora.finetune.data.included import absolute_source, metrics_of_answers, recorded_source
 from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.flags import as_flag
+from lora.finetune.inputs import asked_of
 from lora.finetune.memory import pick_dtype
 from lora.finetune.methods import method_named
+from lora.finetune.metrics import METRICS, OF_TOKENS
 from lora.finetune.models import Base, load_base, load_tokenizer
 from lora.finetune.quantized import packable
 from lora.injection import inject
@@ -172,6 +174,12 @@ def _check_settings(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
             " Remove it, or set another method; in a comparison, set baseline = true in"
             " [methods.NAME] of a method that has an adapter."
         )
+    known = _metrics(config, corpus)
+    if config.metric and config.metric not in known:
+        raise ConfigError(
+            f"--metric {config.metric}: this run's metrics are {', '.join(known)}. Pass one of"
+            " them."
+        )
     if corpus.task != "text":
         _check_defaults(config, f"--task {corpus.task}", {
             "template": "auto", "loss_on": "answers", "packing": False, "weights": {},
@@ -194,6 +202,17 @@ def _check_settings(config: RunConfig[Any], corpus: Corpus, base: Base) -> None:
             "--loss-on all does not work with encoder-decoder models: an encoder predicts no text."
             " Remove it."
         )
+
+
+def _metrics(config: RunConfig[Any], corpus: Corpus) -> list[str]:
+    """Returns the metrics that the run will have on the held-out split."""
+    if corpus.task != "text":
+        return [*METRICS[corpus.task]]
+    if not asked_of(config, corpus, corpus.held_out[1]):
+        return [*OF_TOKENS]
+    own = metrics_of_answers(config.data).values()
+    shared = set.intersection(*map(set, own)) if len(own) == len(config.data) else ()
+    return [*dict.fromkeys((*METRICS["text"], *OF_TOKENS, *sorted(shared)))]
 
 
 def _check_defaults(config: RunConfig[Any], task: str, defaults: dict[str, Any]) -> None:

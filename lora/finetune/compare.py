@@ -20,16 +20,15 @@ from lora.files import writable, write_together
 from lora.finetune.comparison.analysis import (
     Analysis,
     RateSearch,
-    TriedRate,
     analyse,
     as_json,
     next_rate,
     rate_search,
-    read_try,
 )
 from lora.finetune.comparison.budget import GridPlan, note_on_rows, planned
 from lora.finetune.comparison.grid import TRIED, Grid
 from lora.finetune.comparison.matched import with_matched_ranks
+from lora.finetune.comparison.runs import TriedRate, read_try
 from lora.finetune.comparison.schedule import Outcome, Scheduler, title, train_command
 from lora.finetune.comparison.standing import standing
 from lora.finetune.comparison.tables import all_tables

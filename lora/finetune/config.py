@@ -163,6 +163,10 @@ class RunConfig(Generic[C]):
     answered: Number | None = None
     """With --task text: score the answers to only the first N prompts of each data set's test split
     (dev if there is no test). 0: only perplexity is computed. Default: all."""
+    metric: str = ""
+    """The metric by which methods are compared, such as macro_f1, bleu or rougeL. If it is computed
+    on dev, it also chooses the best checkpoint. Default: accuracy; for numbers pearson; for texts
+    exact_match, or rougeL if at least half of the references have more than five words."""
     unrelated_text: Text | None = None
     """Text that has nothing to do with the task: a TXT file, a data set with a column `text`, or
     python-docs (Python's help topics, if they are installed). Its perplexity before and after

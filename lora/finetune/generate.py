@@ -39,6 +39,7 @@ from lora.finetune.inputs import (
     prompts_of,
     thought_end,
 )
+from lora.finetune.metrics import leading, rouge_by_row
 from lora.kernels import adapters_constant
 from lora.settings import check, whole_number
 
@@ -236,6 +237,7 @@ def scored(
     Text: the model generates an answer for the first `config.answered` prompts of each data set.
     """
     evaluation = evaluate(model, corpus, encoded, examples, progress=progress)
+    evaluation = replace(evaluation, metrics=leading(evaluation.metrics, config.metric))
     if corpus.task != "text":
         return evaluation, list(records_of(corpus, examples, evaluation.logits))
     asked = asked_of(config, corpus, examples)
@@ -252,13 +254,17 @@ def scored(
         [conversation.references for conversation in asked],
         [conversation.task for conversation in asked],
     )
-    scores = scores_of_answers(config.data, answers)
+    scores = scores_of_answers(config.data, answers) | evaluation.metrics
+    scores = leading(scores, config.metric)
     several = len(corpus.tasks) > 1
     rows = [
         row_of(conversation, text, several, end)
         for conversation, text in zip(asked, texts, strict=True)
     ]
-    return replace(evaluation, metrics=scores | evaluation.metrics), rows
+    if next(iter(scores)) == "rougeL":  # compare needs it row by row, and it is slow to compute
+        for row, value in zip(rows, rouge_by_row(*answers[:2], ["rougeL"])["rougeL"], strict=True):
+            row["rougeL"] = round(value, 6)
+    return replace(evaluation, metrics=scores), rows
 
 
 def _without_end(conversation: Conversation, end: str) -> Conversation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import statistics
 import string
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +17,19 @@ from typing import Any
 from lora.errors import DataError
 from lora.finetune.data.columns import LARGEST_LABEL
 
-SCORED_TASKS = ("classification", "regression", "text")
+METRICS = {
+    "classification": ("accuracy", "macro_f1", "matthews"),
+    "regression": ("pearson", "spearman", "mse"),
+    "text": ("exact_match", "bleu", "rouge1", "rouge2", "rougeL"),
+}
+"""The metrics of each task's predictions."""
+OF_TOKENS = ("perplexity", "token_accuracy")
+"""The metrics of texts that need no generated answers."""
+SHARES = ("accuracy", "macro_f1", "exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy")
+"""Metrics from 0 to 1, which tables show in percent."""
 LOWER = ("perplexity", "mse")  # metrics that are better if they are lower
+LONG = 5
+"""Hardly any answer equals a reference of more words, so exact match cannot compare models."""
 
 
 def signed(metric: str, score: float | None) -> float:
@@ -27,13 +39,25 @@ def signed(metric: str, score: float | None) -> float:
     return -score if metric in LOWER else score
 
 
+def is_share(metric: str) -> bool:
+    """True for a metric from 0 to 1, which tables show in percent."""
+    return metric in SHARES
+
+
+def leading(metrics: dict[str, float], name: str) -> dict[str, float]:
+    """Returns the metrics with `name` as the first, by which models are compared. As they are if
+    there is no such metric."""
+    return {name: metrics[name], **metrics} if name in metrics else metrics
+
+
 def score(
     task: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Returns all metrics of a task by name. A text may have several references.
+    """Returns all metrics of a task by name. The first is the one that models are compared by.
 
-    Raises DataError if there are no predictions, their number differs from the references', or, in
-    regression, a value is not a finite number.
+    A text may have several references. If at least half of them have more than LONG words, the
+    first metric is rougeL, else exact_match. Raises DataError if there are no predictions, their
+    number differs from the references', or, in regression, a value is not a finite number.
     """
     if len(predictions) != len(references) or not predictions:
         raise DataError(
@@ -41,11 +65,13 @@ def score(
             " both for each."
         )
     if task == "text":
-        return {
+        scores = {
             "exact_match": exact_match(predictions, references),
             "bleu": bleu(predictions, references),
             **rouge(predictions, references),
         }
+        words = statistics.median_high(len(text.split()) for texts in references for text in texts)
+        return leading(scores, "rougeL" if words > LONG else "exact_match")
     first = [reference[0] for reference in references]
     if task == "regression":
         try:
@@ -60,7 +86,7 @@ def score(
                 )
         return regression(*numbers)
     if task != "classification":
-        raise DataError(f"no task {task!r}. Known: {', '.join(SCORED_TASKS)}.")
+        raise DataError(f"no task {task!r}. Known: {', '.join(METRICS)}.")
     return classification(predictions, first)
 
 
@@ -110,16 +136,25 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Returns the mean F-measure of ROUGE-1, -2 and -L with stemming, by the best reference.
+    """Returns the means of rouge_by_row."""
+    rows = rouge_by_row(predictions, references)
+    return {name: sum(scores) / len(scores) for name, scores in rows.items()}
+
+
+def rouge_by_row(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    names: Sequence[str] = ("rouge1", "rouge2", "rougeL"),
+) -> dict[str, list[float]]:
+    """Returns each row's F-measure of ROUGE-1, -2 and -L with stemming, by the best reference.
 
     rouge-score uses ASCII letters and digits only, so text in other scripts scores 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names, use_stemmer=True)
     best = [scorer.score_multi(list(r), p) for p, r in zip(predictions, references, strict=True)]
-    return {name: sum(scores[name].fmeasure for scores in best) / len(best) for name in names}
+    return {name: [float(scores[name].fmeasure) for scores in best] for name in names}
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:

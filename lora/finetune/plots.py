@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from lora.errors import RunError
 from lora.files import writable, write_together
 from lora.finetune.colours import COLOURS
+from lora.finetune.metrics import SHARES
 from lora.finetune.record import (
     Evaluated,
     StepRow,
@@ -25,7 +26,6 @@ from lora.finetune.record import (
     summary_of,
 )
 
-SHARES = ("accuracy", "macro_f1", "exact_match", "token_accuracy")  # metrics from 0 to 1
 NARROWEST = 0.3  # the least that the axis of a share covers
 
 

@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from lora.finetune.inputs import Inputs, calibration, digest, inputs_of, read_co
 from lora.finetune.losses import check_language
 from lora.finetune.memory import auto_dtype_note, checkpoint_activations, set_dtype
 from lora.finetune.methods import label
+from lora.finetune.metrics import leading
 from lora.finetune.models import Base
 from lora.finetune.peak import PeakMemory, process_peak
 from lora.finetune.record import (
@@ -378,6 +379,7 @@ class _Loop:
         split, rows = self.parts.splits["dev"], corpus.dev
         with self.memory.paused():
             dev = evaluate(self.training.model, corpus, split, rows, progress=self.progress)
+        dev = replace(dev, metrics=leading(dev.metrics, self.config.metric))
         self.phase = ""
         self.screen.evaluation(self.record.evaluation(step, step / self.per_epoch, dev))
         self._warn_of_a_single_class(dev)

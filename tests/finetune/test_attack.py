@@ -176,7 +176,8 @@ def test_a_run_of_relative_folders_goes_on_from_elsewhere_to_the_same_summary(
 
 
 def test_a_comparison_of_runs_that_stop_early_has_its_table() -> None:
-    from lora.finetune.comparison.analysis import Run, analysis_of
+    from lora.finetune.comparison.analysis import analysis_of
+    from lora.finetune.comparison.runs import Run
     from lora.finetune.comparison.tables import rows
 
     common = {"metrics": {"accuracy": 0.5}, "split": "test", "trainable": 1, "parameters": 2,

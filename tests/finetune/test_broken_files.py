@@ -33,7 +33,7 @@ from lora import nf4
 from lora.adapter_config import method_and_config
 from lora.errors import LoraError
 from lora.finetune import config, plots, record, state
-from lora.finetune.comparison import analysis, tables
+from lora.finetune.comparison import analysis, runs, tables
 from lora.finetune.data import encoding, templates, tokens
 from lora.finetune.data.conversations import from_row, read_prompts
 from lora.finetune.data.corpus import Columns, Example, read_predictions, unlabelled
@@ -378,7 +378,7 @@ def documents(folder: Path) -> Read:
         if kind == 0:
             (folder / "summary.json").write_bytes(damage.of_document(SUMMARY, draw))
             tables.markdown(
-                tables.rows(analysis.analysis_of([analysis.Run(folder, record.summary_of(folder))]))
+                tables.rows(analysis.analysis_of([runs.Run(folder, record.summary_of(folder))]))
             )
         elif kind == 1:
             around = {"data": "a", "tokens": "b", "note": "", "torch": "2", "cores": 2}

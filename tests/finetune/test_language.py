@@ -120,6 +120,46 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_long_answers_are_scored_by_rouge_row_by_row(base: str, tmp_path: Path) -> None:
+    """The mean of the rows is the score, and the file can be answered again."""
+    data = pairs(tmp_path / "pairs.jsonl", 40)
+    path = Path(data)
+    path.write_text(path.read_text().replace(" number", " one of these six numbers, and it is"))
+    flags = ("--base", base, "--data", data, *FLAGS, "--epochs", 1)
+    assert lora("train", *flags, "--run-dir", tmp_path / "run") == 0
+    scores = summary_of(tmp_path / "run")["metrics"]
+    assert next(iter(scores)) == "rougeL"
+    rows = lines(tmp_path / "run" / "predictions.jsonl")
+    mean = sum(row["rougeL"] for row in rows) / len(rows)
+    assert mean == pytest.approx(scores["rougeL"], abs=1e-6)
+    again = ("--data", tmp_path / "run" / "predictions.jsonl", "--output", tmp_path / "again")
+    assert lora("generate", tmp_path / "run", *again, "--max-new-tokens", 6) == 0
+    chosen = ("--metric", "bleu", "--run-dir", tmp_path / "chosen")
+    assert lora("train", *flags, *chosen) == 0
+    assert next(iter(summary_of(tmp_path / "chosen")["metrics"])) == "bleu"
+    assert "rougeL" not in lines(tmp_path / "chosen" / "predictions.jsonl")[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "known"),
+    [
+        (("--metric", "macro_f1"), "exact_match, bleu, rouge1, rouge2, rougeL, perplexity"),
+        (("--metric", "bleu", "--answered", 0), "are perplexity, token_accuracy"),
+    ],
+)
+def test_a_metric_that_the_run_will_not_have_is_refused(
+    flags: tuple[Any, ...],
+    known: str,
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = pairs(tmp_path / "pairs.jsonl", 40)
+    assert lora("train", "--base", base, "--data", data, *flags, "--run-dir", tmp_path / "run") == 2
+    assert known in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_conversations_leaves_its_scores(run: Path) -> None:
     summary = summary_of(run)
     assert summary["task"] == "text"

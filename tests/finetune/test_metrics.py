@@ -11,6 +11,7 @@ from lora.finetune.metrics import (
     bleu,
     classification,
     exact_match,
+    leading,
     normalise,
     regression,
     rouge,
@@ -72,6 +73,28 @@ def test_rouge_by_hand() -> None:
     assert found["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 3) / (1 / 2 + 1 / 3))
     assert found["rougeL"] == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
     assert rouge(["the cat"], [["dogs", "the cat"]])["rouge1"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("references", "first"),
+    [
+        ([["yes"], ["no"]], "exact_match"),
+        ([["one two three four five"]], "exact_match"),
+        ([["one two three four five six"]], "rougeL"),
+        ([["no"], ["no", "one two three four five six", "a b c d e f"]], "rougeL"),  # 2 of 4
+        ([["no"], ["no"], ["one two three four five six"]], "exact_match"),
+    ],
+)
+def test_long_answers_are_compared_by_rouge(references: list[list[str]], first: str) -> None:
+    scores = score("text", ["x"] * len(references), references)
+    assert next(iter(scores)) == first
+    assert sorted(scores) == ["bleu", "exact_match", "rouge1", "rouge2", "rougeL"]
+
+
+def test_the_leading_metric_is_the_first_of_those_there_are() -> None:
+    scores = {"accuracy": 0.5, "macro_f1": 0.4}
+    assert list(leading(scores, "macro_f1").items()) == [("macro_f1", 0.4), ("accuracy", 0.5)]
+    assert list(leading(scores, "")) == list(leading(scores, "bleu")) == ["accuracy", "macro_f1"]
 
 
 def test_exact_match_normalises_as_squad_does() -> None:

@@ -15,7 +15,8 @@ import pytest
 
 from lora.errors import CheckpointError, RunError
 from lora.finetune import state
-from lora.finetune.comparison.analysis import Run, analysis_of
+from lora.finetune.comparison.analysis import analysis_of
+from lora.finetune.comparison.runs import Run
 from lora.finetune.comparison.tables import markdown, rows
 from lora.finetune.plots import draw_curves
 from lora.finetune.record import answers_of, environment_of, metrics_at, metrics_of, summary_of

@@ -8,38 +8,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from lora.errors import ConfigError, DataError, RunError
-from lora.finetune.answers import right_answers
+from lora.errors import RunError
 from lora.finetune.comparison.grid import AGAIN_NAME, RATE_STEP, rounded
+from lora.finetune.comparison.runs import (
+    Run,
+    TriedRate,
+    by_name,
+    check_alike,
+    read_runs,
+    without_seed,
+)
 from lora.finetune.comparison.statistics import bootstrap, difference, groups
-from lora.finetune.config import read_toml
-from lora.finetune.data.corpus import read_predictions
 from lora.finetune.estimate import duration
-from lora.finetune.methods import label
-from lora.finetune.metrics import LOWER, signed
-from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
+from lora.finetune.metrics import LOWER, is_share, signed
+from lora.finetune.record import Summary
 from lora.interop.documents import read_document
-
-
-@dataclass(frozen=True)
-class TriedRate:
-    """A learning rate, and the score on dev of the run that tried it; None if that run failed."""
-
-    rate: float
-    score: float | None
-    metric: str
-    run: Path
-
-    @property
-    def better(self) -> float:
-        """The score with its sign, so that larger is better; less than any if there is none."""
-        return signed(self.metric, self.score)
 
 
 @dataclass(frozen=True)
@@ -149,79 +138,10 @@ class Analysis:
         return tuple(result for result in self.ranked if not result.again)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A complete run, as read from its folder."""
-
-    folder: Path
-    summary: Summary
-    settings: dict[str, Any] = field(default_factory=dict)
-    right: tuple[bool, ...] | None = None
-    """Whether each test row is right; None if the first metric is no share of the rows."""
-    falling: bool = False  # the training loss was still falling at the end
-    predictions: Sequence[str] = ()
-    references: Sequence[Sequence[str]] = ()  # of each test row
-
-    @property
-    def name(self) -> str:
-        """What tables call the run's method."""
-        return shown_name(self.summary)
-
-    def score(self, metric: str) -> float:
-        return self.summary["metrics"][metric]
-
-
-def read_run(folder: Path) -> Run:
-    """Returns a complete run. Raises RunError or DataError."""
-    summary = summary_of(folder)
-    metric = next(iter(summary["metrics"]))
-    path = folder / "predictions.jsonl"
-    answers = read_predictions(path)
-    predictions, references, _ = answers
-    # Of texts only some of the prompts may have been answered.
-    if metric == "accuracy" and len(predictions) != summary["rows"]:
-        raise RunError(
-            f"{path} has {len(predictions):,} rows, and summary.json says {summary['rows']:,}."
-            f" Remove {folder}, and run it again."
-        )
-    table, right = _table_of(folder), None
-    if metric == "accuracy":
-        right = tuple(text in texts for text, texts in zip(predictions, references, strict=True))
-    elif is_share(metric):
-        try:
-            right = right_answers(table["data"], answers)
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from None
-    falling = _still_falling(folder)
-    return Run(folder, summary, table, right, falling, predictions, references)
-
-
-def is_share(metric: str) -> bool:
-    """True if a general metric is a share of the rows, which tables show in percent."""
-    return metric in ("accuracy", "exact_match")
-
-
 def analyse(folders: Sequence[Path]) -> Analysis:
     """Returns what runs on the same data show. Raises RunError if none is complete, or if they
     cannot be compared."""
     return analysis_of(*read_runs(folders))
-
-
-def read_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, list[TriedRate]]]:
-    """Returns the complete runs, and by the name of a method the rates that were tried for it.
-
-    Runs with `test_limit = 0` only tried a rate. Of the others, incomplete ones are left out.
-    """
-    tables = {folder: _table_of(folder) for folder in folders}
-    tries: dict[str, list[TriedRate]] = {}
-    runs = []
-    for folder, table in tables.items():
-        if table.get("test_limit") == 0:
-            name = table.get("name") or label(table["method"])
-            tries.setdefault(name, []).append(read_try(folder))
-        elif (folder / "summary.json").is_file():
-            runs.append(read_run(folder))
-    return runs, tries
 
 
 def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = {}) -> Analysis:
@@ -231,7 +151,7 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
     """
     if not runs:
         raise RunError("there is no complete run to compare. Run lora train or lora compare first.")
-    _check_alike(runs)
+    check_alike(runs)
     first = runs[0].summary
     metric = next(iter(first["metrics"]))
     groups = by_name(runs)
@@ -256,16 +176,8 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
         smallest_difference=None,
         verdict=(),
     )
-    scores = {name: [run.right for run in group] for name, group in groups.items()}
+    scores = {name: [run.by_row for run in group] for name, group in groups.items()}
     return _with_verdict(_with_pareto(_with_statistics(analysis, scores)))
-
-
-def _table_of(folder: Path) -> dict[str, Any]:
-    """Returns the settings of a run, complete or not. Raises RunError if it is not a run."""
-    try:
-        return read_toml(folder / "config.toml")
-    except ConfigError as error:
-        raise RunError(f"{folder} is not a run: {error}") from None
 
 
 def _method_result(
@@ -300,32 +212,6 @@ def _search_of(group: Sequence[Run], tried: Sequence[TriedRate]) -> RateSearch:
     )
 
 
-def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Returns the runs of each method in the order of their seeds.
-
-    Runs of one name whose settings differ in more than the seed are different methods: the settings
-    that differ are added to their names.
-    """
-    names: dict[str, list[Run]] = {}
-    for run in runs:
-        names.setdefault(run.name, []).append(run)
-    groups: dict[str, list[Run]] = {}
-    for name, same_name in names.items():
-        settings = [_without_seed(run) for run in same_name]
-        keys = dict.fromkeys(key for each in settings for key in each)
-        differing = [k for k in keys if len({repr(each.get(k)) for each in settings}) > 1]
-        for run, each in zip(same_name, settings, strict=True):
-            parts = [f"{key}={each.get(key, '')}" for key in differing]
-            groups.setdefault(" ".join([name, *parts]), []).append(run)
-    for group in groups.values():
-        group.sort(key=lambda run: run.summary["seed"])
-    return groups
-
-
-def _without_seed(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.settings.items() if k not in ("seed", "run_dir", "note")}
-
-
 def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
     """Returns the method of which this one is the noise floor; "" if it is a method like others.
 
@@ -333,44 +219,10 @@ def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
     """
 
     def settings(of: str) -> dict[str, Any]:
-        return {k: v for k, v in _without_seed(groups[of][0]).items() if k != "name"}
+        return {k: v for k, v in without_seed(groups[of][0]).items() if k != "name"}
 
     named = (other for other in groups if name == AGAIN_NAME.format(other))
     return next((other for other in named if settings(other) == settings(name)), "")
-
-
-def _check_alike(runs: Sequence[Run]) -> None:
-    """Raise RunError if the runs cannot be compared: other data, other metrics, other rows."""
-    first = runs[0]
-    for run in runs:
-        for key in ("data", "split", "rows"):
-            ours, others = first.summary[key], run.summary[key]
-            if ours != others:
-                raise RunError(
-                    f"{run.folder} has {key} {others}, and {first.folder} has {ours}, so they"
-                    " cannot be compared. Pass runs on the same data."
-                )
-        if run.references != first.references:
-            raise RunError(
-                f"{run.folder / 'predictions.jsonl'} has other rows than that of {first.folder}, so"
-                " they cannot be compared. Pass runs on the same data."
-            )
-        if odd := sorted(run.summary["metrics"].keys() ^ first.summary["metrics"].keys()):
-            raise RunError(
-                f"{run.folder / 'summary.json'} has the scores {', '.join(run.summary['metrics'])},"
-                f" and {odd[0]} is not in both it and {first.folder}. Pass runs of the same task."
-            )
-
-
-def read_try(folder: Path) -> TriedRate:
-    """Returns what a run that tried a rate shows. It has no score if it is not complete: it failed,
-    as runs with a rate that is too high do."""
-    table = read_toml(folder / "config.toml")
-    if not (folder / "summary.json").is_file():
-        return TriedRate(float(table["learning_rate"]), None, "", folder)
-    summary = summary_of(folder)
-    metric, score = next(iter(summary["metrics"].items()))
-    return TriedRate(summary["learning_rate"], score, metric, folder)
 
 
 def rate_search(tried: Sequence[TriedRate]) -> RateSearch:
@@ -399,13 +251,6 @@ def next_rate(search: RateSearch) -> float:
     above, below = search.tried[best + 1], search.tried[best - 1]
     neighbour = above if above.better >= below.better else below
     return rounded(math.sqrt(search.chosen * neighbour.rate))
-
-
-FALLING = 0.05
-"""A training loss that fell by more than this share over the last tenth is still falling."""
-FEWEST_STEPS = 5
-"""Steps over which losses are averaged at least. A run of fewer than four times as many is too
-short for saying whether its loss was falling."""
 
 
 def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> tuple[str, ...]:
@@ -441,27 +286,12 @@ def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> t
     return tuple(warnings)
 
 
-def _still_falling(folder: Path) -> bool:
-    """True if the mean loss of the last tenth of the steps, or of the last FEWEST_STEPS, is more
-    than FALLING below that of as many before, and by more than twice the standard error of that
-    difference."""
-    steps: list[StepRow] = [row for row in metrics_of(folder) if row["kind"] == "step"]
-    if len(steps) < 4 * FEWEST_STEPS:
-        return False
-    tenth = max(FEWEST_STEPS, len(steps) // 10)
-    before = [row["loss"] for row in steps[-2 * tenth : -tenth]]
-    last = [row["loss"] for row in steps[-tenth:]]
-    fall = statistics.mean(before) - statistics.mean(last)
-    error = ((statistics.variance(before) + statistics.variance(last)) / tenth) ** 0.5
-    return bool(fall > max(FALLING * statistics.mean(before), 2 * error))
-
-
 def _with_statistics(analysis: Analysis, scores: Mapping[str, list[Any]]) -> Analysis:
     """Adds intervals, differences and groups.
 
-    scores: by method, whether each test row is right in each of its runs.
+    scores: by method, the scores of the test rows in each of its runs.
     """
-    if any(right is None for runs in scores.values() for right in runs):
+    if any(rows is None for runs in scores.values() for rows in runs):
         return analysis
     result = bootstrap(scores)
     names, compared = list(scores), references(analysis.methods)

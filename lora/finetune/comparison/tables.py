@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from lora.finetune.comparison.analysis import Analysis, MethodResult, is_share, references
+from lora.finetune.comparison.analysis import Analysis, MethodResult, references
+from lora.finetune.metrics import is_share
 
 BASE = "(the base)"  # what a table calls the base without an adapter
 MOST_FREQUENT = "(most frequent class)"
@@ -157,8 +158,9 @@ def _memory_measured(analysis: Analysis) -> tuple[str, str]:
 def notes(analysis: Analysis) -> str:
     """Returns what the table's columns mean, in words, and on how many rows they were measured."""
     columns = _columns(analysis)
-    once = [result.name for result in analysis.methods if len(result.seeds) == 1]
-    several = len(once) < len(analysis.methods)
+    methods = analysis.methods
+    once = [result.name for result in methods if len(result.seeds) == 1]
+    several = len(once) < len(methods)
     lines = [f"Measured on {analysis.rows:,} {analysis.split} rows of {analysis.data}."]
     lines.append("share: trainable parameters / all parameters. rate: the learning rate.")
     if "95 % interval" in columns:
@@ -173,7 +175,9 @@ def notes(analysis: Analysis) -> str:
             lines.append(f"Trained once, so that this holds for the rows only: {', '.join(once)}.")
     for head in columns:
         if head.startswith("against "):
-            test = "a bootstrap over seeds and rows" if several else "McNemar's exact test"
+            tests = {v.test for m in methods for v in m.versus}
+            exact = tests == {"McNemar"}
+            test = "McNemar's exact test" if exact else "a bootstrap over seeds and rows"
             lines.append(
                 f"{head}: the difference on the same {analysis.split} rows. p is from {test}, with"
                 " Holm's correction for the number of methods."
@@ -190,15 +194,18 @@ def notes(analysis: Analysis) -> str:
         lines.append(f"{FORGETTING}: its perplexity before and after training. More is forgetting.")
     lines.append(SIZES[_memory_measured(analysis)[0]][1])
     if len(analysis.contenders) > 1:
-        frontier = ", ".join(result.name for result in analysis.methods if result.pareto)
-        lines.append(f"No other method is at least as good with fewer parameters: {frontier}.")
+        frontier = ", ".join(result.name for result in methods if result.pareto)
+        lines.append(
+            f"Best for their size: {frontier}. No other method is at least as good with fewer"
+            " parameters."
+        )
     lines += [
         f"{m.name} is {m.again} trained again with other seeds: the difference between them is"
         " due to chance alone."
-        for m in analysis.methods
+        for m in methods
         if m.again
     ]
-    lines += [f"{m.name}: {warning}." for m in analysis.methods for warning in m.warnings]
+    lines += [f"{m.name}: {warning}." for m in methods for warning in m.warnings]
     return "".join(f"{line}\n" for line in lines)
 
 

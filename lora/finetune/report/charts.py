@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.finetune.colours import COLOURS
-from lora.finetune.comparison.analysis import Analysis, MethodResult, is_share
+from lora.finetune.comparison.analysis import Analysis, MethodResult
 from lora.finetune.data.corpus import MOST_CLASSES
+from lora.finetune.metrics import is_share
 from lora.finetune.report.evidence import Evidence
 from lora.finetune.report.mistakes import reports_of
 

@@ -7,9 +7,10 @@ import time
 from dataclasses import replace
 
 from lora.errors import command
-from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus, is_share
+from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus
 from lora.finetune.comparison.tables import task_rows
 from lora.finetune.estimate import duration
+from lora.finetune.metrics import is_share
 from lora.finetune.report.evidence import Evidence, RunFiles
 from lora.finetune.report.formats import Cell, Table, cells, numeric
 from lora.finetune.report.mistakes import disagreements, reports_of

@@ -13,7 +13,8 @@ from typing import Any
 
 from lora.errors import RunError, command
 from lora.files import read_json, readable
-from lora.finetune.comparison.analysis import Analysis, Run, analysis_of, read_runs
+from lora.finetune.comparison.analysis import Analysis, analysis_of
+from lora.finetune.comparison.runs import Run, read_runs
 from lora.finetune.config import read_toml
 from lora.finetune.data.rows import read_rows
 from lora.finetune.listing import RunRow, run_folders, run_row

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lora.errors import ConfigError, FileError
-from lora.finetune.comparison.analysis import TriedRate, next_rate, rate_search
+from lora.finetune.comparison.analysis import next_rate, rate_search
 from lora.finetune.comparison.grid import SEARCH_SEED, TRIED, parse_compare, seconds_in
+from lora.finetune.comparison.runs import TriedRate
 from lora.finetune.comparison.schedule import train_command
 from lora.finetune.config import parse_run, to_table
 from lora.finetune.methods import method_named

@@ -28,8 +28,9 @@ from lora.finetune.compare import (
     report_missing,
 )
 from lora.finetune.comparison import schedule
-from lora.finetune.comparison.analysis import Run, TriedRate, _search_of, _warnings, rate_search
+from lora.finetune.comparison.analysis import _search_of, _warnings, rate_search
 from lora.finetune.comparison.grid import TRIED, parse_compare
+from lora.finetune.comparison.runs import Run, TriedRate
 from lora.finetune.comparison.schedule import (
     LOCKS,
     Outcome,

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from lora.errors import DataError
 from lora.finetune import cli
-from lora.finetune.answers import right_answers, scores_of_answers
+from lora.finetune.answers import scores_by_row, scores_of_answers
 from lora.finetune.config import parse_run, read_toml
 from lora.finetune.data.corpus import read_examples, read_predictions, read_split
 from lora.finetune.data.included import (
@@ -298,9 +298,10 @@ def test_a_comparison_counts_right_answers_as_the_run_did(
     lines = [{"task": t, "prediction": p, "references": [r]} for t, p, r in rows]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     answers = read_predictions(path)
-    assert right_answers(sources, answers) == right
+    assert scores_by_row(sources, answers, "exact_match") == right
+    assert scores_by_row(sources, answers, "bleu") is None
     assert scores_of_answers(sources, answers)["exact_match"] == sum(right) / 4
     for task, shown in (("copy", "copy"), ("", "no data set")):
         other = answers._replace(tasks=[task, *answers.tasks[1:]])
         with pytest.raises(DataError, match=f"a prediction is of {shown}, and the run's data sets"):
-            right_answers(sources, other)
+            scores_by_row(sources, other, "exact_match")

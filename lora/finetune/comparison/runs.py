@@ -1,0 +1,213 @@
+"""Reads the runs of a comparison: complete ones, and those that only tried a learning rate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora.errors import ConfigError, DataError, RunError
+from lora.finetune.answers import scores_by_row
+from lora.finetune.config import read_toml
+from lora.finetune.data.corpus import read_predictions
+from lora.finetune.data.rows import read_rows
+from lora.finetune.methods import label
+from lora.finetune.metrics import signed
+from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A learning rate, and the score on dev of the run that tried it; None if that run failed."""
+
+    rate: float
+    score: float | None
+    metric: str
+    run: Path
+
+    @property
+    def better(self) -> float:
+        """The score with its sign, so that larger is better; less than any if there is none."""
+        return signed(self.metric, self.score)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A complete run, as read from its folder."""
+
+    folder: Path
+    summary: Summary
+    settings: dict[str, Any] = field(default_factory=dict)
+    by_row: Sequence[float] | None = None
+    """The scores of the test rows whose mean is the first metric; None if it is no such mean."""
+    falling: bool = False  # the training loss was still falling at the end
+    predictions: Sequence[str] = ()
+    references: Sequence[Sequence[str]] = ()  # of each test row
+
+    @property
+    def name(self) -> str:
+        """What tables call the run's method."""
+        return shown_name(self.summary)
+
+    @property
+    def right(self) -> tuple[bool, ...] | None:
+        """Whether each test row is right; None if the first metric counts no right rows."""
+        if self.by_row is None or any(score not in (0, 1) for score in self.by_row):
+            return None
+        return tuple(map(bool, self.by_row))
+
+    def score(self, metric: str) -> float:
+        return self.summary["metrics"][metric]
+
+
+def read_run(folder: Path) -> Run:
+    """Returns a complete run. Raises RunError or DataError."""
+    summary = summary_of(folder)
+    metric = next(iter(summary["metrics"]))
+    path = folder / "predictions.jsonl"
+    answers = read_predictions(path)
+    predictions, references, _ = answers
+    # Of texts only some of the prompts may have been answered.
+    if metric == "accuracy" and len(predictions) != summary["rows"]:
+        raise RunError(
+            f"{path} has {len(predictions):,} rows, and summary.json says {summary['rows']:,}."
+            f" Remove {folder}, and run it again."
+        )
+    table = _table_of(folder)
+    by_row: Sequence[float] | None = None
+    if metric == "accuracy":
+        pairs = zip(predictions, references, strict=True)
+        by_row = tuple(float(text in texts) for text, texts in pairs)
+    elif metric == "rougeL":
+        by_row = _recorded(path, metric)
+    elif summary["task"] == "text":
+        try:
+            by_row = scores_by_row(table["data"], answers, metric)
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+    falling = still_falling(folder)
+    return Run(folder, summary, table, by_row, falling, predictions, references)
+
+
+def _recorded(path: Path, metric: str) -> tuple[float, ...] | None:
+    """Returns the score that predictions.jsonl has for each row; None if a row has none."""
+    values = [row.get(metric) for _, row in read_rows(path) if isinstance(row, dict)]
+    numbers = tuple(float(value) for value in values if isinstance(value, int | float))
+    return numbers if len(numbers) == len(values) else None
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, list[TriedRate]]]:
+    """Returns the complete runs, and by the name of a method the rates that were tried for it.
+
+    Runs with `test_limit = 0` only tried a rate. Of the others, incomplete ones are left out.
+    """
+    tables = {folder: _table_of(folder) for folder in folders}
+    tries: dict[str, list[TriedRate]] = {}
+    runs = []
+    for folder, table in tables.items():
+        if table.get("test_limit") == 0:
+            name = table.get("name") or label(table["method"])
+            tries.setdefault(name, []).append(read_try(folder))
+        elif (folder / "summary.json").is_file():
+            runs.append(read_run(folder))
+    return runs, tries
+
+
+def _table_of(folder: Path) -> dict[str, Any]:
+    """Returns the settings of a run, complete or not. Raises RunError if it is not a run."""
+    try:
+        return read_toml(folder / "config.toml")
+    except ConfigError as error:
+        raise RunError(f"{folder} is not a run: {error}") from None
+
+
+def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Returns the runs of each method in the order of their seeds.
+
+    Runs of one name whose settings differ in more than the seed are different methods: the settings
+    that differ are added to their names.
+    """
+    names: dict[str, list[Run]] = {}
+    for run in runs:
+        names.setdefault(run.name, []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for name, same_name in names.items():
+        settings = [without_seed(run) for run in same_name]
+        keys = dict.fromkeys(key for each in settings for key in each)
+        differing = [k for k in keys if len({repr(each.get(k)) for each in settings}) > 1]
+        for run, each in zip(same_name, settings, strict=True):
+            parts = [f"{key}={each.get(key, '')}" for key in differing]
+            groups.setdefault(" ".join([name, *parts]), []).append(run)
+    for group in groups.values():
+        group.sort(key=lambda run: run.summary["seed"])
+    return groups
+
+
+def without_seed(run: Run) -> dict[str, Any]:
+    return {k: v for k, v in run.settings.items() if k not in ("seed", "run_dir", "note")}
+
+
+def check_alike(runs: Sequence[Run]) -> None:
+    """Raise RunError if the runs cannot be compared: other data, other metrics, other rows."""
+    first = runs[0]
+    for run in runs:
+        metrics = [next(iter(each.summary["metrics"])) for each in (first, run)]
+        if metrics[0] != metrics[1]:
+            raise RunError(
+                f"{run.folder} is scored by {metrics[1]}, and {first.folder} by {metrics[0]}, so"
+                " they cannot be compared. Train both with the same --metric."
+            )
+        for key in ("data", "split", "rows"):
+            ours, others = first.summary[key], run.summary[key]
+            if ours != others:
+                raise RunError(
+                    f"{run.folder} has {key} {others}, and {first.folder} has {ours}, so they"
+                    " cannot be compared. Pass runs on the same data."
+                )
+        if run.references != first.references:
+            raise RunError(
+                f"{run.folder / 'predictions.jsonl'} has other rows than that of {first.folder}, so"
+                " they cannot be compared. Pass runs on the same data."
+            )
+        if odd := sorted(run.summary["metrics"].keys() ^ first.summary["metrics"].keys()):
+            raise RunError(
+                f"{run.folder / 'summary.json'} has the scores {', '.join(run.summary['metrics'])},"
+                f" and {odd[0]} is not in both it and {first.folder}. Pass runs of the same task."
+            )
+
+
+def read_try(folder: Path) -> TriedRate:
+    """Returns what a run that tried a rate shows. It has no score if it is not complete: it failed,
+    as runs with a rate that is too high do."""
+    table = read_toml(folder / "config.toml")
+    if not (folder / "summary.json").is_file():
+        return TriedRate(float(table["learning_rate"]), None, "", folder)
+    summary = summary_of(folder)
+    metric, score = next(iter(summary["metrics"].items()))
+    return TriedRate(summary["learning_rate"], score, metric, folder)
+
+
+FALLING = 0.05
+"""A training loss that fell by more than this share over the last tenth is still falling."""
+
+
+FEWEST_STEPS = 5
+"""Steps over which losses are averaged at least. A run of fewer than four times as many is too
+short for saying whether its loss was falling."""
+
+
+def still_falling(folder: Path) -> bool:
+    """True if the mean loss of the last tenth of the steps, or of the last FEWEST_STEPS, is more
+    than FALLING below that of as many before, and by more than twice the standard error of that
+    difference."""
+    steps: list[StepRow] = [row for row in metrics_of(folder) if row["kind"] == "step"]
+    if len(steps) < 4 * FEWEST_STEPS:
+        return False
+    tenth = max(FEWEST_STEPS, len(steps) // 10)
+    before = [row["loss"] for row in steps[-2 * tenth : -tenth]]
+    last = [row["loss"] for row in steps[-tenth:]]
+    fall = statistics.mean(before) - statistics.mean(last)
+    error = ((statistics.variance(before) + statistics.variance(last)) / tenth) ** 0.5
+    return bool(fall > max(FALLING * statistics.mean(before), 2 * error))
