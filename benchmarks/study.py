@@ -1,6 +1,6 @@
-"""The study of methods on film reviews and on SST-2, method by method.
+"""The studies of methods: on film reviews and SST-2, and of a language model; method by method.
 
-python -m benchmarks.study films|sst2 [--methods NAME ...] [--runs DIR] [--jobs N]
+python -m benchmarks.study NAME [--methods NAME ...] [--runs DIR] [--jobs N]
 
 Hours of two cores. Each step runs `lora compare` of recipes/study-NAME.toml with one method more,
 then writes comparison.json and runs.tar.xz to results/study-NAME/, to be committed
@@ -62,7 +62,7 @@ def main() -> int:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    flags.add_argument("name", choices=("films", "sst2"))
+    flags.add_argument("name", choices=("films", "sst2", "smollm2-films", "smollm2-e2e"))
     flags.add_argument("--methods", nargs="+", help="in this order. Default: that of the recipe")
     flags.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     flags.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
