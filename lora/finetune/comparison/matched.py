@@ -24,13 +24,19 @@ def with_matched_ranks(grid: Grid, say: Callable[[str], None]) -> Grid:
     methods = dict(grid.methods)
     for name in others:
         run = methods[name]
-        methods[name] = _matched(run, target) if hasattr(run.settings, "r") else run
+        key = _rank_of(run)
+        methods[name] = _matched(run, target) if key else run
         count = _trainable(methods[name])
         share = count / target - 1
-        rank = f" with rank {methods[name].settings.r}" if hasattr(run.settings, "r") else ""
+        rank = f" with rank {getattr(methods[name].settings, key)}" if key else ""
         close = "" if abs(share) <= CLOSE else f", which is {share:+.0%}: it cannot be matched"
         say(f"{name}{rank} trains {count:,} parameters{close}")
     return replace(grid, methods=methods)
+
+
+def _rank_of(run: Any) -> str:
+    """Returns the name of the setting that is a method's rank; "" if it has none."""
+    return next((key for key in ("r", "init_r") if hasattr(run.settings, key)), "")
 
 
 def _matched(run: Any, target: int) -> Any:
@@ -46,11 +52,15 @@ def _matched(run: Any, target: int) -> Any:
 
 
 def _with_rank(run: Any, rank: int) -> Any:
-    settings, more = run.settings, {}
+    """Returns the run with this rank. lora_alpha, and AdaLoRA's final rank, grow with it."""
+    settings, key = run.settings, _rank_of(run)
+    share, more = rank / getattr(settings, key), {key: rank}
     if hasattr(settings, "lora_alpha"):
-        alpha = settings.lora_alpha * rank / settings.r
-        more = {"lora_alpha": int(alpha) if alpha == int(alpha) else alpha}
-    return replace(run, settings=replace(settings, r=rank, **more))
+        alpha = settings.lora_alpha * share
+        more["lora_alpha"] = int(alpha) if alpha == int(alpha) else alpha
+    if hasattr(settings, "target_r"):
+        more["target_r"] = max(1, round(settings.target_r * share))
+    return replace(run, settings=replace(settings, **more))
 
 
 def _trainable(run: Any) -> int:
