@@ -196,8 +196,8 @@ def notes(analysis: Analysis) -> str:
     if len(analysis.contenders) > 1:
         frontier = ", ".join(result.name for result in methods if result.pareto)
         lines.append(
-            f"Best for their size: {frontier}. No other method is at least as good with fewer"
-            " parameters."
+            f"Not beaten at their size: {frontier}. Every method with fewer parameters than one of"
+            " these scores lower than it."
         )
     lines += [
         f"{m.name} is {m.again} trained again with other seeds: the difference between them is"

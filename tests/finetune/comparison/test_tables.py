@@ -183,7 +183,7 @@ def test_the_noise_floor_is_no_contender() -> None:
         "lora": "", "head": "", "lora-again": "lora"
     }  # fmt: skip
     assert "lora-again is lora trained again with other seeds" in notes(analysis)
-    assert "Best for their size: lora, head." in notes(analysis)
+    assert "Not beaten at their size: lora, head." in notes(analysis)
 
 
 @pytest.mark.parametrize(
