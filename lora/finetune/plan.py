@@ -40,7 +40,7 @@ from lora.finetune.forgetting import read_unrelated
 from lora.finetune.inputs import inputs_of, read_corpus
 from lora.finetune.ledger import Ledger
 from lora.finetune.losses import token_scores
-from lora.finetune.memory import checkpoint_activations, set_dtype
+from lora.finetune.memory import auto_dtype_note, checkpoint_activations, set_dtype
 from lora.finetune.methods import method_named
 from lora.finetune.metrics import score
 from lora.finetune.models import Base, load_skeleton
@@ -79,6 +79,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
     """
     whole_number("nproc", devices, most=1024)
     device, before = device_here(config.device), private_bytes()
+    dtype_note = [auto_dtype_note(device)] if config.dtype == "auto" else []
     config, corpus, bare, note = _opened(config, device)
     inputs = inputs_of(config, corpus, bare)
     read_unrelated(config, bare)
@@ -107,6 +108,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
         memory=tuple(dataclasses.replace(memory, process=process) for memory in memories),
         notes=(
             *(f"data: {line}" for line in corpus.summary),
+            *dtype_note,
             *([bare.note] if bare.note else []),
             *(f"note: {n}" for n in (corpus.note, *inputs.notes, note, batches.note) if n),
         ),

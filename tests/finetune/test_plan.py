@@ -186,7 +186,7 @@ def test_devices_are_a_whole_number(bare: Path) -> None:
         plan(asked(bare), devices=0)
 
 
-def test_what_it_says(bare: Path) -> None:
+def test_what_it_says(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Estimate = plan(asked(bare), devices=2)
     said = str(found)
     for part in (
@@ -200,6 +200,11 @@ def test_what_it_says(bare: Path) -> None:
     ):
         assert part in said
     assert said.count("fits, the machine has") == 3
+    assert "dtype: " not in said  # it was given
+    monkeypatch.setenv("LORA_BFLOAT16", "1")
+    chosen = str(plan(dataclasses.replace(asked(bare), dtype="auto")))
+    assert "dtype: bfloat16, since LORA_BFLOAT16=1 is in the environment" in chosen
+    assert "base, bfloat16" in chosen
     short = dataclasses.replace(found, available=2**20).verdict()
     for flag in ("--micro-batch-size", "--activation-checkpointing", "--quantize nf4", "--r"):
         assert flag in short
