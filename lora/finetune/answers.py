@@ -12,7 +12,7 @@ from statistics import fmean
 from lora.errors import DataError
 from lora.finetune.data.corpus import Predicted
 from lora.finetune.data.included import metrics_of_answers, named
-from lora.finetune.metrics import matches, score
+from lora.finetune.metrics import leading, matches, score
 
 Answered = tuple[str, Sequence[str], str]  # prediction, references, name of the data set
 
@@ -34,6 +34,7 @@ def scores_of_answers(sources: Sequence[str], answers: Predicted) -> dict[str, f
         own = _own_scores(sources, group, chosen)
         scores = {metric: fmean(values) for metric, values in own.items()}
         scores |= {k: v for k, v in score("text", texts, references).items() if k not in own}
+        scores = leading(scores, "exact_match") if own else scores
         results |= {f"{metric}{suffix}": value for metric, value in scores.items()}
     return results
 

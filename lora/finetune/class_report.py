@@ -24,7 +24,7 @@ from lora.finetune.data.corpus import (
     read_predictions,
     sorted_labels,
 )
-from lora.finetune.metrics import score
+from lora.finetune.metrics import leading, score
 from lora.finetune.record import summary_of
 
 CONFUSIONS_LISTED = 20
@@ -138,10 +138,10 @@ def scores_of_file(
         task = summary_of(path.parent)["task"] if complete else "classification"
     answers = read_predictions(path)
     predictions, references, _ = answers
-    table = read_toml(path.parent / "config.toml") if complete and task != "regression" else {}
+    table = read_toml(path.parent / "config.toml") if complete else {}
     if task == "text" and complete:  # as the run counted
-        return scores_of_answers(table["data"], answers), None
-    scores = score(task, predictions, references)
+        return leading(scores_of_answers(table["data"], answers), table.get("metric", "")), None
+    scores = leading(score(task, predictions, references), table.get("metric", ""))
     if task != "classification":
         return scores, None
     first = [texts[0] for texts in references]

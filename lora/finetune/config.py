@@ -45,13 +45,8 @@ from lora.finetune.data.corpus import Task
 from lora.finetune.data.templates import LossOn
 from lora.finetune.devices import check_device
 from lora.finetune.flags import as_flag, describe_flags, hint, usage_line
-from lora.finetune.methods import (
-    label,
-    method_named,
-    method_names,
-    recordable,
-    settings_brought,
-)
+from lora.finetune.methods import label, method_named, method_names, recordable, settings_brought
+from lora.finetune.metrics import Metric
 from lora.finetune.verbs import EXAMPLES, FIRST
 from lora.interop import documents
 from lora.interop.documents import wanted
@@ -163,10 +158,10 @@ class RunConfig(Generic[C]):
     answered: Number | None = None
     """With --task text: score the answers to only the first N prompts of each data set's test split
     (dev if there is no test). 0: only perplexity is computed. Default: all."""
-    metric: str = ""
-    """The metric by which methods are compared, such as macro_f1, bleu or rougeL. If it is computed
-    on dev, it also chooses the best checkpoint. Default: accuracy; for numbers pearson; for texts
-    exact_match, or rougeL if at least half of the references have more than five words."""
+    metric: Metric = ""
+    """The metric by which methods are compared. If it is computed on dev (of texts only perplexity
+    and token_accuracy are), it also chooses the best checkpoint. Default: accuracy, pearson, or for
+    texts exact_match; if at least half of the references are longer than five words, rougeL."""
     unrelated_text: Text | None = None
     """Text that has nothing to do with the task: a TXT file, a data set with a column `text`, or
     python-docs (Python's help topics, if they are installed). Its perplexity before and after

@@ -94,6 +94,9 @@ NEAR = {
     "classes": "labels",
     "class_weight": "class_weights",
     "label_smoothing_factor": "label_smoothing",
+    "metric_for_best_model": "metric",
+    "eval_metric": "metric",
+    "scorer": "metric",
     # The training
     "lr": "learning_rate",
     "rate": "learning_rate",

@@ -166,11 +166,14 @@ def run_description(run: Path) -> str:
             table.append((str(row["step"]), f"{row['epoch']:g}", *cells))
         lines += ["", "evaluations", markdown(table).rstrip()]
     lines += ["", *(_result_lines(summary) if summary else [])]
-    if summary:
-        use = ("generate", run) if config.task == "text" else ("predict", run, "--text", "...")
-        lines.append(f"next: {command('lora', *use)}")
-    else:
-        lines.append(f"next: {command('lora', 'train', '--resume', run)}")
+    use: tuple[object, ...] = ("train", "--resume", run)
+    if is_locked(run):
+        use = ("watch", run)
+    elif summary and config.task == "text":
+        use = ("generate", run)
+    elif summary:
+        use = ("predict", run, "--text", "...")
+    lines.append(f"next: {command('lora', *use)}")
     return "\n".join(lines)
 
 

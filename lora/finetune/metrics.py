@@ -12,7 +12,7 @@ import re
 import statistics
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lora.errors import DataError
 from lora.finetune.data.columns import LARGEST_LABEL
@@ -25,8 +25,16 @@ METRICS = {
 """The metrics of each task's predictions."""
 OF_TOKENS = ("perplexity", "token_accuracy")
 """The metrics of texts that need no generated answers."""
-SHARES = ("accuracy", "macro_f1", "exact_match", "rouge1", "rouge2", "rougeL", "token_accuracy")
-"""Metrics from 0 to 1, which tables show in percent."""
+Metric = Literal[
+    "", "accuracy", "macro_f1", "matthews", "pearson", "spearman", "mse", "exact_match", "bleu",
+    "rouge1", "rouge2", "rougeL", "perplexity", "token_accuracy", "named_label", "within_one",
+    "letters", "number", "date",
+]  # fmt: skip
+"""All of them, with those that only some included data sets have; "" for a task's default."""
+NO_SHARES = ("matthews", "pearson", "spearman", "mse", "bleu", "perplexity")
+"""Metrics that are not from 0 to 1. Tables show the others in percent."""
+OF_RIGHT_ROWS = ("accuracy", "exact_match", "named_label", "within_one", "number", "date")
+"""Metrics that are the share of right rows."""
 LOWER = ("perplexity", "mse")  # metrics that are better if they are lower
 LONG = 5
 """Hardly any answer equals a reference of more words, so exact match cannot compare models."""
@@ -41,7 +49,7 @@ def signed(metric: str, score: float | None) -> float:
 
 def is_share(metric: str) -> bool:
     """True for a metric from 0 to 1, which tables show in percent."""
-    return metric in SHARES
+    return metric not in NO_SHARES
 
 
 def leading(metrics: dict[str, float], name: str) -> dict[str, float]:
@@ -56,8 +64,9 @@ def score(
     """Returns all metrics of a task by name. The first is the one that models are compared by.
 
     A text may have several references. If at least half of them have more than LONG words, the
-    first metric is rougeL, else exact_match. Raises DataError if there are no predictions, their
-    number differs from the references', or, in regression, a value is not a finite number.
+    first metric is rougeL, or bleu in scripts that rougeL does not read, else exact_match. Raises
+    DataError if there are no predictions, their number differs from the references', or, in
+    regression, a value is not a finite number.
     """
     if len(predictions) != len(references) or not predictions:
         raise DataError(
@@ -70,8 +79,7 @@ def score(
             "bleu": bleu(predictions, references),
             **rouge(predictions, references),
         }
-        words = statistics.median_high(len(text.split()) for texts in references for text in texts)
-        return leading(scores, "rougeL" if words > LONG else "exact_match")
+        return leading(scores, _leading_of_texts(references))
     first = [reference[0] for reference in references]
     if task == "regression":
         try:
@@ -88,6 +96,14 @@ def score(
     if task != "classification":
         raise DataError(f"no task {task!r}. Known: {', '.join(METRICS)}.")
     return classification(predictions, first)
+
+
+def _leading_of_texts(references: Sequence[Sequence[str]]) -> str:
+    texts = [text for several in references for text in several]
+    if statistics.median_high(len(text.split()) for text in texts) <= LONG:
+        return "exact_match"
+    letters = "".join(filter(str.isalnum, "".join(texts)))
+    return "rougeL" if 2 * sum(map(str.isascii, letters)) >= len(letters) else "bleu"
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:

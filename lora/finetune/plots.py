@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from lora.errors import RunError
 from lora.files import writable, write_together
 from lora.finetune.colours import COLOURS
-from lora.finetune.metrics import SHARES
+from lora.finetune.metrics import is_share
 from lora.finetune.record import (
     Evaluated,
     StepRow,
@@ -134,7 +134,7 @@ def _readable_axis(axes: Axes, metric: str, constant: float | None) -> None:
     if constant is not None:
         axes.axhline(constant, color="grey", lw=1, ls=":", gid="most frequent class")
     low, high = axes.get_ylim()
-    if metric in SHARES and high - low < NARROWEST:
+    if is_share(metric) and high - low < NARROWEST:
         middle = (low + high) / 2
         low = min(max(0.0, middle - NARROWEST / 2), 1 - NARROWEST)
         axes.set_ylim(low, low + NARROWEST)

@@ -118,6 +118,8 @@ def _run(config: RunConfig[Any], directory: Path, resumed: bool) -> dict[str, An
     device = distributed.device(config.device)
     with progress_bar() as progress, PeakMemory(device) as memory, ExitStack() as stack:
         with distributed.alike(), reading(progress) as on_quantized:
+            if resumed and first:  # before the base is loaded: lora watch looks for the lock
+                stack.enter_context(alone(directory))
             parts = prepare(config, device, on_quantized)
         for line in parts.lines:
             say(progress, line)
@@ -255,7 +257,7 @@ def _begin(config: RunConfig[Any], base: Base, inputs: Inputs, device: torch.dev
 def _take_folder(
     parts: Prepared, directory: Path, resumed: bool, progress: Progress, stack: ExitStack
 ) -> tuple[Path | None, str]:
-    """Make the run's folder, or find the checkpoint to resume from; and lock it until `stack` ends.
+    """Make the run's folder and lock it until `stack` ends, or find the checkpoint to resume from.
 
     Returns the checkpoint (None if there is none), and the note on the data.
     """
@@ -265,8 +267,8 @@ def _take_folder(
             tokens = digest(parts.splits["train"])
             if not resumed:
                 create(directory, parts.config, parts.source, tokens, parts.device)
-            stack.enter_context(alone(directory))
-            if resumed:
+                stack.enter_context(alone(directory))
+            else:
                 checkpoint, note = checkpoint_to_resume(
                     directory,
                     parts.source,

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 
 from lora.errors import DataError
+from lora.finetune.data.included import MADE, RATED, answer_metrics
+from lora.finetune.data.opinions import OPINIONS
+from lora.finetune.demo.tasks import MADE_TASKS
 from lora.finetune.metrics import (
+    METRICS,
+    NO_SHARES,
+    OF_RIGHT_ROWS,
+    OF_TOKENS,
+    Metric,
     bleu,
     classification,
     exact_match,
+    is_share,
     leading,
     normalise,
     regression,
@@ -83,12 +93,25 @@ def test_rouge_by_hand() -> None:
         ([["one two three four five six"]], "rougeL"),
         ([["no"], ["no", "one two three four five six", "a b c d e f"]], "rougeL"),  # 2 of 4
         ([["no"], ["no"], ["one two three four five six"]], "exact_match"),
+        ([["Он сказал, что придёт завтра утром домой"]], "bleu"),  # rougeL would be 0
+        ([["Él dijo que vendría mañana por la mañana"]], "rougeL"),
     ],
 )
 def test_long_answers_are_compared_by_rouge(references: list[list[str]], first: str) -> None:
     scores = score("text", ["x"] * len(references), references)
     assert next(iter(scores)) == first
     assert sorted(scores) == ["bleu", "exact_match", "rouge1", "rouge2", "rougeL"]
+
+
+def test_every_metric_has_a_name_that_can_be_chosen() -> None:
+    known = {*get_args(Metric)} - {""}
+    included = [*(MADE + name for name in MADE_TASKS), *(RATED + name for name in OPINIONS)]
+    own = {name for source in included for name in answer_metrics(source)}
+    assert known == {*own, *OF_TOKENS, *(name for names in METRICS.values() for name in names)}
+    assert {*NO_SHARES, *OF_RIGHT_ROWS} <= known
+    assert not {*NO_SHARES} & {*OF_RIGHT_ROWS}
+    assert is_share("letters")
+    assert not is_share("bleu")
 
 
 def test_the_leading_metric_is_the_first_of_those_there_are() -> None:

@@ -360,6 +360,20 @@ def as_task(run: Path, task: str) -> None:
     if task == "regression":
         summary["metrics"] = {"pearson": 0.5, "spearman": 0.5, "mse": 1.0}
         rows = [{"text": row["text"], "label": 1.0, "prediction": 0.5} for row in rows]
+    elif task == "macro_f1":
+        summary["metrics"] = {"macro_f1": 0.5, **summary["metrics"]}
+        task = "classification"
+    elif task == "unasked":
+        summary["metrics"], rows, task = {"perplexity": 3.0, "token_accuracy": 0.4}, [], "text"
+    elif task == "rouge":  # all rows of the first run are 0 or 1
+        marks = [float(row["label"] == row["prediction"]) for row in rows]
+        marks = marks if "lora" in run.name else [0.5 * mark for mark in marks]
+        rows = [
+            {"prompt": row["text"], "references": [row["label"]], "prediction": "x", "rougeL": mark}
+            for row, mark in zip(rows, marks, strict=True)
+        ]
+        mean = sum(marks) / len(marks)
+        summary["metrics"], task = {"rougeL": mean, "exact_match": 0.0}, "text"
     else:
         right = [row["label"] == row["prediction"] for row in rows]
         summary["metrics"] = {
@@ -390,15 +404,19 @@ def test_forgetting_has_a_column_if_it_was_measured(tmp_path: Path, page: Page) 
     assert row[head.index("forgetting")] == "3.00 to 4.50"
 
 
-@pytest.mark.parametrize("task", ["regression", "text"])
+@pytest.mark.parametrize("task", ["regression", "text", "rouge", "unasked", "macro_f1"])
 def test_other_tasks(task: str, tmp_path: Path) -> None:
-    """They have no classes; texts with the right answer are still compared."""
+    """They have no classes; texts with the right answer are still compared. Of a ROUGE no answer is
+    simply right, and a run that was asked nothing has no answers. Classes have right rows by
+    whichever metric they are compared."""
     for method, accuracy in (("lora", 0.8), ("full", 0.5)):
         as_task(make_run(tmp_path / method, Made(method, accuracy=accuracy)), task)
     page = Page(page_of(evidence_of(tmp_path)).decode())
-    assert not {"classes", "confusions"} & page.tables.keys()
-    assert ("disagreements" in page.tables) == (task == "text")
+    assert ({"classes", "confusions"} <= page.tables.keys()) == (task == "macro_f1")
+    assert ("disagreements" in page.tables) == (task in ("text", "macro_f1"))
     assert ("tasks" in page.tables) == (task == "text")
+    interval = page.tables["methods"][1][2].strip()
+    assert bool(interval) == (task in ("text", "rouge"))
     if task == "text":
         assert page.tables["tasks"][1][:3] == ["a", "exact_match", "50.00 %"]
         assert page.tables["disagreements"][1][1].startswith("user: Sentence number")

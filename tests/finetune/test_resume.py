@@ -20,6 +20,7 @@ from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
 from test_files import a_full_disk
 
 from lora.finetune import state
+from lora.finetune.run_folder import is_locked
 
 FLAGS = ("--epochs", 3, "--batch-size", 8, "--r", 2, "--lora-dropout", 0.1, "--save-steps", 2,
          "--learning-rate", 0.01, "--micro-batch-size", 5, "--class-weights", 0, 3,
@@ -113,6 +114,25 @@ def test_a_run_continues_to_the_same_bytes(
             lora("train", *(("--resume", run) if run.exists() else (*flags, "--run-dir", run)))
     assert lora("train", "--resume", run) == 0
     assert result(run) == result(whole)
+
+
+def test_a_resumed_run_is_locked_before_its_base_is_loaded(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loading may take minutes, in which lora watch must not take the run for a dead one."""
+    import lora.finetune.run as room
+
+    run, locked = cut(whole, tmp_path / "run", 4), list[bool]()
+    prepare = room.prepare
+
+    def watched(*arguments: Any) -> Any:
+        locked.append(is_locked(run))
+        return prepare(*arguments)
+
+    monkeypatch.setattr(room, "prepare", watched)
+    assert lora("train", "--resume", run) == 0
+    assert locked == [True]
+    assert not is_locked(run)
 
 
 def test_a_run_cut_off_in_its_evaluation_owes_it(

@@ -129,8 +129,19 @@ class Analysis:
 
     @property
     def ranked(self) -> tuple[MethodResult, ...]:
-        """The methods, the best mean first."""
-        return tuple(sorted(self.methods, key=lambda m: -signed(self.metric, m.mean)))
+        """The methods, the best mean first; of equal ones that with fewer trainable parameters."""
+
+        def key(result: MethodResult) -> tuple[float, int]:
+            return -signed(self.metric, result.mean), result.summaries[0]["trainable"]
+
+        return tuple(sorted(self.methods, key=key))
+
+    @property
+    def searched_by(self) -> str:
+        """The metric on dev by which learning rates were chosen; that of the runs if none were."""
+        searches = [result.search for result in self.methods if result.search]
+        tried = [each.metric for search in searches for each in search.tried if each.metric]
+        return tried[0] if tried else self.metric
 
     @property
     def contenders(self) -> tuple[MethodResult, ...]:
@@ -221,15 +232,23 @@ def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
     def settings(of: str) -> dict[str, Any]:
         return {k: v for k, v in without_seed(groups[of][0]).items() if k != "name"}
 
-    named = (other for other in groups if name == AGAIN_NAME.format(other))
+    own = groups[name][0].name  # without the settings that differ between runs of this name
+    named = (other for other in groups if own == AGAIN_NAME.format(groups[other][0].name))
     return next((other for other in named if settings(other) == settings(name)), "")
 
 
 def rate_search(tried: Sequence[TriedRate]) -> RateSearch:
     """Returns the search with its best rate. Of equal scores the lowest rate is chosen.
 
-    Raises RunError if every run failed.
+    Raises RunError if every run failed, or if they are scored by different metrics.
     """
+    metrics = {each.metric: each.run for each in tried if each.score is not None}
+    if len(metrics) > 1:
+        (first, run), (second, other) = list(metrics.items())[:2]
+        raise RunError(
+            f"{run} is scored by {first}, and {other} by {second}: no best rate can be chosen."
+            f" Remove {run}, and compare again."
+        )
     in_order = tuple(sorted(tried, key=lambda each: each.rate))
     best = max(in_order, key=lambda each: each.better)
     if best.score is None:
@@ -272,11 +291,11 @@ def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> t
             f"the training loss was still falling at the end of {len(falling)} of {len(group)}"
             " runs: more epochs or a higher rate may help"
         )
-    if metric == "accuracy":
+    if "accuracy" in group[0].summary["metrics"]:
         split = group[0].summary["split"]
         floors = [
             run for run in group
-            if run.score(metric) <= run.summary.get("majority", {}).get(split, -1.0)
+            if run.score("accuracy") <= run.summary.get("majority", {}).get(split, -1.0)
         ]  # fmt: skip
         if floors:
             warnings.append(

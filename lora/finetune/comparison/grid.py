@@ -166,21 +166,16 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         flags += ["--name", name] if named else ["--method", kind]
         run = replace(parse_run(flags, "lora compare"), run_dir=None)
         methods[name if named else label(kind)] = run
-    again = None
     given = seeds or ((0,) if not rates else tuple(range(FEWEST_SEEDS)))
-    if config.noise_floor:
-        first = next(iter(methods))
-        again = AGAIN_NAME.format(first)
-        methods[again] = replace(methods[first], name=again)
+    again = _again(methods, given) if config.noise_floor else None
+    if len({run.metric for run in methods.values()}) > 1:
+        raise ConfigError(
+            "--metric must be the same for all methods. Set it above the [methods.NAME] tables."
+        )
     if rates and SEARCH_SEED in given:
         raise ConfigError(
             f"--seeds {SEARCH_SEED}: the search for the rates has this seed, and the reported runs"
             " need others. Pass another."
-        )
-    if again and (twice := set(given) & {seed + AGAIN for seed in given}):
-        raise ConfigError(
-            f"--noise-floor: the second row has each seed plus {AGAIN:,}, so that {min(twice)}"
-            " would be in both rows. Pass seeds that are closer together."
         )
     grid = Grid(
         methods=methods,
@@ -194,6 +189,24 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         again=again,
     )
     return config, grid
+
+
+def _again(methods: dict[str, Any], seeds: Sequence[int]) -> str:
+    """Adds the first method again, for the noise floor. Returns its name. Raises ConfigError."""
+    first = next(iter(methods))
+    again = AGAIN_NAME.format(first)
+    if again in methods:
+        raise ConfigError(
+            f"--noise-floor trains {first} again under the name {again}, which is one of the"
+            " methods already. Rename that method."
+        )
+    if twice := set(seeds) & {seed + AGAIN for seed in seeds}:
+        raise ConfigError(
+            f"--noise-floor: the second row has each seed plus {AGAIN:,}, so that {min(twice)}"
+            " would be in both rows. Pass seeds that are closer together."
+        )
+    methods[again] = replace(methods[first], name=again)
+    return again
 
 
 def _rate(text: Any) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 from lora.errors import ConfigError, DataError, RunError
 from lora.finetune.answers import scores_by_row
 from lora.finetune.config import read_toml
-from lora.finetune.data.corpus import read_predictions
+from lora.finetune.data.corpus import Predicted, read_predictions
 from lora.finetune.data.rows import read_rows
 from lora.finetune.methods import label
-from lora.finetune.metrics import signed
+from lora.finetune.metrics import OF_RIGHT_ROWS, signed
 from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
 
 
@@ -42,6 +42,8 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     by_row: Sequence[float] | None = None
     """The scores of the test rows whose mean is the first metric; None if it is no such mean."""
+    right: Sequence[bool] | None = None
+    """Whether each test row is right; None if that cannot be said."""
     falling: bool = False  # the training loss was still falling at the end
     predictions: Sequence[str] = ()
     references: Sequence[Sequence[str]] = ()  # of each test row
@@ -51,13 +53,6 @@ class Run:
         """What tables call the run's method."""
         return shown_name(self.summary)
 
-    @property
-    def right(self) -> tuple[bool, ...] | None:
-        """Whether each test row is right; None if the first metric counts no right rows."""
-        if self.by_row is None or any(score not in (0, 1) for score in self.by_row):
-            return None
-        return tuple(map(bool, self.by_row))
-
     def score(self, metric: str) -> float:
         return self.summary["metrics"][metric]
 
@@ -66,20 +61,23 @@ def read_run(folder: Path) -> Run:
     """Returns a complete run. Raises RunError or DataError."""
     summary = summary_of(folder)
     metric = next(iter(summary["metrics"]))
-    path = folder / "predictions.jsonl"
-    answers = read_predictions(path)
+    classes, path = summary["task"] == "classification", folder / "predictions.jsonl"
+    answers = Predicted([], [], [])
+    if summary["task"] != "text" or "exact_match" in summary["metrics"]:  # else nothing was asked
+        answers = read_predictions(path)
     predictions, references, _ = answers
     # Of texts only some of the prompts may have been answered.
-    if metric == "accuracy" and len(predictions) != summary["rows"]:
+    if classes and len(predictions) != summary["rows"]:
         raise RunError(
             f"{path} has {len(predictions):,} rows, and summary.json says {summary['rows']:,}."
             f" Remove {folder}, and run it again."
         )
     table = _table_of(folder)
     by_row: Sequence[float] | None = None
-    if metric == "accuracy":
-        pairs = zip(predictions, references, strict=True)
-        by_row = tuple(float(text in texts) for text, texts in pairs)
+    right: Sequence[bool] | None = None
+    if classes:
+        right = [text in texts for text, texts in zip(predictions, references, strict=True)]
+        by_row = right if metric == "accuracy" else None
     elif metric == "rougeL":
         by_row = _recorded(path, metric)
     elif summary["task"] == "text":
@@ -87,8 +85,10 @@ def read_run(folder: Path) -> Run:
             by_row = scores_by_row(table["data"], answers, metric)
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
+        if by_row and metric in OF_RIGHT_ROWS:
+            right = [score == 1 for score in by_row]
     falling = still_falling(folder)
-    return Run(folder, summary, table, by_row, falling, predictions, references)
+    return Run(folder, summary, table, by_row, right, falling, predictions, references)
 
 
 def _recorded(path: Path, metric: str) -> tuple[float, ...] | None:
@@ -157,7 +157,7 @@ def check_alike(runs: Sequence[Run]) -> None:
         if metrics[0] != metrics[1]:
             raise RunError(
                 f"{run.folder} is scored by {metrics[1]}, and {first.folder} by {metrics[0]}, so"
-                " they cannot be compared. Train both with the same --metric."
+                " they cannot be compared. Train both with the same --metric, in a new --run-dir."
             )
         for key in ("data", "split", "rows"):
             ours, others = first.summary[key], run.summary[key]

@@ -144,14 +144,16 @@ class Bootstrap:
         pair = [self.methods[first], self.methods[second]]
         value = pair[0].mean - pair[1].mean
         seeds = [len(method.scores) for method in pair]
+        by_row = pair[0].by_row - pair[1].by_row
+        counts = all(((m.scores == 0) | (m.scores == 1)).all() for m in pair)
         # Two methods that agree on every row of a small test split are not equal for certain.
-        least = 1 / pair[0].by_row.size ** 2 if self.bounded else 0.0
-        variance, freedom = _variance(pair[0].by_row - pair[1].by_row, pair, least)
+        least = 1 / by_row.size**2 if self.bounded and (counts or not by_row.any()) else 0.0
+        variance, freedom = _variance(by_row, pair, least)
         error = math.sqrt(variance)
         half = _quantile(freedom, 0.975) * error
         smallest = half + _quantile(freedom, POWER) * error
         limits = value - half, value + half
-        if seeds == [1, 1] and all(((m.scores == 0) | (m.scores == 1)).all() for m in pair):
+        if seeds == [1, 1] and counts:
             p = mcnemar(*((method.scores[0] == 1).tolist() for method in pair))
             return Difference(value, *limits, p, "McNemar", smallest)
         p = 2 * float(stdtr(freedom, -abs(value) / error)) if error else float(value == 0)

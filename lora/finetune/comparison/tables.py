@@ -114,13 +114,12 @@ def task_rows(analysis: Analysis) -> list[tuple[str, ...]]:
 def rate_rows(analysis: Analysis) -> list[tuple[str, ...]]:
     """Returns the table of the learning rates that were tried: a head, then a row per method. []
     if none was."""
-    share = is_share(analysis.metric)
     table: list[tuple[str, ...]] = [("method", "chosen", "dev score of each rate that was tried")]
     for result in analysis.methods:
         if search := result.search:
             tried = [
                 f"{each.rate:g}: "
-                + ("failed" if each.score is None else _scores([each.score], share))
+                + ("failed" if each.score is None else _scores([each.score], is_share(each.metric)))
                 for each in search.tried
             ]
             table.append((result.name, f"{search.chosen:g}", ", ".join(tried)))

@@ -197,7 +197,7 @@ def _rates_chart(analysis: Analysis) -> Chart | None:
     ]  # fmt: skip
     if not values:
         return None
-    share, title = is_share(analysis.metric), f"dev {analysis.metric}"
+    share, title = is_share(analysis.searched_by), f"dev {analysis.searched_by}"
     tooltip = [
         {"field": "method", "type": "nominal"},
         {"field": "rate", "type": "quantitative", "format": "~g"},

@@ -108,11 +108,11 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
     unit = 100 if is_share(analysis.metric) else 1
     notes = [f"Measured on {analysis.rows:,} {analysis.split} rows of {analysis.data}."]
     if analysis.base_score is not None:
-        notes.append(f"The base without an adapter: {_number(analysis.base_score, analysis)}.")
+        shown = _number(analysis.base_score, analysis.metric)
+        notes.append(f"The base without an adapter: {shown}.")
     if analysis.majority is not None:
-        notes.append(
-            f"Always predicting the most frequent class: {_number(analysis.majority, analysis)}."
-        )
+        shown = _number(analysis.majority, "accuracy")
+        notes.append(f"Always predicting the most frequent class: {shown}.")
     if analysis.smallest_difference is not None:
         points = "points" if unit == 100 else analysis.metric
         notes.append(
@@ -140,8 +140,8 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
     return " ".join(notes)
 
 
-def _number(value: float, analysis: Analysis) -> str:
-    return f"{100 * value:.2f} %" if is_share(analysis.metric) else f"{value:.4f}"
+def _number(value: float, metric: str) -> str:
+    return f"{100 * value:.2f} %" if is_share(metric) else f"{value:.4f}"
 
 
 def score_text(result: MethodResult, metric: str) -> str:
@@ -178,7 +178,7 @@ def rates_table(analysis: Analysis) -> Table:
             chosen = "chosen" if search and tried.rate == search.chosen else ""
             if chosen and search and not search.bracketed:
                 chosen += ", at the edge of the rates that were tried: not bracketed"
-            shown = "failed" if tried.score is None else _number(tried.score, analysis)
+            shown = "failed" if tried.score is None else _number(tried.score, tried.metric)
             rows.append(
                 (
                     Cell(result.name),
@@ -187,7 +187,7 @@ def rates_table(analysis: Analysis) -> Table:
                     Cell(chosen),
                 )
             )
-    head = ("method", "rate", f"dev {analysis.metric}", "remark")
+    head = ("method", "rate", f"dev {analysis.searched_by}", "remark")
     return Table("rates", "Learning rates that were tried", head, tuple(rows))
 
 
@@ -337,7 +337,9 @@ def runs_table(evidence: Evidence) -> Table:
 def _cells_of_run(run: RunFiles) -> tuple[Cell, ...]:
     row = run.row
     again = command("lora", "train", "--config", run.config_name, "--run-dir", f"{run.name}-again")
-    if row.state != "complete":
+    if row.state.startswith("training"):
+        again = command("lora", "watch", row.run)
+    elif row.state != "complete":
         again = command("lora", "train", "--resume", row.run)
     if row.state.startswith("damaged"):
         again = ""

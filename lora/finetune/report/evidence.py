@@ -30,7 +30,7 @@ class Answers:
     texts: list[str]
     references: list[list[str]]
     predictions: dict[str, list[list[str]]]  # by method: (seeds, rows)
-    right: dict[str, list[tuple[bool, ...]]]  # the same; empty if no answer is simply right
+    right: dict[str, list[Sequence[bool]]]  # the same; empty if no answer is simply right
     labels: tuple[str, ...]  # the classes in the order of the data's labels; () if there are none
 
 
@@ -141,14 +141,14 @@ def _answers(analysis: Analysis, runs: Sequence[Run], settings: dict[str, Any]) 
         ]
         for result in analysis.methods
     }
-    right = {
-        result.name: [r for folder in result.folders if (r := by_folder[folder].right) is not None]
-        for result in analysis.methods
-    }
+    right: dict[str, list[Sequence[bool]]] = {}
+    if all(run.right is not None for run in runs):
+        right = {r.name: [by_folder[f].right or () for f in r.folders] for r in analysis.methods}
     references = [[names.get(text, text) for text in texts] for texts in runs[0].references]
-    texts = [_text_of(row) for _, row in read_rows(runs[0].folder / "predictions.jsonl")]
+    rows = read_rows(runs[0].folder / "predictions.jsonl") if references else ()
+    texts = [_text_of(row) for _, row in rows]
     shown = tuple(names.get(label, label) for label in labels)
-    return Answers(texts, references, predictions, right if all(right.values()) else {}, shown)
+    return Answers(texts, references, predictions, right, shown)
 
 
 def _text_of(row: Any) -> str:

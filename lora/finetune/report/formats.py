@@ -56,7 +56,7 @@ def as_csv(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Returns the table in GitHub's Markdown, with texts as they are: no HTML, no new cell."""
+    """Returns the table in GitHub's Markdown. A text cannot contain HTML or end its cell."""
     return markdown([tuple(map(_escaped, row)) for row in table.texts])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora.errors import ConfigError, FileError
+from lora.errors import ConfigError, FileError, RunError
 from lora.finetune.comparison.analysis import next_rate, rate_search
 from lora.finetune.comparison.grid import SEARCH_SEED, TRIED, parse_compare, seconds_in
 from lora.finetune.comparison.runs import TriedRate
@@ -83,6 +83,34 @@ def test_the_noise_floor_is_the_first_method_with_other_seeds() -> None:
     first, again = (grid.finals(name, 1e-3) for name in ("lora", "lora-again"))
     assert not {run.seed for run in first} & {run.seed for run in again}
     assert first[0].settings == again[0].settings
+
+
+def test_a_noise_floor_takes_no_name_from_another_method(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('[methods.lora]\n[methods.lora-again]\nmethod = "lora"\nr = 2\n')
+    with pytest.raises(ConfigError, match="under the name lora-again, which is one of the methods"):
+        parse_compare(["--config", str(config), "--noise-floor"])
+
+
+def test_all_methods_have_one_metric(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('[methods.lora]\nmetric = "macro_f1"\n[methods.bitfit]\n')
+    with pytest.raises(ConfigError, match="--metric must be the same for all methods"):
+        parse_compare(["--config", str(config)])
+    config.write_text('metric = "macro_f1"\n[methods.lora]\n[methods.bitfit]\n')
+    _, grid = parse_compare(["--config", str(config)])
+    assert {run.metric for run in grid.methods.values()} == {"macro_f1"}
+    with pytest.raises(SystemExit):
+        parse_compare(["--metric", "macro-f1"])
+    config.write_text('metric = "macro-f1"\n[methods.lora]\n')
+    with pytest.raises(ConfigError, match="metric must be .*'macro_f1'"):
+        parse_compare(["--config", str(config)])
+
+
+def test_rates_that_are_scored_by_two_metrics_have_no_best() -> None:
+    tried = [TriedRate(0.1 * i, 0.5, name, Path(name)) for i, name in ((1, "rougeL"), (2, "bleu"))]
+    with pytest.raises(RunError, match="rougeL is scored by rougeL, and bleu by bleu"):
+        rate_search(tried)
 
 
 def test_a_seed_is_not_used_twice() -> None:

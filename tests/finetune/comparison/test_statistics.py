@@ -296,6 +296,17 @@ def test_scores_that_cannot_be_compared(scores: Any, message: str) -> None:
     assert message in str(error.value)
 
 
+def test_only_rows_that_count_have_a_least_variance() -> None:
+    """That of one row on which the methods differ. Differences of fractions may be smaller."""
+    chance = np.random.default_rng(0)
+    first = chance.uniform(0.2, 0.8, (1, 50))
+    near = bootstrap({"a": first, "b": first + 0.001 * chance.standard_normal((1, 50))})
+    assert near.difference("a", "b").high - near.difference("a", "b").low < 0.001
+    equal = bootstrap({"a": first, "b": first})
+    assert equal.difference("a", "b").high > 0.02
+    assert equal.difference("a", "b").p == 1
+
+
 def test_intervals_hold_the_truth_and_a_method_does_not_differ_from_itself() -> None:
     """benchmarks/coverage.py at one cell; the bounds are 4 standard errors of 600 studies wide."""
     measured = shares((3, 300, 0.5, 0.65), 600)

@@ -10,8 +10,16 @@ import pytest
 
 from lora.errors import RunError
 from lora.finetune.comparison.analysis import Analysis, analyse, analysis_of
-from lora.finetune.comparison.runs import Run, still_falling
-from lora.finetune.comparison.tables import all_tables, by_task, markdown, notes, rows, task_rows
+from lora.finetune.comparison.runs import Run, TriedRate, still_falling
+from lora.finetune.comparison.tables import (
+    all_tables,
+    by_task,
+    markdown,
+    notes,
+    rate_rows,
+    rows,
+    task_rows,
+)
 from lora.finetune.record import write_lines
 
 
@@ -157,6 +165,36 @@ def test_a_rouge_has_an_interval_from_the_score_of_each_row(tmp_path: Path) -> N
     path = folders[0] / "predictions.jsonl"
     path.write_text(path.read_text().replace('"rougeL": ', '"other": ', 1))
     assert analyse(folders).methods[0].interval is None
+
+
+def test_a_rate_is_shown_by_the_metric_that_it_was_tried_by(tmp_path: Path) -> None:
+    """Dev may have texts without prompts, which have a perplexity only."""
+    tried = [TriedRate(rate, score, "perplexity", tmp_path) for rate, score in ((0.1, 9.0), (1, 4))]
+    run = Run(tmp_path, summary("lora", 0, {"rougeL": 0.5}))
+    analysis = analysis_of([run], {"lora": tried})
+    assert rate_rows(analysis)[1] == ("lora", "1", "0.1: 9.0000, 1: 4.0000")
+    assert analysis.searched_by == "perplexity"
+
+
+def test_equal_methods_are_ordered_by_their_size() -> None:
+    runs = [
+        summary("lora", 0, {"accuracy": 0.5}),
+        summary("head", 0, {"accuracy": 0.5}, trainable=5),
+    ]
+    assert [each.name for each in analysed(*runs).ranked] == ["head", "lora"]
+
+
+def test_the_noise_floor_is_known_beside_another_comparison() -> None:
+    """Of two ranks: the names of the groups have the rank in them."""
+    runs = [
+        Run(Path(f"{name}-{r}"), summary("lora", 0, {"accuracy": 0.5}, **more), {"r": r, **more})
+        for name, more in (("lora", {}), ("lora-again", {"name": "lora-again"}))
+        for r in (2, 4)
+    ]
+    again = {result.name: result.again for result in analysis_of(runs).methods}
+    assert again == {
+        "lora r=2": "", "lora r=4": "", "lora-again r=2": "lora r=2", "lora-again r=4": "lora r=4"
+    }  # fmt: skip
 
 
 def test_runs_that_are_scored_by_different_metrics_are_not_compared() -> None:
