@@ -138,7 +138,9 @@ def scores_of_file(
         task = summary_of(path.parent)["task"] if complete else "classification"
     answers = read_predictions(path)
     predictions, references, _ = answers
-    table = read_toml(path.parent / "config.toml") if complete else {}
+    config = path.parent / "config.toml"
+    needed = task != "regression" or config.is_file()  # numbers are scored without it
+    table = read_toml(config) if complete and needed else {}
     if task == "text" and complete:  # as the run counted
         return leading(scores_of_answers(table["data"], answers), table.get("metric", "")), None
     scores = leading(score(task, predictions, references), table.get("metric", ""))
