@@ -182,9 +182,22 @@ def test_the_study_shows_what_its_page_says() -> None:
     assert study.smallest_difference is not None
     smallest = 100 * study.smallest_difference
     assert f"{smallest:.1f} points is detected with a probability of 80 %: the scores" in page
-    for method in (lora, wide):
-        (versus,) = [each for each in method.versus if each.other == "full"]
-        assert versus.words.startswith("no difference shown")
+    for method in study.methods:
+        versus = [each for each in method.versus if each.other == "full"]
+        assert all(each.words.startswith("no difference shown") for each in versus)
+        assert bool(versus) == (method is not full)
+    packed, bitfit = by_name["qlora"], by_name["bitfit"]
+    saved = [method.median("training_bytes") or 0.0 for method in (packed, wide)]
+    assert (
+        f"is {100 * (wide.mean - packed.mean):.2f} points behind it and needs"
+        f" {100 * saved[0] / saved[1]:.0f} % of its memory"
+    ) in page
+    assert any("1 of 5 runs are no better" in warning for warning in bitfit.warnings)
+    assert f"`qlora` within {100 * (max(packed.scores) - min(packed.scores)):.1f}" in page
+    for method, name in ((wide, "lora"), (bitfit, "bitfit")):
+        assert method.search is not None
+        times = method.search.chosen / METHODS[name].learning_rate
+        assert f"{times:.1f}" == "2.2", name
     lowest, second, *_ = sorted(100 * score for score in full.scores)
     assert f"fine-tuning scores {second - lowest:.1f} points less than the second worst" in page
     assert f"within {100 * (max(lora.scores) - min(lora.scores)):.1f} points" in page
@@ -195,7 +208,7 @@ def test_the_study_shows_what_its_page_says() -> None:
     assert f"scores {tried[1][0.00023] - tried[1][0.0005]:.1f} points less on dev" in page
     assert f"`lora` guesses: {tried[2][0.0046]:.1f} % on dev" in page
     assert f"{0.0046 / METHODS['lora'].learning_rate:.1f} times the default" in page
-    assert f"`lora` {0.0022 / METHODS['lora'].learning_rate:.1f} times" in page
+    assert "that of `lora` and of `bitfit` 2.2 times" in page
     assert f"scores {tried[0][0.0046] - tried[0][0.00046]:.1f} points less on dev" in page
 
 
