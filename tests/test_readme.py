@@ -197,7 +197,7 @@ def test_the_study_shows_what_its_page_says() -> None:
     for method, name in ((wide, "lora"), (bitfit, "bitfit")):
         assert method.search is not None
         times = method.search.chosen / METHODS[name].learning_rate
-        assert f"{times:.1f}" == "2.2", name
+        assert f"that of `{name}` {times:.1f} times" in page
     lowest, second, *_ = sorted(100 * score for score in full.scores)
     assert f"fine-tuning scores {second - lowest:.1f} points less than the second worst" in page
     assert f"within {100 * (max(lora.scores) - min(lora.scores)):.1f} points" in page
@@ -208,7 +208,6 @@ def test_the_study_shows_what_its_page_says() -> None:
     assert f"scores {tried[1][0.00023] - tried[1][0.0005]:.1f} points less on dev" in page
     assert f"`lora` guesses: {tried[2][0.0046]:.1f} % on dev" in page
     assert f"{0.0046 / METHODS['lora'].learning_rate:.1f} times the default" in page
-    assert "that of `lora` and of `bitfit` 2.2 times" in page
     assert f"scores {tried[0][0.0046] - tried[0][0.00046]:.1f} points less on dev" in page
 
 
