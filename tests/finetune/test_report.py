@@ -20,7 +20,7 @@ from lora.finetune.cli import main
 from lora.finetune.colours import COLOURS
 from lora.finetune.data.corpus import read_predictions
 from lora.finetune.report.charts import charts_of
-from lora.finetune.report.contents import MOST_EXAMPLES, tables_of
+from lora.finetune.report.contents import MOST_EXAMPLES, lead_of, tables_of
 from lora.finetune.report.curves import curves
 from lora.finetune.report.evidence import Answers, Evidence, collect, folders_of_runs
 from lora.finetune.report.formats import Table, as_csv, as_latex, as_markdown, cells
@@ -420,6 +420,14 @@ def test_other_tasks(task: str, tmp_path: Path) -> None:
     if task == "text":
         assert page.tables["tasks"][1][:3] == ["a", "exact_match", "50.00 %"]
         assert page.tables["disagreements"][1][1].startswith("user: Sentence number")
+
+
+def test_a_small_lead_is_not_zero(evidence: Evidence) -> None:
+    first, second, *_ = evidence.analysis.ranked
+    for gap, words in ((0.0001, "less than 0.1 points"), (0.0123, "1.2 points")):
+        near = replace(second, mean=first.mean - gap)
+        lead = lead_of(replace(evidence.analysis, methods=(first, near)))
+        assert lead == f"It is {words} ahead of {second.name}, the next."
 
 
 def test_many_classes_have_no_matrix(tmp_path: Path) -> None:

@@ -165,7 +165,9 @@ def lead_of(analysis: Analysis) -> str:
         return ""
     best, second = analysis.contenders[:2]
     gap = abs(best.mean - second.mean)
-    shown = f"{100 * gap:.1f} points" if is_share(analysis.metric) else f"{gap:.4g}"
+    shown = f"{gap:.4g}"
+    if is_share(analysis.metric):
+        shown = f"{100 * gap:.1f} points" if gap >= 0.0005 else "less than 0.1 points"
     return f"It is {shown} ahead of {second.name}, the next."
 
 
