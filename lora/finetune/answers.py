@@ -11,7 +11,7 @@ from statistics import fmean
 
 from lora.errors import DataError
 from lora.finetune.data.corpus import Predicted
-from lora.finetune.data.included import metrics_of_answers, named
+from lora.finetune.data.included import common_metrics, metrics_of_answers, named
 from lora.finetune.metrics import leading, matches, score
 
 Answered = tuple[str, Sequence[str], str]  # prediction, references, name of the data set
@@ -73,11 +73,9 @@ def _own_scores(
     """Returns the score of each row by the metrics that all data sets of a group define. Empty if
     one of them defines none."""
     own = metrics_of_answers(sources)
-    if not set(group) <= own.keys():
-        return {}
     return {
         metric: [
             max(own[name][metric](text, right) for right in texts) for text, texts, name in rows
         ]
-        for metric in sorted(set.intersection(*(set(own[name]) for name in group)))
+        for metric in common_metrics(own, group)
     }

@@ -21,7 +21,12 @@ from lora.errors import ConfigError, DataError, ModelError, RunError, command
 from lora.finetune import distributed
 from lora.finetune.config import RunConfig
 from lora.finetune.data.corpus import Corpus
-from lora.finetune.data.included import absolute_source, metrics_of_answers, recorded_source
+from lora.finetune.data.included import (
+    absolute_source,
+    common_metrics,
+    metrics_of_answers,
+    recorded_source,
+)
 from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.flags import as_flag
 from lora.finetune.inputs import asked_of
@@ -210,9 +215,8 @@ def _metrics(config: RunConfig[Any], corpus: Corpus) -> list[str]:
         return [*METRICS[corpus.task]]
     if not asked_of(config, corpus, corpus.held_out[1]):
         return [*OF_TOKENS]
-    own = metrics_of_answers(config.data).values()
-    shared = set.intersection(*map(set, own)) if len(own) == len(config.data) else ()
-    return [*dict.fromkeys((*METRICS["text"], *OF_TOKENS, *sorted(shared)))]
+    own = common_metrics(metrics_of_answers(config.data), corpus.tasks)
+    return [*dict.fromkeys((*METRICS["text"], *OF_TOKENS, *own))]
 
 
 def _check_defaults(config: RunConfig[Any], task: str, defaults: dict[str, Any]) -> None:

@@ -198,14 +198,19 @@ def notes(analysis: Analysis) -> str:
             f"Not beaten at their size: {frontier}. Every method with fewer parameters than one of"
             " these scores lower than it."
         )
-    lines += [
-        f"{m.name} is {m.again} trained again with other seeds: the difference between them is"
-        " due to chance alone."
-        for m in methods
-        if m.again
-    ]
+    lines += noise_floors(analysis)
     lines += [f"{m.name}: {warning}." for m in methods for warning in m.warnings]
     return "".join(f"{line}\n" for line in lines)
+
+
+def noise_floors(analysis: Analysis) -> list[str]:
+    """Returns a sentence on each method that is another one, trained again."""
+    return [
+        f"{m.name} is {m.again} trained again with other seeds: the difference between them is"
+        " due to chance alone."
+        for m in analysis.methods
+        if m.again
+    ]
 
 
 def _scores(values: Sequence[float], share: bool) -> str:

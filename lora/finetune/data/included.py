@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lora.card import BUILT_IN
 from lora.errors import DataError
@@ -151,6 +152,11 @@ def metrics_of_answers(
     """Returns the metrics of each included data set by name: (prediction, answer) -> 0 to 1."""
     metrics = {name: answer_metrics(place) for name, place in map(named, sources)}
     return {name: each for name, each in metrics.items() if each}
+
+
+def common_metrics(own: Mapping[str, Mapping[str, Any]], group: Iterable[str]) -> list[str]:
+    """Returns the metrics of metrics_of_answers() that all data sets of a group define, by name."""
+    return sorted(set.intersection(*(set(own.get(name, ())) for name in group)))
 
 
 def listing() -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lora.errors import command
 from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus
-from lora.finetune.comparison.tables import task_rows
+from lora.finetune.comparison.tables import noise_floors, task_rows
 from lora.finetune.estimate import duration
 from lora.finetune.metrics import is_share
 from lora.finetune.report.evidence import Evidence, RunFiles
@@ -119,12 +119,7 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
             "With this many rows and seeds, a difference smaller than about"
             f" {unit * analysis.smallest_difference:.2g} {points} would probably not be detected."
         )
-    notes += [
-        f"{each.name} is {each.again} trained again with other seeds: the difference between them"
-        " is due to chance alone."
-        for each in analysis.methods
-        if each.again
-    ]
+    notes += noise_floors(analysis)
     if grouped:
         notes.append("Between methods with a common group letter, no difference is shown.")
     texts = {each["forgetting"]["source"] for result in analysis.methods

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -117,7 +118,8 @@ def _files(name: str, run: Path, taken: Collection[str]) -> RunFiles:
     `taken`: the names under which the page saves the config.toml of other runs.
     """
     row, plain = run_row(run), re.sub(r"[^a-zA-Z0-9._-]+", "-", name)
-    names = (f"{plain}{end}.toml" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
+    numbered = (f"{plain}-{number}.toml" for number in itertools.count(2))
+    names = itertools.chain([f"{plain}.toml"], numbered)
     config_name = next(each for each in names if each not in taken)
     if row.state.startswith("damaged"):
         return RunFiles(name, row, "", {}, {}, config_name)
