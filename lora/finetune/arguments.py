@@ -26,6 +26,7 @@ BEFORE = {
         "methods",
         "seeds",
         "rates",
+        "search_seeds",
         "budget",
         "jobs",
         "match_parameters",

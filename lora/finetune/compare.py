@@ -69,7 +69,7 @@ def compare(grid: Grid) -> Compared:
     runs = _in_order_of_seeds(grid, searches)
     reported = Scheduler(grid.folder, grid.jobs, deadline, plan.seconds, _tell).train(runs)
     folders = [run.run_dir for run in runs if run in reported.complete]
-    tried = [each.run for search in searches.values() for each in search.tried]
+    tried = [run for search in searches.values() for each in search.tried for run in each.runs]
     tried = [run for run in tried if (run / "config.toml").is_file()]
     analysis = analyse([*folders, *tried])
     with writable(grid.folder, RunError, "Pass another --run-dir."):
@@ -117,32 +117,25 @@ def dry_run(grid: Grid) -> list[str]:
     runs that are reported. Raises ConfigError."""
     plan = prepared(grid, timed=False)
     _tell(", ".join(filter(None, (str(plan), note_on_rows(plan)))))
-    searches, left = _search_on_disk(plan.grid)
-    if left:
+    searches, outcome = _search(plan.grid, OnDisk())
+    if left := outcome.left:
         _tell("the commands are those that find the learning rates. Run them, then this one again.")
     else:
-        left = _left(_in_order_of_seeds(plan.grid, searches))
+        left = OnDisk().train(_in_order_of_seeds(plan.grid, searches)).left
     return [train_command(run, standing(run)) for run in left]
 
 
-def _left(runs: Sequence[Any]) -> list[Any]:
-    return [run for run in runs if standing(run) != "complete"]
+class OnDisk:
+    """Takes the place of a Scheduler, and trains nothing: runs that are not complete are left."""
 
+    def train(self, runs: Sequence[Any]) -> Outcome:
+        outcome = Outcome()
+        for run in runs:
+            (outcome.complete if standing(run) == "complete" else outcome.left).append(run)
+        return outcome
 
-def _search_on_disk(grid: Grid) -> tuple[dict[str, RateSearch], list[Any]]:
-    """Returns each method's search, and the runs that are left. While there are any, the searches
-    are unfinished."""
-    runs = {name: grid.searches(name) for name in grid.searched}
-    searches: dict[str, RateSearch] = {}
-    for _ in range(1 + MORE_ROUNDS):
-        if left := _left([run for each in runs.values() for run in each]):
-            return searches, left
-        searches = {name: _searched(each) for name, each in runs.items()}
-        wider = _wider(grid, searches)
-        if not wider:
-            break
-        runs |= wider
-    return searches, []
+    def too_late(self, runs: Sequence[Any]) -> bool:
+        return False
 
 
 def _in_order_of_seeds(grid: Grid, searches: dict[str, RateSearch]) -> list[Any]:
@@ -170,19 +163,22 @@ def _rate_of(grid: Grid, name: str, search: RateSearch) -> float:
     return search.chosen
 
 
-def _search(grid: Grid, schedule: Scheduler) -> tuple[dict[str, RateSearch], Outcome]:
+def _search(grid: Grid, schedule: Scheduler | OnDisk) -> tuple[dict[str, RateSearch], Outcome]:
     """Train the runs that find each method's rate. Returns the searches of the methods of which at
     least one run is complete, and what became of the runs.
 
-    Every method gets the same number of runs. If the best rate of one is the lowest or the highest,
-    each gets one more, at most MORE_ROUNDS times.
+    Every method gets the same number of rates. If the best rate of one is the lowest or the
+    highest, each gets one more, at most MORE_ROUNDS times.
     """
     runs = {name: grid.searches(name) for name in grid.searched}
     outcome, searches, ended = Outcome(), dict[str, RateSearch](), list[Any]()
     for number in range(1 + MORE_ROUNDS if runs else 0):
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
-        by_rate = sorted(enumerate(columns), key=lambda i: abs(i[0] - TRIED // 2))
+        rates = max(map(len, runs.values())) // len(grid.search_seeds)
+        by_rate = sorted(
+            enumerate(columns), key=lambda i: (i[0] // rates, abs(i[0] % rates - TRIED // 2))
+        )
         now = schedule.train(
             [r for _, column in by_rate for r in column if r not in [None, *ended]]
         )
@@ -226,5 +222,5 @@ def _searched(runs: Sequence[Any]) -> RateSearch:
 def _try_of(run: Any) -> TriedRate:
     """Returns what a run that tried a rate shows, also one that failed before it wrote anything."""
     if not (run.run_dir / "config.toml").is_file():
-        return TriedRate(run.learning_rate, None, "", run.run_dir)
+        return TriedRate(run.learning_rate, (None,), "", (run.run_dir,))
     return read_try(run.run_dir)

@@ -509,7 +509,9 @@ def from_table(table: dict[str, Any], method: Any) -> RunConfig[Any]:
             f"[methods.{table['name']}] has method = {method_table['method']!r}, but --method is"
             f" {method}. Remove one of them, or pass another --name."
         )
-    values = {k: v for k, v in table.items() if k not in ("methods", "seeds", "rates")}
+    values = {
+        k: v for k, v in table.items() if k not in ("methods", "seeds", "rates", "search_seeds")
+    }
     values = settings_brought(method) | values | method_table | {"method": method}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     of_method = {field.name for field in fields(kind)}

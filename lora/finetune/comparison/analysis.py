@@ -240,20 +240,30 @@ def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
 def rate_search(tried: Sequence[TriedRate]) -> RateSearch:
     """Returns the search with its best rate. Of equal scores the lowest rate is chosen.
 
-    Raises RunError if every run failed, or if they are scored by different metrics.
+    tried: an entry per run. Raises RunError if a run of every rate failed, or if they are scored by
+    different metrics.
     """
-    metrics = {each.metric: each.run for each in tried if each.score is not None}
+    metrics = {each.metric: each.runs[0] for each in tried if each.metric}
     if len(metrics) > 1:
         (first, run), (second, other) = list(metrics.items())[:2]
         raise RunError(
             f"{run} is scored by {first}, and {other} by {second}: no best rate can be chosen."
             f" Remove {run}, and compare again."
         )
-    in_order = tuple(sorted(tried, key=lambda each: each.rate))
+    in_order = tuple(
+        TriedRate(
+            rate,
+            tuple(score for each in same for score in each.scores),
+            next(filter(None, (each.metric for each in same)), ""),
+            tuple(run for each in same for run in each.runs),
+        )
+        for rate in sorted({each.rate for each in tried})
+        for same in [[each for each in tried if each.rate == rate]]
+    )
     best = max(in_order, key=lambda each: each.better)
     if best.score is None:
         rates = ", ".join(f"{each.rate:g}" for each in in_order)
-        raise RunError(f"{best.run}: the runs with the rates {rates} all failed.")
+        raise RunError(f"{best.runs[0]}: at each of the rates {rates} a run failed.")
     edges = in_order[0].rate, in_order[-1].rate
     return RateSearch(in_order, best.rate, best.rate not in edges)
 

@@ -20,7 +20,7 @@ from lora.finetune.methods import label, method_named, recordable
 from lora.settings import check, whole_number
 
 SEARCH_SEED = 1000
-"""Seed of the runs that only try a learning rate. The reported runs have other seeds."""
+"""First seed of the runs that only try a learning rate. The reported runs have other seeds."""
 TRIED = 5
 """Learning rates that are tried for each method."""
 RATE_STEP = 10 ** (1 / 3)
@@ -50,9 +50,12 @@ class CompareConfig:
     0, 1 and 2. Several numbers are the seeds themselves. Default: the seeds in the file of
     --config; without them, 3 to 5 seeds with --budget, 3 with --rates, and otherwise 1."""
     rates: tuple[str, ...] = ()
-    """Learning rates to try for each method. Each is trained with one seed and scored on dev; the
-    method is then trained with --seeds at its best rate. auto: five rates around the method's
+    """Learning rates to try for each method. Each is trained with --search-seeds and scored on dev;
+    the method is then trained with --seeds at its best rate. auto: five rates around the method's
     default, and more if the best is the lowest or the highest. Default: no search."""
+    search_seeds: int | None = None
+    """Number of seeds with which each rate is tried; its score is their mean. Near the highest rate
+    that works, runs fail by chance: more seeds find such a rate. Default: 1."""
     budget: str | None = None
     """Time that the comparison may take, such as 90m or 2h, estimated from the first steps of each
     method. To stay within it, fewer seeds are used unless --seeds is given, and if that is not
@@ -88,6 +91,7 @@ class Grid:
     seeds_given: bool = True
     jobs: int = 1
     match_parameters: bool = False
+    search_seeds: tuple[int, ...] = (SEARCH_SEED,)
     again: str | None = None
     """The name of the method that is trained again, with other seeds, for the noise floor."""
 
@@ -98,16 +102,19 @@ class Grid:
 
     def searches(self, name: str, rates: Sequence[float] = ()) -> list[Any]:
         """Returns the runs that try these rates for a method, by default those that the search
-        begins with. They do not see the test split."""
+        begins with: all rates with the first seed, then with the next. They do not see the test
+        split."""
         run, rates = self.methods[name], rates or self.rates_to_try(name)
         return [
             replace(
                 run,
                 learning_rate=rate,
-                seed=SEARCH_SEED,
+                seed=seed,
                 test_limit=0,
-                run_dir=self.folder / "search" / f"{name}-{rate:g}",
+                run_dir=self.folder / "search" / f"{name}-{rate:g}{further}",
             )
+            for seed in self.search_seeds
+            for further in [f"-{seed}" if seed != SEARCH_SEED else ""]
             for rate in rates
         ]
 
@@ -155,6 +162,11 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         tried = None if rates == ("auto",) else tuple(sorted(set(map(_rate, rates))))
         seeds = config.seeds or table.get("seeds", ())
         seeds = _seeds(seeds) if seeds != () else ()
+        searched = config.search_seeds
+        searched = table.get("search_seeds", 1) if searched is None else searched
+        whole_number("search_seeds", searched, most=1000)
+        if searched > 1 and not rates:
+            raise ConfigError("--search-seeds has no effect without --rates. Pass --rates auto.")
     whole_number("jobs", config.jobs)
     names = config.methods or tuple(tables) or ("lora", "full")
     methods = {}
@@ -172,9 +184,10 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         raise ConfigError(
             "--metric must be the same for all methods. Set it above the [methods.NAME] tables."
         )
-    if rates and SEARCH_SEED in given:
+    search_seeds = tuple(range(SEARCH_SEED, SEARCH_SEED + searched))
+    if rates and (twice := set(search_seeds) & set(given)):
         raise ConfigError(
-            f"--seeds {SEARCH_SEED}: the search for the rates has this seed, and the reported runs"
+            f"--seeds {min(twice)}: the search for the rates has this seed, and the reported runs"
             " need others. Pass another."
         )
     grid = Grid(
@@ -186,6 +199,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         seeds_given=bool(seeds),
         jobs=config.jobs,
         match_parameters=config.match_parameters,
+        search_seeds=search_seeds,
         again=again,
     )
     return config, grid

@@ -20,12 +20,26 @@ from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summa
 
 @dataclass(frozen=True)
 class TriedRate:
-    """A learning rate, and the score on dev of the run that tried it; None if that run failed."""
+    """A learning rate, and the scores on dev of the runs that tried it, one per seed. A run that
+    failed has None."""
 
     rate: float
-    score: float | None
+    scores: tuple[float | None, ...]
     metric: str
-    run: Path
+    runs: tuple[Path, ...]
+
+    @property
+    def score(self) -> float | None:
+        """The mean; None if a run failed, as others at this rate may."""
+        scores = [score for score in self.scores if score is not None]
+        return statistics.fmean(scores) if len(scores) == len(self.scores) else None
+
+    @property
+    def failures(self) -> str:
+        """What tables show in place of a score if a run failed, else ""."""
+        failed = self.scores.count(None)
+        several = len(self.scores) > 1
+        return f"{failed} of {len(self.scores)} failed" if failed and several else "failed" * failed
 
     @property
     def better(self) -> float:
@@ -183,10 +197,10 @@ def read_try(folder: Path) -> TriedRate:
     as runs with a rate that is too high do."""
     table = read_toml(folder / "config.toml")
     if not (folder / "summary.json").is_file():
-        return TriedRate(float(table["learning_rate"]), None, "", folder)
+        return TriedRate(float(table["learning_rate"]), (None,), "", (folder,))
     summary = summary_of(folder)
     metric, score = next(iter(summary["metrics"].items()))
-    return TriedRate(summary["learning_rate"], score, metric, folder)
+    return TriedRate(summary["learning_rate"], (score,), metric, (folder,))
 
 
 FALLING = 0.05

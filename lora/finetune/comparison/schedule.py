@@ -23,6 +23,7 @@ import psutil
 
 from lora.errors import ConfigError, RunError, StoppedError, command
 from lora.files import locked, writable
+from lora.finetune.comparison.grid import SEARCH_SEED
 from lora.finetune.comparison.standing import SUFFIX, Standing, standing
 from lora.finetune.config import RunConfig, from_table, parse_run, to_table, to_toml
 from lora.finetune.estimate import duration
@@ -217,7 +218,8 @@ def title(run: RunConfig[Any]) -> str:
     """Returns what messages call a run."""
     name = run.name or label(run.method)
     if run.test_limit == 0 and run.learning_rate is not None:
-        return f"{name}, rate {run.learning_rate:g}"
+        further = f", seed {run.seed}" if run.seed != SEARCH_SEED else ""
+        return f"{name}, rate {run.learning_rate:g}{further}"
     return f"{name}, seed {run.seed}"
 
 

@@ -21,7 +21,7 @@ def rows(analysis: Analysis) -> list[tuple[str, ...]]:
     table = [("method", *columns)]
     for name, score in ((BASE, analysis.base_score), (MOST_FREQUENT, analysis.majority)):
         if score is not None:
-            shown = {f"{analysis.split} {analysis.metric}": _scores([score], share)}
+            shown = {f"{analysis.split} {analysis.metric}": score_text([score], share)}
             table.append((name, *(shown.get(head, "") for head in columns)))
     for result in analysis.methods:
         table.append((result.name, *(cell(result) for cell in columns.values())))
@@ -37,7 +37,7 @@ def _columns(analysis: Analysis) -> dict[str, Callable[[MethodResult], str]]:
         "share": lambda m: f"{m.summaries[0]['trainable'] / m.summaries[0]['parameters']:.2%}",
         "rate": lambda m: f"{m.summaries[0]['learning_rate']:g}",
         "train loss": _losses,
-        f"{analysis.split} {analysis.metric}": lambda m: _scores(m.scores, share),
+        f"{analysis.split} {analysis.metric}": lambda m: score_text(m.scores, share),
     }
     if any(m.interval for m in methods):
         columns["95 % interval"] = lambda m: _interval_cell(m.interval, share)
@@ -106,7 +106,7 @@ def task_rows(analysis: Analysis) -> list[tuple[str, ...]]:
             if task in kinds[kind]:
                 share = kind != first or is_share(kind)  # metrics of some tasks only are shares
                 key = f"{kind}/{task}"
-                cells = [_scores([s[key] for s in scores], share) for scores in columns.values()]
+                cells = [score_text([s[key] for s in scores], share) for scores in columns.values()]
                 table.append((task, kind, *cells))
     return table if tasks else []
 
@@ -118,8 +118,7 @@ def rate_rows(analysis: Analysis) -> list[tuple[str, ...]]:
     for result in analysis.methods:
         if search := result.search:
             tried = [
-                f"{each.rate:g}: "
-                + ("failed" if each.score is None else _scores([each.score], is_share(each.metric)))
+                f"{each.rate:g}: {each.failures or score_text(each.scores, is_share(each.metric))}"
                 for each in search.tried
             ]
             table.append((result.name, f"{search.chosen:g}", ", ".join(tried)))
@@ -213,10 +212,10 @@ def noise_floors(analysis: Analysis) -> list[str]:
     ]
 
 
-def _scores(values: Sequence[float], share: bool) -> str:
-    """Returns mean ± standard deviation; shares in percent."""
+def score_text(values: Sequence[float | None], share: bool) -> str:
+    """Returns mean ± standard deviation of the values that are no None; shares in percent."""
     scale, places = (100, 2) if share else (1, 4)
-    scores = [scale * value for value in values]
+    scores = [scale * value for value in values if value is not None]
     spread = f" ± {statistics.stdev(scores):.{places}f}" if len(scores) > 1 else ""
     return f"{statistics.mean(scores):.{places}f}{spread}" + (" %" if scale == 100 else "")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from lora.errors import command
 from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus
-from lora.finetune.comparison.tables import noise_floors, task_rows
+from lora.finetune.comparison.tables import noise_floors, score_text, task_rows
 from lora.finetune.estimate import duration
 from lora.finetune.metrics import is_share
 from lora.finetune.report.evidence import Evidence, RunFiles
@@ -56,7 +56,7 @@ def methods_table(analysis: Analysis) -> Table:
         rows.append(
             (
                 Cell(result.name),
-                Cell(score_text(result, analysis.metric), result.mean),
+                Cell(score_text(result.scores, is_share(analysis.metric)), result.mean),
                 Cell(_interval(result.low, result.high, analysis.metric), result.low, limits),
                 numeric(result.summaries[0]["trainable"]),
                 _seconds(result),
@@ -108,10 +108,10 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
     unit = 100 if is_share(analysis.metric) else 1
     notes = [f"Measured on {analysis.rows:,} {analysis.split} rows of {analysis.data}."]
     if analysis.base_score is not None:
-        shown = _number(analysis.base_score, analysis.metric)
+        shown = score_text([analysis.base_score], is_share(analysis.metric))
         notes.append(f"The base without an adapter: {shown}.")
     if analysis.majority is not None:
-        shown = _number(analysis.majority, "accuracy")
+        shown = score_text([analysis.majority], share=True)
         notes.append(f"Always predicting the most frequent class: {shown}.")
     if analysis.smallest_difference is not None:
         points = "points" if unit == 100 else analysis.metric
@@ -133,17 +133,6 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
         " with fewer trainable parameters."
     )
     return " ".join(notes)
-
-
-def _number(value: float, metric: str) -> str:
-    return f"{100 * value:.2f} %" if is_share(metric) else f"{value:.4f}"
-
-
-def score_text(result: MethodResult, metric: str) -> str:
-    """Returns mean ± standard deviation over the seeds; shares in percent."""
-    scale, places, unit = (100, 2, " %") if is_share(metric) else (1, 4, "")
-    spread = "" if result.deviation is None else f" ± {scale * result.deviation:.{places}f}"
-    return f"{scale * result.mean:.{places}f}{spread}{unit}"
 
 
 def _interval(low: float, high: float, metric: str) -> str:
@@ -175,7 +164,7 @@ def rates_table(analysis: Analysis) -> Table:
             chosen = "chosen" if search and tried.rate == search.chosen else ""
             if chosen and search and not search.bracketed:
                 chosen += ", at the edge of the rates that were tried: not bracketed"
-            shown = "failed" if tried.score is None else _number(tried.score, tried.metric)
+            shown = tried.failures or score_text(tried.scores, is_share(tried.metric))
             rows.append(
                 (
                     Cell(result.name),

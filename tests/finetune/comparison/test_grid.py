@@ -11,7 +11,7 @@ from lora.errors import ConfigError, FileError, RunError
 from lora.finetune.comparison.analysis import next_rate, rate_search
 from lora.finetune.comparison.grid import SEARCH_SEED, TRIED, parse_compare, seconds_in
 from lora.finetune.comparison.runs import TriedRate
-from lora.finetune.comparison.schedule import train_command
+from lora.finetune.comparison.schedule import title, train_command
 from lora.finetune.config import parse_run, to_table
 from lora.finetune.methods import method_named
 
@@ -108,7 +108,8 @@ def test_all_methods_have_one_metric(tmp_path: Path) -> None:
 
 
 def test_rates_that_are_scored_by_two_metrics_have_no_best() -> None:
-    tried = [TriedRate(0.1 * i, 0.5, name, Path(name)) for i, name in ((1, "rougeL"), (2, "bleu"))]
+    metrics = ((1, "rougeL"), (2, "bleu"))
+    tried = [TriedRate(0.1 * i, (0.5,), name, (Path(name),)) for i, name in metrics]
     with pytest.raises(RunError, match="rougeL is scored by rougeL, and bleu by bleu"):
         rate_search(tried)
 
@@ -119,6 +120,34 @@ def test_a_seed_is_not_used_twice() -> None:
     with pytest.raises(ConfigError, match="so that 10000 would be in both rows"):
         parse_compare(["--noise-floor", "--seeds", "0", "10000"])
     parse_compare(["--seeds", "0", "1000", "10000"])  # nothing else uses them
+    with pytest.raises(ConfigError, match="--seeds 1002: the search for the rates has this seed"):
+        parse_compare(["--rates", "auto", "--search-seeds", "3", "--seeds", "1002", "1003"])
+
+
+def test_each_rate_is_tried_with_each_seed_of_the_search(tmp_path: Path) -> None:
+    """The folders of the first seed are those of a search with one, so that it can be extended."""
+    path = tmp_path / "c.toml"
+    path.write_text("search_seeds = 3\nrates = [1e-3, 1e-2]\n[methods.lora]\n[methods.full]\n")
+    _, grid = parse_compare(["--config", str(path)])
+    runs = grid.searches("lora")
+    assert [(run.learning_rate, run.seed) for run in runs] == [
+        (rate, seed) for seed in (1000, 1001, 1002) for rate in (1e-3, 1e-2)
+    ]
+    assert len({run.run_dir for run in runs}) == 6
+    _, single = parse_compare(["--config", str(path), "--search-seeds", "1"])
+    assert single.searches("lora") == runs[:2]
+    assert [title(run) for run in runs[1:3]] == ["lora, rate 0.01", "lora, rate 0.001, seed 1001"]
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "1001"])
+def test_a_search_has_a_number_of_seeds(count: str) -> None:
+    with pytest.raises(ConfigError, match="search_seeds must be a whole number of at least 1"):
+        parse_compare(["--rates", "auto", "--search-seeds", count])
+
+
+def test_search_seeds_need_a_search() -> None:
+    with pytest.raises(ConfigError, match="--search-seeds has no effect without --rates"):
+        parse_compare(["--search-seeds", "2"])
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("20m", 1200), ("1.5h", 5400)])
@@ -133,7 +162,8 @@ def test_anything_else_is_no_budget(text: str) -> None:
 
 
 def tried(*scores: float | None, metric: str = "accuracy") -> list[TriedRate]:
-    return [TriedRate(10.0**i, score, metric, Path("run")) for i, score in enumerate(scores)]
+    run = (Path("run"),)
+    return [TriedRate(10.0**i, (score,), metric, run) for i, score in enumerate(scores)]
 
 
 def test_the_best_rate_is_chosen_and_an_edge_is_widened() -> None:
@@ -154,6 +184,15 @@ def test_a_run_that_failed_brackets_but_is_never_chosen() -> None:
     search = rate_search(tried(0.5, 0.9, None))
     assert (search.chosen, search.bracketed) == (10.0, True)
     assert next_rate(search) < 10.0
+
+
+def test_a_rate_with_several_seeds_has_their_mean_and_fails_with_one_of_them() -> None:
+    first, second = tried(0.5, 0.9, 0.7, 0.4), tried(0.5, 0.5, 0.8, None)
+    search = rate_search([*first, *second])
+    assert [each.score for each in search.tried] == [0.5, pytest.approx(0.7), 0.75, None]
+    assert (search.chosen, search.tried[2].scores) == (100.0, (0.7, 0.8))
+    assert [each.failures for each in search.tried] == ["", "", "", "1 of 2 failed"]
+    assert [each.failures for each in rate_search(tried(0.5, None)).tried] == ["", "failed"]
 
 
 def test_a_command_makes_the_same_run() -> None:

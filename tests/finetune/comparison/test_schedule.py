@@ -21,10 +21,10 @@ from lora.files import locked
 from lora.finetune.compare import (
     MORE_ROUNDS,
     Compared,
+    OnDisk,
     _missing,
     _rate_of,
     _search,
-    _search_on_disk,
     report_missing,
 )
 from lora.finetune.comparison import schedule
@@ -319,14 +319,17 @@ def test_a_dry_run_finds_the_search_at_its_end_and_resumes_what_was_interrupted(
     """The search that it finds on disk is the one that was made, with the rates that were added."""
     flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
     grid = parse_compare(flags)[1]
-    assert _search_on_disk(grid) == ({}, grid.searches("lora"))
+    searches, outcome = _search(grid, OnDisk())
+    assert (searches, len(outcome.left)) == ({}, TRIED)
     searches, _ = _search(grid, Scheduler(tmp_path / "c"))
     added, *others = searches["lora"].tried
     assert len(others) == TRIED + MORE_ROUNDS - 1
-    assert _search_on_disk(grid) == (searches, [])
-    (added.run / "summary.json").unlink()
-    found, (left,) = _search_on_disk(grid)
-    assert (list(found["lora"].tried), left.run_dir) == (others, added.run)
+    found, outcome = _search(grid, OnDisk())
+    assert (found, outcome.left) == (searches, [])
+    (added.runs[0] / "summary.json").unlink()
+    found, outcome = _search(grid, OnDisk())
+    (left,) = outcome.left
+    assert (list(found["lora"].tried), left.run_dir) == (others, added.runs[0])
     resume = train_command(left, standing(left)).split()
     assert resume == ["lora", "train", "--resume", str(left.run_dir)]
 
@@ -336,7 +339,7 @@ def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
     flags = ("--run-dir", str(tmp_path), "--methods", "lora", "--rates", "auto")
     grid = parse_compare(flags)[1]
     scores = {0.001: 0.7, 0.002: 0.8, 0.005: 0.9, 0.01: 0.6}
-    tried = [TriedRate(rate, score, "accuracy", tmp_path) for rate, score in scores.items()]
+    tried = [TriedRate(rate, (score,), "accuracy", (tmp_path,)) for rate, score in scores.items()]
     search = rate_search(tried)
     assert _rate_of(grid, "lora", search) == search.chosen == 0.005
     (tmp_path / "lora-0").mkdir()

@@ -169,7 +169,9 @@ def test_a_rouge_has_an_interval_from_the_score_of_each_row(tmp_path: Path) -> N
 
 def test_a_rate_is_shown_by_the_metric_that_it_was_tried_by(tmp_path: Path) -> None:
     """Dev may have texts without prompts, which have a perplexity only."""
-    tried = [TriedRate(rate, score, "perplexity", tmp_path) for rate, score in ((0.1, 9.0), (1, 4))]
+    tried = [
+        TriedRate(rate, (score,), "perplexity", (tmp_path,)) for rate, score in ((0.1, 9.0), (1, 4))
+    ]
     run = Run(tmp_path, summary("lora", 0, {"rougeL": 0.5}))
     analysis = analysis_of([run], {"lora": tried})
     assert rate_rows(analysis)[1] == ("lora", "1", "0.1: 9.0000, 1: 4.0000")
