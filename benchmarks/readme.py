@@ -35,6 +35,8 @@ def tables() -> dict[str, str]:
     texts = {name: markdown(comparison(name)) for name in ("demo", "sst2")}
     for name in ("study-films", "study-sst2"):
         texts[name] = f"{markdown(comparison(name))}\n{markdown(rate_rows(analysis(name)))}"
+    shown = ("method", "trainable", "rate", "test accuracy", "against full", "peak MiB")
+    texts["study"] = markdown(columns(comparison("study-films"), shown))
     for name in ("demo-lm", "demo-lm-tiny"):
         texts[name] = f"{markdown(comparison(name))}\n{markdown(task_rows(analysis(name)))}"
     texts["demo"] += "\n" + textwrap.fill(notes(analysis("demo")), 100) + "\n"
@@ -64,8 +66,13 @@ def comparison(name: str) -> list[tuple[str, ...]]:
         "study-films": ("train s",),
         "study-sst2": ("train s",),
     }.get(name, ())
-    columns = [number for number, head in enumerate(table[0]) if head not in left_out]
-    return [tuple(row[number] for number in columns) for row in table]
+    return columns(table, [head for head in table[0] if head not in left_out])
+
+
+def columns(table: Sequence[tuple[str, ...]], heads: Sequence[str]) -> list[tuple[str, ...]]:
+    """Some columns of a table, by their heads."""
+    numbers = [table[0].index(head) for head in heads]
+    return [tuple(row[number] for number in numbers) for row in table]
 
 
 def analysis(name: str) -> Analysis:

@@ -28,7 +28,7 @@ from lora.finetune.comparison.analysis import (
 from lora.finetune.comparison.budget import GridPlan, note_on_rows, planned
 from lora.finetune.comparison.grid import TRIED, Grid
 from lora.finetune.comparison.matched import with_matched_ranks
-from lora.finetune.comparison.runs import TriedRate, read_try
+from lora.finetune.comparison.runs import read_try
 from lora.finetune.comparison.schedule import Outcome, Scheduler, title, train_command
 from lora.finetune.comparison.standing import standing
 from lora.finetune.comparison.tables import all_tables
@@ -70,7 +70,6 @@ def compare(grid: Grid) -> Compared:
     reported = Scheduler(grid.folder, grid.jobs, deadline, plan.seconds, _tell).train(runs)
     folders = [run.run_dir for run in runs if run in reported.complete]
     tried = [run for search in searches.values() for each in search.tried for run in each.runs]
-    tried = [run for run in tried if (run / "config.toml").is_file()]
     analysis = analyse([*folders, *tried])
     with writable(grid.folder, RunError, "Pass another --run-dir."):
         files = {
@@ -78,17 +77,22 @@ def compare(grid: Grid) -> Compared:
             "comparison.md": all_tables(analysis).encode(),
         }
         write_together(grid.folder, files)
-    missing = _missing(outcome, reported)
-    return Compared(analysis, tuple(folders), missing)
+    missing = [f"{name}: no rate was tried" for name in grid.searched if name not in searches]
+    missing += _missing(outcome, reported)
+    return Compared(analysis, tuple(folders), tuple(missing))
 
 
-def _missing(searched: Outcome, reported: Outcome) -> tuple[str, ...]:
+def _missing(searched: Outcome, reported: Outcome) -> list[str]:
     """Returns the runs that the user asked for and did not get. Rates that were not tried for lack
     of time are none of them: a budget says how many there is time for."""
     for run in searched.left:
         _tell(f"note: {title(run)} was not tried for lack of time. The same command tries it.")
-    failed = (f"{title(run)} failed" for run in searched.failed + reported.failed)
-    return *failed, *(f"{title(run)} was left for lack of time" for run in reported.left)
+    failed = []
+    for run in searched.failed + reported.failed:
+        diverged = standing(run) == "diverged"
+        again = f"; to train it again, remove {run.run_dir}"
+        failed.append(f"{title(run)} {f'diverged{again}' if diverged else 'failed'}")
+    return failed + [f"{title(run)} was left for lack of time" for run in reported.left]
 
 
 def report_missing(result: Compared) -> None:
@@ -126,12 +130,13 @@ def dry_run(grid: Grid) -> list[str]:
 
 
 class OnDisk:
-    """Takes the place of a Scheduler, and trains nothing: runs that are not complete are left."""
+    """Takes the place of a Scheduler, and trains nothing: runs that have not ended are left."""
 
     def train(self, runs: Sequence[Any]) -> Outcome:
         outcome = Outcome()
+        ended = {"complete": outcome.complete, "diverged": outcome.failed}
         for run in runs:
-            (outcome.complete if standing(run) == "complete" else outcome.left).append(run)
+            ended.get(standing(run), outcome.left).append(run)
         return outcome
 
     def too_late(self, runs: Sequence[Any]) -> bool:
@@ -215,12 +220,6 @@ def _wider(grid: Grid, searches: dict[str, RateSearch]) -> dict[str, list[Any]]:
 
 
 def _searched(runs: Sequence[Any]) -> RateSearch:
-    """Returns the search that these runs of one method made."""
-    return rate_search([_try_of(run) for run in runs])
-
-
-def _try_of(run: Any) -> TriedRate:
-    """Returns what a run that tried a rate shows, also one that failed before it wrote anything."""
-    if not (run.run_dir / "config.toml").is_file():
-        return TriedRate(run.learning_rate, (None,), "", (run.run_dir,))
-    return read_try(run.run_dir)
+    """Returns the search that these runs of one method made, without those that failed in another
+    way than by diverging."""
+    return rate_search(list(filter(None, (read_try(run.run_dir) for run in runs))))

@@ -4,6 +4,7 @@ environment.json   versions, machine, command, and digests of the training data
 metrics.jsonl      one row per step and per evaluation, as they happen
 predictions.jsonl  the answers on the held-out split
 summary.json       the result; written last, so only a complete run has it
+diverged.json      why the run ended without one, if its loss was not finite
 
 Record writes metrics.jsonl during training. The readers need no torch.
 """
@@ -39,6 +40,7 @@ Epoch = Annotated[float, Field(gt=0, le=1_000_000)]
 Mark = tuple[Count, str]
 """The length of metrics.jsonl at a checkpoint, in bytes, and the SHA-256 of those bytes."""
 NOTHING: Mark = (0, hashlib.sha256().hexdigest())
+DIVERGED = "diverged.json"
 
 
 class Evaluated(TypedDict):
@@ -104,6 +106,9 @@ class Environment(TypedDict):
     tokens: str
     note: str
     method: NotRequired[str]  # SHA-256 of the user's file that defines it
+    asked: NotRequired[dict[str, Any]]
+    """The settings that the run decided, such as dtype = "auto", as they were given; null for one
+    that was left out. config.toml has what they were resolved to."""
 
 
 class Answer(TypedDict):
@@ -127,13 +132,6 @@ class Written(TypedDict, total=False):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
     prompt: str
     messages: list[Turn]
-
-
-class Against(TypedDict):
-    """A run beside full fine-tuning with the same seed, on the same rows."""
-
-    points: Finite  # of accuracy, in percent: above 0 if the run is better
-    p: Finite  # McNemar's exact test
 
 
 class Forgetting(TypedDict):
@@ -165,7 +163,6 @@ class Summary(TypedDict):
     metrics: Scores
     baseline: NotRequired[Scores]
     majority: NotRequired[dict[Split, Finite]]  # accuracy of the most frequent class, by split
-    against_full: NotRequired[Against]  # in comparison.json only
     forgetting: NotRequired[Forgetting]
     train_seconds: Seconds
     seconds: Seconds

@@ -25,7 +25,14 @@ import torch
 from rich.progress import Progress
 
 from lora.checkpoint import save
-from lora.errors import CheckpointError, StoppedError, TargetError, TrainingError, command
+from lora.errors import (
+    CheckpointError,
+    RunError,
+    StoppedError,
+    TargetError,
+    TrainingError,
+    command,
+)
 from lora.finetune import devices, distributed, state, trackers
 from lora.finetune.assemble import (
     add_adapter,
@@ -50,6 +57,7 @@ from lora.finetune.metrics import leading
 from lora.finetune.models import Base
 from lora.finetune.peak import PeakMemory, process_peak
 from lora.finetune.record import (
+    DIVERGED,
     NOTHING,
     Forgetting,
     Record,
@@ -174,6 +182,7 @@ class Prepared:
     """What a run is made of, ready to train."""
 
     config: RunConfig[Any]  # resolved
+    given: RunConfig[Any]  # as the user gave it
     source: Corpus  # as it was read: the folder records its digest
     corpus: Corpus  # without the rows that cannot be used
     splits: dict[str, Encoded]
@@ -194,6 +203,7 @@ def prepare(
     labels, task = source.labels, source.task
     base = build_base(config, labels, task, on_quantized, True, resized_for(config))
     dtype_note = [auto_dtype_note(device)] if config.dtype == "auto" else []
+    given = config
     config, note = resolve(config, source, base, device)
     inputs = inputs_of(config, source, base)
     if starts_on_device(config):
@@ -210,8 +220,8 @@ def prepare(
         str(report),
     )
     return Prepared(
-        config, source, inputs.corpus, inputs.splits, base, device, report, training, unrelated,
-        lines,
+        config, given, source, inputs.corpus, inputs.splits, base, device, report, training,
+        unrelated, lines,
     )  # fmt: skip
 
 
@@ -266,9 +276,10 @@ def _take_folder(
         if distributed.rank() == 0:
             tokens = digest(parts.splits["train"])
             if not resumed:
-                create(directory, parts.config, parts.source, tokens, parts.device)
+                create(directory, parts.config, parts.given, parts.source, tokens, parts.device)
                 stack.enter_context(alone(directory))
             else:
+                (directory / DIVERGED).unlink(missing_ok=True)
                 checkpoint, note = checkpoint_to_resume(
                     directory,
                     parts.source,
@@ -472,6 +483,10 @@ class _Loop:
             text = f"{error} Resume with {self.resume_command}."
         else:
             text = _memory_advice(error, "" if self.phase else f"step {step + 1}: ", self.config)
+        if diverged:
+            with suppress(RunError):  # without the file it is a run that was interrupted
+                table = {"step": step, "error": f"{self.phase}{error}"}
+                write_file(self.directory / DIVERGED, json.dumps(table).encode())
         good, _ = state.find(self.folder)
         return TrainingError(f"{self.phase}{text} Last good checkpoint: {good or 'none'}.")
 

@@ -19,7 +19,7 @@ from lora.card import FORMER_NAMES
 from lora.errors import ConfigError, RunError, command
 from lora.files import locked, readable, writable, write_together
 from lora.finetune import state
-from lora.finetune.config import RunConfig, from_table, read_toml, to_toml
+from lora.finetune.config import RunConfig, from_table, read_toml, to_table, to_toml
 from lora.finetune.data.corpus import Corpus
 from lora.finetune.data.included import TINY, absolute_source
 from lora.finetune.environment import environment
@@ -55,10 +55,25 @@ def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> N
 
 
 def create(
-    directory: Path, config: RunConfig[Any], corpus: Corpus, tokens: str, device: torch.device
+    directory: Path,
+    config: RunConfig[Any],
+    given: RunConfig[Any],
+    corpus: Corpus,
+    tokens: str,
+    device: torch.device,
 ) -> None:
-    """Make the folder with config.toml and environment.json in it, or make nothing."""
-    start = environment(device) | {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
+    """Make the folder with config.toml and environment.json in it, or make nothing.
+
+    config: the settings as resolved. given: as the user gave them.
+    """
+    resolved, asked = to_table(config), to_table(given)
+    start: dict[str, Any] = environment(device)
+    start |= {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
+    start["asked"] = {
+        key: asked.get(key)
+        for key in sorted(asked.keys() | resolved.keys())
+        if asked.get(key) != resolved.get(key)
+    }
     if digest := digest_of(config.method):
         start["method"] = digest
     files = {

@@ -19,9 +19,12 @@ from lora.finetune.comparison.grid import AGAIN_NAME, RATE_STEP, rounded
 from lora.finetune.comparison.runs import (
     Run,
     TriedRate,
+    Try,
     by_name,
     check_alike,
+    once_per_seed,
     read_runs,
+    tries_of,
     without_seed,
 )
 from lora.finetune.comparison.statistics import bootstrap, difference, groups
@@ -155,8 +158,8 @@ def analyse(folders: Sequence[Path]) -> Analysis:
     return analysis_of(*read_runs(folders))
 
 
-def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = {}) -> Analysis:
-    """Returns what complete runs show. tries: the rates that were tried for a method, by its name.
+def analysis_of(runs: Sequence[Run], tries: Sequence[Try] = ()) -> Analysis:
+    """Returns what complete runs show. tries: the runs that tried learning rates.
 
     Raises RunError if there is no run, or if they cannot be compared.
     """
@@ -165,14 +168,16 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
     check_alike(runs)
     first = runs[0].summary
     metric = next(iter(first["metrics"]))
-    groups = by_name(runs)
-    methods = tuple(
-        replace(
-            _method_result(name, group, metric, tries.get(group[0].name)),
-            again=_trained_again(name, groups),
-        )
-        for name, group in groups.items()
-    )
+    all_runs = by_name(runs)
+    groups = {name: once_per_seed(group)[0] for name, group in all_runs.items()}
+    methods = []
+    for name, group in groups.items():
+        result = _method_result(name, group, metric, tries_of(group[0], tries))
+        repeated = [str(run.folder) for run in once_per_seed(all_runs[name])[1]]
+        if repeated:
+            warning = f"left out, since other runs have the same seeds: {', '.join(repeated)}"
+            result = replace(result, warnings=(*result.warnings, warning))
+        methods.append(replace(result, again=_trained_again(name, groups)))
     bases = [run.summary["baseline"][metric] for run in runs if "baseline" in run.summary]
     analysis = Analysis(
         metric=metric,
@@ -181,7 +186,7 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
         rows=first["rows"],
         data=first["data"],
         base=", ".join(dict.fromkeys(run.summary["base"] for run in runs)),
-        methods=methods,
+        methods=tuple(methods),
         base_score=statistics.mean(bases) if bases else None,
         majority=first.get("majority", {}).get(first["split"]) if metric == "accuracy" else None,
         smallest_difference=None,
@@ -192,11 +197,12 @@ def analysis_of(runs: Sequence[Run], tries: Mapping[str, Sequence[TriedRate]] = 
 
 
 def _method_result(
-    name: str, group: Sequence[Run], metric: str, tried: Sequence[TriedRate] | None
+    name: str, group: Sequence[Run], metric: str, tried: Sequence[Try]
 ) -> MethodResult:
     """Returns a method's result without what comes from comparing it with others."""
     scores = [run.score(metric) for run in group]
-    search = _search_of(group, tried) if tried else None
+    scored = any(each.score is not None for each in tried)
+    search = _search_of(group, tried) if scored else None
     return MethodResult(
         name=name,
         method=group[0].summary["method"],
@@ -213,7 +219,7 @@ def _method_result(
     )
 
 
-def _search_of(group: Sequence[Run], tried: Sequence[TriedRate]) -> RateSearch:
+def _search_of(group: Sequence[Run], tried: Sequence[Try]) -> RateSearch:
     """Returns the search, with the rate that the runs have as the chosen one, if it was tried."""
     search, rate = rate_search(tried), group[0].summary["learning_rate"]
     if rate == search.chosen or rate not in [each.rate for each in search.tried]:
@@ -237,35 +243,35 @@ def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
     return next((other for other in named if settings(other) == settings(name)), "")
 
 
-def rate_search(tried: Sequence[TriedRate]) -> RateSearch:
+def rate_search(tries: Sequence[Try]) -> RateSearch:
     """Returns the search with its best rate. Of equal scores the lowest rate is chosen.
 
-    tried: an entry per run. Raises RunError if a run of every rate failed, or if they are scored by
-    different metrics.
+    Only the seeds count that all rates were tried with, so that a lucky one favours none. Raises
+    RunError if a run of every rate diverged, or if they are scored by different metrics.
     """
-    metrics = {each.metric: each.runs[0] for each in tried if each.metric}
+    metrics = {each.metric: each.folder for each in tries if each.metric}
     if len(metrics) > 1:
         (first, run), (second, other) = list(metrics.items())[:2]
         raise RunError(
             f"{run} is scored by {first}, and {other} by {second}: no best rate can be chosen."
             f" Remove {run}, and compare again."
         )
-    in_order = tuple(
-        TriedRate(
-            rate,
-            tuple(score for each in same for score in each.scores),
-            next(filter(None, (each.metric for each in same)), ""),
-            tuple(run for each in same for run in each.runs),
-        )
-        for rate in sorted({each.rate for each in tried})
-        for same in [[each for each in tried if each.rate == rate]]
-    )
+    by_rate: dict[float, dict[int, Try]] = {}  # rate -> seed -> run
+    for each in sorted(tries, key=lambda each: each.rate):
+        by_rate.setdefault(each.rate, {}).setdefault(each.seed, each)
+    common = set.intersection(*map(set, by_rate.values()))
+    in_order = []
+    for rate, by_seed in by_rate.items():
+        kept = [by_seed[seed] for seed in sorted(common or by_seed)]
+        metric = next((each.metric for each in kept if each.metric), "")
+        scores = tuple(each.score for each in kept)
+        in_order.append(TriedRate(rate, scores, metric, tuple(each.folder for each in kept)))
     best = max(in_order, key=lambda each: each.better)
     if best.score is None:
         rates = ", ".join(f"{each.rate:g}" for each in in_order)
-        raise RunError(f"{best.runs[0]}: at each of the rates {rates} a run failed.")
+        raise RunError(f"{best.runs[0]}: at each of the rates {rates} a run diverged.")
     edges = in_order[0].rate, in_order[-1].rate
-    return RateSearch(in_order, best.rate, best.rate not in edges)
+    return RateSearch(tuple(in_order), best.rate, best.rate not in edges)
 
 
 def next_rate(search: RateSearch) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,10 +11,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from lora.errors import ConfigError, RunError
-from lora.files import read_json, writable, write_whole
+from lora.files import locked, read_json, writable, write_whole
 from lora.finetune.comparison.grid import FEWEST_SEEDS, MOST_SEEDS, Grid
 from lora.finetune.comparison.measure import Cost, measure
-from lora.finetune.comparison.schedule import share_of_devices
+from lora.finetune.comparison.schedule import LOCKS, share_of_devices
 from lora.finetune.data.rows import SPLITS
 from lora.finetune.estimate import duration
 from lora.finetune.inputs import read_corpus
@@ -75,6 +76,7 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
 
     Raises ConfigError if the budget is too short, or if a search has no test split to report on.
     """
+    started = time.monotonic()
     given, grid = grid, _as_before(grid, say)
     plan = GridPlan(grid, {}, {})
     runs = plan.search_runs() + plan.final_runs()
@@ -94,9 +96,10 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
         plan = replace(plan, costs=_costs(grid, say))
     if grid.budget is None or (grid.folder / BUDGET_FILE).exists() or not plan.costs:
         return plan
-    plan = _fitted(plan, grid.budget)
-    _write_budget(plan)
-    return plan
+    fitted = _fitted(plan, grid.budget - (time.monotonic() - started))
+    if _write_budget(fitted):
+        return fitted
+    return replace(plan, grid=_as_before(grid, say))  # another process was first
 
 
 def _costs(grid: Grid, say: Callable[[str], None]) -> dict[str, Cost]:
@@ -166,7 +169,8 @@ def _with_rows(plan: GridPlan, rows: int) -> GridPlan:
 
 
 def _with_limit(grid: Grid, train: int, dev: int, test: int) -> Grid:
-    limits = {"limit": train, "dev_limit": dev, "test_limit": test}
+    # --limit alone would limit test too. Of data without a test split nothing is left out.
+    limits = {"limit": train, "dev_limit": dev, "test_limit": test or None}
     return replace(grid, methods={n: replace(r, **limits) for n, r in grid.methods.items()})
 
 
@@ -188,21 +192,32 @@ def _as_before(grid: Grid, say: Callable[[str], None]) -> Grid:
     return grid if limits is None else _with_limit(grid, *limits)
 
 
-def _write_budget(plan: GridPlan) -> None:
+def _write_budget(plan: GridPlan) -> bool:
+    """Writes the seeds and rows of a plan. Returns False if another process has written its own:
+    all that share the folder need the same."""
     grid = plan.grid
     table: dict[str, Any] = {"seeds": list(grid.seeds)}
     run = next(iter(grid.methods.values()))
     if run.limit is not None:
         table |= plan.rows | {"train": run.limit, "dev": run.dev_limit or plan.rows["dev"]}
     with writable(grid.folder, RunError, "Pass another --run-dir."):
-        grid.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(grid.folder / BUDGET_FILE, json.dumps(table, indent=2).encode())
+        (grid.folder / LOCKS).mkdir(parents=True, exist_ok=True)
+        with locked(grid.folder / LOCKS / BUDGET_FILE, wait=True):
+            if (grid.folder / BUDGET_FILE).exists():
+                return False
+            write_whole(grid.folder / BUDGET_FILE, json.dumps(table, indent=2).encode())
+    return True
 
 
 def note_on_rows(plan: GridPlan) -> str:
     """Returns a line on the rows if the budget limits them, else ""."""
     run = next(iter(plan.grid.methods.values()))
-    if plan.grid.budget is None or run.limit is None or run.limit >= plan.rows["train"]:
+    if (
+        plan.grid.budget is None
+        or not plan.rows
+        or run.limit is None
+        or run.limit >= plan.rows["train"]
+    ):
         return ""
     dev = f" and {run.dev_limit:,} of {plan.rows['dev']:,} dev rows" if run.dev_limit else ""
     return (

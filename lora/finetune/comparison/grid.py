@@ -19,6 +19,8 @@ from lora.finetune.config import config_of_method, parse, parse_run, read_toml, 
 from lora.finetune.methods import label, method_named, recordable
 from lora.settings import check, whole_number
 
+SEARCH = "search"
+"""The folder of the runs that only try a learning rate, in the comparison's."""
 SEARCH_SEED = 1000
 """First seed of the runs that only try a learning rate. The reported runs have other seeds."""
 TRIED = 5
@@ -111,7 +113,7 @@ class Grid:
                 learning_rate=rate,
                 seed=seed,
                 test_limit=0,
-                run_dir=self.folder / "search" / f"{name}-{rate:g}{further}",
+                run_dir=self.folder / SEARCH / f"{name}-{rate:g}{further}",
             )
             for seed in self.search_seeds
             for further in [f"-{seed}" if seed != SEARCH_SEED else ""]

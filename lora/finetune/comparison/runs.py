@@ -10,18 +10,43 @@ from typing import Any
 
 from lora.errors import ConfigError, DataError, RunError
 from lora.finetune.answers import scores_by_row
+from lora.finetune.comparison.grid import SEARCH
 from lora.finetune.config import read_toml
 from lora.finetune.data.corpus import Predicted, read_predictions
 from lora.finetune.data.rows import read_rows
-from lora.finetune.methods import label
 from lora.finetune.metrics import OF_RIGHT_ROWS, signed
-from lora.finetune.record import StepRow, Summary, metrics_of, shown_name, summary_of
+from lora.finetune.record import (
+    DIVERGED,
+    StepRow,
+    Summary,
+    environment_of,
+    metrics_of,
+    shown_name,
+    summary_of,
+)
+
+VARYING = ("seed", "run_dir", "note")
+"""Settings in which the runs of one method differ."""
+OF_TRIES = ("learning_rate", "test_limit")
+"""Settings in which the runs that try its rates differ from them."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """A run that only tried a learning rate, and its score on dev; None if it diverged."""
+
+    folder: Path
+    rate: float
+    seed: int
+    score: float | None
+    metric: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TriedRate:
     """A learning rate, and the scores on dev of the runs that tried it, one per seed. A run that
-    failed has None."""
+    diverged has None."""
 
     rate: float
     scores: tuple[float | None, ...]
@@ -30,16 +55,15 @@ class TriedRate:
 
     @property
     def score(self) -> float | None:
-        """The mean; None if a run failed, as others at this rate may."""
+        """The mean; None if a run diverged, as others at this rate may."""
         scores = [score for score in self.scores if score is not None]
         return statistics.fmean(scores) if len(scores) == len(self.scores) else None
 
     @property
     def failures(self) -> str:
-        """What tables show in place of a score if a run failed, else ""."""
-        failed = self.scores.count(None)
-        several = len(self.scores) > 1
-        return f"{failed} of {len(self.scores)} failed" if failed and several else "failed" * failed
+        """What tables show in place of a score if a run diverged, else ""."""
+        diverged, runs = self.scores.count(None), len(self.scores)
+        return f"{diverged} of {runs} diverged" if diverged and runs > 1 else "diverged" * diverged
 
     @property
     def better(self) -> float:
@@ -59,6 +83,8 @@ class Run:
     right: Sequence[bool] | None = None
     """Whether each test row is right; None if that cannot be said."""
     falling: bool = False  # the training loss was still falling at the end
+    content: str = ""
+    """The digest of the rows of all its splits."""
     predictions: Sequence[str] = ()
     references: Sequence[Sequence[str]] = ()  # of each test row
 
@@ -101,8 +127,8 @@ def read_run(folder: Path) -> Run:
             raise DataError(f"{path}: {error}") from None
         if by_row and metric in OF_RIGHT_ROWS:
             right = [score == 1 for score in by_row]
-    falling = still_falling(folder)
-    return Run(folder, summary, table, by_row, right, falling, predictions, references)
+    falling, content = still_falling(folder), environment_of(folder)["data"]
+    return Run(folder, summary, table, by_row, right, falling, content, predictions, references)
 
 
 def _recorded(path: Path, metric: str) -> tuple[float, ...] | None:
@@ -112,21 +138,16 @@ def _recorded(path: Path, metric: str) -> tuple[float, ...] | None:
     return numbers if len(numbers) == len(values) else None
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[list[Run], dict[str, list[TriedRate]]]:
-    """Returns the complete runs, and by the name of a method the rates that were tried for it.
-
-    Runs with `test_limit = 0` only tried a rate. Of the others, incomplete ones are left out.
-    """
-    tables = {folder: _table_of(folder) for folder in folders}
-    tries: dict[str, list[TriedRate]] = {}
-    runs = []
-    for folder, table in tables.items():
-        if table.get("test_limit") == 0:
-            name = table.get("name") or label(table["method"])
-            tries.setdefault(name, []).append(read_try(folder))
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Try]]:
+    """Returns the complete runs, and those that tried a learning rate. Runs that have not ended are
+    left out."""
+    tries, runs = [], []
+    for folder in folders:
+        if folder.resolve().parent.name == SEARCH:
+            tries.append(read_try(folder))
         elif (folder / "summary.json").is_file():
             runs.append(read_run(folder))
-    return runs, tries
+    return runs, list(filter(None, tries))
 
 
 def _table_of(folder: Path) -> dict[str, Any]:
@@ -159,8 +180,27 @@ def by_name(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def without_seed(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in run.settings.items() if k not in ("seed", "run_dir", "note")}
+def without_seed(run: Run | Try) -> dict[str, Any]:
+    """Returns the settings that runs of one method share."""
+    return {k: v for k, v in run.settings.items() if k not in VARYING}
+
+
+def once_per_seed(group: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """Returns the first run of each seed, in their order, and the others: they repeat a result, and
+    are no further evidence."""
+    first = {run.summary["seed"]: run for run in reversed(group)}
+    kept = [run for run in group if first[run.summary["seed"]] is run]
+    return kept, [run for run in group if run not in kept]
+
+
+def tries_of(run: Run, tries: Sequence[Try]) -> list[Try]:
+    """Returns the tries with the settings of a run, but for the rate."""
+    settings = {k: v for k, v in without_seed(run).items() if k not in OF_TRIES}
+    return [
+        each
+        for each in tries
+        if {k: v for k, v in without_seed(each).items() if k not in OF_TRIES} == settings
+    ]
 
 
 def check_alike(runs: Sequence[Run]) -> None:
@@ -180,6 +220,16 @@ def check_alike(runs: Sequence[Run]) -> None:
                     f"{run.folder} has {key} {others}, and {first.folder} has {ours}, so they"
                     " cannot be compared. Pass runs on the same data."
                 )
+        limits = [
+            [each.settings.get(key) for key in ("limit", "dev_limit", "test_limit")]
+            for each in (first, run)
+        ]
+        if limits[0] == limits[1] and run.content != first.content:
+            raise RunError(
+                f"{run.folder} read other rows of {run.summary['data']} than {first.folder}: the"
+                " files changed between the runs, so they cannot be compared. Remove the older"
+                " runs, and compare again."
+            )
         if run.references != first.references:
             raise RunError(
                 f"{run.folder / 'predictions.jsonl'} has other rows than that of {first.folder}, so"
@@ -192,15 +242,18 @@ def check_alike(runs: Sequence[Run]) -> None:
             )
 
 
-def read_try(folder: Path) -> TriedRate:
-    """Returns what a run that tried a rate shows. It has no score if it is not complete: it failed,
-    as runs with a rate that is too high do."""
-    table = read_toml(folder / "config.toml")
-    if not (folder / "summary.json").is_file():
-        return TriedRate(float(table["learning_rate"]), (None,), "", (folder,))
-    summary = summary_of(folder)
-    metric, score = next(iter(summary["metrics"].items()))
-    return TriedRate(summary["learning_rate"], (score,), metric, (folder,))
+def read_try(folder: Path) -> Try | None:
+    """Returns what a run that tried a rate shows; None if it has not ended. One with a rate that is
+    too high diverges, and has no score."""
+    complete = (folder / "summary.json").is_file()
+    if not complete and not (folder / DIVERGED).is_file():
+        return None
+    table = _table_of(folder)
+    rate, seed = float(table["learning_rate"]), int(table["seed"])
+    if not complete:
+        return Try(folder, rate, seed, None, "", table)
+    metric, score = next(iter(summary_of(folder)["metrics"].items()))
+    return Try(folder, rate, seed, score, metric, table)
 
 
 FALLING = 0.05

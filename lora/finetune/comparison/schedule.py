@@ -99,6 +99,8 @@ class Scheduler:
                     begun = self._begin(run, f"[{number}/{len(runs)}] ", min(free))
                     if begun == "complete":
                         outcome.complete.append(run)
+                    elif begun == "diverged":
+                        outcome.failed.append(run)
                     elif begun == "late":
                         outcome.left.append(run)
                     elif begun == "locked":
@@ -111,6 +113,11 @@ class Scheduler:
                     free.add(each.slot)
                     self._end(each, outcome)
                 self._stop_late(active)
+                if self.late:  # the other process may work on them for longer
+                    for _, run in away:
+                        done = is_complete(run.run_dir)
+                        (outcome.complete if done else outcome.left).append(run)
+                    away.clear()
                 if self.interrupted and not active:
                     again = "run the same command again to continue."
                     raise StoppedError(again, self.interrupted)
@@ -135,15 +142,15 @@ class Scheduler:
         return self.late or time.monotonic() + needed > self.planned_end
 
     def _stop_late(self, active: Sequence[_Process]) -> None:
-        """After the deadline, ask the runs to save a checkpoint and end."""
+        """After the deadline, ask the runs to save a checkpoint and end, and start no more."""
         if self.deadline is not None and time.monotonic() > self.deadline and not self.late:
             self.late = True
             for each in active:
                 each.process.terminate()
 
     def _begin(self, run: Any, head: str, slot: int) -> Any:
-        """Start a run. Returns its process, or "complete", or "late" if it would not end in time,
-        or "locked" if another process works on it."""
+        """Start a run. Returns its process, or "complete", or "diverged" if it did before, or
+        "late" if it would not end in time, or "locked" if another process works on it."""
         with ExitStack() as stack:
             locks = self.folder / LOCKS
             with writable(self.folder, RunError, "Pass another --run-dir."):
@@ -153,11 +160,12 @@ class Scheduler:
             if lock is None:
                 return "locked"
             state = standing(run)
-            if self.too_late([run]):
+            ended = state in ("complete", "diverged")
+            if not ended and self.too_late([run]):
                 return "late"
             self.say(f"{head}{title(run)}{SUFFIX[state]}")
-            if state == "complete":
-                return "complete"
+            if ended:
+                return state
             process = self._spawn(run, state, lock, slot, stack)
             return _Process(run, slot, process, stack.pop_all(), time.monotonic())
 

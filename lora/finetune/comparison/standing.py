@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lora.errors import RunError
 from lora.finetune.config import RunConfig, to_table
-from lora.finetune.data.included import recorded_source
+from lora.finetune.data.included import absolute_source, recorded_source
+from lora.finetune.data.templates import TEMPLATES
 from lora.finetune.methods import digest_of, is_outside
-from lora.finetune.record import environment_of, is_complete
+from lora.finetune.record import DIVERGED, environment_of, is_complete
 from lora.finetune.run_folder import config_of
-from lora.layers import inside
 
-Standing = Literal["new", "interrupted", "complete"]
+Standing = Literal["new", "interrupted", "complete", "diverged"]
 SUFFIX: dict[Standing, str] = {
     "new": "",
     "interrupted": ": interrupted, resuming",
     "complete": ": already complete",
+    "diverged": ": diverged before",
 }
 """What is printed after a run's name."""
+PATHS: dict[str, Callable[[Any], Any]] = {
+    "base": absolute_source,
+    "template": lambda name: name if name in TEMPLATES else absolute_source(name),
+    "adapter": lambda path: str(Path(path).resolve()),
+    "data": lambda sources: list(map(recorded_source, sources)),
+    "unrelated_text": recorded_source,
+}
+"""Settings that a run records as absolute paths, and how."""
 
 
 def standing(run: RunConfig[Any]) -> Standing:
@@ -44,42 +54,26 @@ def standing(run: RunConfig[Any]) -> Standing:
             " changed. Remove it, or pass another --run-dir."
         )
     recorded = to_table(config_of(run.run_dir, outside))
-    if not _same(to_table(replace(run, run_dir=None)), recorded):
+    asked = environment_of(run.run_dir).get("asked", {})
+    if not _same(to_table(replace(run, run_dir=None)), recorded, asked):
         raise RunError(
             f"{run.run_dir} holds a run with other settings. Remove it, or pass another --run-dir."
         )
-    return "complete" if is_complete(run.run_dir) else "interrupted"
+    if is_complete(run.run_dir):
+        return "complete"
+    return "diverged" if (run.run_dir / DIVERGED).is_file() else "interrupted"
 
 
-def _same(requested: dict[str, Any], recorded: dict[str, Any]) -> bool:
-    """True if a recorded configuration is the requested one with its defaults resolved."""
+def _same(requested: dict[str, Any], recorded: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """True if a run with the requested settings is the recorded one.
+
+    recorded: the run's settings as resolved. asked: those that the run decided, as they were given.
+    """
     for key in requested.keys() | recorded.keys():
         wanted, value = requested.get(key), recorded.get(key)
-        if key == "modules_to_save":  # the run adds the new head
-            if not all(any(inside(name, saved) for saved in value or ()) for name in wanted or ()):
-                return False
-        elif key == "trainable_token_indices" and "add_tokens" in requested:  # adds the new tokens
-            if wanted not in (None, value):
-                return False
-        elif key == "data":
-            if [recorded_source(source) for source in wanted or ()] != value and wanted != value:
-                return False
-        elif key in ("base", "adapter", "template") and value is not None:
-            auto = key == "template" and wanted in (None, "auto")
-            if not auto and wanted != value and str(Path(str(wanted)).resolve()) != value:
-                return False
-        elif key in (
-            "task",
-            "labels",
-            "learning_rate",
-            "text_column",
-            "pair_column",
-            "label_column",
-            "dtype",
-            "max_length",
-        ):
-            if wanted not in (None, "auto", value):
-                return False
-        elif wanted != value:
+        decided = key in asked and wanted == asked[key]
+        if key in PATHS and wanted not in (None, "auto"):  # may be relative to another folder
+            wanted, decided = PATHS[key](wanted), False
+        if wanted != value and not decided:
             return False
     return True

@@ -31,7 +31,7 @@ def rows(analysis: Analysis) -> list[tuple[str, ...]]:
 def _columns(analysis: Analysis) -> dict[str, Callable[[MethodResult], str]]:
     """Returns the columns after the name: head -> cell of a method."""
     methods, share = analysis.methods, is_share(analysis.metric)
-    memory, size = _memory_measured(analysis)
+    memory, size = memory_measured(analysis)
     columns: dict[str, Callable[[MethodResult], str]] = {
         "trainable": lambda m: f"{m.summaries[0]['trainable']:,}",
         "share": lambda m: f"{m.summaries[0]['trainable'] / m.summaries[0]['parameters']:.2%}",
@@ -40,7 +40,7 @@ def _columns(analysis: Analysis) -> dict[str, Callable[[MethodResult], str]]:
         f"{analysis.split} {analysis.metric}": lambda m: score_text(m.scores, share),
     }
     if any(m.interval for m in methods):
-        columns["95 % interval"] = lambda m: _interval_cell(m.interval, share)
+        columns["95 % interval"] = lambda m: interval_text(m.interval, share)
     reference = references(methods)[-1]  # full fine-tuning, if it was run
     if any(v.other == reference for m in methods for v in m.versus):
         columns[f"against {reference}"] = lambda m: "".join(
@@ -72,7 +72,8 @@ def _mebibytes(size: float | None) -> str:
     return f"{memory:,.0f}" if memory >= 100 else f"{memory:.1f}"
 
 
-def _interval_cell(interval: tuple[float, float] | None, share: bool) -> str:
+def interval_text(interval: tuple[float, float] | None, share: bool) -> str:
+    """Returns the ends of an interval; shares in percent."""
     if interval is None:
         return ""
     low, high = interval
@@ -83,7 +84,7 @@ def task_rows(analysis: Analysis) -> list[tuple[str, ...]]:
     """Returns the table of the scores of several tasks: a head, then a row per task and metric with
     a column per method, and one for the base if it was scored. [] if there is one task only.
 
-    The metrics are the first, and those that only some of the tasks have.
+    The metrics are the first, and those that only some of the tasks with answers have.
     """
     every = [summary for result in analysis.methods for summary in result.summaries]
     metrics = every[0]["metrics"]
@@ -94,7 +95,8 @@ def task_rows(analysis: Analysis) -> list[tuple[str, ...]]:
         if mark:
             kinds.setdefault(kind, []).append(task)
     first = analysis.metric
-    shown = [kind for kind in kinds if kind == first or len(kinds[kind]) < len(tasks)]
+    answered = kinds.get("exact_match", tasks)  # some tasks may have no prompts
+    shown = [kind for kind in kinds if kind == first or len(kinds[kind]) < len(answered)]
     columns = {
         BASE: [s["baseline"] for s in every if "baseline" in s],
         **{m.name: [s["metrics"] for s in m.summaries] for m in analysis.methods},
@@ -104,9 +106,11 @@ def task_rows(analysis: Analysis) -> list[tuple[str, ...]]:
     for task in tasks:
         for kind in shown:
             if task in kinds[kind]:
-                share = kind != first or is_share(kind)  # metrics of some tasks only are shares
                 key = f"{kind}/{task}"
-                cells = [score_text([s[key] for s in scores], share) for scores in columns.values()]
+                cells = [
+                    score_text([s[key] for s in scores], is_share(kind))
+                    for scores in columns.values()
+                ]
                 table.append((task, kind, *cells))
     return table if tasks else []
 
@@ -146,7 +150,7 @@ SIZES = {
 """What a table can show as memory: its head, its key in a summary, and what it means."""
 
 
-def _memory_measured(analysis: Analysis) -> tuple[str, str]:
+def memory_measured(analysis: Analysis) -> tuple[str, str]:
     """Returns head and key of the memory that all runs measured. Older ones lack training_bytes."""
     measured = all("training_bytes" in s for m in analysis.methods for s in m.summaries)
     head = "peak MiB" if measured else "peak MiB of the run"
@@ -190,7 +194,7 @@ def notes(analysis: Analysis) -> str:
         )
     if FORGETTING in columns:
         lines.append(f"{FORGETTING}: its perplexity before and after training. More is forgetting.")
-    lines.append(SIZES[_memory_measured(analysis)[0]][1])
+    lines.append(SIZES[memory_measured(analysis)[0]][1])
     if len(analysis.contenders) > 1:
         frontier = ", ".join(result.name for result in methods if result.pareto)
         lines.append(

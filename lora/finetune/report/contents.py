@@ -8,7 +8,13 @@ from dataclasses import replace
 
 from lora.errors import command
 from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus
-from lora.finetune.comparison.tables import noise_floors, score_text, task_rows
+from lora.finetune.comparison.tables import (
+    interval_text,
+    memory_measured,
+    noise_floors,
+    score_text,
+    task_rows,
+)
 from lora.finetune.estimate import duration
 from lora.finetune.metrics import is_share
 from lora.finetune.report.evidence import Evidence, RunFiles
@@ -46,6 +52,7 @@ def methods_table(analysis: Analysis) -> Table:
         "share", "memory MiB", "saved MiB", "tokens/s",
         *(["forgetting"] if forgets else []), "rate", "seeds", "frontier", "remarks",
     ]  # fmt: skip
+    share = is_share(analysis.metric)
     low = min(result.low for result in analysis.methods)
     width = max(result.high for result in analysis.methods) - low or 1.0
     rows = []
@@ -56,13 +63,13 @@ def methods_table(analysis: Analysis) -> Table:
         rows.append(
             (
                 Cell(result.name),
-                Cell(score_text(result.scores, is_share(analysis.metric)), result.mean),
-                Cell(_interval(result.low, result.high, analysis.metric), result.low, limits),
+                Cell(score_text(result.scores, share), result.mean),
+                Cell(interval_text(result.interval, share), result.low, limits),
                 numeric(result.summaries[0]["trainable"]),
                 _seconds(result),
                 *(_versus_cell(versus.get(other)) for other in others),
                 *([Cell(result.group)] if grouped else []),
-                *_cost_cells(result),
+                *_cost_cells(result, memory_measured(analysis)[1]),
                 *([_forgetting(result)] if forgets else []),
                 numeric(result.summaries[0]["learning_rate"], "{:g}"),
                 Cell(", ".join(map(str, result.seeds)), float(len(result.seeds))),
@@ -82,10 +89,11 @@ def _seconds(result: MethodResult) -> Cell:
     return Cell("" if seconds is None else duration(seconds), seconds)
 
 
-def _cost_cells(result: MethodResult) -> list[Cell]:
-    """Returns the cells of what else a method costs: medians over its seeds."""
+def _cost_cells(result: MethodResult, size: str) -> list[Cell]:
+    """Returns the cells of what else a method costs: medians over its seeds. size: the key of the
+    memory that all runs measured."""
     first = result.summaries[0]
-    memory = result.median("training_bytes") or result.median("peak_bytes")
+    memory = result.median(size)
     saved, speed = result.median("adapter_bytes"), result.median("tokens_per_second")
     return [
         numeric(100 * first["trainable"] / first["parameters"], "{:.2f} %"),
@@ -133,14 +141,6 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
         " with fewer trainable parameters."
     )
     return " ".join(notes)
-
-
-def _interval(low: float, high: float, metric: str) -> str:
-    if low == high:  # the metric has no interval
-        return ""
-    if is_share(metric):
-        return f"{100 * low:.1f} to {100 * high:.1f} %"
-    return f"{low:.4f} to {high:.4f}"
 
 
 def lead_of(analysis: Analysis) -> str:
@@ -299,7 +299,7 @@ MACHINE = {
 def environments_table(evidence: Evidence) -> Table:
     """Returns the machines and versions: a row per key, a column per distinct machine."""
     machines: dict[tuple[str, ...], int] = {}
-    for run in evidence.runs:
+    for run in filter(lambda run: run.environment, evidence.runs):
         machine = tuple(str(run.environment.get(key, "")) for key in MACHINE)
         machines[machine] = machines.get(machine, 0) + 1
     head = ["", *(f"{count} run{'s' * (count > 1)}" for count in machines.values())]

@@ -99,8 +99,8 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
             f" {command('lora', 'train', '--resume', first.run)}."
         )
     advance("computing statistics")
-    failed = [e.row.run for e in files if e.settings.get("test_limit") == 0]  # of a rate search
-    read, tries = read_runs(list(dict.fromkeys([*complete, *failed])))
+    undamaged = [each.row.run for each in files if not each.row.state.startswith("damaged")]
+    read, tries = read_runs(undamaged)
     analysis = analysis_of(read, tries)
     drawn = {}
     for result in analysis.methods:

@@ -10,7 +10,7 @@ import pytest
 from lora.errors import ConfigError, FileError, RunError
 from lora.finetune.comparison.analysis import next_rate, rate_search
 from lora.finetune.comparison.grid import SEARCH_SEED, TRIED, parse_compare, seconds_in
-from lora.finetune.comparison.runs import TriedRate
+from lora.finetune.comparison.runs import Try
 from lora.finetune.comparison.schedule import title, train_command
 from lora.finetune.config import parse_run, to_table
 from lora.finetune.methods import method_named
@@ -109,7 +109,7 @@ def test_all_methods_have_one_metric(tmp_path: Path) -> None:
 
 def test_rates_that_are_scored_by_two_metrics_have_no_best() -> None:
     metrics = ((1, "rougeL"), (2, "bleu"))
-    tried = [TriedRate(0.1 * i, (0.5,), name, (Path(name),)) for i, name in metrics]
+    tried = [Try(Path(name), 0.1 * i, 1000, 0.5, name) for i, name in metrics]
     with pytest.raises(RunError, match="rougeL is scored by rougeL, and bleu by bleu"):
         rate_search(tried)
 
@@ -161,9 +161,9 @@ def test_anything_else_is_no_budget(text: str) -> None:
         seconds_in(text)
 
 
-def tried(*scores: float | None, metric: str = "accuracy") -> list[TriedRate]:
-    run = (Path("run"),)
-    return [TriedRate(10.0**i, (score,), metric, run) for i, score in enumerate(scores)]
+def tried(*scores: float | None, metric: str = "accuracy", seed: int = 1000) -> list[Try]:
+    run = Path("run")
+    return [Try(run, 10.0**i, seed, score, metric) for i, score in enumerate(scores)]
 
 
 def test_the_best_rate_is_chosen_and_an_edge_is_widened() -> None:
@@ -187,12 +187,20 @@ def test_a_run_that_failed_brackets_but_is_never_chosen() -> None:
 
 
 def test_a_rate_with_several_seeds_has_their_mean_and_fails_with_one_of_them() -> None:
-    first, second = tried(0.5, 0.9, 0.7, 0.4), tried(0.5, 0.5, 0.8, None)
+    first, second = tried(0.5, 0.9, 0.7, 0.4), tried(0.5, 0.5, 0.8, None, seed=1001)
     search = rate_search([*first, *second])
     assert [each.score for each in search.tried] == [0.5, pytest.approx(0.7), 0.75, None]
     assert (search.chosen, search.tried[2].scores) == (100.0, (0.7, 0.8))
-    assert [each.failures for each in search.tried] == ["", "", "", "1 of 2 failed"]
-    assert [each.failures for each in rate_search(tried(0.5, None)).tried] == ["", "failed"]
+    assert [each.failures for each in search.tried] == ["", "", "", "1 of 2 diverged"]
+    assert [each.failures for each in rate_search(tried(0.5, None)).tried] == ["", "diverged"]
+
+
+def test_only_seeds_that_every_rate_was_tried_with_count() -> None:
+    """Without time for the second seed of all rates, a lucky first one is no reason to choose."""
+    search = rate_search([*tried(0.5, 0.90, 0.93), *tried(0.5, 0.99, seed=1001)])
+    assert [each.scores for each in search.tried] == [(0.5,), (0.9,), (0.93,)]
+    assert search.chosen == 100.0
+    assert rate_search([*tried(0.5, 0.9), *tried(0.8, 0.1)]).chosen == 10.0  # a seed counts once
 
 
 def test_a_command_makes_the_same_run() -> None:

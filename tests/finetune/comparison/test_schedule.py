@@ -30,7 +30,7 @@ from lora.finetune.compare import (
 from lora.finetune.comparison import schedule
 from lora.finetune.comparison.analysis import _search_of, _warnings, rate_search
 from lora.finetune.comparison.grid import TRIED, parse_compare
-from lora.finetune.comparison.runs import Run, TriedRate
+from lora.finetune.comparison.runs import Run, Try
 from lora.finetune.comparison.schedule import (
     LOCKS,
     Outcome,
@@ -53,12 +53,19 @@ else:
     table = tomllib.loads(pathlib.Path(arguments[1]).read_text())
     run = pathlib.Path(arguments[3])
     run.mkdir(parents=True)
-    table |= {"task": "classification", "labels": ["0", "1"], "max_length": 8, "dtype": "float32"}
-    table.setdefault("learning_rate", 0.1)
+    resolved = {"task": "classification", "labels": ["0", "1"], "max_length": 8, "dtype": "float32"}
+    if "learning_rate" not in table:
+        resolved["learning_rate"] = 0.1
+    asked = {key: table.get(key) for key in resolved}
+    environment = {"data": "", "tokens": "", "note": "", "asked": asked}
+    (run / "environment.json").write_text(json.dumps(environment))
+    table |= resolved
     (run / "config.toml").write_text(tomli_w.dumps(table))
 with open(os.environ["STARTED"], "a") as file:
     file.write(f"{run.name} {os.environ.get('OMP_NUM_THREADS', '')}\\n")
-if run.name in behaviour.split():
+if f"{run.name}:diverges" in behaviour.split():
+    (run / "diverged.json").write_text("{}")
+if run.name in behaviour.replace(":diverges", "").split():
     sys.exit(2)
 if behaviour == f"{run.name}:after:lora-0":
     end = time.monotonic() + 60
@@ -268,15 +275,15 @@ def test_a_rate_without_time_is_a_note_and_a_seed_without_time_an_error(
 ) -> None:
     first, second, *_ = runs_of(tmp_path)
     missing = _missing(Outcome(left=[first]), Outcome())
-    assert missing == ()
+    assert missing == []
     assert f"note: {title(first)} was not tried for lack of time." in capsys.readouterr().err
     missing = _missing(Outcome(failed=[first]), Outcome(left=[second]))
-    assert missing == (f"{title(first)} failed", f"{title(second)} was left for lack of time")
+    assert missing == [f"{title(first)} failed", f"{title(second)} was left for lack of time"]
     analysis: Any = None
     report_missing(Compared(analysis, (), ()))
     for count, says in ((1, "1 run is missing"), (2, "2 runs are missing")):
         with pytest.raises(RunError, match=says):
-            report_missing(Compared(analysis, (), missing[:count]))
+            report_missing(Compared(analysis, (), tuple(missing[:count])))
 
 
 def test_a_signal_stops_the_comparison_after_its_runs(
@@ -339,7 +346,7 @@ def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
     flags = ("--run-dir", str(tmp_path), "--methods", "lora", "--rates", "auto")
     grid = parse_compare(flags)[1]
     scores = {0.001: 0.7, 0.002: 0.8, 0.005: 0.9, 0.01: 0.6}
-    tried = [TriedRate(rate, (score,), "accuracy", (tmp_path,)) for rate, score in scores.items()]
+    tried = [Try(tmp_path, rate, 1000, score, "accuracy") for rate, score in scores.items()]
     search = rate_search(tried)
     assert _rate_of(grid, "lora", search) == search.chosen == 0.005
     (tmp_path / "lora-0").mkdir()
@@ -354,14 +361,49 @@ def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
     assert "the rate 0.005 is better on dev than 0.002, the rate of these runs" in warning
 
 
-def test_a_rate_that_failed_is_not_tried_again(
+def test_a_rate_that_diverged_is_not_tried_again(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stand-in scores all rates alike, so that the lowest is chosen and the grid widened."""
-    monkeypatch.setenv("BEHAVIOUR", "lora-0.0046")
+    monkeypatch.setenv("BEHAVIOUR", "lora-0.0046:diverges")
     flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
-    searches, outcome = _search(parse_compare(flags)[1], Scheduler(tmp_path / "c"))
+    grid = parse_compare(flags)[1]
+    searches, outcome = _search(grid, Scheduler(tmp_path / "c"))
     assert len(starts(program)) == len(set(starts(program))) == TRIED + MORE_ROUNDS
     assert [run.run_dir.name for run in outcome.failed] == ["lora-0.0046"]
     assert [t.rate for t in searches["lora"].tried if t.score is None] == [0.0046]
     assert not searches["lora"].bracketed
+    for schedule_ in (Scheduler(tmp_path / "c"), OnDisk()):  # neither trains it again
+        found, again = _search(grid, schedule_)
+        assert (found, again.left, again.failed) == (searches, [], outcome.failed)
+    assert len(starts(program)) == TRIED + MORE_ROUNDS
+    (missing,) = _missing(outcome, Outcome())
+    folder = tmp_path / "c" / "search" / "lora-0.0046"
+    assert missing == f"lora, rate 0.0046 diverged; to train it again, remove {folder}"
+
+
+def test_a_rate_whose_run_broke_says_nothing_of_the_rate(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVIOUR", "lora-0.0046")
+    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
+    grid = parse_compare(flags)[1]
+    searches, outcome = _search(grid, Scheduler(tmp_path / "c"))
+    assert [run.run_dir.name for run in outcome.failed] == ["lora-0.0046"]
+    assert 0.0046 not in [each.rate for each in searches["lora"].tried]
+    monkeypatch.setenv("BEHAVIOUR", "")
+    searches, _ = _search(grid, Scheduler(tmp_path / "c"))
+    assert 0.0046 in [each.rate for each in searches["lora"].tried]
+
+
+def test_after_the_deadline_no_other_process_is_waited_for(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "POLL", 0.01)
+    folder = tmp_path / "c"
+    runs = runs_of(folder)
+    (folder / LOCKS).mkdir(parents=True)
+    with locked(folder / LOCKS / "lora-0"):
+        outcome = Scheduler(folder, deadline=time.monotonic() + 5).train(runs)
+    assert outcome.left == runs[:1]
+    assert len(outcome.complete) == 3

@@ -10,7 +10,7 @@ import pytest
 
 from lora.errors import RunError
 from lora.finetune.comparison.analysis import Analysis, analyse, analysis_of
-from lora.finetune.comparison.runs import Run, TriedRate, still_falling
+from lora.finetune.comparison.runs import Run, Try, still_falling
 from lora.finetune.comparison.tables import (
     all_tables,
     by_task,
@@ -144,6 +144,7 @@ def test_a_rouge_has_an_interval_from_the_score_of_each_row(tmp_path: Path) -> N
         folder = tmp_path / method
         folder.mkdir()
         (folder / "config.toml").write_text(f'method = "{method}"\ndata = ["texts"]\n')
+        (folder / "environment.json").write_text('{"data": "", "tokens": "", "note": ""}')
         write_lines(folder / "metrics.jsonl", [])
         write_lines(folder / "predictions.jsonl", [
             {"prompt": "p", "prediction": "x", "references": ["a b"], "rougeL": score}
@@ -169,11 +170,9 @@ def test_a_rouge_has_an_interval_from_the_score_of_each_row(tmp_path: Path) -> N
 
 def test_a_rate_is_shown_by_the_metric_that_it_was_tried_by(tmp_path: Path) -> None:
     """Dev may have texts without prompts, which have a perplexity only."""
-    tried = [
-        TriedRate(rate, (score,), "perplexity", (tmp_path,)) for rate, score in ((0.1, 9.0), (1, 4))
-    ]
+    tried = [Try(tmp_path, rate, 1000, score, "perplexity") for rate, score in ((0.1, 9.0), (1, 4))]
     run = Run(tmp_path, summary("lora", 0, {"rougeL": 0.5}))
-    analysis = analysis_of([run], {"lora": tried})
+    analysis = analysis_of([run], tried)
     assert rate_rows(analysis)[1] == ("lora", "1", "0.1: 9.0000, 1: 4.0000")
     assert analysis.searched_by == "perplexity"
 
