@@ -133,7 +133,8 @@ def _costs(grid: Grid, say: Callable[[str], None]) -> dict[str, Cost]:
 
 
 def _fitted(plan: GridPlan, budget: float) -> GridPlan:
-    """Returns the plan with as many seeds as fit, and else with fewer rows of train and dev."""
+    """Returns the plan with as many seeds as fit into these seconds, and else with fewer rows of
+    train and dev. Raises ConfigError if not even the fewest fit."""
     grid = plan.grid
     counts = [len(grid.seeds)] if grid.seeds_given else range(MOST_SEEDS, FEWEST_SEEDS - 1, -1)
     for count in counts:
@@ -145,7 +146,7 @@ def _fitted(plan: GridPlan, budget: float) -> GridPlan:
     if high <= low or _time(_with_rows(plan, low)) > budget:
         least = _time(_with_rows(plan, min(low, high)))
         raise ConfigError(
-            f"--budget {duration(budget)} is too short: {plan}, and with {min(low, high)} training"
+            f"--budget {duration(grid.budget or budget)} is too short: {plan}, and with {min(low, high)} training"
             f" rows about {duration(least)}. Pass a longer one, or fewer --methods or --seeds."
         )
     while high - low > 1:

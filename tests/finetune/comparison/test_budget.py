@@ -138,6 +138,47 @@ def test_a_short_budget_trains_on_fewer_rows(measured: list[str], tmp_path: Path
     assert not (tmp_path / "c").exists()
 
 
+def test_the_time_of_measuring_is_in_the_budget(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plan(tmp_path / "a", "--budget", "10h", "--seeds", "2")
+    time = whole.total(whole.final_runs())
+    clock = iter((0.0, 0.5 * time))
+    monkeypatch.setattr(budget.time, "monotonic", lambda: next(clock))
+    short = plan(tmp_path / "b", "--budget", f"{1.2 * time:.0f}s", "--seeds", "2")
+    assert short.total(short.final_runs()) <= 0.7 * time + 1
+
+
+def test_a_process_that_planned_later_takes_the_plan_of_the_first(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[Any] = []
+    fitted = budget._fitted
+
+    def while_another_plans(of: GridPlan, seconds: float) -> GridPlan:
+        if not first:
+            monkeypatch.setattr(budget, "_fitted", fitted)
+            first.append(plan(tmp_path / "c", "--budget", "10h"))
+        return fitted(of, seconds / 300)
+
+    monkeypatch.setattr(budget, "_fitted", while_another_plans)
+    second = plan(tmp_path / "c", "--budget", "10h")
+    assert second.final_runs() == first[0].final_runs()
+
+
+def test_without_a_test_split_dev_is_scored(measured: list[str], tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        lines = [f"good {i}\t1\nbad {i}\t0\n" for i in range(300)]
+        (tmp_path / f"{split}.tsv").write_text("".join(["text\tlabel\n", *lines]))
+    flags = ("--data", str(tmp_path), "--seeds", "1")
+    whole = plan(tmp_path / "a", "--budget", "10h", *flags)
+    time = whole.total(whole.final_runs())
+    short = plan(tmp_path / "b", "--budget", f"{0.9 * time:.0f}s", *flags)
+    assert {run.test_limit for run in short.final_runs()} == {None}
+    assert all(run.limit < 600 for run in short.final_runs())
+    assert note_on_rows(GridPlan(short.grid, {}, {})) == ""  # if all runs are complete
+
+
 def test_a_search_needs_a_test_split(measured: list[str], tmp_path: Path) -> None:
     for split in ("train", "dev"):
         lines = [f"good {i}\t1\nbad {i}\t0\n" for i in range(20)]

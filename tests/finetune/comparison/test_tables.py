@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,6 +176,55 @@ def test_a_rate_is_shown_by_the_metric_that_it_was_tried_by(tmp_path: Path) -> N
     analysis = analysis_of([run], tried)
     assert rate_rows(analysis)[1] == ("lora", "1", "0.1: 9.0000, 1: 4.0000")
     assert analysis.searched_by == "perplexity"
+
+
+def test_a_task_without_answers_makes_bleu_no_share() -> None:
+    """Of two data sets one has no prompts: BLEU is of the other only, and from 0 to 100."""
+    scores = {"perplexity": 4.0, "perplexity/plain": 5.0, "perplexity/qa": 3.0}
+    scores |= {"exact_match/qa": 0.5, "bleu/qa": 69.14, "rougeL/qa": 0.6}
+    assert task_rows(analysed(summary("lora", 0, scores))) == [
+        ("task", "metric", "lora"),
+        ("plain", "perplexity", "5.0000"),
+        ("qa", "perplexity", "3.0000"),
+    ]
+    scores = {"bleu": 69.14, "bleu/a": 69.14, "bleu/b": 60.0, "exact_match/a": 0.5}
+    assert task_rows(analysed(summary("lora", 0, scores)))[1] == ("a", "bleu", "69.1400")
+
+
+def test_a_repeated_run_is_no_further_seed() -> None:
+    once = [summary("lora", seed, {"accuracy": 0.5 + seed / 10}) for seed in range(3)]
+    runs = [Run(Path(f"lora-{s['seed']}{more}"), s) for more in ("", "-again") for s in once]
+    (again,), (first,) = (analysis_of(each).methods for each in (runs, runs[:3]))
+    assert again.seeds == first.seeds == (0, 1, 2)
+    assert again.deviation == first.deviation
+    assert again.folders == first.folders
+    (warning,) = set(again.warnings) - set(first.warnings)
+    names = "lora-0-again, lora-1-again, lora-2-again"
+    assert warning == f"left out, since other runs have the same seeds: {names}"
+
+
+def test_runs_that_read_other_rows_are_not_compared() -> None:
+    """Even if the labels of test are the same. With another --limit they may be others."""
+    first, second = (summary(name, 0, {"accuracy": 0.5}) for name in ("lora", "full"))
+    runs = [Run(Path("lora"), first, {}, content="a"), Run(Path("full"), second, {}, content="b")]
+    with pytest.raises(RunError, match="full read other rows of a than lora: the files changed"):
+        analysis_of(runs)
+    analysis_of([replace(runs[0], settings={"limit": 5}), runs[1]])
+
+
+def test_a_search_on_other_data_is_not_the_methods(tmp_path: Path) -> None:
+    run = Run(tmp_path, summary("lora", 0, {"accuracy": 0.5}), {"method": "lora", "data": ["a"]})
+    tried = [
+        Try(tmp_path, rate, 1000, 0.5 + rate, "accuracy", {"method": "lora", "data": [data]})
+        for data in ("a", "b")
+        for rate in (0.001, 0.002, 0.003)
+        if data == "b" or rate < 0.003
+    ]
+    (result,) = analysis_of([run], tried).methods
+    assert result.search is not None
+    assert [each.rate for each in result.search.tried] == [0.001, 0.002]
+    (result,) = analysis_of([run], tried[2:]).methods
+    assert result.search is None
 
 
 def test_equal_methods_are_ordered_by_their_size() -> None:
