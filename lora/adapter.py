@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lora.errors import MergeError
 from lora.kernels.dropout import Mask, draw, drop
-from lora.layers import View, apply
+from lora.kernels.products import check_loaded
+from lora.layers import View, apply, plain_call
 from lora.method import Method
 from lora.settings import AdapterConfig
 
@@ -94,13 +95,17 @@ def specification(
 ) -> Tensor:
     """The output of a layer under its adapters: x (..., in) -> y (..., out), dtype of the layer's.
 
-    Slow, and by definition right: every kernel is proved equal to it.
+    Slow, and by definition right: every kernel is proved equal to it. A hook on the layer sees the
+    output without adapters, once.
     """
     W, b = view.read()
-    if len(adapters) == 1 and masks[0] is None:
+    hooked = not plain_call(view.module)
+    if hooked:
+        check_loaded(adapters, view, x)
+    if len(adapters) == 1 and masks[0] is None and not hooked:
         y = apply(view, x, *adapters[0].merged(W, b))
     else:
-        y = apply(view, x, W, b)
+        y = view.module(x) if hooked else apply(view, x, W, b)
         for adapter, mask in zip(adapters, masks, strict=True):
             y = y + adapter.delta(view, x, mask)
     # Under autocast the output of a linear layer has autocast's dtype already.

@@ -79,6 +79,8 @@ def stated(model: nn.Module, saved: tuple[str, ...]) -> dict[str, Any]:
     task = task_of(kind.__name__)
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
         task = None  # vision-language models end in ForConditionalGeneration too
+    if task == "SEQ_2_SEQ_LM" and getattr(model, "main_input_name", "input_ids") != "input_ids":
+        task = None  # Whisper: PEFT's class for the task passes input_ids
     if not set(heads_of(model)) <= set(saved):
         task = None
     mapping = None

@@ -81,6 +81,7 @@ def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, p
     its errors."""
     check_name(name)
     plan = plan_of(model, config)
+    _check_loaded(model, plan)
     check_mix(model, name, plan)
     check_statistics(model, plan)
     needs = issubclass(plan.method, Calibrated) and plan.method.needs_batches(config)
@@ -93,6 +94,18 @@ def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, p
             " adapter. Pass --quantize nf4, or in Python pack=[names of layers]."
         )
     return plan
+
+
+def _check_loaded(model: nn.Module, plan: Plan) -> None:
+    """Raise TargetError if accelerate has offloaded a target: the adapter would have no values."""
+    modules = dict(walk(model))
+    for path in plan.targets:
+        module: Any = modules[path]
+        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
+            raise TargetError(
+                f"{path} is offloaded by accelerate, which adapters do not support. Load the base"
+                " without offloading, or with quantize='nf4' if it does not fit."
+            )
 
 
 def build(model: nn.Module, plan: Plan) -> Parts:

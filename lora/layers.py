@@ -12,6 +12,7 @@ says where a module keeps them and how it applies them, so that no method knows 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -86,7 +87,9 @@ def own_parameters(module: nn.Module) -> dict[str, Any]:
     """A module's parameters by name, without its children's. torch.func puts tensors in their
     place, and replicas of nn.DataParallel keep tensors under another attribute."""
     # Not by getattr: nn.Module looks a missing name up in Python, for microseconds a call.
-    return module.__dict__.get("_former_parameters") or module._parameters
+    # Replicas list no bias that is None.
+    former = module.__dict__.get("_former_parameters")
+    return {**module._parameters, **former} if former else module._parameters
 
 
 def kind(module: nn.Module) -> str | None:
@@ -112,8 +115,10 @@ def _rare_kind(module: nn.Module) -> str | None:
     if weight is None or isinstance(weight, nn.UninitializedParameter):
         return None  # parametrized, weight-normed or lazy: W is computed elsewhere, or not yet
     if isinstance(module, nn.Embedding):
-        # max_norm writes to the weight at every look-up.
-        good = module.max_norm is None and _takes_ids_alone(type(module).forward)
+        # max_norm writes to the weight at every look-up. Autograd cannot transpose the sparse
+        # gradient of a factor.
+        plain = module.max_norm is None and not module.sparse
+        good = plain and _takes_ids_alone(type(module).forward)
         return "Embedding" if good else None
     if "bias" not in parameters:
         return None  # so is b
@@ -196,11 +201,36 @@ def _rare_view(layer: Any) -> View:
 
 
 def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """The module's map with W (out, in) and b (out,), in W's dtype. `out` may be any size."""
+    """The module's map with W (out, in) and b (out,), in W's dtype, without the module's hooks.
+    `out` may be any size."""
     if view.of_ids:  # the module's own forward: it may scale
-        y: Tensor = torch.func.functional_call(view.module, {"weight": W.T}, (x,))
+        module = view.module if plain_call(view.module) else _without_hooks(view.module)
+        y: Tensor = torch.func.functional_call(module, {"weight": W.T}, (x,))
         return y if b is None else y + b
     return F.linear(x.to(W.dtype), W, None if b is None else b.to(W.dtype))
+
+
+def plain_call(module: nn.Module) -> bool:
+    """True if the module has no hooks and no patched `forward`."""
+    # A kernel reads the layer's weight and does not call it: hooks would not run.
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)  # accelerate patches it to fetch an offloaded weight
+    )
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """A shallow copy of the module whose call is its class's forward and nothing else."""
+    bare = copy.copy(module)
+    vars(bare).pop("forward", None)
+    vars(bare).update(
+        _parameters=dict(own_parameters(module)),
+        _forward_hooks={}, _forward_pre_hooks={}, _backward_hooks={}, _backward_pre_hooks={},
+    )  # fmt: skip
+    return bare
 
 
 def backbone(model: nn.Module) -> str:

@@ -126,7 +126,7 @@ def quantize(w: Tensor, block_size: int = 64, double_quant: bool = False, name: 
     if not bool(absmax.isfinite().all()):
         raise ModelError(f"{label} holds NaN or infinity, which NF4 cannot store.")
     q = NF4(codes, absmax, tuple(w.shape), w.dtype, block_size)
-    return _double_quantized(q) if double_quant and count else q
+    return _double_quantized(q, label) if double_quant and count else q
 
 
 def _packed_codes(scaled: Tensor) -> Tensor:
@@ -140,9 +140,14 @@ def _packed_codes(scaled: Tensor) -> Tensor:
     return codes[::2].bitwise_left_shift_(4).bitwise_or_(codes[1::2])
 
 
-def _double_quantized(q: NF4) -> NF4:
-    """Returns q with its absmax in 8 bits."""
+def _double_quantized(q: NF4, label: str) -> NF4:
+    """Returns q with its absmax in 8 bits. Raises ModelError if their mean overflows."""
     offset = q.absmax.mean()
+    if not bool(offset.isfinite()):
+        raise ModelError(
+            f"{label}: the mean of its blocks' largest values is more than float32 holds. Scale the"
+            " weight, or quantize it without double_quant."
+        )
     centred = q.absmax - offset
     padded = F.pad(centred, (0, -len(centred) % NESTED)).view(-1, NESTED)
     largest = padded.abs().amax(1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora import kernels
 from lora.adapter import Adapter, specification
+from lora.errors import MergeError
 from lora.layers import View, views
 
 
@@ -57,6 +58,22 @@ class AdaptedLayer(nn.Module):
         masks = [adapter.draw_mask(x) if adapter.dropout else None for adapter in adapters]
         y = kernels.attempt(adapters, view, x, masks)
         return specification(adapters, view, x, masks) if y is None else y
+
+    # A merged layer's state dict would hold W', onto which the adapter beside it is added again.
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_restored()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_restored()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _check_restored(self) -> None:
+        if self.kept is not None:
+            raise MergeError(
+                "a merged model has no state dict: it would hold W' and the adapter. Call"
+                " lora.restore first, or lora.eject, which leaves the plain model with W'."
+            )
 
     @property
     def view(self) -> View:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lora.kernels.dropout import Mask
-from lora.kernels.products import KEPT, OFF, off_in_backward, plain_call, possible
+from lora.kernels.products import KEPT, OFF, check_loaded, off_in_backward, possible
 from lora.kernels.products import adapters_constant as adapters_constant
 from lora.kernels.products import off as off
-from lora.layers import View, in_pieces, views
+from lora.layers import View, in_pieces, plain_call, views
 
 
 class Fast:
@@ -49,9 +49,12 @@ def attempt(
     # A sharded weight is gathered by its block, outside of which no kernel may read it.
     if None in kernels or in_pieces(view.parameters()[0]):
         return None
+    if len(kernels) == 1 and possible(view, x):
+        return kernels[0].fused(x, masks[0])  # type: ignore[no-any-return]
+    if not plain_call(view.module):
+        check_loaded(adapters, view, x)
     if len(kernels) == 1:
-        (kernel,), (mask,) = kernels, masks
-        return kernel.fused(x, mask) if possible(view, x) else kernel.composed(x, mask)  # type: ignore[no-any-return]
+        return kernels[0].composed(x, masks[0])  # type: ignore[no-any-return]
     # Additive adapters: the base layer runs once, each adapter adds its part.
     base: Tensor = view.module(x)
     y = base

@@ -31,7 +31,7 @@ from lora.kernels.products import (
     updated,
     without_autocast,
 )
-from lora.layers import View, apply
+from lora.layers import View, apply, plain_call
 
 
 @dataclass(slots=True, eq=False)
@@ -61,7 +61,7 @@ class DoRAKernel:
     def composed(self, x: Tensor, mask: Mask | None) -> Tensor:
         """y (..., out), by torch operations."""
         W, _ = self.view.read()
-        if mask is None:
+        if mask is None and plain_call(self.view.module):
             return self._scaled(apply(self.view, x, W), self.direction.delta(x, None))
         y: Tensor = self.view.module(x)
         factor = self.factor()

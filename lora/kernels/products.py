@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora.errors import TrainingError
+from lora.errors import ModelError, TrainingError
 from lora.kernels import triton
 from lora.kernels.dropout import Mask, drop_, dropped
-from lora.layers import View, in_pieces
+from lora.layers import View, in_pieces, plain_call
 
 Start = tuple[Tensor, Tensor] | None  # A₀ (r, in), B₀ (out, r), frozen
 Factors = tuple[tuple[Tensor, Tensor], ...]  # A (r, in) and s Bᵀ (r, out) of each product
@@ -111,16 +111,21 @@ def possible(view: View, x: Tensor) -> bool:
     )
 
 
-def plain_call(module: nn.Module) -> bool:
-    """True if the module has no hooks and no patched `forward`."""
-    # A kernel reads the layer's weight and does not call it: hooks would not run.
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)  # accelerate patches it to fetch an offloaded weight
-    )
+def check_loaded(adapters: Sequence[Any], view: View, x: Tensor) -> None:
+    """Raise ModelError if a tensor of the adapters, or W if they read it, has no values.
+
+    accelerate keeps offloaded weights on the meta device, and brings back those of a module while
+    it is called. An adapter is part of a layer and is never called.
+    """
+    read = [tensor for adapter in adapters for tensor in adapter.parameters()]
+    if not all(adapter.additive for adapter in adapters):
+        read.append(view.parameters()[0])
+    if not x.is_meta and any(tensor.is_meta for tensor in read):
+        name = adapters[0].module_name
+        raise ModelError(
+            f"{name}: accelerate has offloaded the layer, so its adapter cannot read its weights."
+            " Load the base without offloading, or merge the adapter first: lora.merge, lora.eject."
+        )
 
 
 def autocast_on(x: Tensor) -> bool:

@@ -36,6 +36,8 @@ class VeRAKernel:
 
     def fused(self, x: Tensor, mask: Mask | None) -> Tensor:
         """y (..., out), by one autograd Function."""
+        if self.A.requires_grad or self.B.requires_grad:  # frozen, unless the user trains them
+            return self.composed(x, mask)
         b = self.view.parameters()[1]
         tensors = b, self.A, self.B, self.inner, self.outer
         y: Tensor = _VeRA.apply(x, self, mask, *tensors)  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from lora.adapter import Adapter, specification
 from lora.errors import ConfigError, MergeError
 from lora.injection import activate, inject
 from lora.inventory import trained_parameters, wrappers_of
-from lora.kernels import Fast, attempt
+from lora.kernels import Fast, attempt, off
 from lora.kernels.dropout import Mask, draw
 from lora.layers import View
 from lora.merging import merge
@@ -236,6 +237,19 @@ def output_dtype(method: type[Method], config: MethodConfig, case: Case) -> None
         require(output.dtype == base(x).dtype, "dtype under autocast differs from the base's")
     off = float((output.float() - expected).abs().max() / expected.abs().max())
     require(off <= 8 * torch.finfo(torch.bfloat16).eps, f"off by {off:.3f} under autocast")
+
+
+def a_hook_below_runs_once(method: type[Method], config: MethodConfig, case: Case) -> None:
+    """A hook on the base layer runs once a call, by the kernel and by the specification."""
+    for moved in (False, True):
+        layer, x = wrappers_of(injected_toy(config, case, moved))[0]["first"], input_of(case)
+        plain, heard = layer(x), list[Any]()
+        layer.base_layer.register_forward_hook(lambda _, __, y, heard=heard: heard.append(y.shape))
+        for context in (nullcontext(), off()):
+            heard.clear()
+            with context:
+                require_near(layer(x), plain, "output with a hook on the base layer")
+            require(heard == [plain.shape], f"the hook on the base layer saw {heard}")
 
 
 def gradient_checkpointing(method: type[Method], config: MethodConfig, case: Case) -> None:

@@ -145,3 +145,27 @@ def test_a_model_of_no_task_and_one_that_is_no_transformer() -> None:
     assert found["auto_mapping"]["base_model_class"] == "BertModel"
     bare = stated(torch.nn.Sequential(torch.nn.Linear(2, 2)), ())
     assert set(bare.values()) == {None}
+
+
+def test_an_adapter_of_a_speech_model_works_in_peft(tmp_path: Path) -> None:
+    """PEFT's class for SEQ_2_SEQ_LM passes input_ids, which Whisper does not have."""
+
+    def whisper() -> Any:
+        torch.manual_seed(0)
+        return transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(
+                vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1,
+                encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32,
+                decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=16,
+                max_target_positions=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+        ).eval()  # fmt: skip
+
+    lora.inject(model := whisper(), lora.LoRAConfig(r=2, target_modules=("q_proj",)))
+    lora.testing.perturb(model)
+    lora.save(model, tmp_path)
+    given = {"input_features": torch.randn(1, 8, 32), "decoder_input_ids": torch.tensor([[1, 5]])}
+    with torch.no_grad():
+        other = peft.PeftModel.from_pretrained(whisper(), tmp_path)(**given).logits
+        torch.testing.assert_close(other, model(**given).logits)

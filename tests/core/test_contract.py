@@ -16,7 +16,7 @@ from benchmarks import methods
 from lora.adapter import Adapter
 from lora.kernels.dropout import Mask, draw, drop
 from lora.kernels.products import possible
-from lora.layers import View
+from lora.layers import View, apply
 from lora.method import METHODS
 from lora.methods.lora import LoRA, LoRAConfig
 from lora.testing import CLAUSES, Case, cases, check_method, run_clause
@@ -185,6 +185,10 @@ def base_alone_under_autocast(cls: type[LoRA]) -> None:
     )
 
 
+def deaf(cls: type[LoRA]) -> None:
+    cls.compute = lambda self, view, x, mask: apply(view, x, *self.merged(*view.read()))
+
+
 def doubled_in_training(cls: type[LoRA]) -> None:
     good = cls.compute
     cls.compute = lambda self, view, x, mask: (
@@ -316,6 +320,7 @@ def reseeds_the_process(cls: type[LoRA]) -> None:
         (cut_to_five, "fast_is_specification"),
         (false_to_the_sum, "active_together"),
         (merges_into_the_base, "base_bits_stay"),
+        (deaf, "a_hook_below_runs_once"),
     ],
 )
 def test_a_clause_catches_the_fault_it_is_for(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -16,6 +18,7 @@ from test_ties import with_peft
 from torch import nn
 
 import lora
+from lora.kernels import off
 from lora.targets import UNCALLED
 from lora.testing import perturb
 
@@ -27,6 +30,72 @@ def adapted(**settings: Any) -> Any:
     lora.inject(model := llama(), lora.LoRAConfig(r=2, **settings))
     perturb(model.eval())
     return model
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hira"])
+def test_an_offloaded_layer_is_refused(method: str) -> None:
+    """accelerate brings back the weights of modules that are called; adapters are not."""
+
+    def made() -> Any:
+        return nn.Sequential(nn.Linear(8, 8))
+
+    config, x = lora.METHODS[method].Config(target_modules=("0",)), torch.randn(4, 8)
+    lora.inject(model := made(), config)
+    perturb(model)
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for context in (nullcontext(), torch.no_grad(), off()):
+        with context, pytest.raises(lora.errors.ModelError, match="accelerate has offloaded the layer"):
+            offloaded(x)
+    offloaded = accelerate.cpu_offload(made(), execution_device=torch.device("cpu"))
+    with pytest.raises(lora.TargetError, match="0 is offloaded by accelerate"):
+        lora.inject(offloaded, config)
+
+
+def test_a_merged_model_has_no_state_dict() -> None:
+    """It would hold W' beside the adapter, and both would act in a model that loads it."""
+    model, other = adapted(target_modules=("q_proj",)), adapted(target_modules=("q_proj",))
+    state = other.state_dict()
+    lora.merge(model)
+    with pytest.raises(lora.MergeError, match="a merged model has no state dict"):
+        model.state_dict()
+    with pytest.raises(lora.MergeError, match="a merged model has no state dict"):
+        model.load_state_dict(state)
+    lora.restore(model)
+    model.load_state_dict(state)
+    assert model(tokens()).logits.equal(other(tokens()).logits)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hira", "vera", "ia3"])
+def test_a_hook_on_an_embedding_sees_its_output_alone(method: str) -> None:
+    """Not what the factors look up."""
+    model, ids = nn.Sequential(nn.Embedding(10, 8)), torch.tensor([1, 2, 3])
+    model[0].register_forward_hook(lambda module, _, y: y + 1)
+    more = {"feedforward_modules": ()} if method == "ia3" else {}
+    lora.inject(model, lora.METHODS[method].Config(target_modules=("0",), **more))
+    assert model(ids).equal(model[0].base_layer(ids))
+    perturb(model)
+    shapes: list[Any] = []
+    model[0].base_layer.register_forward_hook(lambda _, __, y: shapes.append(y.shape))
+    model(ids)
+    assert shapes == [(3, 8)]
+
+
+def test_a_sparse_embedding_is_refused() -> None:
+    with pytest.raises(lora.TargetError, match="Embedding"):
+        lora.inject(
+            nn.Sequential(nn.Embedding(10, 8, sparse=True)), lora.LoRAConfig(target_modules=("0",))
+        )
+
+
+def test_hira_on_a_scaled_embedding_is_refused() -> None:
+    """PEFT leaves the scale out of what it adds, though not of what it merges."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return 8 * super().forward(input)
+
+    with pytest.raises(lora.TargetError, match="hira: 0 scales what it looks up"):
+        lora.inject(nn.Sequential(Scaled(10, 8)), lora.HiRAConfig(target_modules=("0",)))
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,13 @@ def inputs() -> dict[str, Tensor]:
 INPUTS = inputs()
 
 
+def test_a_mean_that_overflows_is_refused() -> None:
+    w = torch.full((64, 64), 1e38)
+    assert dequantize(quantize(w)).isfinite().all()
+    with pytest.raises(ModelError, match="more than float32 holds"):
+        quantize(w, double_quant=True)
+
+
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", nf4.DTYPES)
 @pytest.mark.parametrize("name", list(INPUTS))

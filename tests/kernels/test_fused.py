@@ -268,9 +268,15 @@ def test_parameters_may_be_others_for_a_call() -> None:
 
 
 @pytest.mark.parametrize("which", list(METHODS))
-def test_a_replica_of_data_parallel_computes(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_replica_of_data_parallel_computes(
+    which: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The copies that nn.DataParallel makes for each device; here for one processor, twice."""
     model, x = adapted(which), torch.randn(4, 12)
+    if not bias:
+        for layer in model:
+            layer.base_layer.bias = None
     monkeypatch.setattr(
         sys.modules["torch.nn.parallel.replicate"],
         "_broadcast_coalesced_reshape",
@@ -278,6 +284,18 @@ def test_a_replica_of_data_parallel_computes(which: str, monkeypatch: pytest.Mon
     )
     for replica in torch.nn.parallel.replicate(model, [0, 1]):
         torch.testing.assert_close(replica(x), model(x))
+
+
+def test_unfrozen_matrices_of_vera_get_their_gradients() -> None:
+    model, x = adapted("vera"), torch.randn(4, 12)
+    for layer in model:
+        layer.adapters["default"].vera_A.requires_grad_()
+        layer.adapters["default"].vera_B.requires_grad_()
+    fast, slow = outcome(model, x, False), outcome(model, x, True)
+    assert "0.adapters.default.vera_A" in fast
+    assert fast.keys() == slow.keys()
+    for name in fast:
+        torch.testing.assert_close(fast[name], slow[name])
 
 
 def test_a_base_weight_that_trains_gets_its_gradient() -> None:

@@ -146,8 +146,9 @@ def _fitted(plan: GridPlan, budget: float) -> GridPlan:
     if high <= low or _time(_with_rows(plan, low)) > budget:
         least = _time(_with_rows(plan, min(low, high)))
         raise ConfigError(
-            f"--budget {duration(grid.budget or budget)} is too short: {plan}, and with {min(low, high)} training"
-            f" rows about {duration(least)}. Pass a longer one, or fewer --methods or --seeds."
+            f"--budget {duration(grid.budget or budget)} is too short: {plan}, and with"
+            f" {min(low, high)} training rows about {duration(least)}. Pass a longer one, or fewer"
+            " --methods or --seeds."
         )
     while high - low > 1:
         middle = (low + high) // 2
