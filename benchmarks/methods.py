@@ -69,7 +69,11 @@ INTRODUCTION = """\
 
 This page is written by `python -m benchmarks.methods`. Do not edit it.
 
-The learning rate is the default of `lora train`. A step is forward, backward and AdamW on two
+Start with LoRA. The learning rate is the default of `lora train`, the better of two that were tried
+on 1,200 sentences ([`rates.json`](../benchmarks/results/rates.json)). On other data the best rate
+is another, in the [study](study.md) up to 4.6 times as high: `lora compare --rates auto` finds it.
+
+A step is forward, backward and AdamW on two
 layers with DistilBERT-base's shapes (16 × 128 tokens, two CPU cores). Each of 11 rounds measured
 all methods once. In each round the times are divided by that of a LoRA step without dropout; the
 table shows the medians. Dropout is 0.1. An empty cell was not measured, or the method has no
@@ -103,9 +107,15 @@ These variants are settings of LoRA:
 | QLoRA: LoRA on a 4-bit base | `--method qlora`: [qlora.md](qlora.md) |
 | initial values that correct the quantization error | [qlora.md](qlora.md) |
 
-If the initial B A ≠ 0, it is subtracted as a frozen term: W' = W at step 0, and the base weights
-never change. The saved file holds the trained pair and the subtracted pair as one ordinary LoRA of
-rank 2r. Which layers are adapted: see [python.md](python.md#injecting)."""
+gaussian: A ~ N(0, 1/r²). pissa (arXiv:2404.02948): the largest singular values of W; pissa_niter_4
+computes them faster. olora (arXiv:2406.01775): the QR decomposition of W. eva (arXiv:2410.07170):
+the singular vectors of the layer's inputs. lora_ga (arXiv:2407.05000): the gradient of W. eva and
+lora_ga need data, which `lora train` gives them.
+
+If the initial B A ≠ 0, it is subtracted as a frozen term: W' = W at step 0 on a base that is not
+quantized, and the base weights never change. The saved file holds the trained pair and the
+subtracted pair as one ordinary LoRA of rank 2r. Which layers are adapted: see
+[python.md](python.md#injecting)."""
 
 
 def _section(name: str) -> str:
@@ -164,8 +174,8 @@ def _contract_lines(cells: Mapping[tuple[str, str], str]) -> Iterator[str]:
     yield ""
     yield (
         "Clauses marked (wrapped) concern only methods that wrap layers. The next table names the"
-        " clauses from which a method is exempt, with the reason. A clause that does not apply on"
-        " some layers only passes on the others, and counts as passed."
+        " clauses from which a method is exempt, with the reason. If a clause does not apply to"
+        " some layers, it must pass on the others; it then counts as passed."
     )
     yield ""
     yield "| method | clauses that pass | exempt, and why |"

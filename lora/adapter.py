@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora.errors import MergeError
 from lora.kernels.dropout import Mask, draw, drop
 from lora.kernels.products import check_loaded
-from lora.layers import View, apply, plain_call
+from lora.layers import HOOKS, View, apply
 from lora.method import Method
 from lora.settings import AdapterConfig
 
@@ -99,7 +99,7 @@ def specification(
     output without adapters, once.
     """
     W, b = view.read()
-    hooked = not plain_call(view.module)
+    hooked = any(map(vars(view.module).get, HOOKS))
     if hooked:
         check_loaded(adapters, view, x)
     if len(adapters) == 1 and masks[0] is None and not hooked:

@@ -81,7 +81,6 @@ def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, p
     its errors."""
     check_name(name)
     plan = plan_of(model, config)
-    _check_loaded(model, plan)
     check_mix(model, name, plan)
     check_statistics(model, plan)
     needs = issubclass(plan.method, Calibrated) and plan.method.needs_batches(config)
@@ -94,18 +93,6 @@ def planned_of(model: nn.Module, config: MethodConfig, name: str, shown: bool, p
             " adapter. Pass --quantize nf4, or in Python pack=[names of layers]."
         )
     return plan
-
-
-def _check_loaded(model: nn.Module, plan: Plan) -> None:
-    """Raise TargetError if accelerate has offloaded a target: the adapter would have no values."""
-    modules = dict(walk(model))
-    for path in plan.targets:
-        module: Any = modules[path]
-        if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters()):
-            raise TargetError(
-                f"{path} is offloaded by accelerate, which adapters do not support. Load the base"
-                " without offloading, or with quantize='nf4' if it does not fit."
-            )
 
 
 def build(model: nn.Module, plan: Plan) -> Parts:
@@ -121,6 +108,8 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     try:
         for path in plan.targets:
             module = modules[path]
+            if hasattr(module, "_hf_hook"):
+                _check_loaded(path, module)
             if id(module) not in adapters:  # one layer reached by two paths has one adapter
                 make: Any = plan.further.get(path, plan.method)
                 adapter: Adapter = make(views(module)[0], plan.config, path)
@@ -135,6 +124,15 @@ def build(model: nn.Module, plan: Plan) -> Parts:
     base = dict(base_paths(model)) if plan.selected or plan.carried else {}
     selected = {name: base[name] for name in (*plan.selected, *plan.carried)}
     return Parts(dict(adapters.values()), dict(copies.values()), selected)
+
+
+def _check_loaded(path: str, module: nn.Module) -> None:
+    """Raise TargetError if accelerate has offloaded a layer: its adapter would have no values."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise TargetError(
+            f"{path} is offloaded by accelerate, which adapters do not support. Load the base"
+            " without offloading, or with quantize='nf4' if it does not fit."
+        )
 
 
 def wrap(model: nn.Module, plan: Plan, parts: Parts, name: str) -> None:

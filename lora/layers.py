@@ -210,26 +210,28 @@ def apply(view: View, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
     return F.linear(x.to(W.dtype), W, None if b is None else b.to(W.dtype))
 
 
+# accelerate patches `forward` to fetch an offloaded weight.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "forward",
+)
+"""Attributes of a module by which a call of it does more than its class's forward."""
+
+
 def plain_call(module: nn.Module) -> bool:
     """True if the module has no hooks and no patched `forward`."""
     # A kernel reads the layer's weight and does not call it: hooks would not run.
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)  # accelerate patches it to fetch an offloaded weight
-    )
+    return not any(map(vars(module).get, HOOKS))
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:
     """A shallow copy of the module whose call is its class's forward and nothing else."""
     bare = copy.copy(module)
-    vars(bare).pop("forward", None)
-    vars(bare).update(
-        _parameters=dict(own_parameters(module)),
-        _forward_hooks={}, _forward_pre_hooks={}, _backward_hooks={}, _backward_pre_hooks={},
-    )  # fmt: skip
+    vars(bare).update({name: {} for name in HOOKS}, _parameters=dict(own_parameters(module)))
+    del vars(bare)["forward"]
     return bare
 
 

@@ -19,7 +19,28 @@ from lora.errors import MergeError
 from lora.layers import View, views
 
 
-class AdaptedLayer(nn.Module):
+class _StateDictUnlessMerged(nn.Module):
+    """The state dict of a merged layer would hold W', to which the adapter beside it adds again."""
+
+    kept: tuple[nn.Parameter, nn.Parameter | None] | None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_restored()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_restored()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _check_restored(self) -> None:
+        if self.kept is not None:
+            raise MergeError(
+                "a merged model has no state dict: it would hold W' and the adapter. Call"
+                " lora.restore first, or lora.eject, which leaves the plain model with W'."
+            )
+
+
+class AdaptedLayer(_StateDictUnlessMerged):
     """A base layer and its named adapters, in the base layer's place.
 
     x (..., in) -> y (..., out), dtype of base_layer(x). Several active adapters add their deltas.
@@ -34,7 +55,7 @@ class AdaptedLayer(nn.Module):
         self.active: tuple[str, ...] = ()  # names of the adapters that act
         self.enabled = True  # False inside lora.disabled()
         # The base's W and b while it is merged
-        self.kept: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.kept = None
         self.forget_use()
 
     def forget_use(self) -> None:
@@ -58,22 +79,6 @@ class AdaptedLayer(nn.Module):
         masks = [adapter.draw_mask(x) if adapter.dropout else None for adapter in adapters]
         y = kernels.attempt(adapters, view, x, masks)
         return specification(adapters, view, x, masks) if y is None else y
-
-    # A merged layer's state dict would hold W', onto which the adapter beside it is added again.
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._check_restored()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._check_restored()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _check_restored(self) -> None:
-        if self.kept is not None:
-            raise MergeError(
-                "a merged model has no state dict: it would hold W' and the adapter. Call"
-                " lora.restore first, or lora.eject, which leaves the plain model with W'."
-            )
 
     @property
     def view(self) -> View:

@@ -211,6 +211,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
             print("with the adapter disabled\n" + markdown(by_task(baseline)), end="")
     else:
         print(head + "".join(f"  {name} {value:.4f}" for name, value in metrics.items()))
+        if (floor := summary.get("majority", {}).get(summary["split"])) is not None:
+            print(f"always predicting the most frequent class: accuracy {floor:.4f}")
     if "forgetting" in summary:
         from lora.finetune.listing import forgetting_line
 

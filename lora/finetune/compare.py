@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora.errors import RunError
+from lora.errors import RunError, command
 from lora.files import writable, write_together
 from lora.finetune.comparison.analysis import (
     Analysis,
@@ -69,6 +69,7 @@ def compare(grid: Grid) -> Compared:
     runs = _in_order_of_seeds(grid, searches)
     reported = Scheduler(grid.folder, grid.jobs, deadline, plan.seconds, _tell).train(runs)
     folders = [run.run_dir for run in runs if run in reported.complete]
+    _tell_of_others(grid.folder, [run.run_dir for run in runs])
     tried = [run for search in searches.values() for each in search.tried for run in each.runs]
     analysis = analyse([*folders, *tried])
     with writable(grid.folder, RunError, "Pass another --run-dir."):
@@ -80,6 +81,18 @@ def compare(grid: Grid) -> Compared:
     missing = [f"{name}: no rate was tried" for name in grid.searched if name not in searches]
     missing += _missing(outcome, reported)
     return Compared(analysis, tuple(folders), tuple(missing))
+
+
+def _tell_of_others(folder: Path, runs: Sequence[Path]) -> None:
+    """Print a note if the folder has complete runs that are not in the tables."""
+    others = [each.parent for each in folder.glob("*/summary.json") if each.parent not in runs]
+    if others:
+        names = ", ".join(sorted(each.name for each in others)[:3])
+        more = ", ..." if len(others) > 3 else ""
+        _tell(
+            f"note: {len(others)} other runs in {folder} are not in the tables: {names}{more}. Name"
+            f" their methods and seeds too, or run {command('lora', 'report', folder)}."
+        )
 
 
 def _missing(searched: Outcome, reported: Outcome) -> list[str]:

@@ -220,8 +220,8 @@ class RunConfig(Generic[C]):
     """Layers that --quantize does not quantize: names or the last parts of names, such as q_proj or
     self_attn.q_proj. Heads, embeddings and norms are never quantized."""
     compile: bool = False
-    """Compile the model with torch.compile. The first step takes minutes longer and later steps are
-    faster, so it pays off only in long runs."""
+    """Compile the model with torch.compile. The first step takes up to minutes longer. Later steps
+    may be faster; on a CPU they were not, so measure."""
     activation_checkpointing: bool = False
     """Store only the input of each block and recompute its activations in the backward pass: less
     memory, slower steps."""

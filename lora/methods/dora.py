@@ -33,7 +33,7 @@ class DoRA(LowRank):
 
     name = "dora"
     paper = "arXiv:2402.09353"
-    when = "At small ranks, if LoRA falls short of full fine-tuning. Dropout doubles a step's time."
+    when = "If LoRA at a small rank falls short of full. Dropout nearly doubles a step's time."
     Config = DoRAConfig
     states: ClassVar = {"use_dora": True}
     variants: ClassVar = {

@@ -44,7 +44,10 @@ def test_an_offloaded_layer_is_refused(method: str) -> None:
     perturb(model)
     offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     for context in (nullcontext(), torch.no_grad(), off()):
-        with context, pytest.raises(lora.errors.ModelError, match="accelerate has offloaded the layer"):
+        with (
+            context,
+            pytest.raises(lora.errors.ModelError, match="accelerate has offloaded the layer"),
+        ):
             offloaded(x)
     offloaded = accelerate.cpu_offload(made(), execution_device=torch.device("cpu"))
     with pytest.raises(lora.TargetError, match="0 is offloaded by accelerate"):

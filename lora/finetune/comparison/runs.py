@@ -26,7 +26,7 @@ from lora.finetune.record import (
 )
 
 VARYING = ("seed", "run_dir", "note")
-"""Settings in which the runs of one method differ."""
+"""Settings in which the runs of one method may differ."""
 OF_TRIES = ("learning_rate", "test_limit")
 """Settings in which the runs that try its rates differ from them."""
 

@@ -167,11 +167,10 @@ def notes(analysis: Analysis) -> str:
     lines.append("share: trainable parameters / all parameters. rate: the learning rate.")
     if "95 % interval" in columns:
         lines.append(
-            f"The interval takes into account that other {analysis.split} rows and other seeds"
-            " would give other scores."
+            f"The interval covers the choice of the {analysis.split} rows and of the seeds."
             if several
-            else "Each method was trained once. The interval (Wilson) takes into account that other"
-            f" {analysis.split} rows would give other scores, not that other seeds would."
+            else "Each method was trained once. The interval (Wilson) covers the choice of the"
+            f" {analysis.split} rows, not that of the seed."
         )
         if several and once:
             lines.append(f"Trained once, so that this holds for the rows only: {', '.join(once)}.")
@@ -186,11 +185,13 @@ def notes(analysis: Analysis) -> str:
             )
     if "group" in columns:
         lines.append("group: between methods with a common letter, no difference is shown.")
+        lines += looser_tests(analysis)
     if analysis.smallest_difference is not None:
         points = f"{100 * analysis.smallest_difference:.1f} points"
         lines.append(
             f"With this many rows and seeds, a difference of {points} is detected with a"
-            " probability of 80 %, before Holm's correction."
+            " probability of 80 %, before Holm's correction"
+            + (": the median over all pairs of methods." if len(methods) > 2 else ".")
         )
     if FORGETTING in columns:
         lines.append(f"{FORGETTING}: its perplexity before and after training. More is forgetting.")
@@ -198,12 +199,28 @@ def notes(analysis: Analysis) -> str:
     if len(analysis.contenders) > 1:
         frontier = ", ".join(result.name for result in methods if result.pareto)
         lines.append(
-            f"Not beaten at their size: {frontier}. Every method with fewer parameters than one of"
-            " these scores lower than it."
+            f"On the frontier: {frontier}. No method with as few or fewer parameters scores higher"
+            " than one of these."
         )
     lines += noise_floors(analysis)
     lines += [f"{m.name}: {warning}." for m in methods for warning in m.warnings]
     return "".join(f"{line}\n" for line in lines)
+
+
+def looser_tests(analysis: Analysis) -> list[str]:
+    """Returns a sentence on each pair of methods with a common letter that differ in a column."""
+    groups = {result.name: set(result.group) for result in analysis.methods}
+    pairs = [
+        (result.name, v.other)
+        for result in analysis.methods
+        for v in result.versus
+        if v.p < 0.05 and groups[result.name] & groups[v.other]
+    ]
+    return [
+        f"{name} and {other} have a common letter, although a difference is shown between them: the"
+        f" letters are corrected for all pairs of methods, the column only for those with {other}."
+        for name, other in {tuple(sorted(pair)): pair for pair in pairs}.values()
+    ]
 
 
 def noise_floors(analysis: Analysis) -> list[str]:

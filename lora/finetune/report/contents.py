@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from lora.errors import command
 from lora.finetune.comparison.analysis import Analysis, MethodResult, Versus
+from lora.finetune.comparison.runs import VARYING
 from lora.finetune.comparison.tables import (
     interval_text,
+    looser_tests,
     memory_measured,
     noise_floors,
     score_text,
@@ -125,11 +127,13 @@ def _methods_note(analysis: Analysis, grouped: bool) -> str:
         points = "points" if unit == 100 else analysis.metric
         notes.append(
             "With this many rows and seeds, a difference smaller than about"
-            f" {unit * analysis.smallest_difference:.2g} {points} would probably not be detected."
+            f" {unit * analysis.smallest_difference:.2g} {points} would probably not be detected"
+            + (" (the median over all pairs)." if len(analysis.methods) > 2 else ".")
         )
     notes += noise_floors(analysis)
     if grouped:
         notes.append("Between methods with a common group letter, no difference is shown.")
+        notes += looser_tests(analysis)
     texts = {each["forgetting"]["source"] for result in analysis.methods
              for each in result.summaries if "forgetting" in each}  # fmt: skip
     if texts:
@@ -246,10 +250,6 @@ def _score_cell(text: str) -> Cell:
     return Cell(text, float(text.split()[0]) if text else None)
 
 
-VARYING = ("seed", "run_dir", "note", "name")
-"""Settings in which runs of one method differ anyway."""
-
-
 def _settings_of(evidence: Evidence) -> dict[str, dict[str, str]]:
     """Returns the settings of each method's first run, as texts."""
     files = {run.row.run: run for run in evidence.runs}
@@ -257,7 +257,7 @@ def _settings_of(evidence: Evidence) -> dict[str, dict[str, str]]:
         result.name: {
             key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             for key, value in files[result.folders[0]].settings.items()
-            if key not in VARYING
+            if key not in (*VARYING, "name")
         }
         for result in evidence.analysis.ranked
     }

@@ -127,11 +127,11 @@ def test_an_accuracy_has_its_interval_and_a_test_against_full() -> None:
     assert len({len(row) for row in table}) == 1
     words = notes(analysis)
     assert "200 test rows of opinions/films" in words
-    assert "not that other seeds would" in words
+    assert "covers the choice of the test rows, not that of the seed" in words
     assert "McNemar" in words
     several = analysed(*runs, summary("lora", 1, {"accuracy": 0.8}, **more), right=right)
     assert "McNemar" not in notes(several)
-    assert "test rows and other seeds" in notes(several)
+    assert "covers the choice of the test rows and of the seeds" in notes(several)
     assert "Trained once, so that this holds for the rows only: full." in notes(several)
     both = analysed(*runs, *({**run, "seed": 1} for run in runs), right=right)
     assert "rows only" not in notes(both)
@@ -272,7 +272,7 @@ def test_the_noise_floor_is_no_contender() -> None:
         "lora": "", "head": "", "lora-again": "lora"
     }  # fmt: skip
     assert "lora-again is lora trained again with other seeds" in notes(analysis)
-    assert "Not beaten at their size: lora, head." in notes(analysis)
+    assert "On the frontier: lora, head." in notes(analysis)
 
 
 @pytest.mark.parametrize(
