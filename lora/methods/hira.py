@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from lora.adapter import Adapter
-from lora.errors import TargetError
 from lora.layers import View
 from lora.methods._starts import start_at_zero
 from lora.settings import AdapterConfig, probability, whole_number
@@ -44,11 +43,6 @@ class HiRA(Adapter):
 
     def __init__(self, view: View, config: HiRAConfig, module: str) -> None:
         super().__init__(view, config, module)
-        if view.of_ids and type(view.module).forward is not nn.Embedding.forward:
-            raise TargetError(
-                f"hira: {module} scales what it looks up, which PEFT leaves out for this method, so"
-                " that the same file gives other outputs there. Leave it out of target_modules."
-            )
         self.hira_A = self.new(view, config.r, view.in_features)
         self.hira_B = self.new(view, view.out_features, config.r)
         self.dropout = config.hira_dropout

@@ -90,17 +90,6 @@ def test_a_sparse_embedding_is_refused() -> None:
         )
 
 
-def test_hira_on_a_scaled_embedding_is_refused() -> None:
-    """PEFT leaves the scale out of what it adds, though not of what it merges."""
-
-    class Scaled(nn.Embedding):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return 8 * super().forward(input)
-
-    with pytest.raises(lora.TargetError, match="hira: 0 scales what it looks up"):
-        lora.inject(nn.Sequential(Scaled(10, 8)), lora.HiRAConfig(target_modules=("0",)))
-
-
 @pytest.mark.parametrize(
     "settings",
     [
