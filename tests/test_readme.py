@@ -169,27 +169,46 @@ def test_the_study_shows_what_its_page_says() -> None:
     study = read_analysis(RESULTS / "study-films" / "comparison.json")
     by_name = {method.name: method for method in study.methods}
     lora, full, wide = (by_name[name] for name in ("lora-qv", "full", "lora"))
+    head, plus, pissa, scaled = (by_name[n] for n in ("head", "lora-plus", "pissa", "rslora"))
     trains, trains_wide = (
         each.summaries[0]["trainable"] / each.summaries[0]["parameters"] for each in (lora, wide)
     )
     memory = [method.median("training_bytes") for method in (lora, full)]
     assert memory[0] is not None
     assert memory[1] is not None
-    assert f"trains {100 * trains:.1f} % of the parameters" in page
-    assert f"trains {100 * trains_wide:.1f} % and has the best mean" in page
+    assert f"layers, trains {100 * trains_wide:.1f} % of the parameters and has the best" in page
     assert wide.mean == max(method.mean for method in study.methods)
-    assert f"needs {100 * memory[0] / memory[1]:.0f} % of the memory" in page
+    assert (
+        f"trains {100 * trains:.1f} % and needs {100 * memory[0] / memory[1]:.0f} % of the memory"
+    ) in page
     assert study.smallest_difference is not None
-    smallest = 100 * study.smallest_difference
-    assert f"{smallest:.1f} points is detected with a probability of 80 %: the scores" in page
+    assert f"must differ by {100 * study.smallest_difference:.1f} points" in page
     for method in study.methods:
         versus = [each for each in method.versus if each.other == "full"]
-        assert all(each.words.startswith("no difference shown") for each in versus)
+        shown = not all(each.words.startswith("no difference shown") for each in versus)
+        assert shown == (method is head)
         assert bool(versus) == (method is not full)
+    assert f"scores {100 * (full.mean - head.mean):.1f} points less. All others" in page
+    variants = [by_name[name] for name in ("dora", "rslora", "lora-plus", "pissa")]
+    behind = sorted(100 * (wide.mean - method.mean) for method in variants)
+    assert f"are {behind[0]:.1f} to {behind[-1]:.1f} points lower than that of `lora`" in page
+    for method in variants:
+        (versus_lora,) = [each for each in method.versus if each.other == "lora"]
+        assert versus_lora.words.startswith("no difference shown")
+    rates = {m.name: m.search.chosen for m in (wide, plus, pissa, scaled) if m.search}
+    assert f"`lora-plus` is {rates['lora'] / rates['lora-plus']:.0f} times lower" in page
+    lower = [f"{rates['lora'] / rates[name]:.1f}" for name in ("pissa", "rslora")]
+    assert f"`pissa` and `rslora` are {lower[0]} and {lower[1]} times lower" in page
+    assert plus.search is not None
+    at_default = next(each.score for each in plus.search.tried if each.rate == 0.001)
+    assert at_default is not None
+    assert f"`lora-plus` guesses: {100 * at_default:.1f} % on dev" in page
+    assert "differ by a factor of 10" in page
+    assert round(max(rates.values()) / min(rates.values())) == 10
     packed, bitfit = by_name["qlora"], by_name["bitfit"]
     saved = [method.median("training_bytes") or 0.0 for method in (packed, wide)]
     assert (
-        f"is {100 * (wide.mean - packed.mean):.2f} points behind it and needs"
+        f"is {100 * (wide.mean - packed.mean):.2f} points behind `lora` and needs"
         f" {100 * saved[0] / saved[1]:.0f} % of its memory"
     ) in page
     assert any("1 of 5 runs are no better" in warning for warning in bitfit.warnings)
@@ -244,7 +263,8 @@ def test_on_sst2_lora_is_as_near_to_full_as_the_study_says() -> None:
         f"Its mean is {-100 * versus.value:.2f} points lower",
         f"reaches from {-100 * low:.1f} points lower to {100 * high:.1f} points higher",
         f"A difference of {100 * study.smallest_difference:.1f} points is detected with",
-        f"With r = {recipe.settings.r}, half this rate, three epochs and batches of"
+        f"With r = {recipe.settings.r}, alpha = {recipe.settings.lora_alpha:g}, half this rate,"
+        " three epochs and batches of"
         f" {recipe.batch_size}, LoRA scored {behind:.1f} points less than full",
         f"At {max(tried[0]) / chosen[0]:.1f} times its best rate, `lora` scores"
         f" {tried[0][max(tried[0])]:.1f} % on dev",
