@@ -16,7 +16,7 @@ from lora.finetune.config import read_toml, to_table
 from lora.finetune.estimate import duration
 from lora.finetune.methods import label
 from lora.finetune.metrics import signed
-from lora.finetune.record import Forgetting, Summary, metrics_of, summary_of
+from lora.finetune.record import DIVERGED, Forgetting, Summary, metrics_of, summary_of
 from lora.finetune.run_folder import config_of, is_locked
 from lora.finetune.verbs import RunsConfig
 
@@ -35,7 +35,7 @@ class RunRow:
     base: str
     seed: int
     learning_rate: float | None
-    state: str  # "complete", "training: step 40 of 250", "step 40 of 250", "damaged: ..."
+    state: str  # "complete", "training: step 4 of 9", "diverged after step 4 of 9", "damaged: ..."
     changed: float  # seconds since 1970, of the newest file
     metric: str = ""
     score: float | None = None
@@ -93,6 +93,8 @@ def _steps_done(run: Path) -> str:
     rows = metrics_of(run) if (run / "metrics.jsonl").is_file() else []
     steps = [row for row in rows if row["kind"] == "step"]
     done = f"step {steps[-1]['step']} of {steps[-1]['steps']}" if steps else "not begun"
+    if (run / DIVERGED).is_file():
+        return f"diverged after {done}"
     return f"training: {done}" if is_locked(run) else done
 
 

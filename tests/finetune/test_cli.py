@@ -610,6 +610,12 @@ def test_a_regression_that_diverges_stops_the_run(
     err = " ".join(capsys.readouterr().err.split())
     assert "TrainingError: evaluating after step 1: the loss" in err
     assert "Last good checkpoint: " in err
+    assert json.loads((run / "diverged.json").read_text())["step"] == 1
+    assert lora("runs", tmp_path) == 0
+    assert "diverged after step 1 of 1" in capsys.readouterr().out
+    asked = json.loads((run / "environment.json").read_text())["asked"]
+    assert asked["max_length"] is None
+    assert "learning_rate" not in asked  # it was given
 
 
 @pytest.mark.slow
