@@ -73,11 +73,10 @@ Start with LoRA. The learning rate is the default of `lora train`, the better of
 on 1,200 sentences ([`rates.json`](../benchmarks/results/rates.json)). On other data the best rate
 is another, in the [study](study.md) up to 4.6 times as high: `lora compare --rates auto` finds it.
 
-A step is forward, backward and AdamW on two
-layers with DistilBERT-base's shapes (16 × 128 tokens, two CPU cores). Each of 11 rounds measured
-all methods once. In each round the times are divided by that of a LoRA step without dropout; the
-table shows the medians. Dropout is 0.1. An empty cell was not measured, or the method has no
-dropout.
+A step is forward, backward and AdamW on two layers with DistilBERT-base's shapes (16 × 128 tokens,
+two CPU cores). Each of 11 rounds measured all methods once. In each round the times are divided by
+that of a LoRA step without dropout; the table shows the medians. Dropout is 0.1. An empty cell was
+not measured, or the method has no dropout.
 
 <!-- family -->
 <!-- /family -->

@@ -168,14 +168,14 @@ def analysis_of(runs: Sequence[Run], tries: Sequence[Try] = ()) -> Analysis:
     check_alike(runs)
     first = runs[0].summary
     metric = next(iter(first["metrics"]))
-    all_runs = by_name(runs)
-    groups = {name: once_per_seed(group)[0] for name, group in all_runs.items()}
+    once = {name: once_per_seed(group) for name, group in by_name(runs).items()}
+    groups = {name: kept for name, (kept, _) in once.items()}
     methods = []
-    for name, group in groups.items():
+    for name, (group, repeated) in once.items():
         result = _method_result(name, group, metric, tries_of(group[0], tries))
-        repeated = [str(run.folder) for run in once_per_seed(all_runs[name])[1]]
         if repeated:
-            warning = f"left out, since other runs have the same seeds: {', '.join(repeated)}"
+            names = ", ".join(str(run.folder) for run in repeated)
+            warning = f"left out, since other runs have the same seeds: {names}"
             result = replace(result, warnings=(*result.warnings, warning))
         methods.append(replace(result, again=_trained_again(name, groups)))
     bases = [run.summary["baseline"][metric] for run in runs if "baseline" in run.summary]

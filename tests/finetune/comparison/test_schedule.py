@@ -110,6 +110,13 @@ def runs_of(folder: Path, *flags: str) -> list[Any]:
     return [run for name in grid.methods for run in grid.finals(name)]
 
 
+def searched_by_lora(folder: Path) -> tuple[Any, dict[str, Any], Outcome]:
+    """Returns a grid of one method whose rates are searched, and what the search comes to."""
+    flags = ("--run-dir", str(folder), "--methods", "lora", "--rates", "auto")
+    grid = parse_compare(flags)[1]
+    return grid, *_search(grid, Scheduler(folder))
+
+
 def starts(started: Path) -> list[str]:
     return [line.split()[0] for line in started.read_text().splitlines()]
 
@@ -366,9 +373,7 @@ def test_a_rate_that_diverged_is_not_tried_again(
 ) -> None:
     """The stand-in scores all rates alike, so that the lowest is chosen and the grid widened."""
     monkeypatch.setenv("BEHAVIOUR", "lora-0.0046:diverges")
-    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
-    grid = parse_compare(flags)[1]
-    searches, outcome = _search(grid, Scheduler(tmp_path / "c"))
+    grid, searches, outcome = searched_by_lora(tmp_path / "c")
     assert len(starts(program)) == len(set(starts(program))) == TRIED + MORE_ROUNDS
     assert [run.run_dir.name for run in outcome.failed] == ["lora-0.0046"]
     assert [t.rate for t in searches["lora"].tried if t.score is None] == [0.0046]
@@ -386,9 +391,7 @@ def test_a_rate_whose_run_broke_says_nothing_of_the_rate(
     program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BEHAVIOUR", "lora-0.0046")
-    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "--rates", "auto")
-    grid = parse_compare(flags)[1]
-    searches, outcome = _search(grid, Scheduler(tmp_path / "c"))
+    grid, searches, outcome = searched_by_lora(tmp_path / "c")
     assert [run.run_dir.name for run in outcome.failed] == ["lora-0.0046"]
     assert 0.0046 not in [each.rate for each in searches["lora"].tried]
     monkeypatch.setenv("BEHAVIOUR", "")
