@@ -190,6 +190,11 @@ def shown_name(summary: Summary) -> str:
     return summary.get("name") or summary["method"]
 
 
+def has_ended(directory: Path) -> bool:
+    """True if a run is complete, or diverged: nothing is left of it to train."""
+    return is_complete(directory) or (directory / DIVERGED).is_file()
+
+
 def is_complete(directory: Path) -> bool:
     """True if a run has its result; False if summary.json is missing or damaged."""
     try:

@@ -15,9 +15,11 @@ from lora.files import locked, read_json, writable, write_whole
 from lora.finetune.comparison.grid import FEWEST_SEEDS, MOST_SEEDS, Grid
 from lora.finetune.comparison.measure import Cost, measure
 from lora.finetune.comparison.schedule import LOCKS, share_of_devices
+from lora.finetune.config import RunConfig
 from lora.finetune.data.rows import SPLITS
 from lora.finetune.estimate import duration
 from lora.finetune.inputs import read_corpus
+from lora.finetune.record import has_ended
 
 BUDGET_FILE = "budget.json"
 MARGIN = 1.15
@@ -42,7 +44,7 @@ class GridPlan:
 
     def seconds(self, run: Any) -> float:
         """Returns how long a run will take; 0 if that was not measured."""
-        cost = self.costs.get(run.name or run.method)
+        cost = self.costs.get(_key(run))
         if cost is None:
             return 0.0
         limits = {"train": run.limit, "dev": run.dev_limit}
@@ -50,8 +52,8 @@ class GridPlan:
         return MARGIN * cost.seconds(run, rows)
 
     def total(self, runs: list[Any]) -> float:
-        """Returns how long these runs take together."""
-        return sum(map(self.seconds, runs)) / self.grid.jobs
+        """Returns how long those of these runs that are left take together."""
+        return sum(map(self.seconds, left(runs))) / self.grid.jobs
 
     def search_runs(self) -> list[Any]:
         grid = self.grid
@@ -62,26 +64,37 @@ class GridPlan:
 
     def __str__(self) -> str:
         searches, finals = self.search_runs(), self.final_runs()
-        text = f"{len(searches) + len(finals)} runs"
+        runs = searches + finals
+        text = f"{len(runs)} runs"
         if searches:
             text += f", {len(searches)} of them to find learning rates"
+        if ended := len(runs) - len(left(runs)):
+            text += f", {ended} complete"
         if self.costs:
-            text += f": about {duration(self.total(searches + finals))}"
+            text += f": about {duration(self.total(runs))}"
         return text
 
 
+def _key(run: RunConfig[Any]) -> str:
+    return run.name or run.method
+
+
+def left(runs: list[Any]) -> list[Any]:
+    """Returns the runs that have not ended."""
+    return [run for run in runs if not has_ended(run.run_dir)]
+
+
 def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridPlan:
-    """Returns the plan of a comparison. Measures the first steps of each method if there is a
-    budget, or, if `timed`, if there are many runs.
+    """Returns the plan of a comparison. Measures the first steps of each method that has runs left
+    if there is a budget, or, if `timed`, if there are many such runs.
 
     Raises ConfigError if the budget is too short, or if a search has no test split to report on.
     """
     started = time.monotonic()
     given, grid = grid, _as_before(grid, say)
     plan = GridPlan(grid, {}, {})
-    runs = plan.search_runs() + plan.final_runs()
-    left = [run for run in runs if not (run.run_dir / "summary.json").is_file()]
-    measured = left and (grid.budget is not None or (timed and len(left) > UNMEASURED))
+    runs = left(plan.search_runs() + plan.final_runs())
+    measured = runs and (grid.budget is not None or (timed and len(runs) > UNMEASURED))
     if not measured and not grid.searched:
         return plan
     corpus = read_corpus(next(iter(given.methods.values())))
@@ -91,45 +104,47 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
             " needs other rows. Add a test file, or a column 'split'."
         )
     plan = replace(plan, rows={split: len(getattr(corpus, split)) for split in SPLITS})
+    to_decide = None if (grid.folder / BUDGET_FILE).exists() else grid.budget
     if measured:
-        say(f"measuring the first steps of {len(grid.methods)} methods")
-        plan = replace(plan, costs=_costs(grid, say))
-    if grid.budget is None or (grid.folder / BUDGET_FILE).exists() or not plan.costs:
+        # A budget that decides on seeds may add runs to any method.
+        names = {_key(run) for run in (runs if to_decide is None else grid.methods.values())}
+        methods = [run for run in grid.methods.values() if _key(run) in names]
+        say(f"measuring the first steps of {len(methods)} methods")
+        plan = replace(plan, costs=_costs(methods, grid.jobs, say))
+    if to_decide is None or not plan.costs:
         return plan
-    fitted = _fitted(plan, grid.budget - (time.monotonic() - started))
+    fitted = _fitted(plan, to_decide - (time.monotonic() - started))
     if _write_budget(fitted):
         return fitted
     return replace(plan, grid=_as_before(grid, say))  # another process was first
 
 
-def _costs(grid: Grid, say: Callable[[str], None]) -> dict[str, Cost]:
-    """Returns what a run of each method costs, measured with as many at a time as will train.
+def _costs(runs: list[Any], jobs: int, say: Callable[[str], None]) -> dict[str, Cost]:
+    """Returns what runs of these methods cost, measured with as many at a time as will train.
 
     One that fails is reported, and its runs are not in the plan. Raises RunError if all fail.
     """
     slots: SimpleQueue[int] = SimpleQueue()
-    for slot in range(grid.jobs):
+    for slot in range(jobs):
         slots.put(slot)
 
     def cost(run: Any) -> Cost | RunError:
         slot = slots.get()
         try:
-            return measure(run, share_of_devices(slot, grid.jobs) if grid.jobs > 1 else {})
+            return measure(run, share_of_devices(slot, jobs) if jobs > 1 else {})
         except RunError as error:
             return error
         finally:
             slots.put(slot)
 
-    runs = list(grid.methods.values())
-    with ThreadPoolExecutor(grid.jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(cost, runs))
     failed = [each for each in found if isinstance(each, RunError)]
     if len(failed) == len(found):
         raise failed[0]
     for error in failed:
         say(f"note: {error} Its runs are not in the plan.")
-    names = (run.name or run.method for run in runs)
-    return {name: each for name, each in zip(names, found) if isinstance(each, Cost)}
+    return {_key(run): each for run, each in zip(runs, found) if isinstance(each, Cost)}
 
 
 def _fitted(plan: GridPlan, budget: float) -> GridPlan:

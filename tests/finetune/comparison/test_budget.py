@@ -69,6 +69,22 @@ def test_few_runs_start_at_once_and_many_are_measured(measured: list[str], tmp_p
     assert halved.total(many.final_runs()) == pytest.approx(3 * one)
 
 
+def test_what_has_ended_takes_no_time_and_is_not_measured(
+    measured: list[str], tmp_path: Path
+) -> None:
+    new = plan(tmp_path, "--rates", "auto")
+    for run in new.search_runs() + new.final_runs():
+        if run.method == "full":
+            run.run_dir.mkdir(parents=True)
+            (run.run_dir / "diverged.json").write_text("{}")
+    measured.clear()
+    resumed = plan(tmp_path, "--rates", "auto")
+    assert measured == ["lora"]
+    assert "16 runs, 10 of them to find learning rates, 8 complete: about " in str(resumed)
+    runs = [run for run in resumed.final_runs() if run.method == "lora"]
+    assert resumed.total(resumed.final_runs()) == resumed.total(runs) > 0
+
+
 def test_a_method_that_cannot_be_measured_does_not_stop_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
