@@ -195,6 +195,18 @@ def test_the_study_shows_what_its_page_says() -> None:
     for method in variants:
         (versus_lora,) = [each for each in method.versus if each.other == "lora"]
         assert versus_lora.words.startswith("no difference shown")
+    to_lora = {m.name: v for m in study.methods for v in m.versus if v.other == "lora"}
+    unsure = {n for n, v in to_lora.items() if v.interval and v.interval[1] < 0 and v.p > 0.05}
+    assert unsure == {"vera", "adalora", "ia3"}
+    assert len(to_lora) == 12
+    lower = [f"{-100 * to_lora[name].value:.1f}" for name in ("vera", "adalora", "ia3")]
+    assert lower[0] == lower[1]
+    assert f"Both are {lower[0]} points below `lora`, and `ia3` is {lower[2]}." in page
+    shown_p = [f"{to_lora[name].p:.2g}" for name in ("vera", "adalora", "ia3")]
+    assert "p = {} for `vera`, {} for `adalora` and {} for `ia3`".format(*shown_p) in page
+    letters = set(by_name["adalora"].group)
+    apart = {method.name for method in study.methods if not letters & set(method.group)}
+    assert apart == {"lora-qv", "rslora", "qlora", "head"}
     rates = {m.name: m.search.chosen for m in (wide, plus, pissa, scaled) if m.search}
     assert f"`lora-plus` is {rates['lora'] / rates['lora-plus']:.0f} times lower" in page
     lower = [f"{rates['lora'] / rates[name]:.1f}" for name in ("pissa", "rslora")]
