@@ -244,7 +244,7 @@ def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
 
 
 def rate_search(tries: Sequence[Try]) -> RateSearch:
-    """Returns the search with its best rate. Of equal scores the lowest rate is chosen.
+    """Returns the search with its best rate; of equal ones, that in the middle.
 
     Only the seeds count that all rates were tried with, so that a lucky one favours none. Raises
     RunError if a run of every rate diverged, or if they are scored by different metrics.
@@ -266,7 +266,9 @@ def rate_search(tries: Sequence[Try]) -> RateSearch:
         metric = next((each.metric for each in kept if each.metric), "")
         scores = tuple(each.score for each in kept)
         in_order.append(TriedRate(rate, scores, metric, tuple(each.folder for each in kept)))
-    best = max(in_order, key=lambda each: each.better)
+    highest = max(each.better for each in in_order)
+    equal = [each for each in in_order if each.better == highest]
+    best = equal[(len(equal) - 1) // 2]  # of two the lower one: high rates diverge
     if best.score is None:
         rates = ", ".join(f"{each.rate:g}" for each in in_order)
         raise RunError(f"{best.runs[0]}: at each of the rates {rates} a run diverged.")

@@ -176,8 +176,20 @@ def test_the_best_rate_is_chosen_and_an_edge_is_widened() -> None:
     high = rate_search(tried(0.8, 0.9))
     assert not high.bracketed
     assert next_rate(high) > 10.0
-    assert rate_search(tried(0.9, 0.9, 0.1)).chosen == 1.0  # of equal scores the lowest rate
     assert rate_search(tried(3.0, 2.0, 4.0, metric="perplexity")).chosen == 10.0
+
+
+def test_of_equal_rates_the_one_in_the_middle_is_chosen() -> None:
+    """With few rows of dev several rates score alike. One in the middle is not at an edge, so the
+    grid is not widened for nothing."""
+    for scores, chosen, bracketed in (
+        ((0.9, 0.9, 0.9, 0.8), 10.0, True),
+        ((0.9, 0.9, 0.9, 0.9, 0.8), 10.0, True),
+        ((0.1, 0.9, 0.9, 0.9), 100.0, True),
+        ((0.9, 0.9, 0.1), 1.0, False),
+    ):
+        search = rate_search(tried(*scores))
+        assert (search.chosen, search.bracketed) == (chosen, bracketed), scores
 
 
 def test_a_run_that_failed_brackets_but_is_never_chosen() -> None:
