@@ -35,8 +35,8 @@ from lora.finetune.comparison.tables import all_tables
 from lora.finetune.config import read_toml
 from lora.finetune.data.included import resolved, resolved_with_note
 
-MORE_ROUNDS = 3
-"""How often a search tries one more rate of every method while the best of one is at an edge."""
+MORE_RATES = 3
+"""How many rates of every method a search adds at most while the best of one is at an edge."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +186,11 @@ def _search(grid: Grid, schedule: Scheduler | OnDisk) -> tuple[dict[str, RateSea
     least one run is complete, and what became of the runs.
 
     Every method gets the same number of rates. If the best rate of one is the lowest or the
-    highest, each gets one more, at most MORE_ROUNDS times.
+    highest, each gets one more, until it has MORE_RATES more than at the beginning.
     """
     runs = {name: grid.searches(name) for name in grid.searched}
     outcome, searches, ended = Outcome(), dict[str, RateSearch](), list[Any]()
-    for number in range(1 + MORE_ROUNDS if runs else 0):
+    while runs:
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
         rates = max(map(len, runs.values())) // len(grid.search_seeds)
@@ -206,30 +206,38 @@ def _search(grid: Grid, schedule: Scheduler | OnDisk) -> tuple[dict[str, RateSea
         ended = outcome.complete + outcome.failed
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
         searches = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
-        wider = {} if outcome.left or number == MORE_ROUNDS else _wider(grid, searches)
-        if not wider:
+        counts = {name: len(runs[name]) // len(grid.search_seeds) for name in searches}
+        reason, names = ("", []) if outcome.left else _to_widen(grid, searches, counts)
+        if not names:
             break
-        edges = ", ".join(name for name, search in searches.items() if not search.bracketed)
-        at_edge = f"the best rate of {edges} is at an edge"
+        wider = {name: _with_next_rate(grid, name, searches[name]) for name in names}
         if schedule.too_late([run for name in wider for run in wider[name] if run not in ended]):
-            _tell(f"{at_edge}, and the budget leaves no time for one more rate of every method")
+            _tell(f"{reason}, and the budget leaves no time for one more rate")
             break
-        _tell(f"{at_edge}: one more rate for every method")
+        _tell(f"{reason}: one more rate for {', '.join(names)}")
         runs |= wider
     return searches, outcome
 
 
-def _wider(grid: Grid, searches: dict[str, RateSearch]) -> dict[str, list[Any]]:
-    """Returns the runs of every method with one more rate each; {} if no best rate is at an edge,
-    or if the user gave the rates."""
-    if grid.rates is not None or all(search.bracketed for search in searches.values()):
-        return {}
-    return {
-        name: grid.searches(
-            name, sorted([*(tried.rate for tried in search.tried), next_rate(search)])
-        )
-        for name, search in searches.items()
-    }
+def _to_widen(
+    grid: Grid, searches: dict[str, RateSearch], counts: dict[str, int]
+) -> tuple[str, list[str]]:
+    """Returns why methods get one more rate, and which: those with fewer than another has, or all
+    if a best rate is at an edge; none if the user gave the rates."""
+    most = max(counts.values(), default=0)
+    if grid.rates is not None:
+        return "", []
+    if fewer := [name for name, count in counts.items() if count < most]:
+        return f"fewer rates of {', '.join(fewer)} were tried than of others", fewer
+    edges = [name for name, search in searches.items() if not search.bracketed]
+    if not edges or most >= TRIED + MORE_RATES:
+        return "", []
+    return f"the best rate of {', '.join(edges)} is at an edge", list(searches)
+
+
+def _with_next_rate(grid: Grid, name: str, search: RateSearch) -> list[Any]:
+    """Returns the runs of a method's search with one more rate."""
+    return grid.searches(name, sorted([*(each.rate for each in search.tried), next_rate(search)]))
 
 
 def _searched(runs: Sequence[Any]) -> RateSearch:

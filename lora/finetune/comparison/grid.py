@@ -7,9 +7,11 @@ grid.finals("lora", 1e-3)              one run per seed, scored on test
 
 from __future__ import annotations
 
+import glob
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,13 +133,23 @@ class Grid:
         ]
 
     def rates_to_try(self, name: str) -> list[float]:
-        """Returns the rates that the search begins with, in ascending order."""
+        """Returns the rates that the search begins with, in ascending order: those around the
+        default, and those that an earlier search in this folder added, perhaps because of a method
+        that is not compared any more."""
         if self.rates is not None:
             return list(self.rates)
         run = self.methods[name]
         default = run.learning_rate or method_named(run.method).learning_rate
         half = TRIED // 2
-        return [rounded(default * RATE_STEP**power) for power in range(-half, half + 1)]
+        around = {rounded(default * RATE_STEP**power) for power in range(-half, half + 1)}
+        return sorted(around | self._rates_on_disk(name))
+
+    def _rates_on_disk(self, name: str) -> set[float]:
+        rates = set()
+        for folder in (self.folder / SEARCH).glob(f"{glob.escape(name)}-*"):
+            with suppress(ValueError):  # of lora-plus, and of a further seed
+                rates.add(float(folder.name.removeprefix(f"{name}-")))
+        return rates
 
 
 def rounded(rate: float) -> float:

@@ -19,7 +19,7 @@ import pytest
 from lora.errors import RunError, StoppedError
 from lora.files import locked
 from lora.finetune.compare import (
-    MORE_ROUNDS,
+    MORE_RATES,
     Compared,
     OnDisk,
     _missing,
@@ -251,9 +251,7 @@ def test_a_run_that_the_deadline_meets_as_it_exits_is_complete(
     assert [outcome.complete for outcome in outcomes] == [runs]
 
 
-@pytest.mark.parametrize(
-    ("time_for", "tried"), [(3, 3), (TRIED, TRIED), (100, TRIED + MORE_ROUNDS)]
-)
+@pytest.mark.parametrize(("time_for", "tried"), [(3, 3), (TRIED, TRIED), (100, TRIED + MORE_RATES)])
 def test_a_search_ends_with_the_rates_for_which_there_was_time(
     time_for: int, tried: int, program: Path, tmp_path: Path
 ) -> None:
@@ -338,7 +336,7 @@ def test_a_dry_run_finds_the_search_at_its_end_and_resumes_what_was_interrupted(
     assert (searches, len(outcome.left)) == ({}, TRIED)
     searches, _ = _search(grid, Scheduler(tmp_path / "c"))
     added, *others = searches["lora"].tried
-    assert len(others) == TRIED + MORE_ROUNDS - 1
+    assert len(others) == TRIED + MORE_RATES - 1
     found, outcome = _search(grid, OnDisk())
     assert (found, outcome.left) == (searches, [])
     (added.runs[0] / "summary.json").unlink()
@@ -347,6 +345,24 @@ def test_a_dry_run_finds_the_search_at_its_end_and_resumes_what_was_interrupted(
     assert (list(found["lora"].tried), left.run_dir) == (others, added.runs[0])
     resume = train_command(left, standing(left)).split()
     assert resume == ["lora", "train", "--resume", str(left.run_dir)]
+
+
+def test_a_comparison_of_fewer_methods_keeps_the_rates_that_another_added(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a new method gets as many as the others have."""
+    flags = ("--run-dir", str(tmp_path / "c"), "--rates", "auto", "--methods")
+    both = parse_compare([*flags, "lora", "full"])[1]
+    searches, _ = _search(both, Scheduler(tmp_path / "c"))  # both are widened
+    program.unlink()
+    for methods in (["full"], ["full", "lora", "bitfit"]):
+        grid = parse_compare([*flags, *methods])[1]
+        again, outcome = _search(grid, Scheduler(tmp_path / "c"))
+        assert again["full"] == searches["full"]
+        assert not outcome.left
+    assert {len(search.tried) for search in again.values()} == {TRIED + MORE_RATES}
+    assert len(starts(program)) == TRIED + MORE_RATES
+    assert all(start.startswith("bitfit-") for start in starts(program))
 
 
 def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
@@ -375,14 +391,14 @@ def test_a_rate_that_diverged_is_not_tried_again(
     """The stand-in scores the lowest rate best, so that the grid is widened."""
     monkeypatch.setenv("BEHAVIOUR", "lora-0.0046:diverges")
     grid, searches, outcome = searched_by_lora(tmp_path / "c")
-    assert len(starts(program)) == len(set(starts(program))) == TRIED + MORE_ROUNDS
+    assert len(starts(program)) == len(set(starts(program))) == TRIED + MORE_RATES
     assert [run.run_dir.name for run in outcome.failed] == ["lora-0.0046"]
     assert [t.rate for t in searches["lora"].tried if t.score is None] == [0.0046]
     assert not searches["lora"].bracketed
     for schedule_ in (Scheduler(tmp_path / "c"), OnDisk()):  # neither trains it again
         found, again = _search(grid, schedule_)
         assert (found, again.left, again.failed) == (searches, [], outcome.failed)
-    assert len(starts(program)) == TRIED + MORE_ROUNDS
+    assert len(starts(program)) == TRIED + MORE_RATES
     (missing,) = _missing(outcome, Outcome())
     folder = tmp_path / "c" / "search" / "lora-0.0046"
     assert missing == f"lora, rate 0.0046 diverged; to train it again, remove {folder}"
