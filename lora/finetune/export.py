@@ -89,9 +89,11 @@ def base_to_export(adapter: Path, given: str | None) -> str:
     if not base:
         raise ConfigError(f"{adapter} does not name its base. Pass --base FOLDER.")
     if base in (*bases.BUILT, *FORMER_NAMES):
+        merge = command("lora", "merge", adapter, "--output", "FOLDER")
         raise ConfigError(
             f"{adapter}: the base {base} exists only in this package, so no other engine can load"
-            " it. Train on another base, or pass its folder with --base."
+            f" it. Run {merge}, which writes the merged model for transformers, or train on another"
+            " base."
         )
     return place_of(base)
 

@@ -408,8 +408,10 @@ def _with_verdict(analysis: Analysis) -> Analysis:
     what = f"{analysis.split} {analysis.metric}"
     if not others:
         return replace(analysis, verdict=(f"{best.name} has a {what} of {score}{spread}.",))
+    level = [each.name for each in others if math.isclose(each.mean, best.mean, rel_tol=1e-12)]
+    has = f"{best.name} has" if not level else f"{', '.join([best.name, *level])} all have"
     verdict = (
-        f"{best.name} has the best {what}: {score}{spread}.",
+        f"{has} the best {what}: {score}{spread}.",
         _certainty(best, others),
         _cost(best, others),
     )

@@ -178,7 +178,7 @@ def notes(analysis: Analysis) -> str:
         if head.startswith("against "):
             tests = {v.test for m in methods for v in m.versus}
             exact = tests == {"McNemar"}
-            test = "McNemar's exact test" if exact else "a bootstrap over seeds and rows"
+            test = "McNemar's exact test" if exact else "Student's t over seeds and rows"
             lines.append(
                 f"{head}: the difference on the same {analysis.split} rows. p is from {test}, with"
                 " Holm's correction for the number of methods."

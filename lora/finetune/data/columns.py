@@ -84,12 +84,19 @@ class Header:
         flags = (self.columns.text, self.columns.pair, self.columns.label)
         trained = (self.known.text, self.known.pair, self.known.label)
         # Only a header can have the names that the user passes, or that the model was trained on.
-        if any(name is not None and not name.isdecimal() for name in flags) or any(
-            name is not None and not name.isdecimal() and name in first for name in trained
-        ):
+        if any(map(_is_name, flags)) or any(_is_name(name) and name in first for name in trained):
             return True
         # A class of the model in the first row is a label, so the row is an example.
-        return False if {*first} & {*self.classes} else has_header(cells)
+        if {*first} & {*self.classes}:
+            return False
+        headed = has_header(cells)
+        # Single words may be texts. If the training had a header, the first may be a name too.
+        unsure = len(first) == 1 and " " not in first[0] and _is_name(self.known.text)
+        return None if headed is False and unsure else headed
+
+
+def _is_name(column: str | None) -> bool:
+    return column is not None and not column.isdecimal()
 
 
 def _first_cells(cells: Cells) -> str:
@@ -110,8 +117,17 @@ def adopted(
     The names of the training are looked up first. A column number of the training is the same
     column in a file without a header. In a file with a header it is the last resort, since its
     columns may be in another order. If no choice fits this file, returns the user's columns alone.
+    Raises DataError if the training named its text column, and this file has neither that nor one
+    with a usual name: a guess by the values could take another column for the text.
     """
     names = names_of(rows)
+    lacking = columns.text is None and _is_name(trained.text) and trained.text not in names
+    usual = {name.strip().lower() for name in names} & {*TEXT}
+    if lacking and not usual and headed is not False:
+        raise DataError(
+            f"no column {trained.text!r}, which the model was trained on. Found:"
+            f" {', '.join(names)}. Set --text-column, or --header no if there is no header."
+        )
     flags = {"text": columns.text, "pair": columns.pair, "label": columns.label}
     training = {"text": trained.text, "pair": trained.pair, "label": trained.label}
     by_name = {role: name if name in names else None for role, name in training.items()}

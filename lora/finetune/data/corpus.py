@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -135,7 +136,7 @@ def read_examples(
     examples, taken = _examples_of(data, splits, columns, bad)
     label = taken.label
     if "" in examples:
-        if len(examples[""]) < 3:
+        if len(_texts_of(examples[""])) < 3:
             bad.judge()
         examples = _split_once(data, examples[""])
     for name in _hidden(examples):
@@ -149,8 +150,8 @@ def read_examples(
     if not dev:
         train, dev = _dev_of(data, train, bad)
         notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
-    # After the division, so that no limit moves a row to another split.
-    train, dev, test = (rows[: limits.get(name)] for name, rows in zip(SPLITS, (train, dev, test)))
+    if not labels:
+        _check_decimals(data, train)
     if task == "auto":
         task = "regression" if not labels and _fractional(train) else "classification"
         if task == "regression":
@@ -159,6 +160,11 @@ def read_examples(
         labels = labels or sorted_labels({str(example.label) for example in train})
         _check_classes(data, train, labels, label if columns.label is None else None, bad)
     labels = labels if task == "classification" else ()
+    # After the division and the choice of classes: a limit moves no row, and changes no class.
+    train, dev, test = (rows[: limits.get(name)] for name, rows in zip(SPLITS, (train, dev, test)))
+    if unseen := [name for name in labels if name not in {row.label for row in train}]:
+        shown = ", ".join(name[:LONGEST_LABEL] for name in unseen[:LARGEST_CLASSES])
+        notes.append(f"no training row has the label {shown}")
     corpus = Corpus(data, task, labels, train, dev, test, taken)
     parts = [tuple(_fitting(corpus, split, bad)) for split in (train, dev, test)]
     notes = bad.judge() + notes
@@ -181,8 +187,13 @@ def _no_training_rows(data: str, splits: Mapping[str, Any]) -> DataError:
 def _dev_of(
     data: str, train: tuple[Example, ...], bad: BadRows
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Returns train without every tenth row, and those as dev. Raises DataError if none is left."""
-    kept, dev = _hold_out(train, 0.1)
+    """Returns train without every tenth text, and those as dev. Raises DataError if no text is
+    left in train."""
+    texts = _texts_of(train)
+    step = min(10, max(len(texts), 1))  # no shuffle: train stays in its order
+    held = {*texts[step - 1 :: step]}
+    kept = tuple(row for row in train if (row.text, row.pair) not in held)
+    dev = tuple(row for row in train if (row.text, row.pair) in held)
     if not kept:
         bad.judge()  # the rows that cannot be used are the better explanation
         raise DataError(f"--data {data}: too few rows to hold one out as dev. Pass a dev split.")
@@ -240,7 +251,7 @@ def _examples_of(
 
 
 def _labelled(rows: Sequence[Example], labels: Sequence[str], bad: BadRows) -> list[Example]:
-    """Returns the examples with a label. The others go to `bad`.
+    """Returns the examples with a text and a label. The others go to `bad`.
 
     NaN and inf are usually missing values that some tool wrote. They are labels only if --labels
     names them.
@@ -248,7 +259,9 @@ def _labelled(rows: Sequence[Example], labels: Sequence[str], bad: BadRows) -> l
     kept = []
     for example in rows:
         place = example.place
-        if example.label is None:
+        if not example.text:
+            bad.add(DataError(f"{place}: no text. Fill it in, or set --text-column."), place)
+        elif example.label is None:
             bad.add(DataError(f"{place}: no label. Fill it in, or set --label-column."), place)
         elif example.label not in labels and _is_not_finite(example.label):
             bad.add(
@@ -291,6 +304,18 @@ def _check_classes(
             f"--data {data}: column {guessed} has {len(labels)} labels in {len(train)} rows, such"
             f" as {labels[0][:40]!r}: are they classes? If so, pass --label-column {guessed}; if"
             " not, set --text-column and --label-column."
+        )
+
+
+def _check_decimals(data: str, train: Sequence[Example]) -> None:
+    """Raises DataError if the labels are numbers with a decimal comma, as some countries write."""
+    labels = [str(example.label) for example in train]
+    odd = [label for label in labels if re.fullmatch(r"[+-]?\d+,\d+", label)]
+    whole = sum(label.removeprefix("-").isdecimal() for label in labels)
+    if odd and 10 * (len(odd) + whole) >= 9 * len(labels):
+        raise DataError(
+            f"--data {data}: labels are numbers with a comma, such as {odd[0]!r}. Write a decimal"
+            " point, or, if they are classes, name them with --labels."
         )
 
 
@@ -421,24 +446,29 @@ def unlabelled(
 
 
 def _split_once(data: str, rows: list[Example]) -> dict[str, list[Example]]:
-    """Divides rows 80/10/10 after a shuffle with a fixed seed, so that every run has the same."""
-    if len(rows) < 3:
+    """Divides rows 80/10/10 after a shuffle with a fixed seed, so that every run has the same.
+
+    Rows with the same text stay together: a model that has seen a text knows its label."""
+    texts = _texts_of(rows)
+    if len(texts) < 3:
         raise DataError(
-            f"--data {data}: {len(rows)} rows are too few for train, dev and test. Add rows."
+            f"--data {data}: {len(texts)} rows are too few for train, dev and test. Add rows."
+            if len(texts) == len(rows)
+            else f"--data {data}: {len(texts)} different texts are too few for train, dev and test."
+            " Add rows, or a column 'split'."
         )
-    rows = rows.copy()
-    random.Random(0).shuffle(rows)
-    tenth = max(1, len(rows) // 10)
-    return {"test": rows[:tenth], "dev": rows[tenth : 2 * tenth], "train": rows[2 * tenth :]}
+    random.Random(0).shuffle(texts)
+    tenth = max(1, len(texts) // 10)
+    parts = {"test": texts[:tenth], "dev": texts[tenth : 2 * tenth], "train": texts[2 * tenth :]}
+    by_text: dict[Any, list[Example]] = {text: [] for text in texts}
+    for row in rows:
+        by_text[row.text, row.pair].append(row)
+    return {name: [row for text in part for row in by_text[text]] for name, part in parts.items()}
 
 
-def _hold_out(
-    train: tuple[Example, ...], share: float
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Returns train and dev: every (1/share)th example of train, at least one, is held out."""
-    step = min(round(1 / share), max(len(train), 1))  # no shuffle: train stays in its order
-    dev = train[step - 1 :: step]
-    return tuple(e for i, e in enumerate(train) if i % step != step - 1), dev
+def _texts_of(rows: Iterable[Example]) -> list[tuple[str, str | None]]:
+    """Returns the different texts, or pairs, in order of first occurrence."""
+    return list(dict.fromkeys((row.text, row.pair) for row in rows))
 
 
 def _examples(rows: Iterable[Placed], taken: Columns, bad: BadRows) -> list[Example]:

@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -176,7 +177,7 @@ def text_of(path: Path) -> str:
         text = raw.decode("utf-8-sig")  # Excel writes a byte order mark
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        likely = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin1"
+        likely = "utf-16" if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "cp1252"
         raise DataError(
             f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8."
             f" Run {command('iconv', '-f', likely, '-t', 'utf-8', path)} if that is its encoding."
@@ -251,7 +252,14 @@ def _json(path: Path, text: str) -> Iterator[tuple[str, Read | str]]:
 
 def _table_rows(path: Path, text: str, headed: Headed) -> Iterator[tuple[str, Read | str]]:
     """Yields the rows of a CSV or TSV under the names of its columns."""
-    lines = [*(_tabs(text) if path.suffix == ".tsv" else _cells(text, _delimiter(text)))]
+    if path.suffix == ".tsv":
+        lines = [*_tabs(text)]
+    elif stated := re.match(r"sep=(.)\n", text):  # Excel's own line, which names the separator
+        lines = [(n + 1, cells) for n, cells in _cells(text[stated.end() :], stated[1])]
+    else:
+        lines = [*_cells(text, _delimiter(text))]
+    if not lines:
+        raise DataError(f"{path} is empty. Pass a file with rows.")
     table = [cells for _, cells in lines if not isinstance(cells, str)]  # without broken lines
     if not table:
         number, error = lines[0]
@@ -282,27 +290,31 @@ def _tabs(text: str) -> Iterator[tuple[int, list[str] | str]]:
     lines = [line.split("\t") for line in text.removesuffix("\n").split("\n")]
     # With one column, an empty line is an empty text. With more, it is no row.
     one_column = max(map(len, lines)) == 1
-    return ((number, cells) for number, cells in enumerate(lines, 1) if one_column or cells != [""])
+    return ((number, cells) for number, cells in enumerate(lines, 1) if one_column or any(cells))
 
 
 def _delimiter(text: str) -> str:
     """Returns the separator of a CSV: comma, semicolon or tab.
 
     Excel writes semicolons in countries with a decimal comma. The separator is the one that gives
-    the most columns, the same number in each of the first 50 rows. Default: the comma.
+    the first row the most columns, and as many to the first 50 rows, but for one in ten: those are
+    bad rows. Default: the comma.
     """
     columns = {}
     for separator in (",", ";", "\t"):
         rows = [cells for _, cells in itertools.islice(_cells(text, separator), 50)]
-        widths = {1 if isinstance(cells, str) else len(cells) for cells in rows}
-        columns[separator] = max(widths) if len(widths) == 1 else 1
+        widths = [1 if isinstance(cells, str) else len(cells) for cells in rows] or [1]
+        others = sum(width != widths[0] for width in widths)
+        few = others <= max(1, len(widths) // 10) and 2 * others < len(widths)
+        columns[separator] = widths[0] if few else 1
     return max(columns, key=lambda separator: columns[separator])  # the first of equals: the comma
 
 
 def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yields (line number, cells) of each row of a CSV, or in the cells' place a message.
 
-    A quoted cell may span lines; the number is that of its last line. Empty lines are skipped.
+    A quoted cell may span lines; the number is that of its last line. Lines without a cell that is
+    filled are skipped.
     """
     reader = csv.reader(io.StringIO(text, newline="\n"), delimiter=separator, strict=True)
     while True:
@@ -313,7 +325,7 @@ def _cells(text: str, separator: str) -> Iterator[tuple[int, list[str] | str]]:
             continue
         if cells is None:
             return
-        if cells:
+        if any(cells) or len(cells) == 1:
             yield reader.line_num, cells
 
 

@@ -266,6 +266,8 @@ def test_the_noise_floor_is_no_contender() -> None:
     ]
     analysis = analysed(*runs, floor)
     assert analysis.verdict[0] == "lora has the best test accuracy: 50.0 %."
+    tie = analysed(*(summary(name, 0, {"accuracy": 0.5}) for name in ("lora", "full", "head")))
+    assert tie.verdict[0] == "lora, full, head all have the best test accuracy: 50.0 %."
     assert "lora-again" not in " ".join(analysis.verdict)
     assert [result.name for result in analysis.ranked] == ["lora-again", "lora", "head"]
     assert {result.name: result.again for result in analysis.methods} == {

@@ -120,3 +120,35 @@ def test_columns_that_nothing_tells_are_asked_for(tmp_path: Path) -> None:
         unlabelled(data, Columns(), BY_NAME)
     with pytest.raises(DataError, match="no label column among message. First row: message 'a"):
         read_split(table(tmp_path / "y.tsv", "message", "t"), Columns(), BY_NAME, KIND, None)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("one.csv", "Priority\nlow\nhigh\nlow\n"),  # a name, or a word among words
+        ("two.csv", "Priority,Channel\nlow,mail\nhigh,phone\nlow,mail\n"),
+        ("short.csv", "id;Description\n1;My parcel is lost\n5\n7\n8;Too late\n"),
+        ("keys.jsonl", '{"body": "My parcel is lost"}\n'),
+    ],
+)
+def test_a_file_without_the_column_of_the_training_is_not_guessed(
+    file: str, content: str, tmp_path: Path
+) -> None:
+    path = tmp_path / file
+    path.write_text(content)
+    trained = Columns(text="Description", label="Category")
+    with pytest.raises(DataError, match=r"which the model was trained on|first row name the columns"):
+        unlabelled(str(path), Columns(), trained)
+
+
+def test_one_short_row_does_not_hide_the_columns(tmp_path: Path) -> None:
+    rows = "id;Description\n1;My parcel is lost\n2;I was billed twice\n5\n"
+    trained = Columns(text="Description", label="Category")
+    for content in (rows, f"sep=;\n{rows}", rows + ";\n"):  # and Excel's own line, an empty row
+        path = tmp_path / "x.csv"
+        path.write_bytes(content.replace("\n", "\r\n").encode())
+        line = 5 if content.startswith("sep") else 4
+        with pytest.raises(DataError, match=f"line {line}: 1 columns, the first row has 2"):
+            unlabelled(str(path), Columns(), trained)
+        kept, _ = unlabelled(str(path), Columns(), trained, skip_bad_lines=1)
+        assert [each.text for each in kept] == ["My parcel is lost", "I was billed twice"]

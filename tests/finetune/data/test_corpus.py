@@ -68,6 +68,52 @@ def test_one_file_is_cut_and_said(tmp_path: Path) -> None:
     assert corpus.labels == ("a", "b")
 
 
+def test_a_text_that_recurs_stays_in_one_split(tmp_path: Path) -> None:
+    """Exports repeat tickets and reviews. A copy in test of what was trained on proves nothing."""
+    rows = [f"text {i},{'ab'[i % 2]}\n" for i in range(100)]
+    path = write(tmp_path / "all.csv", "text,label\n" + "".join([*rows, *rows]))
+    corpus = read_examples(str(path))
+    assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (160, 20, 20)
+    once = read_examples(str(write(tmp_path / "once.csv", "text,label\n" + "".join(rows))))
+    for name in ("train", "dev", "test"):
+        seen = [e.text for e in getattr(corpus, name)]
+        assert sorted({*seen}) == sorted(e.text for e in getattr(once, name))
+        assert len(seen) == 2 * len({*seen})
+    held = read_examples(folder(tmp_path, train="text\tlabel\n" + TSV.partition("\n")[2] * 10))
+    assert {e.text for e in held.dev}.isdisjoint(e.text for e in held.train)
+    few = write(tmp_path / "few.csv", "text,label\na,1\nb,0\n" * 9)
+    with pytest.raises(DataError, match="2 different texts are too few for train, dev and test"):
+        read_examples(str(few), skip_bad_lines=9)  # the header recurs
+
+
+def test_a_row_without_a_text_is_a_bad_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.csv", "text,label\n,a\n  ,b\n" + "".join(
+        f"text {i},{'ab'[i % 2]}\n" for i in range(20)
+    ))  # fmt: skip
+    with pytest.raises(DataError, match=r"2 rows cannot be used:\n.*line 2: no text.*\n.*line 3"):
+        read_examples(str(path))
+
+
+def test_numbers_with_a_decimal_comma_are_no_classes(tmp_path: Path) -> None:
+    rows = "".join(f"text {i};{i % 5},{i % 7}\n" for i in range(40))
+    path = str(write(tmp_path / "x.csv", "text;label\n" + rows))
+    for task in ("auto", "regression"):
+        with pytest.raises(DataError, match=r"numbers with a comma, such as '\d,\d'. Write a dec"):
+            read_examples(path, task=task)  # type: ignore[arg-type]
+    read_examples(path, labels=tuple(f"{i},{j}" for i in range(5) for j in range(7)))
+
+
+def test_a_limit_changes_no_class(tmp_path: Path) -> None:
+    """Rows of a class that the limit leaves out of train are right, and stay in test."""
+    train = "text\tlabel\n" + "".join(f"t{i}\t{'ab'[i % 2]}\n" for i in range(20)) + "r\trare\n"
+    data = folder(tmp_path, train=train, dev=train, test=train)
+    corpus = read_examples(data, limits={"train": 10})
+    assert corpus.labels == ("a", "b", "rare")
+    assert (len(corpus.train), len(corpus.test)) == (10, 21)
+    assert "no training row has the label rare" in corpus.note
+    assert "no training row" not in read_examples(data).note
+
+
 def test_a_split_column_is_followed(tmp_path: Path) -> None:
     rows = "text\tlabel\tsplit\na\t1\ttrain\nb\t0\ttrain\nc\t1\tvalidation\nd\t0\ttest\n"
     corpus = read_examples(str(write(tmp_path / "x.tsv", rows)))
