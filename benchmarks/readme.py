@@ -33,7 +33,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 def tables() -> dict[str, str]:
     """The text that belongs between each pair of markers, by the marker's name."""
     texts = {name: markdown(comparison(name)) for name in ("demo", "sst2")}
-    for name in ("study-films", "study-sst2"):
+    for name in ("study-films", "study-sst2", "study-smollm2-films"):
         texts[name] = f"{markdown(comparison(name))}\n{markdown(rate_rows(analysis(name)))}"
     shown = ("method", "trainable", "rate", "test accuracy", "against full", "peak MiB")
     texts["study"] = markdown(columns(comparison("study-films"), shown))
@@ -65,6 +65,7 @@ def comparison(name: str) -> list[tuple[str, ...]]:
         "demo-lm-tiny": ("train s",),
         "study-films": ("train s",),
         "study-sst2": ("train s",),
+        "study-smollm2-films": ("train s",),
     }.get(name, ())
     return columns(table, [head for head in table[0] if head not in left_out])
 

@@ -242,6 +242,33 @@ def test_the_study_shows_what_its_page_says() -> None:
     assert f"scores {tried[0][0.0046] - tried[0][0.00046]:.1f} points less on dev" in page
 
 
+def test_with_a_language_model_lora_is_as_near_to_full_as_the_study_says() -> None:
+    page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
+    study = read_analysis(RESULTS / "study-smollm2-films" / "comparison.json")
+    lora, full = study.methods
+    assert (lora.name, full.name) == ("lora", "full")
+    assert lora.seeds == full.seeds == (0, 1, 2)
+    (versus,) = full.versus
+    assert versus.words.startswith("no difference shown")
+    assert versus.interval is not None
+    low, high = (100 * limit for limit in versus.interval)
+    memory = [method.median("training_bytes") or 0.0 for method in (lora, full)]
+    assert lora.search is not None
+    flat = [each for each in lora.search.tried if each.rate <= 0.001]
+    scores = [each.score or 0.0 for each in flat]
+    assert study.smallest_difference is not None
+    assert max(scores) - min(scores) <= 0.0101  # one of the 100 rows of dev
+    for words in (
+        f"Full fine-tuning is {100 * (full.mean - lora.mean):.1f} points ahead",
+        f"reaches from {-low:.1f} points behind to {high:.1f} points ahead",
+        f"With {study.rows} rows and three seeds, a difference of"
+        f" {100 * study.smallest_difference:.1f} points is detected with a probability of 80 %",
+        f"LoRA needs {100 * memory[0] / memory[1]:.0f} % of the memory",
+        f"Between {flat[0].rate:f} and 0.001, a factor of {0.001 / flat[0].rate:.0f}, they are",
+    ):
+        assert words in page, words
+
+
 def test_on_sst2_lora_is_as_near_to_full_as_the_study_says() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     study = read_analysis(RESULTS / "study-sst2" / "comparison.json")

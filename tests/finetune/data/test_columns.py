@@ -137,7 +137,8 @@ def test_a_file_without_the_column_of_the_training_is_not_guessed(
     path = tmp_path / file
     path.write_text(content)
     trained = Columns(text="Description", label="Category")
-    with pytest.raises(DataError, match=r"which the model was trained on|first row name the columns"):
+    words = "which the model was trained on|first row name the columns"
+    with pytest.raises(DataError, match=words):
         unlabelled(str(path), Columns(), trained)
 
 

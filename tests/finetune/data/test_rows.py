@@ -135,7 +135,8 @@ def test_a_cell_without_a_value_is_a_bad_row_where_it_is_used(name: str, tmp_pat
 
 def test_one_bad_cell_leaves_the_others(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
-    cells = arrow.array([b"one", b"\xff", *(b"more %d" % i for i in range(10))], "binary").view("string")
+    texts = [b"one", b"\xff", *(b"more %d" % i for i in range(10))]
+    cells = arrow.array(texts, "binary").view("string")
     path = parquet(tmp_path / "x.parquet", text=cells, label=["a", "b"] * 6)
     with pytest.raises(DataError, match=r"1 row cannot be used:\n.*row 2: text cannot be read"):
         read_examples(path)
