@@ -37,7 +37,7 @@ def main() -> None:
         command = ["compare", *FLAGS, "--data", "demo", "--base", "demo", "--budget", given.budget]
         start = time.perf_counter()
         run = [sys.executable, "-m", "lora", *command, "--run-dir", str(folder)]
-        subprocess.run(run, check=True)
+        code = subprocess.run(run, check=False).returncode  # not 0 if a seed was left
         seconds = time.perf_counter() - start
         analysis = read_analysis(folder / "comparison.json")
         rows = json.loads((folder / BUDGET_FILE).read_text(encoding="utf-8"))
@@ -45,6 +45,7 @@ def main() -> None:
         "command of the comparison": " ".join(["lora", *command]),
         "budget, s": seconds_in(given.budget),
         "s": seconds,
+        "exit code": code,
         "rows": {split: rows[split] for split in ("train", "dev", "test") if split in rows},
         "methods": {
             each.name: {
