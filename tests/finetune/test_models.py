@@ -133,7 +133,8 @@ def test_a_tokenizer_that_is_larger_than_the_embedding(
 def test_plan_says_so_as_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = smaller(tmp_path / "base", "bert", 100)
     data = tmp_path / "x.tsv"
-    data.write_text("text\tlabel\n" + "good\tyes\nbad\tno\n" * 12)
+    rows = "".join(f"good {i}\tyes\nbad {i}\tno\n" for i in range(12))
+    data.write_text("text\tlabel\n" + rows)
     said = []
     for verb in ("plan", "train"):
         run = ["--run-dir", str(tmp_path / "run")] if verb == "train" else []

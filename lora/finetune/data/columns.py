@@ -84,18 +84,18 @@ class Header:
         flags = (self.columns.text, self.columns.pair, self.columns.label)
         trained = (self.known.text, self.known.pair, self.known.label)
         # Only a header can have the names that the user passes, or that the model was trained on.
-        if any(map(_is_name, flags)) or any(_is_name(name) and name in first for name in trained):
+        if any(map(_is_named, flags)) or any(_is_named(name) and name in first for name in trained):
             return True
         # A class of the model in the first row is a label, so the row is an example.
         if {*first} & {*self.classes}:
             return False
         headed = has_header(cells)
         # Single words may be texts. If the training had a header, the first may be a name too.
-        unsure = len(first) == 1 and " " not in first[0] and _is_name(self.known.text)
+        unsure = len(first) == 1 and " " not in first[0] and _is_named(self.known.text)
         return None if headed is False and unsure else headed
 
 
-def _is_name(column: str | None) -> bool:
+def _is_named(column: str | None) -> bool:
     return column is not None and not column.isdecimal()
 
 
@@ -121,7 +121,7 @@ def adopted(
     with a usual name: a guess by the values could take another column for the text.
     """
     names = names_of(rows)
-    lacking = columns.text is None and _is_name(trained.text) and trained.text not in names
+    lacking = columns.text is None and _is_named(trained.text) and trained.text not in names
     usual = {name.strip().lower() for name in names} & {*TEXT}
     if lacking and not usual and headed is not False:
         raise DataError(

@@ -162,9 +162,7 @@ def read_examples(
     labels = labels if task == "classification" else ()
     # After the division and the choice of classes: a limit moves no row, and changes no class.
     train, dev, test = (rows[: limits.get(name)] for name, rows in zip(SPLITS, (train, dev, test)))
-    if unseen := [name for name in labels if name not in {row.label for row in train}]:
-        shown = ", ".join(name[:LONGEST_LABEL] for name in unseen[:LARGEST_CLASSES])
-        notes.append(f"no training row has the label {shown}")
+    notes += _note_on_unseen(labels, train)
     corpus = Corpus(data, task, labels, train, dev, test, taken)
     parts = [tuple(_fitting(corpus, split, bad)) for split in (train, dev, test)]
     notes = bad.judge() + notes
@@ -305,6 +303,13 @@ def _check_classes(
             f" as {labels[0][:40]!r}: are they classes? If so, pass --label-column {guessed}; if"
             " not, set --text-column and --label-column."
         )
+
+
+def _note_on_unseen(labels: Sequence[str], train: Sequence[Example]) -> list[str]:
+    """Returns a note if no training row has one of the labels, else nothing."""
+    seen = {example.label for example in train}
+    unseen = [label[:LONGEST_LABEL] for label in labels if label not in seen]
+    return [f"no training row has the label {', '.join(unseen[:LARGEST_CLASSES])}"] * bool(unseen)
 
 
 def _check_decimals(data: str, train: Sequence[Example]) -> None:
