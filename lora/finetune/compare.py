@@ -190,7 +190,8 @@ def _search(grid: Grid, schedule: Scheduler | OnDisk) -> tuple[dict[str, RateSea
     """
     runs = {name: grid.searches(name) for name in grid.searched}
     outcome, searches, ended = Outcome(), dict[str, RateSearch](), list[Any]()
-    while runs:
+    # Bounded: a rate that fails, or is one that was tried, does not bring a method to the others.
+    for _ in range(1 + 2 * MORE_RATES if runs else 0):
         # The rates in the middle first: if time runs out, they are the most useful.
         columns = itertools.zip_longest(*runs.values())
         rates = max(map(len, runs.values())) // len(grid.search_seeds)
