@@ -401,6 +401,20 @@ def test_intervals_contain_the_true_value_as_often_as_the_page_says() -> None:
         assert sentence in page
 
 
+def test_a_comparison_ends_within_its_budget() -> None:
+    measured = json.loads((RESULTS / "budget.json").read_text())
+    page = (ROOT / "docs/comparing.md").read_text(encoding="utf-8")
+    assert measured["exit code"] == 0
+    assert measured["machine"]["cores"] == 2
+    assert measured["s"] <= measured["budget, s"] == 20 * 60
+    assert f"after {measured['s'] / 60:.1f} minutes" in page
+    assert f"{measured['rows']['train']} of the 7,405 reviews" in page
+    assert measured["methods"].keys() == {"lora", "full"}
+    for method in measured["methods"].values():
+        assert method["rates tried"] == 5
+        assert method["seeds"] == 3
+
+
 def test_the_recipe_is_the_best_on_dev() -> None:
     """By the mean of three seeds, of the settings in the grid."""
     grid = json.loads((RESULTS / "sst2" / "tuning.json").read_text())["grid"]
