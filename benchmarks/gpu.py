@@ -179,8 +179,8 @@ def process(bench: Bench, command: Sequence[str], check: bool = True) -> str:
 
 def modes(bench: Bench) -> dict[str, tuple[str, ...]]:
     """Returns the flags of the small runs."""
-    if bench.tiny:
-        return {"float16": ("--dtype", "float16")}
+    if bench.tiny:  # the resumed run is in float16
+        return {}
     return {
         "plain": (), "float16": ("--dtype", "float16"),
         "compiled": ("--compile",), "offloaded": ("--offload",), "sharded": ("--shard",),
@@ -350,8 +350,8 @@ def packed(bench: Bench, results: dict[str, Any]) -> dict[str, Any]:
 def resumed(bench: Bench, folder: Path, pool: ThreadPoolExecutor) -> dict[str, Future[Any]]:
     """Begins runs that are stopped and resumed. The section step has what --deterministic costs."""
     kinds = {"plain": (), "deterministic": ("--deterministic",)}
-    if bench.tiny:
-        del kinds["plain"]  # on a CPU both are the same
+    if bench.tiny:  # on a CPU both are the same
+        kinds = {"deterministic": (*kinds["deterministic"], "--dtype", "float16")}
     return {
         kind: pool.submit(stopped_and_resumed, bench, folder / f"resumed, {kind}", flags)
         for kind, flags in kinds.items()
@@ -359,16 +359,14 @@ def resumed(bench: Bench, folder: Path, pool: ThreadPoolExecutor) -> dict[str, F
 
 
 def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
-    """Returns whether the resumed run equals the whole one."""
-    epochs = () if bench.tiny else ("--epochs", 20)  # long enough to be stopped on a GPU
-    train = command_line(
-        "train", *TINY_RUN, *epochs, "--lora-dropout", 0.1, "--device", bench.device, *flags
-    )
+    """Returns what the whole run found, and whether the resumed run equals it."""
+    epochs = () if bench.tiny else ("--epochs", "20")  # long enough to be stopped on a GPU
+    flags = (*TINY_RUN, *epochs, "--lora-dropout", "0.1", *flags)
     whole, cut = folder / "whole", folder / "cut"
-    process(bench, [*train, "--run-dir", str(whole)])
+    found = trained(bench, whole, *flags)
     with subprocess.Popen(
-        [*train, "--run-dir", str(cut)], cwd=ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command_line("train", *flags, "--device", bench.device, "--run-dir", cut),
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     ) as running:  # fmt: skip
         while running.poll() is None and len(steps_of(cut)) < 3:
             time.sleep(0.02)
@@ -379,7 +377,7 @@ def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dic
         (run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)
     ]
     losses = [[row["loss"] for row in steps_of(run)] for run in (whole, cut)]
-    return {
+    return found | {
         "stopped at": stopped_at,
         "adapters are equal": adapters[0] == adapters[1],
         "losses are equal": losses[0] == losses[1],

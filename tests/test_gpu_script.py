@@ -67,10 +67,10 @@ def test_every_section_runs_on_small_sizes(tmp_path: Path) -> None:
     correctness = sections["correctness"]
     assert correctness["contract"]["lora"]["held"]
     assert correctness["contract"]["lora"]["failed"] == []
-    assert all("loss" in run for run in correctness["runs"].values())
     assert all("planned / measured" in run for run in correctness["plan"].values())
     assert sections["nf4"]["64 x 128"]["bits as on the CPU"]
     resumed = correctness["resume"]["deterministic"]
+    assert "loss" in resumed
     assert resumed["adapters are equal"]
     assert resumed["losses are equal"]
     assert {"limit", "ours", "ours, dropout", "full"} <= sections["step"]["seconds"].keys()

@@ -105,7 +105,7 @@ def _texts(config: RunConfig[Any]) -> Corpus:
         )
     train, dev, test = (tuple(joined[split]) for split in ("train", "dev", "test"))
     return Corpus(
-        " ".join(config.data), "text", (), train, dev, test, note="; ".join(notes),
+        " ".join(config.data), "text", (), train, dev, test, notes=tuple(notes),
         tasks=tuple(names), bad=bad,
     )  # fmt: skip
 
@@ -415,8 +415,8 @@ def corpus_to_show(config: RunConfig[Any]) -> Corpus:
         with suppress(DataError):
             corpus = read_corpus(replace(config, task="text"))
             if not corpus.bad.count:
-                notes = ("to train on these texts, set --task text", corpus.note)
-                return replace(corpus, note="; ".join(filter(None, notes)))
+                advice = "to train on these texts, set --task text"
+                return replace(corpus, notes=(advice, *corpus.notes))
         raise
 
 
@@ -424,7 +424,7 @@ def show_labelled(corpus: Corpus, split: str, count: int) -> None:
     """Prints the columns in use, the rows of each class, and the first examples."""
     for line in corpus.summary:
         print(f"data: {line}")
-    for line in filter(None, [corpus.note]):
+    for line in corpus.notes:
         print(f"note: {line}")
     for example in examples_of(corpus, split)[:count]:
         pair = "" if example.pair is None else f" | {example.pair}"
@@ -438,7 +438,7 @@ def show(config: RunConfig[Any], corpus: Corpus, base: Base, split: str, count: 
     for name in SPLITS:
         refuse(template, getattr(corpus, name), config.loss_on, corpus.bad)
     corpus, notes = screened(corpus)
-    for line in filter(None, (corpus.note, *notes)):
+    for line in (*corpus.notes, *notes):
         print(f"note: {line}", file=sys.stderr)
     examples = examples_of(corpus, split)
     for name in corpus.tasks:

@@ -110,7 +110,7 @@ def plan(config: RunConfig[Any], devices: int = 1) -> Estimate:
             *(f"data: {line}" for line in corpus.summary),
             *dtype_note,
             *([bare.note] if bare.note else []),
-            *(f"note: {n}" for n in (corpus.note, *inputs.notes, note, batches.note) if n),
+            *(f"note: {n}" for n in (*corpus.notes, *inputs.notes, note, batches.note) if n),
         ),
     )
 

@@ -211,7 +211,7 @@ def prepare(
     unrelated = read_unrelated(config, base)
     report = add_adapter(config, base, calibration(config, inputs.splits["train"], device))
     training = _begin(config, base, inputs, device)
-    notes = config.note, inputs.corpus.note, *inputs.notes, note
+    notes = config.note, *inputs.corpus.notes, *inputs.notes, note
     lines = (
         *(f"data: {line}" for line in inputs.corpus.summary),
         *([base.note] if base.note else []),
@@ -271,7 +271,7 @@ def _take_folder(
 
     Returns the checkpoint (None if there is none), and the note on the data.
     """
-    checkpoint, note = None, parts.corpus.note
+    checkpoint, note = None, "; ".join(parts.corpus.notes)
     with distributed.alike():
         if distributed.rank() == 0:
             tokens = digest(parts.splits["train"])

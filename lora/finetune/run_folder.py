@@ -68,7 +68,7 @@ def create(
     """
     resolved, asked = to_table(config), to_table(given)
     start: dict[str, Any] = environment(device)
-    start |= {"data": corpus.digest(), "tokens": tokens, "note": corpus.note}
+    start |= {"data": corpus.digest(), "tokens": tokens, "note": "; ".join(corpus.notes)}
     start["asked"] = {
         key: asked.get(key)
         for key in sorted(asked.keys() | resolved.keys())

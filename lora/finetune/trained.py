@@ -162,11 +162,11 @@ def rescore(
             if config.task != "text":
                 _check_pairs(source, examples)
             encoded = encode_examples(trained, corpus, examples)
-            notes = [corpus.note] if data is not None else []
+            notes = corpus.notes if data is not None else ()
             if config.task == "text":
                 corpus, skipped = screened(corpus)
-                examples, notes = examples_of(corpus, name), [*notes, *skipped]
-            _say(progress, *corpus.summary, *filter(None, notes))
+                examples, notes = examples_of(corpus, name), (*notes, *skipped)
+            _say(progress, *corpus.summary, *notes)
         parts = trained.model, trained.tokenizer, corpus, encoded, examples
         result, rows = scored(config, *parts, progress)
     metrics = {"loss": result.loss, **result.metrics}

@@ -151,6 +151,12 @@ class Analysis:
         """The methods without the noise floor, the best mean first."""
         return tuple(result for result in self.ranked if not result.again)
 
+    @property
+    def leaders(self) -> tuple[MethodResult, ...]:
+        """The contenders with the best mean: several if their means are equal but for rounding."""
+        best = self.contenders[0].mean
+        return tuple(r for r in self.contenders if math.isclose(r.mean, best, rel_tol=1e-12))
+
 
 def analyse(folders: Sequence[Path]) -> Analysis:
     """Returns what runs on the same data show. Raises RunError if none is complete, or if they
@@ -408,8 +414,8 @@ def _with_verdict(analysis: Analysis) -> Analysis:
     what = f"{analysis.split} {analysis.metric}"
     if not others:
         return replace(analysis, verdict=(f"{best.name} has a {what} of {score}{spread}.",))
-    level = [each.name for each in others if math.isclose(each.mean, best.mean, rel_tol=1e-12)]
-    has = f"{best.name} has" if not level else f"{', '.join([best.name, *level])} all have"
+    leaders = ", ".join(each.name for each in analysis.leaders)
+    has = f"{leaders} has" if leaders == best.name else f"{leaders} all have"
     verdict = (
         f"{has} the best {what}: {score}{spread}.",
         _certainty(best, others),

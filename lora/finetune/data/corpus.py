@@ -69,7 +69,7 @@ class Corpus:
     dev: tuple[Any, ...]
     test: tuple[Any, ...]
     columns: Columns = ANY  # the columns in use; not set if the task is text
-    note: str = ""  # decisions that the user did not make, in words
+    notes: tuple[str, ...] = ()  # decisions that the user did not make, in words
     layout: str = ""  # a line for the user: header, and the column of each role
     class_names: tuple[str, ...] = ()  # what to show for the labels, in their order
     class_weights: tuple[float, ...] = ()  # in the training loss, in the order of the labels
@@ -149,7 +149,7 @@ def read_examples(
     train, dev, test = (tuple(examples.get(name, ())) for name in SPLITS)
     if not dev:
         train, dev = _dev_of(data, train, bad)
-        notes.append(f"{data} has no dev split: every tenth train row is held out as dev")
+        notes.append(f"{data} has no dev split: every tenth train text is held out as dev")
     if not labels:
         _check_decimals(data, train)
     if task == "auto":
@@ -169,8 +169,9 @@ def read_examples(
     if not parts[0] or not parts[1]:
         empty = "dev" if parts[0] else "train"
         raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
-    note, layout = "; ".join(notes), _columns_line(data, header.seen, taken)
-    return replace(corpus, train=parts[0], dev=parts[1], test=parts[2], note=note, layout=layout)
+    train, dev, test = parts
+    layout = _columns_line(data, header.seen, taken)
+    return replace(corpus, train=train, dev=dev, test=test, notes=(*notes,), layout=layout)
 
 
 def _no_training_rows(data: str, splits: Mapping[str, Any]) -> DataError:
@@ -416,8 +417,8 @@ def read_split(
     examples = _fitting(corpus, examples, bad)
     notes = stand_in + bad.judge(left=bool(examples))
     train, dev, test = (tuple(examples) if name == present[0] else () for name in SPLITS)
-    note, layout = "; ".join(notes), _columns_line(data, header.seen, taken)
-    corpus = replace(corpus, train=train, dev=dev, test=test, note=note, layout=layout)
+    layout = _columns_line(data, header.seen, taken)
+    corpus = replace(corpus, train=train, dev=dev, test=test, notes=(*notes,), layout=layout)
     return corpus, present[0]
 
 

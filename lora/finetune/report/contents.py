@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import replace
 
@@ -153,9 +152,9 @@ def lead_of(analysis: Analysis) -> str:
     if len(analysis.contenders) < 2:
         return ""
     best, second = analysis.contenders[:2]
-    gap = abs(best.mean - second.mean)
-    if math.isclose(best.mean, second.mean, rel_tol=1e-12):
+    if second in analysis.leaders:
         return f"{second.name} scores the same."
+    gap = abs(best.mean - second.mean)
     shown = f"{gap:.4g}"
     if is_share(analysis.metric):
         shown = f"{100 * gap:.1f} points" if gap >= 0.0005 else "less than 0.1 points"

@@ -45,7 +45,7 @@ def test_a_folder_of_tsv_files(tmp_path: Path) -> None:
     assert corpus.labels == ("0", "1")
     assert corpus.held_out[0] == "test"
     assert corpus.targets(corpus.train) == [1.0, 0.0, 1.0, 0.0]
-    assert corpus.note == ""
+    assert corpus.notes == ()
 
 
 def test_without_dev_every_tenth_row_is_held_out_and_said(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_without_dev_every_tenth_row_is_held_out_and_said(tmp_path: Path) -> Non
     corpus = read_examples(folder(tmp_path, train=rows))
     assert [e.text for e in corpus.dev] == ["text 9", "text 19", "text 29", "text 39"]
     assert len(corpus.train) == 36
-    assert "no dev split" in corpus.note
+    assert "no dev split" in str(corpus.notes)
     assert corpus.held_out[0] == "dev"
 
 
@@ -63,7 +63,7 @@ def test_one_file_is_cut_and_said(tmp_path: Path) -> None:
     corpus = read_examples(str(path))
     assert (len(corpus.train), len(corpus.dev), len(corpus.test)) == (40, 5, 5)
     assert len({e.text for e in (*corpus.train, *corpus.dev, *corpus.test)}) == 50
-    assert "divided 80/10/10" in corpus.note
+    assert "divided 80/10/10" in str(corpus.notes)
     assert read_examples(str(path)) == corpus
     assert corpus.labels == ("a", "b")
 
@@ -110,8 +110,8 @@ def test_a_limit_changes_no_class(tmp_path: Path) -> None:
     corpus = read_examples(data, limits={"train": 10})
     assert corpus.labels == ("a", "b", "rare")
     assert (len(corpus.train), len(corpus.test)) == (10, 21)
-    assert "no training row has the label rare" in corpus.note
-    assert "no training row" not in read_examples(data).note
+    assert "no training row has the label rare" in str(corpus.notes)
+    assert "no training row" not in str(read_examples(data).notes)
 
 
 def test_a_split_column_is_followed(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ def test_minus_one_is_a_label_where_train_has_it(tmp_path: Path) -> None:
     hidden = hidden.replace("-1", "-1.0")
     corpus = read_examples(folder(tmp_path, train=TSV, dev=TSV, test=hidden))
     assert corpus.held_out[0] == "dev"
-    assert "the split test hides its labels" in corpus.note
+    assert "the split test hides its labels" in str(corpus.notes)
 
 
 def test_rows_that_are_not_what_they_seem(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_references_are_read_as_they_are_written(tmp_path: Path) -> None:
 def test_a_split_without_trains_label_is_left_out_and_said(tmp_path: Path) -> None:
     corpus = read_examples(folder(tmp_path, dev=TSV, test="id\tsentence\n0\tgood\n1\tbad\n"))
     assert corpus.test == ()
-    assert "the split test has no label and is ignored" in corpus.note
+    assert "the split test has no label and is ignored" in str(corpus.notes)
 
 
 def test_labels_that_are_one_number_sort_the_same_in_every_process() -> None:

@@ -354,7 +354,7 @@ def test_a_header_that_comes_again_is_a_bad_row(tmp_path: Path) -> None:
         read_examples(data)
     corpus = read_examples(data, skip_bad_lines=1)
     assert corpus.labels == SENTIMENTS
-    assert "1 row skipped" in corpus.note
+    assert "1 row skipped" in str(corpus.notes)
 
 
 def test_files_that_are_shipped_and_shared_are_known() -> None:

@@ -152,7 +152,7 @@ def test_they_are_read_as_labelled_texts(put: Put) -> None:
     assert (corpus.task, corpus.labels) == ("classification", ("negative", "positive"))
     assert len(corpus.train) == len(corpus.test) == 50
     assert corpus.columns.label == "label"
-    assert corpus.note == ""
+    assert corpus.notes == ()
     rating = read_examples("opinions/rating")
     assert rating.task == "regression"
     kind = (corpus.task, corpus.labels)
@@ -209,9 +209,9 @@ def test_demo_means_the_reviews_once_they_are_here(put: Put) -> None:
     assert resolved("demo-tiny") == "demo-tiny"
     assert resolved("my-demo") == "my-demo"
     corpus = read_examples("demo")
-    assert (corpus.source, corpus.note) == (TINY, STAND_IN)
+    assert (corpus.source, corpus.notes) == (TINY, (STAND_IN,))
     assert "Run lora data fetch reviews" in STAND_IN
-    assert read_examples(TINY).note == ""
+    assert read_examples(TINY).notes == ()
     assert [len(rows) for rows in (corpus.train, corpus.dev, corpus.test)] == [700, 100, 200]
     put("films", sentences(400))
     assert resolved("demo") == recorded_source("demo") == FILMS
@@ -275,7 +275,7 @@ def test_the_real_reviews(downloads: None) -> None:
     assert corpus.source == FILMS
     assert len(corpus.train) >= 4000
     assert len(corpus.test) >= 2000
-    assert corpus.note == ""
+    assert corpus.notes == ()
 
 
 @pytest.mark.parametrize(

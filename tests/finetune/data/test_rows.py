@@ -269,7 +269,7 @@ def test_bad_rows_are_counted_whole_and_ten_are_listed(tmp_path: Path) -> None:
     ]  # fmt: skip
     corpus = read_examples(path, skip_bad_lines=15)
     assert len(corpus.train) + len(corpus.dev) + len(corpus.test) == 25
-    assert corpus.note.startswith("15 rows skipped, as --skip-bad-lines 15 allows:\n  ")
+    assert corpus.notes[0].startswith("15 rows skipped, as --skip-bad-lines 15 allows:\n  ")
     with pytest.raises(DataError, match="--skip-bad-lines 15 to skip"):
         read_examples(path, skip_bad_lines=14)
 
