@@ -99,7 +99,7 @@ class RunConfig(Generic[C]):
     Parquet or TXT); a data set on the hub such as glue/sst2; or an included one (`lora data` lists
     them). demo: film reviews if `lora data fetch` has downloaded them, else 1,000 sentences written
     for this project. A file without a column `split` is divided 80/10/10; without dev, every tenth
-    row of train becomes dev. With --task text, several can be given, each as SOURCE or
+    text of train becomes dev. With --task text, several can be given, each as SOURCE or
     NAME=SOURCE."""
     weights: dict[str, Rate] = dataclasses.field(default_factory=dict)
     """With several --data: weights of the data sets, as NAME WEIGHT pairs, such as chat 2 code 1;
