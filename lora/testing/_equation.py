@@ -39,9 +39,16 @@ Compute = Callable[[Tensor, Mask | None], Tensor]
 
 
 def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case) -> None:
-    """Right after injection, the model computes what the base does."""
-    x = input_of(case)
-    require_near(injected_toy(config, case)(x), Toy(case).eval()(x), "output after injection")
+    """Right after injection, the model computes what the base does, and W' has W's shape."""
+    model, x = injected_toy(config, case), input_of(case)
+    for layer in wrappers_of(model)[0].values():
+        W, b = layer.view.read()
+        found = layer.adapter(*layer.active).merged(W, b)
+        pair = isinstance(found, tuple) and len(found) == 2
+        require(pair, f"merged(W, b) must return a pair, (W', b'), found {type(found).__name__}")
+        found, wanted = tuple(found[0].shape), tuple(W.shape)
+        require(found == wanted, f"merged(W, b) returns a W' of {found}, and W is {wanted}")
+    require_near(model(x), Toy(case).eval()(x), "output after injection")
 
 
 def merged_is_forward(method: type[Method], config: MethodConfig, case: Case) -> None:

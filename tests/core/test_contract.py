@@ -210,6 +210,16 @@ def false_to_the_sum(cls: type[LoRA]) -> None:
     cls.merged = lambda self, W, b: (W * 1.5 + self.scaling * self.lora_B @ self.lora_A, b)
 
 
+def weight_alone(cls: type[LoRA]) -> None:
+    good = cls.merged
+    cls.merged = lambda self, W, b: good(self, W, b)[0]
+
+
+def one_row(cls: type[LoRA]) -> None:
+    good = cls.merged
+    cls.merged = lambda self, W, b: (good(self, W, b)[0][:1], b)
+
+
 def miscounted(cls: type[LoRA]) -> None:
     cls.size = classmethod(lambda cls, view, config, module: config.r * view.in_features)
 
@@ -341,6 +351,23 @@ def test_check_method_names_the_clause_and_the_case(monkeypatch: pytest.MonkeyPa
         lora.errors.ContractError, match=r"identity_at_the_start \(Linear, float32\)"
     ):
         check_method(cls)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "reason"),
+    [
+        (weight_alone, r"must return a pair, (W', b'), found Tensor"),
+        (one_row, "returns a W' of (1, "),
+    ],
+)
+def test_what_merged_returns_is_said(
+    mutation: Callable[[type[LoRA]], None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = broken(mutation)
+    monkeypatch.setitem(METHODS, "broken", cls)
+    config = BrokenConfig(r=3, lora_alpha=7.0)
+    found = run_clause("identity_at_the_start", cls, config, CASES[0]).outcome
+    assert reason in found
 
 
 def test_a_file_dropped_in_is_a_method(tmp_path: object) -> None:
