@@ -175,6 +175,9 @@ def run_description(run: Path) -> str:
         use = ("generate", run)
     elif summary:
         use = ("predict", run, "--text", "...")
+    if summary:
+        anew = ("--config", run / "config.toml", "--run-dir", f"{run}-again")
+        lines.append(f"to repeat it: {command('lora', 'train', *anew)}")
     lines.append(f"next: {command('lora', *use)}")
     return "\n".join(lines)
 
@@ -186,7 +189,7 @@ def _machine(run: Path) -> dict[str, Any]:
         table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}. Restore it.") from None
-    keys = ("time", "processor", "device", "threads", "torch", "transformers", "command")
+    keys = ("time", "processor", "device", "threads", "torch", "transformers")
     return {key: table[key] for key in keys if key in table}
 
 

@@ -128,7 +128,9 @@ def test_show_says_what_a_run_is(folder: Path, capsys: pytest.CaptureFixture[str
     for part in ("complete", "learning_rate = 0.01", "torch: ", "| 4 ", "trainable parameters"):
         assert part in shown
     assert re.search(r"trained in .*, [\d,]+ tokens/s, 0\.\d\d MiB saved$", shown, re.MULTILINE)
-    assert f"next: lora predict {folder / 'more' / 'good'} --text ..." in shown
+    good = folder / "more" / "good"
+    assert f"next: lora predict {good} --text ..." in shown
+    assert f"lora train --config {good}/config.toml --run-dir {good}-again" in shown
     assert lora("show", folder / "cut") == 0
     shown = capsys.readouterr().out
     assert "step 1 of 4" in shown
