@@ -247,26 +247,41 @@ def test_the_study_shows_what_its_page_says() -> None:
 def test_with_a_language_model_lora_is_as_near_to_full_as_the_study_says() -> None:
     page = " ".join((ROOT / "docs" / "study.md").read_text(encoding="utf-8").split())
     study = read_analysis(RESULTS / "study-smollm2-films" / "comparison.json")
-    lora, full = study.methods
-    assert (lora.name, full.name) == ("lora", "full")
-    assert lora.seeds == full.seeds == (0, 1, 2)
+    lora, full, _, dora = study.methods
+    assert [each.name for each in study.methods] == ["lora", "full", "qlora", "dora"]
+    assert {each.seeds for each in study.methods} == {(0, 1, 2)}
+    compared = [versus for each in study.methods for versus in each.versus]
+    assert all(versus.words.startswith("no difference shown") for versus in compared)
     (versus,) = full.versus
-    assert versus.words.startswith("no difference shown")
     assert versus.interval is not None
     low, high = (100 * limit for limit in versus.interval)
-    memory = [method.median("training_bytes") or 0.0 for method in (lora, full)]
+    means = [100 * each.mean for each in study.methods]
+    memory = [each.median("training_bytes") or 0.0 for each in study.methods]
+    lora_share, _, packed_share, dora_share = (100 * each / memory[1] for each in memory)
     assert lora.search is not None
+    assert dora.search is not None
+    above = [each.score or 0.0 for each in dora.search.tried if each.rate > dora.search.chosen]
+    for each in study.methods:
+        assert each.search is not None
+        assert (each.search.best.score or 0.0) > max(each.scores)
+    base = result("study-smollm2-films/base")
+    assert (base["rows"], base["baseline"]["exact_match"]) == (study.rows, 0)
     flat = [each for each in lora.search.tried if each.rate <= 0.001]
     scores = [each.score or 0.0 for each in flat]
     assert study.smallest_difference is not None
     assert max(scores) - min(scores) <= 0.0101  # one of the 100 rows of dev
     for words in (
-        f"Full fine-tuning is {100 * (full.mean - lora.mean):.1f} points ahead",
+        f"gives none of the {study.rows} answers",
+        f"The four means are within {max(means) - min(means):.1f} points",
+        f"Full fine-tuning is {means[1] - means[0]:.1f} points ahead of `lora`",
         f"reaches from {-low:.1f} points behind to {high:.1f} points ahead",
         f"With {study.rows} rows and three seeds, a difference of"
         f" {100 * study.smallest_difference:.1f} points is detected with a probability of 80 %",
-        f"LoRA needs {100 * memory[0] / memory[1]:.0f} % of the memory",
-        f"Between {flat[0].rate:f} and 0.001, a factor of {0.001 / flat[0].rate:.0f}, they are",
+        f"`lora` needs {lora_share:.0f} % of the memory of full fine-tuning, `qlora`"
+        f" {packed_share:.0f} % and `dora` {dora_share:.0f} %",
+        f"Between {flat[0].rate:f} and 0.001, a factor of {0.001 / flat[0].rate:.0f}, the scores",
+        f"`dora` scores {100 * above[0]:.0f} % on dev; at the best rate, its three runs differ by"
+        f" {100 * (max(dora.scores) - min(dora.scores)):.1f} points",
     ):
         assert words in page, words
 
