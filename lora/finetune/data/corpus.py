@@ -164,12 +164,11 @@ def read_examples(
     train, dev, test = (rows[: limits.get(name)] for name, rows in zip(SPLITS, (train, dev, test)))
     notes += _note_on_unseen(labels, train)
     corpus = Corpus(data, task, labels, train, dev, test, taken)
-    parts = [tuple(_fitting(corpus, split, bad)) for split in (train, dev, test)]
+    train, dev, test = (tuple(_fitting(corpus, split, bad)) for split in (train, dev, test))
     notes = bad.judge() + notes
-    if not parts[0] or not parts[1]:
-        empty = "dev" if parts[0] else "train"
+    if not train or not dev:
+        empty = "dev" if train else "train"
         raise DataError(f"--data {data}: {empty} has no usable row left. Pass more rows.")
-    train, dev, test = parts
     layout = _columns_line(data, header.seen, taken)
     return replace(corpus, train=train, dev=dev, test=test, notes=(*notes,), layout=layout)
 
