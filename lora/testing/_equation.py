@@ -46,8 +46,8 @@ def identity_at_the_start(method: type[Method], config: MethodConfig, case: Case
         found = layer.adapter(*layer.active).merged(W, b)
         pair = isinstance(found, tuple) and len(found) == 2
         require(pair, f"merged(W, b) must return a pair, (W', b'), found {type(found).__name__}")
-        found, wanted = tuple(found[0].shape), tuple(W.shape)
-        require(found == wanted, f"merged(W, b) returns a W' of {found}, and W is {wanted}")
+        shape, wanted = tuple(found[0].shape), tuple(W.shape)
+        require(shape == wanted, f"merged(W, b) returns a W' of {shape}, and W is {wanted}")
     require_near(model(x), Toy(case).eval()(x), "output after injection")
 
 
