@@ -47,8 +47,11 @@ class GridPlan:
         cost = self.costs.get(_key(run))
         if cost is None:
             return 0.0
-        limits = {"train": run.limit, "dev": run.dev_limit}
-        rows = {split: min(count, limits.get(split) or count) for split, count in self.rows.items()}
+        limits = {"train": run.limit, "dev": run.dev_limit}  # of each data set
+        rows = {
+            split: min(count, len(run.data) * (limits.get(split) or count))
+            for split, count in self.rows.items()
+        }
         return MARGIN * cost.seconds(run, rows)
 
     def total(self, runs: list[Any]) -> float:
@@ -114,7 +117,7 @@ def planned(grid: Grid, say: Callable[[str], None], timed: bool = True) -> GridP
     if to_decide is None or not plan.costs:
         return plan
     fitted = _fitted(plan, to_decide - (time.monotonic() - started))
-    if _write_budget(fitted):
+    if _write_budget(fitted, limited=fitted.grid.methods != plan.grid.methods):
         return fitted
     return replace(plan, grid=_as_before(grid, say))  # another process was first
 
@@ -182,13 +185,23 @@ def _with_rows(plan: GridPlan, rows: int) -> GridPlan:
     of test."""
     dev = max(plan.rows["dev"] * rows // plan.rows["train"], FEWEST_ROWS["dev"])
     dev = min(dev, plan.rows["dev"])
-    return replace(plan, grid=_with_limit(plan.grid, rows, dev, plan.rows["test"]))
+    sets = _data_sets(plan.grid)
+    limits = max(rows // sets, 1), max(dev // sets, 1)
+    return replace(plan, grid=_with_limit(plan.grid, *limits, plan.rows["test"]))
+
+
+def _data_sets(grid: Grid) -> int:
+    """Returns how many data sets a run has, each of which --limit limits."""
+    return len(next(iter(grid.methods.values())).data)
 
 
 def _with_limit(grid: Grid, train: int, dev: int, test: int) -> Grid:
-    # --limit alone would limit test too. Of data without a test split nothing is left out.
-    limits = {"limit": train, "dev_limit": dev, "test_limit": test or None}
-    return replace(grid, methods={n: replace(r, **limits) for n, r in grid.methods.items()})
+    # --limit alone would limit test too. Without rows of test, --test-limit stays: it may be 0.
+    methods = {
+        name: replace(run, limit=train, dev_limit=dev, test_limit=test or run.test_limit)
+        for name, run in grid.methods.items()
+    }
+    return replace(grid, methods=methods)
 
 
 def _as_before(grid: Grid, say: Callable[[str], None]) -> Grid:
@@ -209,14 +222,14 @@ def _as_before(grid: Grid, say: Callable[[str], None]) -> Grid:
     return grid if limits is None else _with_limit(grid, *limits)
 
 
-def _write_budget(plan: GridPlan) -> bool:
-    """Writes the seeds and rows of a plan. Returns False if another process has written its own:
-    all that share the folder need the same."""
+def _write_budget(plan: GridPlan, limited: bool) -> bool:
+    """Writes the seeds of a plan, and its rows if the budget limits them. Returns False if another
+    process has written its own: all that share the folder need the same."""
     grid = plan.grid
     table: dict[str, Any] = {"seeds": list(grid.seeds)}
     run = next(iter(grid.methods.values()))
-    if run.limit is not None:
-        table |= plan.rows | {"train": run.limit, "dev": run.dev_limit or plan.rows["dev"]}
+    if limited:
+        table |= {"train": run.limit, "dev": run.dev_limit, "test": plan.rows["test"]}
     with writable(grid.folder, RunError, "Pass another --run-dir."):
         (grid.folder / LOCKS).mkdir(parents=True, exist_ok=True)
         with locked(grid.folder / LOCKS / BUDGET_FILE, wait=True):
@@ -229,15 +242,17 @@ def _write_budget(plan: GridPlan) -> bool:
 def note_on_rows(plan: GridPlan) -> str:
     """Returns a line on the rows if the budget limits them, else ""."""
     run = next(iter(plan.grid.methods.values()))
+    sets = _data_sets(plan.grid)
     if (
         plan.grid.budget is None
         or not plan.rows
         or run.limit is None
-        or run.limit >= plan.rows["train"]
+        or sets * run.limit >= plan.rows["train"]
     ):
         return ""
     dev = f" and {run.dev_limit:,} of {plan.rows['dev']:,} dev rows" if run.dev_limit else ""
+    each = f" of each of {sets} data sets" if sets > 1 else ""
     return (
         f"to fit into the budget, every run has the first {run.limit:,} of"
-        f" {plan.rows['train']:,} training rows{dev}"
+        f" {plan.rows['train']:,} training rows{dev}{each}"
     )

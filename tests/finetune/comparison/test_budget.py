@@ -154,6 +154,45 @@ def test_a_short_budget_trains_on_fewer_rows(measured: list[str], tmp_path: Path
     assert not (tmp_path / "c").exists()
 
 
+def test_limits_of_the_user_stay_as_they_are(measured: list[str], tmp_path: Path) -> None:
+    """The same command again makes the same runs, and no budget brings back the test split."""
+    flags = ("--limit", "400", "--budget", "10h", "--seeds", "3")
+    first, again = (plan(tmp_path / "a", *flags).final_runs() for _ in range(2))
+    assert first == again
+    assert {(run.limit, run.dev_limit, run.test_limit) for run in first} == {(400, None, None)}
+    whole = plan(tmp_path / "b", "--test-limit", "0", "--budget", "10h", "--seeds", "3")
+    short = f"{0.8 * whole.total(whole.final_runs()):.0f}s"
+    flags = ("--test-limit", "0", "--budget", short, "--seeds", "3")
+    for _ in range(2):
+        runs = plan(tmp_path / "c", *flags).final_runs()
+        assert {run.test_limit for run in runs} == {0}
+        assert all(run.limit < whole.rows["train"] for run in runs)
+
+
+def test_a_limit_is_of_each_data_set(measured: list[str], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        lines = (f'{{"prompt": "{name} {i}?", "response": "yes"}}\n' for i in range(1000))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("a", "b")]
+    arguments = ["--data", *paths, "--base", "demo-lm-tiny", "--task", "text", "--seeds", "3"]
+
+    def planned_in(folder: str, *flags: str) -> GridPlan:
+        every = [*arguments, "--run-dir", str(tmp_path / folder), "--budget", *flags]
+        return planned(parse_compare(every)[1], lambda line: None)
+
+    whole = planned_in("x", "10h")
+    assert whole.rows["train"] == 1600
+    time = whole.total(whole.final_runs())
+    short = planned_in("y", f"{0.8 * time:.0f}s")
+    (limit,) = {run.limit for run in short.final_runs()}
+    assert limit is not None
+    assert 400 < limit < 700
+    assert f"the first {limit:,} of 1,600 training rows" in note_on_rows(short)
+    assert note_on_rows(short).endswith("of each of 2 data sets")
+    own = planned_in("z", "10h", "--limit", "400")
+    assert own.seconds(own.final_runs()[0]) < whole.seconds(whole.final_runs()[0])
+
+
 def test_the_time_of_measuring_is_in_the_budget(
     measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
