@@ -336,11 +336,16 @@ def _pair(row: Row, answered: bool) -> Iterator[Conversation]:
         answers = " or ".join(name for name in ANSWERED if name in row)
         raise DataError(f"{ask} has no {answers}. Fill it in, or remove the row.")
     used = [ask, answer or ""]
-    if asked := listed(row[ask]):
-        turns = turns_of(asked) + (turns_of(row[answer]) if answer else ())
-        yield _made(row, turns, used)
+    asked = listed(row[ask])
+    if answer is None:
+        reply: tuple[Message, ...] = ()
+    elif asked and listed(row[answer]) is not None:
+        reply = turns_of(row[answer])
+    else:
+        reply = (Message("assistant", _text(row, answer)),)
+    if asked:
+        yield _made(row, turns_of(asked) + reply, used)
         return
-    reply = () if answer is None else (Message("assistant", _text(row, answer)),)
     # prompt and completion continue each other; prompt and response are turns.
     raw = ask == "prompt" and answer in ("completion", None)
     beside = None if raw or ask == "input" else _first_name(BESIDE, row)

@@ -95,6 +95,8 @@ def test_openai_messages() -> None:
         ({"prompt": [{"role": "user", "content": "why"}],
           "completion": [{"role": "assistant", "content": "so"}]},
          [[("user", "why"), ("assistant", "so")]]),
+        ({"prompt": [{"role": "user", "content": "why"}], "answer": "so"},
+         [[("user", "why"), ("assistant", "so")]]),
         ({"messages": json.dumps([{"role": "user", "content": "why"},
                                   {"role": "assistant", "content": "so"}])},
          [[("user", "why"), ("assistant", "so")]]),
