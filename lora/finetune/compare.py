@@ -78,7 +78,7 @@ def compare(grid: Grid) -> Compared:
             "comparison.md": all_tables(analysis).encode(),
         }
         write_together(grid.folder, files)
-    missing = [f"{name}: no rate was tried" for name in grid.searched if name not in searches]
+    missing = [f"{name}: no rate has a score" for name in grid.searched if name not in searches]
     missing += _missing(outcome, reported)
     return Compared(analysis, tuple(folders), tuple(missing))
 
@@ -206,7 +206,9 @@ def _search(grid: Grid, schedule: Scheduler | OnDisk) -> tuple[dict[str, RateSea
         outcome.left += now.left
         ended = outcome.complete + outcome.failed
         complete = {n: r for n, r in runs.items() if any(run in outcome.complete for run in r)}
-        searches = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
+        found = {n: _searched([r for r in each if r in ended]) for n, each in complete.items()}
+        # Without the methods of which a seed diverged at each rate.
+        searches = {n: each for n, each in found.items() if each.best.score is not None}
         counts = {name: len(runs[name]) // len(grid.search_seeds) for name in searches}
         reason, names = ("", []) if outcome.left else _to_widen(grid, searches, counts)
         if not names:

@@ -49,18 +49,23 @@ class RunRow:
 
 def run_folders(folder: Path, depth: int = DEEPEST) -> Iterator[Path]:
     """Yields the run directories in a folder, itself among them, in alphabetical order."""
-    if (folder / "config.toml").is_file():
-        yield folder
-        return
-    if depth:
-        with suppress(OSError):  # a folder that cannot be read holds no run of the user's
-            for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-                yield from run_folders(child, depth - 1)
+    children: list[Path] = []
+    with suppress(OSError):  # a folder that cannot be read holds no run of the user's
+        if (folder / "config.toml").is_file():
+            yield folder
+            return
+        # A hidden folder is a run that is being made.
+        children = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    for child in sorted(children) if depth else ():
+        yield from run_folders(child, depth - 1)
 
 
 def run_row(run: Path) -> RunRow:
     """Returns a run's row. A damaged run has a row too; its state begins with "damaged"."""
-    changed = max((path.stat().st_mtime for path in run.iterdir()), default=0.0)
+    changed = 0.0
+    for path in run.iterdir():
+        with suppress(FileNotFoundError):  # a temporary file of a run that is being trained
+            changed = max(changed, path.stat().st_mtime)
     try:
         table = read_toml(run / "config.toml")
         data = table.get("data", "?")
@@ -96,6 +101,19 @@ def _steps_done(run: Path) -> str:
     if (run / DIVERGED).is_file():
         return f"diverged after {done}"
     return f"training: {done}" if is_locked(run) else done
+
+
+def next_command(run: Path, state: str, learning_rate: float | None) -> str:
+    """Returns the command for a run that is not complete; "" if it is damaged."""
+    if state.startswith("damaged"):
+        return ""
+    if state.startswith("training"):
+        return command("lora", "watch", run)
+    if state.startswith("diverged") and learning_rate is not None:
+        # A resumed run takes the same steps, and diverges again.
+        lower = ("--learning-rate", f"{learning_rate / 2:g}")
+        return command("lora", "train", "--config", run / "config.toml", *lower)
+    return command("lora", "train", "--resume", run)
 
 
 SORTS = {
@@ -168,16 +186,12 @@ def run_description(run: Path) -> str:
             table.append((str(row["step"]), f"{row['epoch']:g}", *cells))
         lines += ["", "evaluations", markdown(table).rstrip()]
     lines += ["", *(_result_lines(summary) if summary else [])]
-    use: tuple[object, ...] = ("train", "--resume", run)
-    if is_locked(run):
-        use = ("watch", run)
-    elif summary and config.task == "text":
-        use = ("generate", run)
-    elif summary:
-        use = ("predict", run, "--text", "...")
-    if summary:
-        anew = ("--config", run / "config.toml", "--run-dir", f"{run}-again")
-        lines.append(f"to repeat it: {command('lora', 'train', *anew)}")
+    if not summary:
+        lines.append(f"next: {next_command(run, state, config.learning_rate)}")
+        return "\n".join(lines)
+    anew = ("--config", run / "config.toml", "--run-dir", f"{run}-again")
+    lines.append(f"to repeat it: {command('lora', 'train', *anew)}")
+    use = ("generate", run) if config.task == "text" else ("predict", run, "--text", "...")
     lines.append(f"next: {command('lora', *use)}")
     return "\n".join(lines)
 

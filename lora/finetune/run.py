@@ -279,7 +279,6 @@ def _take_folder(
                 create(directory, parts.config, parts.given, parts.source, tokens, parts.device)
                 stack.enter_context(alone(directory))
             else:
-                (directory / DIVERGED).unlink(missing_ok=True)
                 checkpoint, note = checkpoint_to_resume(
                     directory,
                     parts.source,
@@ -287,6 +286,7 @@ def _take_folder(
                     parts.device,
                     lambda text: say(progress, text),
                 )
+                (directory / DIVERGED).unlink(missing_ok=True)
     return distributed.gather(checkpoint)[0], note
 
 

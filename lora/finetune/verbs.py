@@ -1,7 +1,7 @@
 """The flags and examples of each command: one frozen dataclass per command, one field per flag.
 
-Elsewhere: lora train in config.RunConfig, lora compare in compare.CompareConfig, lora convert in
-lora/interop.
+Elsewhere: lora train in config.RunConfig, lora compare in comparison.grid.CompareConfig, lora
+convert in lora/interop.
 """
 
 from __future__ import annotations

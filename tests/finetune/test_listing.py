@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_cli import base, data, lora  # noqa: F401  (base is a fixture)
 
-from lora.finetune.listing import SORTS, RunRow
+from lora.finetune.listing import SORTS, RunRow, run_folders
 from lora.finetune.run_folder import alone
 
 RATES = {"good": "0.01", "slow": "0.00001"}
@@ -137,6 +137,42 @@ def test_show_says_what_a_run_is(folder: Path, capsys: pytest.CaptureFixture[str
     assert f"next: lora train --resume {folder / 'cut'}" in shown
     assert lora("show", folder) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_diverged_run_is_trained_anew_at_a_lower_rate(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed, it would take the same steps, and diverge again."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "cut", run)
+    (run / "diverged.json").write_text("{}")
+    for command in (("show", run), ("report", run)):
+        assert lora(*command) == (2 if command[0] == "report" else 0)
+        said = "".join(capsys.readouterr())
+        assert f"lora train --config {run}/config.toml --learning-rate 0.005" in said
+        assert "--resume" not in said
+
+
+def test_a_run_that_is_being_made_is_none(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "begun", tmp_path / ".run.1f")
+    shutil.copytree(folder / "begun", tmp_path / "run")
+    assert list(run_folders(tmp_path)) == [tmp_path / "run"]
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(folder / "begun", tmp_path / name)
+    is_file = Path.is_file
+
+    def forbidden(path: Path) -> bool:
+        if path.parent.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    assert list(run_folders(tmp_path)) == [tmp_path / "b"]
 
 
 def test_a_summary_holds_what_a_run_costs(folder: Path) -> None:

@@ -21,7 +21,8 @@ from lora.finetune import state
 pytestmark = pytest.mark.slow
 
 FLAGS = ("--epochs", 10, "--batch-size", 5, "--r", 4, "--learning-rate", 1e-3, "--save-steps", 10,
-         "--keep-last", 99, "--class-weights", 0, 3, "--label-smoothing", 0.1)  # fmt: skip
+         "--keep-last", 99, "--class-weights", 0, 3, "--label-smoothing", 0.1,
+         "--dtype", "float32")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ def _method_result(
         group="",
         pareto=False,
         search=search,
-        warnings=_warnings(group, metric, search),
+        warnings=_warnings(group, search),
     )
 
 
@@ -252,8 +252,9 @@ def _trained_again(name: str, groups: Mapping[str, Sequence[Run]]) -> str:
 def rate_search(tries: Sequence[Try]) -> RateSearch:
     """Returns the search with its best rate; of equal ones, that in the middle.
 
-    Only the seeds count that all rates were tried with, so that a lucky one favours none. Raises
-    RunError if a run of every rate diverged, or if they are scored by different metrics.
+    Only the seeds count that all rates were tried with, so that a lucky one favours none. If a run
+    diverged at each rate, the best one has no score. Raises RunError if rates are scored by
+    different metrics.
     """
     metrics = {each.metric: each.folder for each in tries if each.metric}
     if len(metrics) > 1:
@@ -275,9 +276,6 @@ def rate_search(tries: Sequence[Try]) -> RateSearch:
     highest = max(each.better for each in in_order)
     equal = [each for each in in_order if each.better == highest]
     best = equal[(len(equal) - 1) // 2]  # of two the lower one: high rates diverge
-    if best.score is None:
-        rates = ", ".join(f"{each.rate:g}" for each in in_order)
-        raise RunError(f"{best.runs[0]}: at each of the rates {rates} a run diverged.")
     edges = in_order[0].rate, in_order[-1].rate
     return RateSearch(tuple(in_order), best.rate, best.rate not in edges)
 
@@ -296,7 +294,7 @@ def next_rate(search: RateSearch) -> float:
     return rounded(math.sqrt(search.chosen * neighbour.rate))
 
 
-def _warnings(group: Sequence[Run], metric: str, search: RateSearch | None) -> tuple[str, ...]:
+def _warnings(group: Sequence[Run], search: RateSearch | None) -> tuple[str, ...]:
     """Returns what a reader should know before trusting the scores of a method."""
     falling = [run for run in group if run.falling]
     warnings = []
@@ -334,8 +332,8 @@ def _with_statistics(analysis: Analysis, scores: Mapping[str, list[Any]]) -> Ana
 
     scores: by method, the scores of the test rows in each of its runs.
     """
-    if any(rows is None for runs in scores.values() for rows in runs):
-        return analysis
+    if any(rows is None or len(rows) < 2 for runs in scores.values() for rows in runs):
+        return analysis  # no interval is known
     result = bootstrap(scores)
     names, compared = list(scores), references(analysis.methods)
     versus: dict[str, list[Versus]] = {name: [] for name in names}

@@ -172,7 +172,7 @@ def parse_compare(arguments: Sequence[str]) -> tuple[CompareConfig, Grid]:
         folder = table.get("run_dir", "runs/compare")
         check("run_dir", folder, "a text", isinstance(folder, str))
         rates = config.rates or table.get("rates", ())
-        rates = (rates,) if isinstance(rates, str) else tuple(rates)
+        rates = tuple(rates) if isinstance(rates, list | tuple) else (rates,)
         tried = None if rates == ("auto",) else tuple(sorted(set(map(_rate, rates))))
         seeds = config.seeds or table.get("seeds", ())
         seeds = _seeds(seeds) if seeds != () else ()
@@ -240,7 +240,7 @@ def _again(methods: dict[str, Any], seeds: Sequence[int]) -> str:
 def _rate(text: Any) -> float:
     """Returns a rate of --rates. Raises ConfigError."""
     try:
-        rate = float(text)
+        rate = math.nan if isinstance(text, bool) else float(text)
     except (TypeError, ValueError):
         rate = math.nan
     check("rates", text, "auto, or numbers above 0", math.isfinite(rate) and rate > 0)

@@ -84,8 +84,8 @@ class Corpus:
 
     @property
     def summary(self) -> list[str]:
-        """Lines for the user, before training: the columns in use, the rows of each class. None if
-        the task is text."""
+        """Lines for the user, before training: the columns in use, the rows of each class. Empty
+        if the task is text."""
         if self.task == "text":
             return []
         return [*filter(None, [self.layout]), *_class_counts(self), *_weights_line(self)]
@@ -367,7 +367,7 @@ def _hidden(examples: dict[str, list[Example]]) -> list[str]:
     """Returns the splits without public labels: all missing, or all -1 as in GLUE's test files."""
     known = {number_of(example.label) for example in examples["train"]}
     hidden = []
-    for name in set(examples) - {"train"}:
+    for name in [split for split in examples if split != "train"]:
         labels = {example.label for example in examples[name]}
         # If train has -1 too, it is a class or a value.
         minus_one = {number_of(label) for label in labels} == {-1.0} and -1.0 not in known

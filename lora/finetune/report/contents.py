@@ -18,6 +18,7 @@ from lora.finetune.comparison.tables import (
     task_rows,
 )
 from lora.finetune.estimate import duration
+from lora.finetune.listing import next_command
 from lora.finetune.metrics import is_share
 from lora.finetune.report.evidence import Evidence, RunFiles
 from lora.finetune.report.formats import Cell, Table, cells, numeric
@@ -325,12 +326,8 @@ def runs_table(evidence: Evidence) -> Table:
 def _cells_of_run(run: RunFiles) -> tuple[Cell, ...]:
     row = run.row
     again = command("lora", "train", "--config", run.config_name, "--run-dir", f"{run.name}-again")
-    if row.state.startswith("training"):
-        again = command("lora", "watch", row.run)
-    elif row.state != "complete":
-        again = command("lora", "train", "--resume", row.run)
-    if row.state.startswith("damaged"):
-        again = ""
+    if row.state != "complete":
+        again = next_command(row.run, row.state, row.learning_rate)
     changed = time.strftime("%Y-%m-%dT%H:%M", time.localtime(row.changed))
     return (
         Cell(run.name),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.errors import RunError, command
+from lora.errors import RunError
 from lora.files import read_json, readable
 from lora.finetune.comparison.analysis import Analysis, analysis_of
 from lora.finetune.comparison.runs import Run, read_runs
 from lora.finetune.config import read_toml
 from lora.finetune.data.rows import read_rows
-from lora.finetune.listing import RunRow, run_folders, run_row
+from lora.finetune.listing import RunRow, next_command, run_folders, run_row
 from lora.finetune.report.curves import Point, curves
 
 LONGEST_TEXT = 300  # characters of a text that the page shows
@@ -83,8 +83,9 @@ def folders_of_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
-    """Returns the contents of a report on runs. `advance` is called after each run is read, and
-    once more for each method, with the next step. Raises RunError and DataError."""
+    """Returns the contents of a report on runs. `advance` is called before each step with what it
+    does: reading each run, statistics, the curves of each method, predictions. Raises RunError and
+    DataError."""
     files: list[RunFiles] = []
     around = Path(os.path.commonpath([run.resolve().parent for run in runs]))
     for run in runs:
@@ -94,9 +95,10 @@ def collect(runs: Sequence[Path], advance: Callable[[str], None]) -> Evidence:
     complete = [each.row.run for each in files if each.row.state == "complete"]
     if not complete:
         first = files[0].row
+        again = next_command(first.run, first.state, first.learning_rate)
         raise RunError(
-            f"there is no complete run among {len(files)}; {first.run} is {first.state}. Run"
-            f" {command('lora', 'train', '--resume', first.run)}."
+            f"there is no complete run among {len(files)}; {first.run} is {first.state}."
+            + (f" Run {again}." if again else " Train it again.")
         )
     advance("computing statistics")
     undamaged = [each.row.run for each in files if not each.row.state.startswith("damaged")]

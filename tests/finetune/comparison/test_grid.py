@@ -45,6 +45,15 @@ def test_rates_are_searched_around_the_methods_default_without_the_test_split() 
         assert all(run.test_limit is None for run in finals)
 
 
+def test_one_rate_in_a_config_file_is_a_rate(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("rates = 1e-3\n[methods.lora]\n")
+    assert parse_compare(["--config", str(file)])[1].rates == (1e-3,)
+    file.write_text("rates = true\n[methods.lora]\n")
+    with pytest.raises(ConfigError, match="rates must be auto, or numbers above 0"):
+        parse_compare(["--config", str(file)])
+
+
 def test_given_rates_are_tried_as_they_are() -> None:
     _, grid = parse_compare(["--methods", "lora", "--rates", "1e-2", "1e-3", "0.01"])
     assert [run.learning_rate for run in grid.searches("lora")] == [1e-3, 1e-2]

@@ -381,7 +381,7 @@ def test_reported_runs_keep_their_rate(tmp_path: Path) -> None:
     run = Run(tmp_path, summary)
     shown = _search_of([run], tried)
     assert (shown.chosen, shown.best.rate, shown.bracketed) == (0.002, 0.005, True)
-    (warning,) = _warnings([run], "accuracy", shown)
+    (warning,) = _warnings([run], shown)
     assert "the rate 0.005 is better on dev than 0.002, the rate of these runs" in warning
 
 
@@ -402,6 +402,18 @@ def test_a_rate_that_diverged_is_not_tried_again(
     (missing,) = _missing(outcome, Outcome())
     folder = tmp_path / "c" / "search" / "lora-0.0046"
     assert missing == f"lora, rate 0.0046 diverged; to train it again, remove {folder}"
+
+
+def test_a_method_that_diverges_at_every_rate_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two seeds diverges at each rate, so that no rate has a score."""
+    flags = ("--run-dir", str(tmp_path / "c"), "--methods", "lora", "bitfit", "--rates", "auto")
+    grid = parse_compare([*flags, "--search-seeds", "2"])[1]
+    rates = [run.run_dir.name for run in grid.searches("lora")[:TRIED]]
+    monkeypatch.setenv("BEHAVIOUR", " ".join(f"{name}:diverges" for name in rates))
+    searches, _ = _search(grid, Scheduler(tmp_path / "c"))
+    assert list(searches) == ["bitfit"]
 
 
 def test_a_rate_whose_run_broke_says_nothing_of_the_rate(

@@ -137,6 +137,13 @@ def test_an_accuracy_has_its_interval_and_a_test_against_full() -> None:
     assert "rows only" not in notes(both)
 
 
+def test_of_one_row_there_is_no_interval() -> None:
+    summaries = [summary(method, 0, {"accuracy": 1.0}) for method in ("lora", "full")]
+    analysis = analysed(*summaries, right=dict.fromkeys(("lora", "full"), (True,)))
+    assert [method.interval for method in analysis.methods] == [None, None]
+    assert "The differences were not tested." in analysis.verdict
+
+
 def test_a_rouge_has_an_interval_from_the_score_of_each_row(tmp_path: Path) -> None:
     """As predictions.jsonl has them; one run each is tested by pairs of rows, not by McNemar's."""
     folders = []
