@@ -270,7 +270,7 @@ class RunConfig(Generic[C]):
     """Also log the metrics to tensorboard, wandb, mlflow or trackio."""
     run_dir: Path | None = None
     """Folder for the run's files: adapter, checkpoints, metrics and predictions. It must not exist.
-    Default: runs/TIME-METHOD."""
+    Default: runs/TIME-METHOD-XXXX."""
     settings: C
     """Settings of the chosen --method. For those of another: lora train --method NAME --help."""
 

@@ -33,8 +33,9 @@ SAME = ("python", "torch", "transformers", "processor", "threads", "device", "ra
 
 
 def default_directory(config: RunConfig[Any]) -> Path:
-    """runs/TIME-METHOD, a name that no earlier run has."""
-    return Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{label(config.method)}"
+    """runs/TIME-METHOD-XXXX, a name that no other run has, even if both begin in one second."""
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{now}-{label(config.method)}-{secrets.token_hex(2)}"
 
 
 def check_free(directory: Path, flag: str = "--run-dir", what: str = "run") -> None:

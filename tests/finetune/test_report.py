@@ -160,6 +160,15 @@ def test_every_file_that_a_button_saves_is_in_the_page(page: Page) -> None:
     assert "seed = 2" in page.data["files"]["lora-2.toml"]
 
 
+def test_a_comparison_may_be_in_a_folder_named_search(tmp_path: Path) -> None:
+    make_comparison(tmp_path / "search", ["lora", "full"], seeds=2, rates=3)
+    analysis = evidence_of(tmp_path).analysis
+    assert [(each.name, each.seeds) for each in analysis.methods] == [
+        ("full", (0, 1)), ("lora", (0, 1)),
+    ]  # fmt: skip
+    assert all(each.search and len(each.search.tried) == 3 for each in analysis.methods)
+
+
 def test_runs_whose_names_differ_in_one_character_are_saved_under_two(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "search" / "lora", Made(seed=3))
     make_run(tmp_path / "runs" / "search-lora", Made(seed=4))

@@ -143,7 +143,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Try]]:
     left out."""
     tries, runs = [], []
     for folder in folders:
-        if folder.resolve().parent.name == SEARCH:
+        in_search = folder.resolve().parent.name == SEARCH
+        if in_search and _table_of(folder).get("test_limit") == 0:
             tries.append(read_try(folder))
         elif (folder / "summary.json").is_file():
             runs.append(read_run(folder))
