@@ -352,18 +352,21 @@ def resumed(bench: Bench, folder: Path, pool: ThreadPoolExecutor) -> dict[str, F
     kinds = {"plain": (), "deterministic": ("--deterministic",)}
     if bench.tiny:  # on a CPU both are the same
         kinds = {"deterministic": (*kinds["deterministic"], "--dtype", "float16")}
-    return {
-        kind: pool.submit(stopped_and_resumed, bench, folder / f"resumed, {kind}", flags)
-        for kind, flags in kinds.items()
-    }
+    epochs = ("--epochs", "1" if bench.tiny else "20")  # long enough to be stopped on a GPU
+    begun = {}
+    for kind, more in kinds.items():
+        flags = (*TINY_RUN, *epochs, "--lora-dropout", "0.1", *more)
+        into = folder / f"resumed, {kind}"
+        whole = pool.submit(trained, bench, into / "whole", *flags)
+        begun[kind] = pool.submit(stopped_and_resumed, bench, into, flags, whole)
+    return begun
 
 
-def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dict[str, Any]:
+def stopped_and_resumed(
+    bench: Bench, folder: Path, flags: Sequence[str], whole_run: Future[dict[str, Any]]
+) -> dict[str, Any]:
     """Returns what the whole run found, and whether the resumed run equals it."""
-    epochs = () if bench.tiny else ("--epochs", "20")  # long enough to be stopped on a GPU
-    flags = (*TINY_RUN, *epochs, "--lora-dropout", "0.1", *flags)
     whole, cut = folder / "whole", folder / "cut"
-    found = trained(bench, whole, *flags)
     with subprocess.Popen(
         command_line("train", *flags, "--device", bench.device, "--run-dir", cut),
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -373,6 +376,7 @@ def stopped_and_resumed(bench: Bench, folder: Path, flags: Sequence[str]) -> dic
         running.send_signal(signal.SIGTERM)
     stopped_at = len(steps_of(cut))
     process(bench, command_line("train", "--resume", cut))
+    found = whole_run.result()
     adapters = [
         (run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, cut)
     ]
