@@ -110,7 +110,6 @@ def evaluate(
     corpus: Corpus,
     encoded: Encoded,
     examples: Sequence[Example],
-    batch_size: int = EVALUATED,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Returns loss and metrics of the model on a labelled split.
@@ -118,7 +117,7 @@ def evaluate(
     The loss is the mean over examples, or over tokens in nats if the task is text.
     Raises TrainingError if the loss is not finite.
     """
-    logits = predict(model, encoded, batch_size, progress)
+    logits = predict(model, encoded, EVALUATED, progress)
     if corpus.task == "text":
         # In float64: a sum over millions of tokens exceeds the 24 bits of float32.
         loss, metrics = _token_metrics(corpus, encoded, logits.double())

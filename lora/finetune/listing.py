@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import LoraError, RunError, command
+from lora.files import read_json
 from lora.finetune.comparison.tables import markdown
 from lora.finetune.config import read_toml, to_table
 from lora.finetune.estimate import duration
@@ -198,11 +199,7 @@ def run_description(run: Path) -> str:
 
 def _machine(run: Path) -> dict[str, Any]:
     """Returns what environment.json says of versions and hardware."""
-    path = run / "environment.json"
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}. Restore it.") from None
+    table = read_json(run / "environment.json", RunError, "Restore it.")
     keys = ("time", "processor", "device", "threads", "torch", "transformers")
     return {key: table[key] for key in keys if key in table}
 
