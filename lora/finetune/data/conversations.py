@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from typing import Any
 
 from lora.errors import DataError
 from lora.finetune.data.columns import LABEL, TEXT
+from lora.finetune.data.division import divided, groups_by, without_tenth
 from lora.finetune.data.messages import (
     ROW_MASKS,
     TURN,
@@ -127,20 +127,13 @@ def _in_three(
     """Returns train, dev and test, and notes. Divides the source if it has no splits."""
     notes = []
     if "" in splits:
-        groups = _by_prompt(splits[""])
+        groups = groups_by(splits[""], _prompt_of)
         if len(groups) < 3:
             raise DataError(
                 f"--data {source}: {len(groups)} different prompts are too few for train, dev and"
                 " test. Add rows."
             )
-        random.Random(0).shuffle(groups)  # not the run's seed: the splits stay the same
-        tenth = max(1, len(groups) // 10)
-        cut = {
-            "test": groups[:tenth],
-            "dev": groups[tenth : 2 * tenth],
-            "train": groups[2 * tenth :],
-        }
-        splits = {name: [*itertools.chain(*part)] for name, part in cut.items()}
+        splits = divided(groups)
         notes.append(
             f"{source} has no column 'split': divided 80/10/10 by prompt into train, dev and test"
         )
@@ -154,15 +147,11 @@ def _in_three(
             f" folder with train.jsonl, or another of {', '.join(ENDINGS)}."
         )
     if not splits.get("dev"):
-        groups = _by_prompt(splits["train"])
-        step = min(10, len(groups))
-        if step < 2:
+        splits["train"], splits["dev"] = without_tenth(groups_by(splits["train"], _prompt_of))
+        if not splits["train"]:
             raise DataError(
                 f"--data {source}: too few prompts to hold one out as dev. Pass a dev split."
             )
-        splits["dev"] = [*itertools.chain(*groups[step - 1 :: step])]
-        del groups[step - 1 :: step]
-        splits["train"] = [*itertools.chain(*groups)]
         notes.append(f"{source} has no dev split: every tenth train prompt is held out as dev")
     return {name: splits.get(name, []) for name in SPLITS}, notes
 
@@ -242,12 +231,9 @@ def grouped(conversations: Iterable[Conversation]) -> list[Conversation]:
     return list(merged.values())
 
 
-def _by_prompt(conversations: Iterable[Conversation]) -> list[list[Conversation]]:
-    """Groups conversations by prompt, in order of first occurrence."""
-    groups: dict[object, list[Conversation]] = {}
-    for conversation in conversations:
-        groups.setdefault(conversation.prompt or conversation.messages, []).append(conversation)
-    return list(groups.values())
+def _prompt_of(conversation: Conversation) -> tuple[Message, ...]:
+    """Returns the messages by which a conversation counts as the same question as another."""
+    return conversation.prompt or conversation.messages
 
 
 def _conversation_splits(source: str, task: str, bad: BadRows) -> dict[str, list[Conversation]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from lora.finetune.data.columns import (
     names_of,
     number_of,
 )
+from lora.finetune.data.division import divided, groups_by, without_tenth
 from lora.finetune.data.included import resolved_with_note, rows_with_text
 from lora.finetune.data.rows import SPLITS, BadRows, Row, is_plain, read_rows, text_in
 
@@ -136,9 +136,7 @@ def read_examples(
     examples, taken = _examples_of(data, splits, columns, bad)
     label = taken.label
     if "" in examples:
-        if len(_texts_of(examples[""])) < 3:
-            bad.judge()
-        examples = _split_once(data, examples[""])
+        examples = _split_once(data, examples[""], bad)
     for name in _hidden(examples):
         no_label = {example.label for example in examples[name]} == {None}
         del examples[name]
@@ -148,7 +146,7 @@ def read_examples(
         examples[name] = _labelled(rows, labels, bad)
     train, dev, test = (tuple(examples.get(name, ())) for name in SPLITS)
     if not dev:
-        train, dev = _dev_of(data, train, bad)
+        train, dev = _hold_out(data, train, bad)
         notes.append(f"{data} has no dev split: every tenth train text is held out as dev")
     if not labels:
         _check_decimals(data, train)
@@ -182,20 +180,32 @@ def _no_training_rows(data: str, splits: Mapping[str, Any]) -> DataError:
     )
 
 
-def _dev_of(
-    data: str, train: tuple[Example, ...], bad: BadRows
+def _shown_texts(example: Example) -> tuple[str, str | None]:
+    return example.text, example.pair
+
+
+def _hold_out(
+    data: str, train: Sequence[Example], bad: BadRows
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Returns train without every tenth text, and those as dev. Raises DataError if no text is
-    left in train."""
-    texts = _texts_of(train)
-    step = min(10, max(len(texts), 1))  # no shuffle: train stays in its order
-    held = {*texts[step - 1 :: step]}
-    kept = tuple(row for row in train if (row.text, row.pair) not in held)
-    dev = tuple(row for row in train if (row.text, row.pair) in held)
+    """Returns train without every tenth text, and those as dev. Raises DataError if nothing is left
+    in train."""
+    kept, dev = without_tenth(groups_by(train, _shown_texts))
     if not kept:
-        bad.judge()  # the rows that cannot be used are the better explanation
+        bad.judge()
         raise DataError(f"--data {data}: too few rows to hold one out as dev. Pass a dev split.")
-    return kept, dev
+    return tuple(kept), tuple(dev)
+
+
+def _split_once(data: str, rows: list[Example], bad: BadRows) -> dict[str, list[Example]]:
+    """Returns the rows in three splits. Raises DataError if they have too few different texts."""
+    groups = groups_by(rows, _shown_texts)
+    if len(groups) >= 3:
+        return divided(groups)
+    bad.judge()  # the rows that cannot be used are the better explanation
+    found, advice = f"{len(rows)} rows", "Add rows."
+    if len(groups) < len(rows):
+        found, advice = f"{len(groups)} different texts", "Add rows, or a column 'split'."
+    raise DataError(f"--data {data}: {found} are too few for train, dev and test. {advice}")
 
 
 def _read_splits(data: str, header: Header, bad: BadRows) -> dict[str, list[Placed]]:
@@ -448,32 +458,6 @@ def unlabelled(
     taken = choose_columns(rows, adopted(rows, columns, trained, header.seen))
     examples = _examples(rows, taken, bad)
     return examples, [*bad.judge(left=bool(examples)), _columns_line(data, header.seen, taken)]
-
-
-def _split_once(data: str, rows: list[Example]) -> dict[str, list[Example]]:
-    """Divides rows 80/10/10 after a shuffle with a fixed seed, so that every run has the same.
-
-    Rows with the same text stay together: a model that has seen a text knows its label."""
-    texts = _texts_of(rows)
-    if len(texts) < 3:
-        raise DataError(
-            f"--data {data}: {len(texts)} rows are too few for train, dev and test. Add rows."
-            if len(texts) == len(rows)
-            else f"--data {data}: {len(texts)} different texts are too few for train, dev and test."
-            " Add rows, or a column 'split'."
-        )
-    random.Random(0).shuffle(texts)
-    tenth = max(1, len(texts) // 10)
-    parts = {"test": texts[:tenth], "dev": texts[tenth : 2 * tenth], "train": texts[2 * tenth :]}
-    by_text: dict[Any, list[Example]] = {text: [] for text in texts}
-    for row in rows:
-        by_text[row.text, row.pair].append(row)
-    return {name: [row for text in part for row in by_text[text]] for name, part in parts.items()}
-
-
-def _texts_of(rows: Iterable[Example]) -> list[tuple[str, str | None]]:
-    """Returns the different texts, or pairs, in order of first occurrence."""
-    return list(dict.fromkeys((row.text, row.pair) for row in rows))
 
 
 def _examples(rows: Iterable[Placed], taken: Columns, bad: BadRows) -> list[Example]:
