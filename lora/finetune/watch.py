@@ -18,8 +18,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from lora.errors import RunError, command
+from lora.errors import RunError
 from lora.finetune.config import read_toml
+from lora.finetune.listing import next_command, run_row
 from lora.finetune.record import EvaluationRow, StepRow, metrics_of, smoothed_losses, summary_of
 from lora.finetune.run_folder import is_locked
 from lora.finetune.screen import evaluation_line
@@ -128,10 +129,11 @@ def _changes(run: Path) -> Iterator[Recorded]:
             return
         changed = now[1] or (run / "config.toml").stat().st_mtime
         if time.time() - changed > STOPPED_AFTER and not is_locked(run):
+            row = run_row(run)
             raise RunError(
                 f"{run} has stopped: no process trains it, and nothing has been recorded since"
-                f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))}. Resume it:"
-                f" {command('lora', 'train', '--resume', run)}."
+                f" {time.strftime('%Y-%m-%d %H:%M', time.localtime(changed))}. Next:"
+                f" {next_command(run, row.state, row.learning_rate)}."
             )
         before = now
         # A long run's rows take a while to read: leave the processor to the training.

@@ -121,6 +121,11 @@ def test_a_run_that_has_stopped_is_not_watched_for_ever(
     shown = capsys.readouterr().err
     assert "has stopped: no process trains it, and nothing has been recorded since 2001-" in shown
     assert f"lora train --resume {growing}" in shown
+    (growing / "diverged.json").write_text("{}")  # resumed, it would diverge again
+    assert lora("watch", growing) == 2
+    assert f"Next: lora train --config {growing}/config.toml --learning-rate" in (
+        capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")

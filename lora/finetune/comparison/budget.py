@@ -185,14 +185,9 @@ def _with_rows(plan: GridPlan, rows: int) -> GridPlan:
     of test."""
     dev = max(plan.rows["dev"] * rows // plan.rows["train"], FEWEST_ROWS["dev"])
     dev = min(dev, plan.rows["dev"])
-    sets = _data_sets(plan.grid)
+    sets = len(next(iter(plan.grid.methods.values())).data)  # --limit is of each of them
     limits = max(rows // sets, 1), max(dev // sets, 1)
     return replace(plan, grid=_with_limit(plan.grid, *limits, plan.rows["test"]))
-
-
-def _data_sets(grid: Grid) -> int:
-    """Returns how many data sets a run has, each of which --limit limits."""
-    return len(next(iter(grid.methods.values())).data)
 
 
 def _with_limit(grid: Grid, train: int, dev: int, test: int) -> Grid:
@@ -242,7 +237,7 @@ def _write_budget(plan: GridPlan, limited: bool) -> bool:
 def note_on_rows(plan: GridPlan) -> str:
     """Returns a line on the rows if the budget limits them, else ""."""
     run = next(iter(plan.grid.methods.values()))
-    sets = _data_sets(plan.grid)
+    sets = len(run.data)
     if (
         plan.grid.budget is None
         or not plan.rows
